@@ -1,0 +1,1 @@
+"""Everything around the models, one module per job."""

@@ -1,0 +1,19 @@
+"""The two ways in which a run ends early, and the exit codes they stand for."""
+
+
+class InputError(Exception):
+    """What the user gave cannot work: the message is a sentence that says what to change.
+
+    A main prints it without a traceback and exits with code 2.
+    """
+
+
+class RunError(Exception):
+    """The run itself went wrong: the message says what happened, when, and what is safe.
+
+    A main prints it without a traceback and exits with code 1.
+    """
+
+
+class NonFiniteLossError(RunError):
+    """The loss became NaN or infinite; the message names the step."""
