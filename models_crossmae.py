@@ -1,0 +1,428 @@
+"""CrossMAE: the masked ViT encoder, inter-block attention and the cross-attention decoder (Sec. 3).
+
+Read from the bottom up: `MaskedAutoencoder` is the training objective, `CrossMAEDecoder` the idea
+of the paper.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from models_vit import (
+    BASE_PATCH16,
+    HUGE_PATCH14,
+    LARGE_PATCH16,
+    SMALL_PATCH16,
+    TINY_PATCH4,
+    TINY_PATCH16,
+    Block,
+    Mlp,
+    ModelSize,
+    PatchEmbed,
+    SelfAttention,
+    attend,
+    layer_norm,
+    split_heads,
+    xavier_linear,
+)
+from util.masking import TokenSplit
+from util.patches import gather_patches, gather_tokens, patch_moments, patchify
+from util.pos_embed import sincos_table
+
+IBA_INITS = ("normal", "xavier")
+
+
+def learned_token(dim: int) -> nn.Parameter:
+    """A learned (1, 1, dim) vector, started at N(0, 0.02²) as MAE's tokens."""
+    return nn.Parameter(torch.empty(1, 1, dim).normal_(std=0.02))
+
+
+def fixed_positions(dim: int, grid_size: tuple[int, int]) -> nn.Parameter:
+    """The sine-cosine table as a parameter that is saved with the weights and never trained."""
+    return nn.Parameter(sincos_table(dim, grid_size), requires_grad=False)
+
+
+def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """Read an image size: a side, or (height, width)."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
+class ViTEncoder(nn.Module):
+    """A ViT that sees only the visible patches and the class token (Sec. 3.1).
+
+    The final LayerNorm is not part of it: with inter-block attention there is none (App. A.3).
+
+    Args:
+        img_size: side, or (height, width), in pixels; divisible by patch_size.
+        patch_size: p in pixels.
+        in_chans: C.
+        embed_dim: D, divisible by 4 and by num_heads.
+        depth: number of blocks.
+        num_heads: attention heads of each block.
+
+    Raises:
+        ValueError: the patch side does not divide the image.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int | Sequence[int],
+        patch_size: int,
+        in_chans: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+    ) -> None:
+        super().__init__()
+        self.img_size, self.patch_size, self.in_chans = as_pair(img_size), patch_size, in_chans
+        height, width = self.img_size
+        if height % patch_size or width % patch_size:
+            raise ValueError(f"patches of {patch_size} px do not divide {height} x {width} px")
+        self.grid_size = (height // patch_size, width // patch_size)
+        self.embed_dim = embed_dim
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.cls_token = learned_token(embed_dim)
+        self.pos_embed = fixed_positions(embed_dim, self.grid_size)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
+
+    @property
+    def num_patches(self) -> int:
+        """L, patches per image."""
+        return self.grid_size[0] * self.grid_size[1]
+
+    def forward(self, images: Tensor, split: TokenSplit | None = None) -> list[Tensor]:
+        """Encode the visible patches, or all of them.
+
+        Patches are picked before they are embedded, so that a masked patch costs nothing.
+
+        Args:
+            images: (B, C, H, W), normalised.
+            split: `visible` is (B, V); None encodes every patch, for downstream use.
+
+        Returns:
+            K = 1 + depth feature maps (B, 1+V, D), or (B, 1+L, D) without a split, class token
+            first: the input of the first block, then every block's output.
+        """
+        positions = self.pos_embed[:, 1:]
+        if split is None:
+            patches = patchify(images, self.patch_size)  # (B, L, p*p*C)
+        else:
+            patches = gather_patches(images, split.visible, self.patch_size)  # (B, V, p*p*C)
+            positions = gather_tokens(positions, split.visible)  # (B, V, D)
+        tokens = self.patch_embed(patches) + positions  # (B, V or L, D)
+        cls_token = self.cls_token + self.pos_embed[:, :1]
+        x = torch.cat((cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
+        feature_maps = [x]
+        for block in self.blocks:
+            x = block(x)
+            feature_maps.append(x)
+        return feature_maps
+
+
+class InterBlockAttention(nn.Module):
+    """Mixes the encoder's feature maps, once for each decoder block (Sec. 3.4, Eq. 1, App. A.3).
+
+    Args:
+        map_ids: the K feature maps that take part (Table 3d); 0 is the encoder's input.
+        num_mixes: J, one mix for each decoder block.
+        dim: D, width of the feature maps.
+        init: "normal" is the paper's N(0, 1/K); "xavier" is what the released code trained with.
+        softmax: make each mix sum to one (Table 8).
+        projection: put a linear layer before the mix, one for each map (Table 9).
+    """
+
+    def __init__(
+        self,
+        map_ids: Sequence[int],
+        num_mixes: int,
+        *,
+        dim: int,
+        init: str = "normal",
+        softmax: bool = False,
+        projection: bool = False,
+    ) -> None:
+        super().__init__()
+        self.map_ids = tuple(map_ids)
+        self.softmax = softmax
+        self.weight = nn.Parameter(torch.empty(num_mixes, len(self.map_ids)))
+        if init == "normal":
+            nn.init.normal_(self.weight, std=len(self.map_ids) ** -0.5)
+        elif init == "xavier":
+            nn.init.xavier_uniform_(self.weight)
+        else:
+            raise ValueError(f"init is one of {IBA_INITS}, not {init!r}")
+        self.projections = (
+            nn.ModuleList(xavier_linear(dim, dim) for _ in self.map_ids) if projection else None
+        )
+
+    def forward(self, feature_maps: list[Tensor]) -> Tensor:
+        """Mix all the encoder's maps (B, N, D), shallow to deep, into (J, B, N, D)."""
+        maps = [feature_maps[i] for i in self.map_ids]
+        if self.projections is not None:
+            maps = [project(x) for project, x in zip(self.projections, maps, strict=True)]
+        weight = self.weight.softmax(dim=1) if self.softmax else self.weight
+        # Maps stacked in front leave each decoder block's mix contiguous.
+        stacked = torch.stack(maps)  # (K, B, N, D)
+        return (weight @ stacked.flatten(1)).unflatten(1, stacked.shape[1:])  # (J, B, N, D)
+
+
+def inter_block_attention(
+    feature_maps: str | Sequence[int], num_maps: int, num_mixes: int, **options: object
+) -> InterBlockAttention | None:
+    """Read the choice of feature maps: "all", a list of indices, or "last" for no mixing at all.
+
+    Args:
+        feature_maps: the choice; index 0 is the encoder's input, i the output of its block i.
+        num_maps: how many maps the encoder returns.
+        num_mixes: J.
+        options: of InterBlockAttention.
+
+    Raises:
+        ValueError: an index is out of range or given twice.
+    """
+    if feature_maps == "last":
+        return None
+    map_ids = range(num_maps) if feature_maps == "all" else tuple(feature_maps)
+    in_range = all(isinstance(i, int) and 0 <= i < num_maps for i in map_ids)
+    if not in_range or not map_ids or len(set(map_ids)) < len(map_ids):
+        raise ValueError(
+            f'feature maps are "all", "last" or different indices from 0 (the encoder\'s input) '
+            f"to {num_maps - 1} (its last block), not {feature_maps!r}"
+        )
+    return InterBlockAttention(map_ids, num_mixes, **options)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from decoder tokens to encoder tokens of another width.
+
+    The projection from the encoder's width is part of it; MAE has a layer of its own (Sec. 3.2).
+    """
+
+    def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = xavier_linear(dim, dim)
+        self.kv = xavier_linear(context_dim, 2 * dim)
+        self.proj = xavier_linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Queries x (B, P, E) read out of context (B, 1+V, D) -> (B, P, E)."""
+        q = split_heads(self.q(x), self.num_heads)
+        k, v = (split_heads(part, self.num_heads) for part in self.kv(context).chunk(2, dim=-1))
+        return self.proj(attend(q, k, v))
+
+
+class CrossAttentionBlock(nn.Module):
+    """A decoder block without self-attention (Fig. 4b); with it, the ablation of Table 3a, Fig. 6.
+
+    Args:
+        dim: E, the decoder's width.
+        context_dim: D, the encoder's.
+        num_heads: attention heads.
+        self_attention: let predicted tokens see each other first.
+    """
+
+    def __init__(
+        self, dim: int, context_dim: int, num_heads: int, *, self_attention: bool = False
+    ) -> None:
+        super().__init__()
+        if self_attention:
+            self.norm0 = layer_norm(dim)
+            self.self_attn = SelfAttention(dim, num_heads)
+        else:
+            self.self_attn = None
+        self.norm1 = layer_norm(dim)
+        self.cross_attn = CrossAttention(dim, context_dim, num_heads)
+        self.norm2 = layer_norm(dim)
+        self.mlp = Mlp(dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Tokens x (B, P, E), normalised context (B, 1+V, D) -> (B, P, E)."""
+        if self.self_attn is not None:
+            x = x + self.self_attn(self.norm0(x))
+        x = x + self.cross_attn(self.norm1(x), context)
+        return x + self.mlp(self.norm2(x))
+
+
+class CrossMAEDecoder(nn.Module):
+    """Reads masked patches out of the visible tokens by cross-attention alone (Sec. 3.2).
+
+    No block lets predicted tokens see each other, so decoding a subset of positions gives the
+    values that decoding all of them would. Partial reconstruction (Sec. 3.3) rests on this.
+
+    Args:
+        encoder: whose feature maps are read; only its shapes are used.
+        embed_dim: E, divisible by 4 and by num_heads.
+        depth: J, number of blocks.
+        num_heads: attention heads of each block.
+        feature_maps: "all", "last" (no inter-block attention) or a list of indices (Table 3d).
+        iba_init, iba_softmax, iba_projection: see InterBlockAttention.
+        self_attention: put self-attention back, the ablation of Table 3a.
+    """
+
+    def __init__(
+        self,
+        encoder: ViTEncoder,
+        *,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        feature_maps: str | Sequence[int] = "all",
+        iba_init: str = "normal",
+        iba_softmax: bool = False,
+        iba_projection: bool = False,
+        self_attention: bool = False,
+    ) -> None:
+        super().__init__()
+        self.mask_token = learned_token(embed_dim)
+        self.pos_embed = fixed_positions(embed_dim, encoder.grid_size)
+        self.inter_block_attention = inter_block_attention(
+            feature_maps,
+            num_maps=len(encoder.blocks) + 1,
+            num_mixes=depth,
+            dim=encoder.embed_dim,
+            init=iba_init,
+            softmax=iba_softmax,
+            projection=iba_projection,
+        )
+        if self.inter_block_attention is None:
+            self.context_norm = layer_norm(encoder.embed_dim)
+        else:
+            self.context_norms = nn.ModuleList(layer_norm(encoder.embed_dim) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            CrossAttentionBlock(
+                embed_dim, encoder.embed_dim, num_heads, self_attention=self_attention
+            )
+            for _ in range(depth)
+        )
+        self.norm = layer_norm(embed_dim)
+        self.pred = xavier_linear(embed_dim, encoder.patch_size**2 * encoder.in_chans)
+
+    def contexts(self, feature_maps: list[Tensor]) -> list[Tensor]:
+        """What each of the J blocks reads: normalised (B, 1+V, D)."""
+        if self.inter_block_attention is None:
+            return [self.context_norm(feature_maps[-1])] * len(self.blocks)
+        mixes = self.inter_block_attention(feature_maps)  # (J, B, 1+V, D), Eq. 1
+        return [norm(mix) for norm, mix in zip(self.context_norms, mixes, strict=True)]
+
+    def forward(self, feature_maps: list[Tensor], split: TokenSplit) -> Tensor:
+        """Predict the pixels of `split.predicted`.
+
+        Args:
+            feature_maps: K encoder outputs (B, 1+V, D), shallow to deep, class token first.
+            split: `predicted` is (B, P), patch indices in [0, L).
+
+        Returns:
+            (B, P, p*p*C) in target space: normalised per patch when norm_pix_loss is set.
+        """
+        x = self.mask_token + gather_tokens(self.pos_embed[:, 1:], split.predicted)  # (B, P, E)
+        for block, context in zip(self.blocks, self.contexts(feature_maps), strict=True):
+            x = block(x, context)
+        return self.pred(self.norm(x))  # (B, P, p*p*C)
+
+
+class MaskedAutoencoder(nn.Module):
+    """Encoder, decoder and the loss between them; a pure function of images and a token split.
+
+    Args:
+        encoder: images and split -> feature maps.
+        decoder: any module with `forward(feature_maps, split) -> (B, P, p*p*C)`.
+        norm_pix_loss: predict pixels normalised by their patch's mean and standard deviation.
+    """
+
+    def __init__(self, encoder: ViTEncoder, decoder: nn.Module, *, norm_pix_loss: bool) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.norm_pix_loss = norm_pix_loss
+
+    def predict(self, images: Tensor, split: TokenSplit) -> Tensor:
+        """Predict (B, P, p*p*C) in target space for images (B, C, H, W), see `forward`."""
+        return self.decoder(self.encoder(images, split), split)
+
+    def target(self, images: Tensor, split: TokenSplit) -> Tensor:
+        """What `predict` should return: pixels of the predicted patches, at least float32."""
+        patches = gather_patches(images, split.predicted, self.encoder.patch_size)
+        patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
+        if self.norm_pix_loss:
+            mean, std = patch_moments(patches)
+            patches = (patches - mean) / std
+        return patches  # (B, P, p*p*C)
+
+    def forward(self, images: Tensor, split: TokenSplit) -> Tensor:
+        """Mean squared error over the predicted patches (Sec. 3.1), a scalar of at least float32.
+
+        Args:
+            images: (B, C, H, W), normalised.
+            split: `visible` (B, V) and `predicted` (B, P).
+        """
+        target = self.target(images, split)
+        return (self.predict(images, split).to(target.dtype) - target).square().mean()
+
+
+def build_encoder(
+    size: ModelSize, img_size: int | Sequence[int] | None, in_chans: int
+) -> ViTEncoder:
+    """The encoder of a named size; img_size None takes the size's own."""
+    return ViTEncoder(
+        img_size=img_size or size.img_size,
+        patch_size=size.patch_size,
+        in_chans=in_chans,
+        embed_dim=size.embed_dim,
+        depth=size.depth,
+        num_heads=size.num_heads,
+    )
+
+
+def build_crossmae(
+    size: ModelSize,
+    *,
+    img_size: int | Sequence[int] | None = None,
+    in_chans: int = 3,
+    norm_pix_loss: bool = True,
+    decoder_embed_dim: int | None = None,
+    decoder_depth: int = 12,
+    decoder_num_heads: int | None = None,
+    feature_maps: str | Sequence[int] = "all",
+    iba_init: str = "normal",
+    iba_softmax: bool = False,
+    iba_projection: bool = False,
+    decoder_self_attention: bool = False,
+) -> MaskedAutoencoder:
+    """A CrossMAE of a named size; the defaults are the paper's (App. A.6).
+
+    Args:
+        size: encoder sizes, and the decoder's where they are not given.
+        img_size: side, or (height, width), in pixels; None takes the size's own.
+        in_chans: C.
+        norm_pix_loss: see MaskedAutoencoder.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: shape of the decoder.
+        feature_maps, iba_init, iba_softmax, iba_projection: see CrossMAEDecoder.
+        decoder_self_attention: the ablation of Table 3a.
+    """
+    encoder = build_encoder(size, img_size, in_chans)
+    decoder = CrossMAEDecoder(
+        encoder,
+        embed_dim=decoder_embed_dim or size.decoder_embed_dim,
+        depth=decoder_depth,
+        num_heads=decoder_num_heads or size.decoder_num_heads,
+        feature_maps=feature_maps,
+        iba_init=iba_init,
+        iba_softmax=iba_softmax,
+        iba_projection=iba_projection,
+        self_attention=decoder_self_attention,
+    )
+    return MaskedAutoencoder(encoder, decoder, norm_pix_loss=norm_pix_loss)
+
+
+crossmae_vit_tiny_patch4 = partial(build_crossmae, TINY_PATCH4)
+crossmae_vit_tiny_patch16 = partial(build_crossmae, TINY_PATCH16)
+crossmae_vit_small_patch16 = partial(build_crossmae, SMALL_PATCH16)
+crossmae_vit_base_patch16 = partial(build_crossmae, BASE_PATCH16)
+crossmae_vit_large_patch16 = partial(build_crossmae, LARGE_PATCH16)
+crossmae_vit_huge_patch14 = partial(build_crossmae, HUGE_PATCH14)

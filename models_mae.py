@@ -1,0 +1,137 @@
+"""The MAE baseline: the same encoder with a self-attention decoder (Sec. 3.1, Fig. 3)."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from models_crossmae import (
+    MaskedAutoencoder,
+    ViTEncoder,
+    build_encoder,
+    fixed_positions,
+    inter_block_attention,
+    learned_token,
+)
+from models_vit import (
+    BASE_PATCH16,
+    HUGE_PATCH14,
+    LARGE_PATCH16,
+    SMALL_PATCH16,
+    TINY_PATCH4,
+    TINY_PATCH16,
+    Block,
+    ModelSize,
+    layer_norm,
+    xavier_linear,
+)
+from util.masking import TokenSplit
+from util.patches import gather_tokens
+
+
+class MAEDecoder(nn.Module):
+    """Decodes visible and mask tokens together by self-attention (Sec. 3.1).
+
+    Every token sees every other, so all masked patches have to be decoded to predict any of them
+    as in training.
+
+    Args:
+        encoder: whose feature maps are read; only its shapes are used.
+        embed_dim: E, divisible by 4 and by num_heads.
+        depth: number of blocks.
+        num_heads: attention heads of each block.
+        feature_maps: "last" is MAE; "all" or a list of indices adds inter-block attention with
+            one mix for the whole decoder (Table 7, App. A.3).
+        iba_init, iba_softmax, iba_projection: see InterBlockAttention.
+    """
+
+    def __init__(
+        self,
+        encoder: ViTEncoder,
+        *,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        feature_maps: str | Sequence[int] = "last",
+        iba_init: str = "normal",
+        iba_softmax: bool = False,
+        iba_projection: bool = False,
+    ) -> None:
+        super().__init__()
+        self.mask_token = learned_token(embed_dim)
+        self.pos_embed = fixed_positions(embed_dim, encoder.grid_size)
+        self.inter_block_attention = inter_block_attention(
+            feature_maps,
+            num_maps=len(encoder.blocks) + 1,
+            num_mixes=1,
+            dim=encoder.embed_dim,
+            init=iba_init,
+            softmax=iba_softmax,
+            projection=iba_projection,
+        )
+        self.context_norm = layer_norm(encoder.embed_dim)
+        self.embed = xavier_linear(encoder.embed_dim, embed_dim)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
+        self.norm = layer_norm(embed_dim)
+        self.pred = xavier_linear(embed_dim, encoder.patch_size**2 * encoder.in_chans)
+
+    def forward(self, feature_maps: list[Tensor], split: TokenSplit) -> Tensor:
+        """Predict the pixels of `split.predicted`, see CrossMAEDecoder.forward."""
+        if self.inter_block_attention is None:
+            context = feature_maps[-1]  # (B, 1+V, D)
+        else:
+            context = self.inter_block_attention(feature_maps)[0]  # (B, 1+V, D)
+        positions = self.pos_embed[:, 1:]
+        x = self.embed(self.context_norm(context))  # (B, 1+V, E)
+        # Attention knows no order, so the tokens need not go back to their places in the image.
+        x = torch.cat(
+            (
+                x[:, :1] + self.pos_embed[:, :1],
+                x[:, 1:] + gather_tokens(positions, split.visible),
+                self.mask_token + gather_tokens(positions, split.predicted),
+            ),
+            dim=1,
+        )  # (B, 1+V+P, E)
+        for block in self.blocks:
+            x = block(x)
+        x = x[:, -split.predicted.shape[1] :]  # (B, P, E)
+        return self.pred(self.norm(x))  # (B, P, p*p*C)
+
+
+def build_mae(
+    size: ModelSize,
+    *,
+    img_size: int | Sequence[int] | None = None,
+    in_chans: int = 3,
+    norm_pix_loss: bool = True,
+    decoder_embed_dim: int | None = None,
+    decoder_depth: int = 8,
+    decoder_num_heads: int | None = None,
+    feature_maps: str | Sequence[int] = "last",
+    iba_init: str = "normal",
+    iba_softmax: bool = False,
+    iba_projection: bool = False,
+) -> MaskedAutoencoder:
+    """An MAE of a named size; the options are those of `build_crossmae`, the defaults MAE's."""
+    encoder = build_encoder(size, img_size, in_chans)
+    decoder = MAEDecoder(
+        encoder,
+        embed_dim=decoder_embed_dim or size.decoder_embed_dim,
+        depth=decoder_depth,
+        num_heads=decoder_num_heads or size.decoder_num_heads,
+        feature_maps=feature_maps,
+        iba_init=iba_init,
+        iba_softmax=iba_softmax,
+        iba_projection=iba_projection,
+    )
+    return MaskedAutoencoder(encoder, decoder, norm_pix_loss=norm_pix_loss)
+
+
+mae_vit_tiny_patch4 = partial(build_mae, TINY_PATCH4)
+mae_vit_tiny_patch16 = partial(build_mae, TINY_PATCH16)
+mae_vit_small_patch16 = partial(build_mae, SMALL_PATCH16)
+mae_vit_base_patch16 = partial(build_mae, BASE_PATCH16)
+mae_vit_large_patch16 = partial(build_mae, LARGE_PATCH16)
+mae_vit_huge_patch14 = partial(build_mae, HUGE_PATCH14)

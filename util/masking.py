@@ -1,0 +1,133 @@
+"""Which patches the encoder sees and which the decoder predicts (Sec. 3.3, App. B.4)."""
+
+import math
+from fractions import Fraction
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from util.errors import InputError
+
+MASK_SAMPLINGS = ("random", "grid")
+
+
+class TokenSplit(NamedTuple):
+    """Row-major patch indices of a batch, without the class token."""
+
+    visible: Tensor
+    """int64 (B, V): what the encoder sees, in the order in which it gets them."""
+    predicted: Tensor
+    """int64 (B, P): the masked patches that the decoder predicts; disjoint from `visible`."""
+
+
+class TokenCounts(NamedTuple):
+    """How many of an image's patches play which part."""
+
+    patches: int
+    visible: int
+    predicted: int
+
+    @property
+    def masked(self) -> int:
+        """Patches that the encoder does not see."""
+        return self.patches - self.visible
+
+
+def count_tokens(num_patches: int, mask_ratio: float, pred_ratio: float | None) -> TokenCounts:
+    """Turn the ratios p and γ into counts: V = floor(L (1 - p)), P = round(L γ) (Sec. 3.3).
+
+    The ratios are taken as the decimals that were written, so that 100 patches at p = 0.9 leave
+    10 visible ones, where floating-point arithmetic would leave 9.
+
+    Args:
+        num_patches: L, patches per image.
+        mask_ratio: p in (0, 1), share of all patches hidden from the encoder.
+        pred_ratio: γ in (0, p], share of all patches predicted; None predicts every masked patch,
+            which differs from γ = p by at most one patch of rounding.
+
+    Raises:
+        InputError: a ratio is out of range, or leaves nothing to see or to predict.
+    """
+    if not 0 < mask_ratio < 1:
+        raise InputError(f"the mask ratio must lie between 0 and 1, not {mask_ratio}")
+    if pred_ratio is not None and not 0 < pred_ratio <= mask_ratio:
+        raise InputError(
+            f"the prediction ratio must lie above 0 and at most at the mask ratio {mask_ratio}, "
+            f"not {pred_ratio}: only masked patches can be predicted"
+        )
+    num_visible = math.floor(num_patches * (1 - Fraction(str(mask_ratio))))
+    if pred_ratio is None:
+        num_predicted = num_patches - num_visible
+    else:
+        num_predicted = round(num_patches * Fraction(str(pred_ratio)))
+    if num_visible == 0:
+        raise InputError(
+            f"a mask ratio of {mask_ratio} leaves none of {num_patches} patches visible: lower it"
+        )
+    if num_predicted == 0:
+        raise InputError(
+            f"a prediction ratio of {pred_ratio} predicts none of {num_patches} patches: raise it"
+        )
+    return TokenCounts(num_patches, num_visible, num_predicted)
+
+
+def random_split(noise: Tensor, counts: TokenCounts) -> TokenSplit:
+    """Split patches uniformly at random: the lowest values are seen, the next ones predicted.
+
+    Args:
+        noise: (B, L), independent uniform numbers in [0, 1).
+        counts: V visible and P predicted out of L.
+    """
+    order = noise.argsort(dim=1)  # (B, L)
+    visible, predicted = order[:, : counts.visible], order[:, counts.visible :]
+    return TokenSplit(visible, predicted[:, : counts.predicted])
+
+
+def grid_split(noise: Tensor, counts: TokenCounts, grid_size: tuple[int, int]) -> TokenSplit:
+    """Keep the top-left one of every four patches; draw the predicted ones at random (Table 15).
+
+    Args:
+        noise: (B, L), independent uniform numbers in [0, 1).
+        counts: V = L / 4 visible and P predicted.
+        grid_size: patches (down, across), both even.
+    """
+    down, across = grid_size
+    ids = torch.arange(down * across, device=noise.device).view(down, across)
+    visible = ids[::2, ::2].flatten().expand(noise.shape[0], -1)  # (B, V)
+    # A visible patch is never among the lowest: its noise is raised above every other.
+    order = noise.scatter(1, visible, 2.0).argsort(dim=1)  # (B, L)
+    return TokenSplit(visible, order[:, : counts.predicted])
+
+
+def check_grid(grid_size: tuple[int, int], mask_ratio: float) -> None:
+    """Raise InputError where grid masking, which hides exactly three of four, cannot work."""
+    if mask_ratio != 0.75:
+        raise InputError(f"grid masking hides exactly 0.75 of the patches, not {mask_ratio}")
+    if grid_size[0] % 2 or grid_size[1] % 2:
+        raise InputError(
+            f"grid masking needs an even number of patches each way, not "
+            f"{grid_size[0]} x {grid_size[1]}: change --input_size or use random masking"
+        )
+
+
+def split_tokens(
+    noise: Tensor, counts: TokenCounts, grid_size: tuple[int, int], sampling: str
+) -> TokenSplit:
+    """Split the patches of a batch in the named way, one of MASK_SAMPLINGS.
+
+    Args:
+        noise: (B, L), independent uniform numbers in [0, 1), all the randomness there is.
+        counts: V visible and P predicted out of L.
+        grid_size: patches (down, across).
+        sampling: "random" (Sec. 3.3) or "grid" (Table 15).
+    """
+    if sampling == "grid":
+        return grid_split(noise, counts, grid_size)
+    return random_split(noise, counts)
+
+
+def hidden_mask(split: TokenSplit, num_patches: int) -> Tensor:
+    """Bool (B, L), True where a patch is masked; for display."""
+    mask = torch.ones(split.visible.shape[0], num_patches, dtype=torch.bool)
+    return mask.to(split.visible.device).scatter(1, split.visible, False)

@@ -1,0 +1,79 @@
+"""Images as sets of patches, and tokens picked by index."""
+
+import torch
+from torch import Tensor
+
+PATCH_EPS = 1e-6  # added to a patch's variance, as in MAE
+
+
+def patch_grid(images: Tensor, patch_size: int) -> Tensor:
+    """View images as a grid of patches, (B, C, H, W) -> (B, H/p, W/p, p, p, C), without a copy."""
+    B, C, H, W = images.shape
+    p = patch_size
+    return images.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1)
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """All patches in row-major order, each one row by row with the channels last.
+
+    Args:
+        images: (B, C, H, W); the patch side p divides H and W.
+        patch_size: p in pixels.
+
+    Returns:
+        (B, L, p*p*C) with L = H/p * W/p.
+    """
+    return patch_grid(images.contiguous(), patch_size).flatten(1, 2).flatten(2)
+
+
+def unpatchify(patches: Tensor, patch_size: int, grid_size: tuple[int, int]) -> Tensor:
+    """Undo `patchify`: (B, L, p*p*C) -> (B, C, H, W)."""
+    B, p = patches.shape[0], patch_size
+    down, across = grid_size
+    grid = patches.view(B, down, across, p, p, -1).permute(0, 5, 1, 3, 2, 4)
+    return grid.reshape(B, -1, down * p, across * p)  # (B, C, H, W)
+
+
+def gather_patches(images: Tensor, ids: Tensor, patch_size: int) -> Tensor:
+    """Copy only the chosen patches out of the images, as `patchify` lays them out.
+
+    Args:
+        images: (B, C, H, W).
+        ids: int64 (B, N), row-major patch indices.
+        patch_size: p in pixels.
+
+    Returns:
+        (B, N, p*p*C).
+    """
+    grid = patch_grid(images.contiguous(), patch_size)
+    rows, columns = ids // grid.shape[2], ids % grid.shape[2]
+    batch = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1)
+    return grid[batch, rows, columns].flatten(2)  # (B, N, p*p*C)
+
+
+def scatter_patches(images: Tensor, patches: Tensor, ids: Tensor, patch_size: int) -> Tensor:
+    """A copy of the images in which the chosen patches are replaced; undoes `gather_patches`."""
+    images = images.clone(memory_format=torch.contiguous_format)
+    grid = patch_grid(images, patch_size)
+    rows, columns = ids // grid.shape[2], ids % grid.shape[2]
+    batch = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1)
+    grid[batch, rows, columns] = patches.view(*ids.shape, *grid.shape[3:]).to(images.dtype)
+    return images
+
+
+def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
+    """Pick tokens by index, (1 or B, L, D) and int64 (B, N) -> (B, N, D)."""
+    if tokens.shape[0] == 1:
+        return tokens[0][ids]
+    return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def patch_moments(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (unbiased, PATCH_EPS inside the root) of each patch's numbers.
+
+    Returns:
+        Two tensors (B, N, 1) for patches (B, N, p*p*C).
+    """
+    mean = patches.mean(dim=-1, keepdim=True)
+    variance = patches.var(dim=-1, keepdim=True)
+    return mean, (variance + PATCH_EPS).sqrt()

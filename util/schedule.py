@@ -1,0 +1,28 @@
+"""The learning rate: its scale (App. A.6) and its course over a run (Table 10)."""
+
+import math
+
+
+def lr_scale(effective_batch_size: int, mask_ratio: float, pred_ratio: float) -> float:
+    """What the base learning rate is multiplied by: batch / 256 * γ / p (App. A.6).
+
+    γ / p matches the variance of a loss over fewer patches; it is 1 when all masked patches are
+    predicted, as in MAE.
+    """
+    return effective_batch_size / 256 * pred_ratio / mask_ratio
+
+
+def cosine_lr(step: int, *, lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> float:
+    """Linear warm-up from 0 to lr, then half a cosine down to min_lr (Table 10).
+
+    Args:
+        step: optimizer steps done so far, in [0, total_steps].
+        lr: the peak, reached after warmup_steps.
+        min_lr: the floor, reached at total_steps.
+        warmup_steps: 0 starts at the peak.
+        total_steps: of the whole run.
+    """
+    if step < warmup_steps:
+        return lr * step / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
