@@ -24,6 +24,7 @@ from models_vit import (
     PatchEmbed,
     SelfAttention,
     attend,
+    check_heads,
     layer_norm,
     split_heads,
     xavier_linear,
@@ -107,7 +108,17 @@ class ViTEncoder(nn.Module):
         Returns:
             K = 1 + depth feature maps (B, 1+V, D), or (B, 1+L, D) without a split, class token
             first: the input of the first block, then every block's output.
+
+        Raises:
+            ValueError: the images have another size, or the split another batch size.
         """
+        if images.shape[1:] != (self.in_chans, *self.img_size):
+            raise ValueError(
+                f"the encoder takes images of {self.in_chans} x {self.img_size[0]} x "
+                f"{self.img_size[1]}, not {' x '.join(map(str, images.shape[1:]))}"
+            )
+        if split is not None and len(split.visible) != len(images):
+            raise ValueError(f"a split of {len(split.visible)} images came with {len(images)}")
         positions = self.pos_embed[:, 1:]
         if split is None:
             patches = patchify(images, self.patch_size)  # (B, L, p*p*C)
@@ -205,6 +216,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
         super().__init__()
+        check_heads(dim, num_heads)
         self.num_heads = num_heads
         self.q = xavier_linear(dim, dim)
         self.kv = xavier_linear(context_dim, 2 * dim)
@@ -345,14 +357,29 @@ class MaskedAutoencoder(nn.Module):
         """Predict (B, P, p*p*C) in target space for images (B, C, H, W), see `forward`."""
         return self.decoder(self.encoder(images, split), split)
 
-    def target(self, images: Tensor, split: TokenSplit) -> Tensor:
-        """What `predict` should return: pixels of the predicted patches, at least float32."""
+    def predicted_patches(self, images: Tensor, split: TokenSplit) -> Tensor:
+        """The original pixels (B, P, p*p*C) of the predicted patches, in at least float32."""
         patches = gather_patches(images, split.predicted, self.encoder.patch_size)
-        patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
+        return patches.to(torch.promote_types(patches.dtype, torch.float32))
+
+    def target(self, images: Tensor, split: TokenSplit) -> Tensor:
+        """What `predict` should return, (B, P, p*p*C) in at least float32."""
+        patches = self.predicted_patches(images, split)
         if self.norm_pix_loss:
             mean, std = patch_moments(patches)
             patches = (patches - mean) / std
         return patches  # (B, P, p*p*C)
+
+    def pixels(self, pred: Tensor, images: Tensor, split: TokenSplit) -> Tensor:
+        """Take predictions (B, P, p*p*C) out of target space, for PSNR and pictures.
+
+        With norm_pix_loss the model does not predict a patch's mean and standard deviation; they
+        are taken from the original image (Fig. 5).
+        """
+        if not self.norm_pix_loss:
+            return pred
+        mean, std = patch_moments(self.predicted_patches(images, split))
+        return pred * std + mean
 
     def forward(self, images: Tensor, split: TokenSplit) -> Tensor:
         """Mean squared error over the predicted patches (Sec. 3.1), a scalar of at least float32.
@@ -370,7 +397,7 @@ def build_encoder(
 ) -> ViTEncoder:
     """The encoder of a named size; img_size None takes the size's own."""
     return ViTEncoder(
-        img_size=img_size or size.img_size,
+        img_size=size.img_size if img_size is None else img_size,
         patch_size=size.patch_size,
         in_chans=in_chans,
         embed_dim=size.embed_dim,
@@ -408,9 +435,9 @@ def build_crossmae(
     encoder = build_encoder(size, img_size, in_chans)
     decoder = CrossMAEDecoder(
         encoder,
-        embed_dim=decoder_embed_dim or size.decoder_embed_dim,
+        embed_dim=size.decoder_embed_dim if decoder_embed_dim is None else decoder_embed_dim,
         depth=decoder_depth,
-        num_heads=decoder_num_heads or size.decoder_num_heads,
+        num_heads=size.decoder_num_heads if decoder_num_heads is None else decoder_num_heads,
         feature_maps=feature_maps,
         iba_init=iba_init,
         iba_softmax=iba_softmax,

@@ -118,9 +118,9 @@ def build_mae(
     encoder = build_encoder(size, img_size, in_chans)
     decoder = MAEDecoder(
         encoder,
-        embed_dim=decoder_embed_dim or size.decoder_embed_dim,
+        embed_dim=size.decoder_embed_dim if decoder_embed_dim is None else decoder_embed_dim,
         depth=decoder_depth,
-        num_heads=decoder_num_heads or size.decoder_num_heads,
+        num_heads=size.decoder_num_heads if decoder_num_heads is None else decoder_num_heads,
         feature_maps=feature_maps,
         iba_init=iba_init,
         iba_softmax=iba_softmax,

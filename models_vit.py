@@ -46,6 +46,12 @@ def xavier_linear(in_features: int, out_features: int) -> nn.Linear:
     return linear
 
 
+def check_heads(dim: int, num_heads: int) -> None:
+    """Raise ValueError where a width cannot be split into so many heads."""
+    if dim % num_heads:
+        raise ValueError(f"{num_heads} attention heads do not divide a width of {dim}")
+
+
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """(B, N, h*d) -> (B, h, N, d)."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
@@ -78,6 +84,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
+        check_heads(dim, num_heads)
         self.num_heads = num_heads
         self.qkv = xavier_linear(dim, 3 * dim)
         self.proj = xavier_linear(dim, dim)

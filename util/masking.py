@@ -122,9 +122,11 @@ def split_tokens(
         grid_size: patches (down, across).
         sampling: "random" (Sec. 3.3) or "grid" (Table 15).
     """
+    if sampling == "random":
+        return random_split(noise, counts)
     if sampling == "grid":
         return grid_split(noise, counts, grid_size)
-    return random_split(noise, counts)
+    raise ValueError(f"masks are drawn in one of the ways {MASK_SAMPLINGS}, not {sampling!r}")
 
 
 def hidden_mask(split: TokenSplit, num_patches: int) -> Tensor:

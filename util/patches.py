@@ -1,5 +1,7 @@
 """Images as sets of patches, and tokens picked by index."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -77,3 +79,9 @@ def patch_moments(patches: Tensor) -> tuple[Tensor, Tensor]:
     mean = patches.mean(dim=-1, keepdim=True)
     variance = patches.var(dim=-1, keepdim=True)
     return mean, (variance + PATCH_EPS).sqrt()
+
+
+def denormalize_patches(patches: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Undo the normalisation of channels in patches (B, N, p*p*C); images come out in [0, 1]."""
+    mean, std = (torch.tensor(values, device=patches.device) for values in (mean, std))
+    return (patches.unflatten(-1, (-1, len(mean))) * std + mean).flatten(2)

@@ -1,15 +1,17 @@
-"""The learning rate: its scale (App. A.6) and its course over a run (Table 10)."""
+"""The learning rate: its peak (App. A.6) and its course over a run (Table 10)."""
 
 import math
 
 
-def lr_scale(effective_batch_size: int, mask_ratio: float, pred_ratio: float) -> float:
-    """What the base learning rate is multiplied by: batch / 256 * γ / p (App. A.6).
+def scaled_lr(
+    blr: float, effective_batch_size: int, *, mask_ratio: float, pred_ratio: float
+) -> float:
+    """The peak learning rate: blr * batch / 256 * γ / p (App. A.6).
 
     γ / p matches the variance of a loss over fewer patches; it is 1 when all masked patches are
     predicted, as in MAE.
     """
-    return effective_batch_size / 256 * pred_ratio / mask_ratio
+    return blr * effective_batch_size / 256 * pred_ratio / mask_ratio
 
 
 def cosine_lr(step: int, *, lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> float:

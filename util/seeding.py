@@ -21,7 +21,8 @@ def fold_seed(*parts: int | str) -> int:
     Returns:
         An integer in [0, 2**63), the same on every machine and Python version.
     """
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    plain = tuple(part if isinstance(part, str) else int(part) for part in parts)
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

@@ -42,29 +42,37 @@ def read_weights_file(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} is no file: check the path of the checkpoint")
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        try:
-            if zipfile.is_zipfile(path):
-                with zipfile.ZipFile(path) as archive:
-                    damaged = archive.testzip()
-                if damaged is not None:
-                    raise InputError(f"{path} is damaged: {damaged} fails its checksum")
-                foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-                if foreign:
-                    raise InputError(
-                        f"{path} is refused: loading it would run code ({', '.join(foreign)})"
-                    )
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise InputError(
-                f"{path} is refused: it is no weights file, or loading it would run code"
-            ) from error
-        except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise InputError(f"{path} is truncated or no weights file: {reason}") from error
+    try:
+        content = _load_checked(path)
+    except InputError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} is refused: it is no weights file, or loading it would run code"
+        ) from error
+    except Exception as error:  # a damaged file can make a reader fail in any way
+        raise InputError(
+            f"{path} is truncated, damaged or no weights file ({type(error).__name__}): copy it "
+            "again, or use another checkpoint"
+        ) from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not the weights of a model")
     return content
+
+
+def _load_checked(path: Path) -> object:
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise InputError(f"{path} is damaged: {damaged} fails its checksum")
+            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            if foreign:
+                raise InputError(
+                    f"{path} is refused: loading it would run code ({', '.join(foreign)})"
+                )
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def from_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -91,9 +99,69 @@ def released_feature_maps(
         depth: number of encoder blocks.
         weight_fm: inter-block attention is on.
         use_input: the encoder's input is feature map 0.
-        use_fm: the blocks that take part, counted from 0; None or [-1] is all of them.
+        use_fm: the blocks that take part, counted from 0, or from the end if negative; None or
+            [-1] is all of them. Their maps are mixed from shallow to deep, however listed.
+
+    Raises:
+        InputError: a block does not exist.
     """
     if not weight_fm:
         return "last"
-    blocks = range(depth) if use_fm in (None, [-1]) else use_fm
-    return [0] * use_input + [block % depth + 1 for block in blocks]
+    if use_fm in (None, [-1]):
+        use_fm = range(depth)
+    blocks = sorted(block + depth if block < 0 else block for block in use_fm)
+    if not all(0 <= block < depth for block in blocks):
+        raise InputError(f"use_fm {use_fm} names a block that an encoder of {depth} does not have")
+    return [0] * use_input + [block + 1 for block in blocks]
+
+
+def released_options(state: Mapping[str, Tensor], args: Mapping[str, object]) -> dict:
+    """What the weights of a released checkpoint tell about the model that they belong to.
+
+    Args:
+        state: weights under their released names.
+        args: the arguments it was trained with, as far as the file has them.
+
+    Returns:
+        `kind` ("crossmae" or "mae"), `patch_size`, `embed_dim`, `depth` to find the size by, and
+        the `options` of the model's factory.
+
+    Raises:
+        InputError: these are no pre-training weights, or the choice of feature maps is unknown.
+    """
+    try:
+        embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
+        side = round((state["pos_embed"].shape[1] - 1) ** 0.5) * patch_size
+        decoder_embed_dim = state["mask_token"].shape[-1]
+        depth, decoder_depth = (
+            1 + max(int(name.split(".")[1]) for name in state if name.startswith(prefix))
+            for prefix in ("blocks.", "decoder_blocks.")
+        )
+    except (KeyError, ValueError) as error:
+        raise InputError(f"the checkpoint holds no masked autoencoder ({error})") from error
+    options = {
+        "img_size": [side, side],
+        "in_chans": in_chans,
+        "decoder_embed_dim": decoder_embed_dim,
+        "decoder_depth": decoder_depth,
+        "norm_pix_loss": bool(args.get("norm_pix_loss", True)),
+    }
+    is_mae = "decoder_embed.weight" in state
+    if not is_mae:
+        mixing = state.get("wfm.linear.weight")
+        options["feature_maps"] = "all"
+        if mixing is None or mixing.shape[1] != depth + 1:
+            options["feature_maps"] = released_feature_maps(
+                depth,
+                weight_fm=mixing is not None,
+                use_input=bool(args.get("use_input", False)),
+                use_fm=args.get("use_fm"),
+            )
+        options["decoder_self_attention"] = "decoder_blocks.0.self_attn.qkv.weight" in state
+    return {
+        "kind": "mae" if is_mae else "crossmae",
+        "patch_size": patch_size,
+        "embed_dim": embed_dim,
+        "depth": depth,
+        "options": options,
+    }
