@@ -1,0 +1,228 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode, v2
+
+from util.transforms import denormalize, eval_transform, pretrain_transform, read_rgb, to_rgb
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+IDENTITY = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+ORIENTATION = 0x0112
+
+COLOURS = np.array([[[250, 10, 20], [30, 240, 50]], [[60, 70, 230], [0, 255, 128]]], np.uint8)
+GREY = np.array([[0, 7], [128, 255]], np.uint8)
+GREY_AS_RGB = np.stack([GREY] * 3, axis=-1)
+RAMP_16 = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+RAMP_16_AS_RGB = np.stack([np.arange(256, dtype=np.uint8).reshape(16, 16)] * 3, axis=-1)
+
+# What each EXIF orientation asks of a viewer.
+UPRIGHT = {
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
+def in_file(image, file_format, **options):
+    """The image as a file that has been written and opened again."""
+    file = io.BytesIO()
+    image.save(file, file_format, **options)
+    file.seek(0)
+    return Image.open(file)
+
+
+def palette_image(transparency=None):
+    image = Image.fromarray(np.array([[0, 1], [2, 3]], np.uint8))
+    image = image.convert("P")
+    image.putdata([0, 1, 2, 3])
+    image.putpalette(COLOURS.reshape(-1).tolist())
+    options = {} if transparency is None else {"transparency": transparency}
+    return in_file(image, "PNG", **options)
+
+
+def with_alpha(array):
+    alpha = np.array([[0, 85], [170, 255]], np.uint8)[..., None]
+    return np.concatenate([array if array.ndim == 3 else array[..., None], alpha], axis=-1)
+
+
+# The ink of each pixel: all of cyan, half of magenta, nothing, only black.
+CMYK = np.array([[[255, 0, 0, 0], [0, 128, 0, 0]], [[0, 0, 0, 0], [0, 0, 0, 255]]], np.uint8)
+CMYK_AS_RGB = np.array([[[0, 255, 255], [255, 127, 255]], [[255, 255, 255], [0, 0, 0]]], np.uint8)
+
+MODES = {
+    "RGB": (lambda: in_file(Image.fromarray(COLOURS), "PNG"), "RGB", COLOURS),
+    "grey": (lambda: in_file(Image.fromarray(GREY), "PNG"), "L", GREY_AS_RGB),
+    "grey+alpha": (
+        lambda: in_file(Image.fromarray(with_alpha(GREY), "LA"), "PNG"),
+        "LA",
+        GREY_AS_RGB,
+    ),
+    "RGB+alpha": (lambda: in_file(Image.fromarray(with_alpha(COLOURS)), "PNG"), "RGBA", COLOURS),
+    "black and white": (
+        lambda: in_file(Image.fromarray(GREY > 100), "PNG"),
+        "1",
+        np.where(GREY_AS_RGB > 100, 255, 0),
+    ),
+    "CMYK": (lambda: in_file(Image.fromarray(CMYK, "CMYK"), "TIFF"), "CMYK", CMYK_AS_RGB),
+    "palette": (palette_image, "P", COLOURS),
+    "palette, one transparent": (lambda: palette_image(2), "P", COLOURS),
+    "palette, each transparent": (lambda: palette_image(bytes([0, 85, 170, 255])), "P", COLOURS),
+    "16-bit PNG": (lambda: in_file(Image.fromarray(RAMP_16), "PNG"), "I;16", RAMP_16_AS_RGB),
+    "16-bit TIFF": (lambda: in_file(Image.fromarray(RAMP_16), "TIFF"), "I;16", RAMP_16_AS_RGB),
+    "16-bit TIFF, big-endian": (
+        lambda: in_file(Image.fromarray(RAMP_16.astype(">u2")), "TIFF"),
+        "I;16B",
+        RAMP_16_AS_RGB,
+    ),
+    "mode I": (
+        lambda: in_file(Image.fromarray(RAMP_16.astype(np.int32)), "TIFF"),
+        "I",
+        RAMP_16_AS_RGB,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MODES)
+@pytest.mark.filterwarnings("error")
+def test_every_image_mode_reads_as_exactly_known_rgb(case):
+    build, mode, expected = MODES[case]
+    image = build()
+    assert image.mode == mode  # else the case tests nothing
+    rgb = to_rgb(image)
+    assert rgb.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(rgb), expected)
+
+
+def test_cmyk_jpeg_has_its_colours():
+    inks = np.broadcast_to(np.array([255, 0, 0, 0], np.uint8), (16, 16, 4))
+    rgb = to_rgb(in_file(Image.fromarray(inks, "CMYK"), "JPEG", quality=100))
+    np.testing.assert_allclose(np.asarray(rgb)[8, 8], [0, 255, 255], atol=3)
+
+
+def test_16_bit_is_rounded_not_clipped():
+    grey = np.array([[0, 128, 129, 255, 256, 40000, 65535]], np.uint16)
+    rgb = np.asarray(to_rgb(in_file(Image.fromarray(grey), "PNG")))
+    np.testing.assert_array_equal(rgb[0, :, 0], np.round(grey[0] / 257))
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize(("file_format", "is_16_bit"), [("PNG", 0), ("PNG", 1), ("TIFF", 0)])
+def test_exif_orientation_is_applied(orientation, file_format, is_16_bit):
+    stored = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    image = Image.fromarray(stored.astype(np.uint16) * 257 if is_16_bit else stored)
+    rgb = to_rgb(in_file(image, file_format, exif=exif))
+    expected = UPRIGHT[orientation](stored)
+    np.testing.assert_array_equal(np.asarray(rgb), np.stack([expected] * 3, axis=-1))
+
+
+def test_an_animation_reads_as_its_first_frame():
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    image = in_file(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert np.asarray(to_rgb(image))[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [np.ones((2, 2), np.float32), np.full((2, 2), 70000, np.int32), -np.eye(2, dtype="i4")],
+)
+def test_pixels_of_unknown_range_are_refused(pixels):
+    with pytest.raises(ValueError, match=r"floating-point|outside 0\.\.65535"):
+        to_rgb(in_file(Image.fromarray(pixels), "TIFF"))
+
+
+def test_read_rgb_closes_the_file(tmp_path):
+    Image.fromarray(COLOURS).save(tmp_path / "image.png")
+    file = (tmp_path / "image.png").open("rb")
+    image = read_rgb(file)
+    assert file.closed
+    np.testing.assert_array_equal(np.asarray(image), COLOURS)
+
+
+def coordinates_image(side=256):
+    """Red is the column, green the row, so that a crop shows where it was cut."""
+    rows, columns = np.mgrid[:side, :side].astype(np.uint8)
+    return Image.fromarray(np.stack([columns, rows, 0 * rows], axis=-1))
+
+
+def test_pretrain_crops_take_20_to_100_percent_and_flip_half_of_them():
+    image, transform = coordinates_image(), pretrain_transform((32, 48), *IDENTITY)
+    crops = torch.stack([transform(image) for _ in range(400)])
+    assert crops.shape == (400, 3, 32, 48)
+    assert crops.dtype == torch.float32
+    assert type(crops[0]) is torch.Tensor
+    width = (crops[:, 0, 16, -2] - crops[:, 0, 16, 1]) * (48 / 45) * 255 / 256
+    height = (crops[:, 1, -2, 24] - crops[:, 1, 1, 24]) * (32 / 29) * 255 / 256
+    area = width.abs() * height
+    assert area.min() > 0.18
+    assert area.max() < 1.02
+    assert area.max() - area.min() > 0.7
+    assert 0.4 < (width < 0).float().mean() < 0.6
+
+
+@pytest.mark.parametrize("build", [pretrain_transform, eval_transform])
+def test_resizing_is_antialiased(build):
+    stripes = np.zeros((512, 512, 3), np.uint8)
+    stripes[:, ::2] = 255
+    tensor = build((16, 16), *IDENTITY)(Image.fromarray(stripes))
+    assert (tensor - 0.5).abs().max() < 0.1
+
+
+def test_eval_transform_equals_torchvisions_for_squares():
+    torch.manual_seed(0)
+    usual = v2.Compose(
+        [
+            v2.Resize(256, interpolation=InterpolationMode.BICUBIC, antialias=True),
+            v2.CenterCrop(224),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
+    ours = eval_transform((224, 224), MEAN, STD, crop_share=224 / 256)
+    for width, height in ((300, 500), (640, 333), (256, 256), (50, 40)):
+        noise = torch.randint(256, (height, width, 3), dtype=torch.uint8).numpy()
+        image = Image.fromarray(noise)
+        assert torch.equal(ours(image), usual(image))
+
+
+@pytest.mark.parametrize("image_size", [(400, 100), (100, 400), (256, 256), (7, 5)])
+def test_eval_transform_cuts_the_centre_without_padding(image_size):
+    image = Image.new("RGB", image_size, "white")
+    tensor = eval_transform((32, 64), *IDENTITY, crop_share=0.8)(image)
+    assert tensor.shape == (3, 32, 64)
+    assert (tensor == 1).all()
+
+
+def test_eval_transform_keeps_the_aspect_ratio_and_the_middle():
+    tensor = eval_transform((64, 128), *IDENTITY)(coordinates_image())
+    assert tensor[1, 0, 0] * 255 == pytest.approx(64, abs=2)  # rows 64 to 192 of 256
+    assert tensor[1, -1, 0] * 255 == pytest.approx(191, abs=2)
+    assert tensor[0, 0, -1] * 255 == pytest.approx(254, abs=2)
+
+
+def test_crop_share_above_one_is_refused():
+    with pytest.raises(ValueError, match="crop_share"):
+        eval_transform((32, 32), MEAN, STD, crop_share=1.1)
+
+
+def test_normalised_with_mean_and_std_and_back():
+    image = Image.new("RGB", (8, 8), (255, 0, 51))
+    tensor = eval_transform((4, 4), MEAN, STD)(image)
+    expected = torch.tensor([(1 - 0.5) / 0.2, -0.4 / 0.25, (0.2 - 0.3) / 0.3])
+    torch.testing.assert_close(tensor[:, 0, 0], expected)
+    colours = denormalize(tensor[None], MEAN, STD)[0, :, 0, 0]
+    torch.testing.assert_close(colours, torch.tensor([1.0, 0.0, 0.2]))
+
+
+def test_denormalize_does_not_clip():
+    assert denormalize(torch.full((1, 3, 2, 2), 9.0), MEAN, STD).min() > 1

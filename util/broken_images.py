@@ -1,0 +1,85 @@
+"""The images of a data set that cannot be read: named once, counted, and limited."""
+
+import logging
+
+from PIL import UnidentifiedImageError
+
+from util.distributed import list_over_processes
+from util.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+MAX_LISTED = 20
+
+
+def reason_of(error: Exception) -> str:
+    """Why an image is broken, in one line that is the same every time."""
+    if isinstance(error, UnidentifiedImageError):  # its own text holds an address in memory
+        return "empty, or not an image that Pillow can read"
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def too_many_broken(broken: list[tuple[str, str]]) -> InputError:
+    """What to raise when these images in a row are broken."""
+    name, reason = broken[-1]
+    return InputError(
+        f"{len(broken)} images in a row cannot be read, the last being {name} ({reason}): "
+        "repair or remove them"
+    )
+
+
+class BrokenImages:
+    """Keeps the books on broken images, so that a run survives a few of them and not many.
+
+    Args:
+        num_images: size of the data set.
+        max_share: share of it, in [0, 1], that may be broken.
+    """
+
+    def __init__(self, num_images: int, max_share: float) -> None:
+        self.num_images = num_images
+        self.max_share = max_share
+        self.count = 0
+        self.reasons: dict[str, str] = {}  # of every distinct file, in the order met
+
+    def add(self, broken: list[tuple[str, str]]) -> None:
+        """Count every (file name, reason), and name in the log each file not met before."""
+        for name, reason in broken:
+            self.count += 1
+            if name not in self.reasons:
+                self.reasons[name] = reason
+                logger.warning("Broken image, another takes its place: %s (%s)", name, reason)
+
+    def take_count(self) -> int:
+        """How often all processes met a broken image since the last call, in an epoch for one."""
+        count, self.count = self.count, 0
+        return sum(list_over_processes([count]))
+
+    def check(self) -> None:
+        """Stop the run once too large a share of the data set is broken.
+
+        Every process has to call it, and all come to the same answer.
+
+        Raises:
+            InputError: with the number, the limit and the list of the distinct broken files.
+        """
+        names = list(dict.fromkeys(list_over_processes(list(self.reasons))))
+        found = len(names)
+        if found <= self.max_share * self.num_images:
+            return
+        listed = ", ".join(names[:MAX_LISTED])
+        more = f" and {found - MAX_LISTED} more" if found > MAX_LISTED else ""
+        raise InputError(
+            f"{found} of {self.num_images} images ({found / self.num_images:.2%}) cannot be read, "
+            f"above the limit of {self.max_share:.2%}: repair or remove them, "
+            f"or raise --max_broken: {listed}{more}"
+        )
+
+    def state_dict(self) -> dict[str, int | dict[str, str]]:
+        """Plain values that a resumed run continues from."""
+        return {"count": self.count, "reasons": dict(self.reasons)}
+
+    def load_state_dict(self, state: dict[str, int | dict[str, str]]) -> None:
+        """Continue from the values of `state_dict`."""
+        self.count = state["count"]
+        self.reasons = dict(state["reasons"])

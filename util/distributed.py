@@ -1,0 +1,107 @@
+"""The processes of a run, as torchrun starts them; every call also works in a single process."""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from util.errors import InputError
+
+
+def start_processes(device: str) -> torch.device:
+    """Join the other processes where torchrun started several; return this process's device.
+
+    Only torchrun's variables count, so that a shell inside a SLURM job stays a single process.
+
+    Args:
+        device: "cuda", "cuda:1", "cpu", "mps", ...; with several processes on GPUs, each takes
+            the one of its local rank.
+
+    Raises:
+        InputError: the device is not there.
+    """
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(
+            f"--device {device} is none that PyTorch knows: try cuda or cpu"
+        ) from error
+    if chosen.type == "cuda":
+        num_gpus = torch.cuda.device_count()
+        chosen = torch.device("cuda", chosen.index or int(os.environ.get("LOCAL_RANK", "0")))
+        if chosen.index >= num_gpus:
+            raise InputError(
+                f"--device {chosen} needs {chosen.index + 1} GPUs and {num_gpus} are there: start "
+                "fewer processes or use --device cpu"
+            )
+        torch.cuda.set_device(chosen)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return chosen
+
+
+def stop_processes() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Number of this process, 0 for the one that writes files."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main_process() -> bool:
+    """Whether this process writes files and messages."""
+    return rank() == 0
+
+
+def stack_over_processes(values: Tensor) -> Tensor:
+    """Put every process's (N,) tensor below each other, (world size, N), on all processes."""
+    if not dist.is_initialized():
+        return values.unsqueeze(0)
+    rows = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, values)
+    return torch.stack(rows)
+
+
+def list_over_processes(values: list) -> list:
+    """Join every process's list of picklable objects, on all processes."""
+    if not dist.is_initialized():
+        return values
+    lists = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(lists, values)
+    return [value for part in lists for value in part]
+
+
+def from_main_process(value: object) -> object:
+    """Give every process the main process's value, any picklable object."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """Wrap the model so that gradients are averaged over processes; unchanged for one process."""
+    if not dist.is_initialized():
+        return model
+    device_ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def gradient_sync(model: nn.Module, *, enabled: bool) -> AbstractContextManager:
+    """Context in which backward reduces gradients over processes, or leaves that for later."""
+    if enabled or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()

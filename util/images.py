@@ -1,0 +1,145 @@
+"""Images that are known by their index, and the batches they come in."""
+
+import itertools
+import numbers
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from util.broken_images import reason_of, too_many_broken
+from util.errors import InputError, RunError
+from util.seeding import seeded
+from util.transforms import read_rgb, to_rgb
+
+Transform = Callable[[Image.Image], Tensor]
+
+# By itself timm finds .png, .jpg and .jpeg only, and passes over the others without a word.
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".jp2"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
+)
+MAX_BROKEN_IN_A_ROW = 100  # images in a row
+
+
+class Sample(NamedTuple):
+    """One image (3, H, W), its label, and the broken images met on the way to it."""
+
+    image: Tensor
+    label: int
+    broken: list[tuple[str, str]]
+
+
+class Batch(NamedTuple):
+    """One micro-batch."""
+
+    images: Tensor  # (B, 3, H, W), float32
+    labels: Tensor  # (B,), int64; -1 where the source has none
+    broken: list[tuple[str, str]]  # (file name, reason) of a broken image, every time it is met
+
+
+def collate(samples: list[Sample | InputError | RunError]) -> Batch | InputError | RunError:
+    """Stack samples to a batch; an error among the samples takes the place of the batch."""
+    for sample in samples:
+        if isinstance(sample, InputError | RunError):
+            return sample
+    images, labels, broken = zip(*samples, strict=True)
+    return Batch(torch.stack(images), torch.tensor(labels), list(itertools.chain(*broken)))
+
+
+class Digits(Dataset):
+    """scikit-learn's 1,797 real digits, 8x8 resized to 32x32 RGB; every fifth is held out."""
+
+    classes = tuple("0123456789")
+
+    def __init__(self, split: Literal["train", "validation"]) -> None:
+        from sklearn.datasets import load_digits
+
+        pixels, labels = load_digits(return_X_y=True)
+        chosen = (np.arange(len(labels)) % 5 == 0) == (split == "validation")
+        grey = np.round(pixels[chosen] * (255 / 16)).astype(np.uint8)  # scikit-learn's go to 16
+        self.images = grey.reshape(-1, 8, 8)
+        self.labels = labels[chosen]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image = Image.fromarray(self.images[index])
+        return to_rgb(image.resize((32, 32), Image.Resampling.BICUBIC)), self.labels[index]
+
+
+class IndexedImages(Dataset):
+    """Images known by their index: what `[epoch, index]` gives depends on the seed alone.
+
+    Args:
+        source: a data set of timm or torchvision, or `Digits`.
+        transform: RGB image to float32 (3, H, W), random by torch's global generator.
+        seed: the run's seed; the augmentation is a function of (seed, epoch, index).
+    """
+
+    def __init__(self, source: Dataset, transform: Transform, *, seed: int) -> None:
+        # Left alone, both libraries convert to RGB themselves, without regard to EXIF and 16 bit.
+        self.reader = getattr(source, "reader", source)
+        self.num_samples = len(self.reader)
+        if hasattr(source, "loader"):
+            source.loader = Image.open
+        self.transform = transform
+        self.seed = seed
+        # `classes` first: ImageNet's class_to_idx in torchvision has an entry for every synonym.
+        names = ("classes", "class_to_idx", "class_name_to_idx")
+        classes = next(filter(None, (getattr(self.reader, name, None) for name in names)), ())
+        self.labelled = set(classes) != {""}  # timm's class of the images outside class folders
+        self.num_classes = len(classes) if classes and self.labelled else None
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def name(self, index: int) -> str:
+        """The image's file name, or its index where the source has no files."""
+        if hasattr(self.reader, "filename"):
+            name = self.reader.filename(index, absolute=True)
+        else:
+            name = self.reader.samples[index][0] if hasattr(self.reader, "samples") else None
+        return str(name or f"image {index}")
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """The image at (epoch, index), or the next readable one in its place.
+
+        Raises:
+            InputError: `MAX_BROKEN_IN_A_ROW` images, or all there are, cannot be read.
+        """
+        epoch, index = key
+        broken = []
+        for offset in range(min(len(self), MAX_BROKEN_IN_A_ROW)):
+            candidate = (index + offset) % len(self)
+            try:
+                image, label = self.reader[candidate]
+                image = read_rgb(image)
+            except Exception as error:  # decoders raise anything on broken files
+                broken.append((self.name(candidate), reason_of(error)))
+                continue
+            with seeded("augment", self.seed, epoch, index):
+                image = self.transform(image)
+            return Sample(image, label_of(label) if self.labelled else -1, broken)
+        raise too_many_broken(broken)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Sample | InputError]:
+        """A micro-batch; torch's loader asks for it by this name.
+
+        An error is handed over as a value: raised in a worker, its sentence would drown in a
+        traceback.
+        """
+        try:
+            return [self[key] for key in keys]
+        except InputError as error:
+            return [error]
+
+
+def label_of(label: object) -> int:
+    """A reader's label, or -1 where it gives none."""
+    return int(label) if isinstance(label, numbers.Integral) else -1

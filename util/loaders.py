@@ -1,0 +1,159 @@
+"""From a data set to the micro-batches of every step."""
+
+import itertools
+import logging
+from collections.abc import Iterable, Iterator
+from functools import cached_property, partial
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from util.errors import InputError, RunError
+from util.images import Batch, IndexedImages, collate
+from util.sampler import StepSampler
+from util.seeding import generator_for
+from util.streams import StreamedImages
+
+logger = logging.getLogger(__name__)
+
+
+class Batches(DataLoader):
+    """A DataLoader of batches, which raises the errors that its workers hand over as values."""
+
+    def __init__(self, dataset: Dataset, **options: object) -> None:
+        # Without a generator of its own it would draw from torch's global one.
+        super().__init__(dataset, collate_fn=collate, **{"generator": torch.Generator(), **options})
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            if isinstance(batch, InputError | RunError):
+                # A copy: raised itself, it and this frame would keep each other and the workers.
+                raise type(batch)(*batch.args)
+            yield batch
+
+
+class StepLoader:
+    """The micro-batches of each step, from an indexed source; resumes at any step.
+
+    Args:
+        dataset: what is read.
+        sampler: which of it makes up the micro-batches and steps of this rank.
+        workers: `num_workers` and `pin_memory` of the DataLoader.
+    """
+
+    resumes_mid_epoch = True
+
+    def __init__(
+        self, dataset: IndexedImages | StreamedImages, sampler: StepSampler, **workers: int
+    ) -> None:
+        self.dataset = dataset
+        self.sampler = sampler
+        self.workers = workers
+        self.steps_per_epoch = sampler.steps_per_epoch
+        self.effective_batch_size = sampler.effective_batch_size
+
+    @cached_property
+    def batches(self) -> Batches:
+        """The batches from the sampler's position on; its workers stay for the next epoch."""
+        persistent = self.workers["num_workers"] > 0
+        return Batches(
+            self.dataset, batch_sampler=self.sampler, persistent_workers=persistent, **self.workers
+        )
+
+    def batches_from(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        """This rank's micro-batches from this step to the end of the epoch."""
+        self.sampler.set_position(epoch, first_step)
+        return iter(self.batches)
+
+    def images_in_step(self, step: int) -> int:
+        """Images that all ranks read together in this step of an epoch; fewer in the last."""
+        return self.sampler.images_in_step(step)
+
+    def steps(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
+        """This rank's micro-batches, step by step from `first_step` to the end of the epoch."""
+        batches = self.batches_from(epoch, first_step)
+        return (
+            list(itertools.islice(batches, self.sampler.micro_batches_in_step(step)))
+            for step in range(first_step, self.steps_per_epoch)
+        )
+
+
+class StreamStepLoader(StepLoader):
+    """The micro-batches of each step, from a stream; resumes at the start of an epoch only.
+
+    Its sampler is there to count, for a stream has an order of its own.
+    """
+
+    resumes_mid_epoch = False
+
+    def batches_from(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        """This rank's micro-batches of the epoch, and more if asked for.
+
+        Raises:
+            ValueError: first_step is not 0.
+        """
+        if first_step != 0:
+            raise ValueError(f"a stream cannot start an epoch at step {first_step}, only at 0")
+        rank, world_size = self.sampler.rank, self.sampler.world_size
+        self.dataset.set_position(epoch, rank, world_size, self.workers["num_workers"])
+        # New workers for every epoch, because timm's readers carry random state over in old ones.
+        options = {"generator": generator_for("workers", self.sampler.seed, epoch, rank)}
+        options["batch_size"] = self.sampler.batch_size
+        return iter(Batches(self.dataset, **options, **self.workers))
+
+
+def build_train_loader(
+    dataset: IndexedImages | StreamedImages,
+    *,
+    batch_size: int,
+    accum_iter: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    num_workers: int,
+    pin_memory: bool,
+) -> StepLoader | StreamStepLoader:
+    """The loader of one rank; `batch_size` is that of a micro-batch on one process.
+
+    Raises:
+        InputError: a stream is too short for one step.
+    """
+    steps = {"batch_size": batch_size, "accum_iter": accum_iter, "seed": seed}
+    make_sampler = partial(StepSampler, rank=rank, world_size=world_size, **steps)
+    workers = {"num_workers": num_workers, "pin_memory": pin_memory}
+    if isinstance(dataset, IndexedImages):
+        return StepLoader(dataset, make_sampler(len(dataset)), **workers)
+
+    effective_batch_size = batch_size * accum_iter * world_size
+    left_out = dataset.num_samples % effective_batch_size
+    if dataset.num_samples == left_out:
+        raise InputError(
+            f"{dataset.name} has {left_out} images, fewer than the {effective_batch_size} of a "
+            "step: lower --batch_size or --accum_iter"
+        )
+    logger.info(
+        "%s is a stream: a run resumes at the start of an epoch, and an epoch leaves out the "
+        "%d of its %d images that do not fill a step",
+        *(dataset.name, left_out, dataset.num_samples),
+    )
+    return StreamStepLoader(dataset, make_sampler(dataset.num_samples - left_out), **workers)
+
+
+def build_eval_loader(
+    dataset: IndexedImages,
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    num_workers: int,
+    pin_memory: bool,
+) -> Iterable[Batch]:
+    """Every image once, in order, without padding: rank r reads r, r + world_size, ... or none."""
+    keys = [(0, index) for index in range(rank, len(dataset), world_size)]
+    return Batches(
+        dataset,
+        batch_sampler=[keys[i : i + batch_size] for i in range(0, len(keys), batch_size)],
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+    )

@@ -1,0 +1,82 @@
+"""Which images each process reads in each step of an epoch."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+from util.seeding import generator_for
+
+
+class StepSampler(Sampler[list[tuple[int, int]]]):
+    """Batch sampler of one rank: every item is one micro-batch, a list of (epoch, sample index).
+
+    The order of an epoch is a function of (seed, epoch). Step s takes the next R images of it, an
+    effective batch or what is left in the last step; rank r takes every `world_size`-th of them
+    from the r-th on, and reads them in order in micro-batches of at most `batch_size`. So the
+    images of a step do not depend on the number of processes and micro-batches they are split
+    into, and every image comes up once an epoch.
+
+    One exception: when R < world_size, each rank r >= R gets image r % R of the step as a
+    stand-in, because every rank has to take part in the step. The caller gives it the weight zero.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        batch_size: int,
+        accum_iter: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+    ) -> None:
+        if min(num_samples, batch_size, accum_iter, world_size) < 1:
+            raise ValueError("num_samples, batch_size, accum_iter and world_size must be positive")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not one of {world_size} processes")
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.effective_batch_size = batch_size * accum_iter * world_size
+        self.steps_per_epoch = math.ceil(num_samples / self.effective_batch_size)
+        self.epoch = 0
+        self.first_step = 0
+
+    def images_in_step(self, step: int) -> int:
+        """R, the images that all ranks read together in this step of an epoch."""
+        if not 0 <= step < self.steps_per_epoch:
+            raise ValueError(f"step {step} is not one of the epoch's {self.steps_per_epoch}")
+        return min(self.effective_batch_size, self.num_samples - step * self.effective_batch_size)
+
+    def micro_batches_in_step(self, step: int) -> int:
+        """Micro-batches of this rank in this step of an epoch; ranks may differ in the last one."""
+        own_images = len(range(self.rank, self.images_in_step(step), self.world_size))
+        return math.ceil(max(own_images, 1) / self.batch_size)
+
+    def set_position(self, epoch: int, step: int) -> None:
+        """Start the next iteration at this step of this epoch."""
+        if not 0 <= step <= self.steps_per_epoch:
+            raise ValueError(f"step {step} lies outside the epoch's {self.steps_per_epoch}")
+        self.epoch = epoch
+        self.first_step = step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """The micro-batches from the position to the end of its epoch."""
+        generator = generator_for("order", self.seed, self.epoch)
+        order = torch.randperm(self.num_samples, generator=generator)
+        epoch = self.epoch
+        for step in range(self.first_step, self.steps_per_epoch):
+            start = step * self.effective_batch_size
+            images = order[start : start + self.effective_batch_size].tolist()
+            own = images[self.rank :: self.world_size] or [images[self.rank % len(images)]]
+            for first in range(0, len(own), self.batch_size):
+                yield [(epoch, index) for index in own[first : first + self.batch_size]]
+
+    def __len__(self) -> int:
+        """The micro-batches left on this rank from the position on."""
+        steps = range(self.first_step, self.steps_per_epoch)
+        return sum(self.micro_batches_in_step(step) for step in steps)

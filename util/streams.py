@@ -1,0 +1,152 @@
+"""Images that come in a row: webdatasets and streams of Hugging Face's data sets."""
+
+import io
+import itertools
+import logging
+import random
+from collections.abc import Iterator
+from functools import partial
+from types import SimpleNamespace
+from typing import BinaryIO
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from util.broken_images import reason_of, too_many_broken
+from util.errors import InputError, RunError
+from util.images import IMAGE_SUFFIXES, MAX_BROKEN_IN_A_ROW, Sample, Transform, label_of
+from util.seeding import fold_seed, seeded
+from util.transforms import read_rgb
+
+logger = logging.getLogger(__name__)
+
+
+class StreamedImages(IterableDataset):
+    """Images that come in a row, without end: a source that runs dry starts again, and logs it.
+
+    They are a function of (seed, epoch, rank, world size, worker, number of workers).
+
+    Args:
+        source: an iterable data set of timm that leaves its images unconverted.
+        transform: RGB image to float32 (3, H, W), random by torch's global generator.
+        seed: the run's seed.
+        name: the source's name, `wds/...` for instance.
+    """
+
+    def __init__(
+        self, source: IterableDataset, transform: Transform, *, seed: int, name: str
+    ) -> None:
+        self.reader = source.reader
+        self.transform = transform
+        self.seed = seed
+        self.name = name
+        self.num_samples = self.reader.num_samples
+        self.num_classes = len(self.reader.class_to_idx) or None
+        self.epoch, self.rank, self.world_size = 0, 0, 1
+
+    def set_position(self, epoch: int, rank: int, world_size: int, num_workers: int) -> None:
+        """Choose the epoch of the next iteration, and share it out among ranks and workers."""
+        self.epoch = epoch
+        self.rank = self.reader.dist_rank = rank
+        self.world_size = self.reader.dist_num_replicas = world_size
+        self.reader.set_loader_cfg(num_workers=num_workers)
+        self.reader.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Sample | InputError | RunError]:
+        """Samples; an error is handed over as the last value, see `IndexedImages.__getitems__`."""
+        try:
+            yield from self._samples()
+        except InputError as error:
+            yield error
+        except Exception as error:
+            yield RunError(f"{self.name} cannot be read any further: {reason_of(error)}")
+
+    def _samples(self) -> Iterator[Sample]:
+        worker = get_worker_info()
+        num_workers = worker.num_workers if worker else 1
+        share = self.rank * num_workers + (worker.id if worker else 0)
+        broken, num_broken, num_images = [], 0, 0
+        for restart in itertools.count():
+            num_images_before = num_images
+            if hasattr(self.reader, "sample_shuffle_size"):  # a webdataset
+                place, num_shares = (self.seed, self.epoch, restart), self.world_size * num_workers
+                source = _read_shards(self.reader, place, share, num_shares, broken)
+            else:
+                source = (("", image, label) for image, label in self.reader)
+            for name, image, label in source:
+                try:
+                    image = read_rgb(image)
+                except Exception as error:  # decoders raise anything on broken files
+                    if not name:  # a record of Hugging Face's, which may know its path
+                        name = image.get("path") or f"{self.name}: {fold_seed(repr(image)):x}"
+                    broken.append((name, reason_of(error)))
+                    num_broken += 1
+                    if num_broken == MAX_BROKEN_IN_A_ROW:
+                        raise too_many_broken(broken) from error
+                    continue
+                with seeded("augment", self.seed, self.epoch, share, num_images):
+                    image = self.transform(image)
+                yield Sample(image, label_of(label), broken.copy())
+                broken.clear()
+                num_broken, num_images = 0, num_images + 1
+            if num_images == num_images_before and broken:
+                raise too_many_broken(broken)
+            if num_images == num_images_before:
+                raise InputError(
+                    f"{self.name} has no shard left for one of the workers: lower --num_workers, "
+                    "so that all processes together have no more workers than there are shards"
+                )
+            message = "%s: epoch %d, share %d runs dry after %d images and starts again"
+            logger.warning(message, self.name, self.epoch, share, num_images)
+
+
+def _read_shards(
+    reader: object,
+    place: tuple[int, ...],
+    share: int,
+    num_shares: int,
+    broken: list[tuple[str, str]],
+) -> Iterator[tuple[str, BinaryIO, int]]:
+    """(name, file, label) of this share of a webdataset, shuffled; what breaks goes to `broken`.
+
+    timm's own iteration drops unlabelled and broken images without saying which.
+    """
+    import webdataset
+
+    def samples() -> Iterator[dict[str, bytes]]:
+        for shard in shards[share::num_shares]:
+
+            def go_on(error: Exception, shard: str = shard) -> bool:
+                broken.append((shard, f"cannot be read to its end: {type(error).__name__}"))
+                return True
+
+            yield from webdataset.tarfile_samples([{"url": shard}], handler=go_on)
+
+    shards = [f"{reader.root}/{name}" for name in reader.split_info.filenames]
+    random.Random(fold_seed("shards", *place)).shuffle(shards)
+    sizes = {"bufsize": reader.sample_shuffle_size, "initial": reader.sample_initial_size}
+    rng = random.Random(fold_seed("shuffle", *place, share))
+    image_keys = [suffix[1:] for suffix in IMAGE_SUFFIXES]
+    for sample in webdataset.shuffle(**sizes, rng=rng)(samples()):
+        name = f"{sample['__url__']}/{sample['__key__']}"
+        image = webdataset.getfirst(sample, image_keys, default=b"", missing_is_error=False)
+        label = sample.get("cls", b"").strip()
+        yield name, io.BytesIO(image), int(label) if label.isdigit() else -1
+
+
+def adapt_hub_reader(kind: str, reader: object) -> None:
+    """Let timm's readers of Hugging Face's data sets pass over missing labels and broken images."""
+    if kind == "hfds" and "label" not in reader.dataset.column_names:
+        reader.label_key = reader.image_key
+    if kind == "hfids":
+        open_stream = partial(_undecoded_stream, reader, reader.builder)
+        reader.builder = SimpleNamespace(as_streaming_dataset=open_stream)
+
+
+def _undecoded_stream(reader: object, builder: object, split: str) -> IterableDataset:
+    """The builder's stream, its images left encoded: decoding, it would end at a broken one."""
+    from datasets import Image as ImageColumn
+
+    stream = builder.as_streaming_dataset(split=split)
+    if "label" not in (stream.column_names or ["label"]):
+        reader.target_key = reader.input_key
+    return stream.cast_column(reader.input_key, ImageColumn(decode=False))
