@@ -1,0 +1,228 @@
+"""The pre-training loop, and what is measured on held-out images."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from util.checkpoint import CheckpointWriter, TrainState
+from util.distributed import gradient_sync, rank, stack_over_processes, world_size
+from util.figures import MOMENTS_NOTE, draw_figure, reconstruction_panels
+from util.images import Batch
+from util.loaders import StepLoader
+from util.masking import TokenSplit
+from util.metrics import RunLog
+from util.optim import set_lr
+from util.patches import denormalize_patches, gather_patches
+from util.precision import Precision
+from util.seeding import generator_for
+from util.transforms import denormalize
+
+
+def step_noise(
+    seed: int, step: int, num_images: int, num_patches: int, device: torch.device
+) -> Tensor:
+    """This process's rows of a step's noise, from which its token splits follow.
+
+    Every process draws the rows of all, so that a step's splits do not depend on how many
+    processes and micro-steps share its images.
+
+    Returns:
+        (B, L) uniform in [0, 1) for the images of this process, in the loader's order.
+    """
+    generator = generator_for("mask", seed, step, device=device)
+    num_rows = max(num_images, world_size())  # a process without an image has a stand-in
+    noise = torch.rand(num_rows, num_patches, generator=generator, device=device)
+    return noise[rank() :: world_size()]
+
+
+def train_one_epoch(
+    model: nn.Module,
+    loader: StepLoader,
+    state: TrainState,
+    *,
+    lr_at: Callable[[int], float],
+    split_tokens: Callable[[Tensor], TokenSplit],
+    num_patches: int,
+    seed: int,
+    device: torch.device,
+    log_every: int,
+    run_log: RunLog,
+    checkpoints: CheckpointWriter,
+) -> dict[str, float]:
+    """Train for one epoch, or for what a resume has left of it.
+
+    Args:
+        model: `model(images, split) -> loss`, perhaps wrapped to average gradients.
+        loader: the epoch's steps, each a list of micro-batches.
+        state: what training changes; its progress says where to begin.
+        lr_at: learning rate of a step, by its number in the run.
+        split_tokens: noise (B, L) -> which patches are seen and predicted.
+        num_patches: L.
+        seed: of the run.
+        device: where the model is.
+        log_every: steps between log points, the only ones at which the host waits.
+        run_log: shows and keeps the metrics.
+        checkpoints: saves at log points when it is time.
+
+    Returns:
+        Mean metrics of the epoch.
+
+    Raises:
+        NonFiniteLossError: on all processes at once, before anything is saved.
+        InputError: too many images cannot be read.
+    """
+    progress, precision, meters = state.progress, state.precision, state.meters
+    images_shown = meters.num_images
+    model.train()
+    run_log.start_epoch(progress.epoch, progress.step_in_epoch)
+    for micro_batches in loader.steps(progress.epoch, progress.step_in_epoch):
+        lr = lr_at(progress.step)
+        set_lr(state.optimizer, lr)
+        num_images = loader.images_in_step(progress.step_in_epoch)
+        noise = step_noise(seed, progress.step, num_images, num_patches, device)  # (own images, L)
+        # Gradients are averaged over processes: an image weighs the same wherever it is. The
+        # stand-in of a process without one weighs nothing.
+        weight = world_size() / num_images if rank() < num_images else 0.0
+
+        step_loss = torch.zeros((), device=device)
+        for micro_step, batch in enumerate(micro_batches, start=1):
+            images = batch.images.to(device, non_blocking=True)  # (B, C, H, W)
+            split = split_tokens(noise[: len(images)])  # visible (B, V), predicted (B, P)
+            noise = noise[len(images) :]
+            # Gradients are reduced once a step, not once a micro-step.
+            with gradient_sync(model, enabled=micro_step == len(micro_batches)):
+                with precision.autocast():
+                    loss = model(images, split) * (len(images) * weight)
+                precision.backward(loss)
+            step_loss += loss.detach()
+            state.broken.add(batch.broken)
+
+        grad_norm = precision.step(state.optimizer, model)
+        state.optimizer.zero_grad(set_to_none=True)
+        meters.update(
+            loss=step_loss, grad_norm=grad_norm, num_images=num_images, step=progress.step
+        )
+        progress.step += 1
+        progress.step_in_epoch += 1
+
+        end_of_epoch = progress.step_in_epoch == loader.steps_per_epoch
+        if end_of_epoch or progress.step_in_epoch % log_every == 0:
+            stats = meters.read()  # the host waits for the device here, and nowhere else
+            state.broken.check()
+            run_log.log_step(
+                progress.step,
+                epoch=progress.epoch,
+                lr=lr,
+                num_images=meters.num_images - images_shown,
+                stats=stats,
+            )
+            images_shown = meters.num_images
+            if not end_of_epoch:
+                checkpoints.save_if_due()
+    means = {**meters.means(), "lr": lr, "broken_images": state.broken.take_count()}
+    meters.reset()
+    progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+    return means
+
+
+def heldout_split(
+    ids: Sequence[int],
+    split_tokens: Callable[[Tensor], TokenSplit],
+    *,
+    num_patches: int,
+    seed: int,
+    device: torch.device,
+) -> TokenSplit:
+    """The masks of held-out images, which depend on the seed and the images' numbers alone."""
+    generators = [generator_for("mask", seed, "held-out", i) for i in ids]
+    noise = torch.stack([torch.rand(num_patches, generator=g) for g in generators])
+    return split_tokens(noise.to(device))
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    *,
+    split_tokens: Callable[[Tensor], TokenSplit],
+    num_patches: int,
+    seed: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    precision: Precision,
+    device: torch.device,
+) -> dict[str, float]:
+    """Measure how well held-out images are reconstructed (App. B.2).
+
+    Args:
+        model: a MaskedAutoencoder, without the wrapper that averages gradients.
+        loader: every held-out image once; process r has the images r, r + world size, ...
+        split_tokens: noise (B, L) -> which patches are seen and predicted.
+        num_patches: L.
+        seed: of the run.
+        mean, std: of the normalisation of channels.
+        precision: for autocast.
+        device: where the model is.
+
+    Returns:
+        `val_loss`; `val_psnr` in dB, the mean over images of the PSNR of their predicted patches
+        in [0, 1], which takes the patches' moments from the original where the model was trained
+        on normalised pixels; `val_images`.
+    """
+    model.eval()
+    sums = torch.zeros(3, device=device)  # loss, PSNR, images
+    first = rank()
+    for batch in loader:
+        images = batch.images.to(device, non_blocking=True)  # (B, C, H, W)
+        ids = range(first, first + len(images) * world_size(), world_size())
+        first = ids.stop
+        split = heldout_split(ids, split_tokens, num_patches=num_patches, seed=seed, device=device)
+        with precision.autocast():
+            pred = model.predict(images, split)
+        pred = pred.float()  # (B, P, p*p*C)
+        loss = (pred - model.target(images, split)).square().mean(dim=(1, 2))  # (B,)
+        originals = gather_patches(images, split.predicted, model.encoder.patch_size)
+        pixels = denormalize_patches(model.pixels(pred, images, split), mean, std).clamp(0, 1)
+        error = (pixels - denormalize_patches(originals, mean, std)).square().mean(dim=(1, 2))
+        psnr = -10 * error.clamp(min=1e-10).log10()  # (B,), at most 100 dB
+        sums += torch.stack((loss.sum(), psnr.sum(), torch.full_like(loss[0], len(images))))
+    loss, psnr, num_images = stack_over_processes(sums).sum(dim=0).tolist()
+    return {
+        "val_loss": loss / num_images,
+        "val_psnr": psnr / num_images,
+        "val_images": int(num_images),
+    }
+
+
+@torch.no_grad()
+def draw_reconstructions(
+    model: nn.Module,
+    images: Tensor,
+    split: TokenSplit,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    precision: Precision,
+) -> np.ndarray:
+    """Draw images, what the encoder saw of them, and what the decoder made of that (Fig. 2).
+
+    Args:
+        model: a MaskedAutoencoder, without the wrapper that averages gradients.
+        images: (B, C, H, W), normalised, on the model's device.
+        split: which patches are seen and predicted.
+        mean, std: of the normalisation of channels.
+        precision: for autocast.
+
+    Returns:
+        uint8 (height, width, 3).
+    """
+    model.eval()
+    with precision.autocast():
+        pred = model.predict(images, split)
+    pixels = denormalize_patches(model.pixels(pred.float(), images, split), mean, std)
+    originals = denormalize(images, mean, std)
+    panels = reconstruction_panels(originals, pixels, split, model.encoder.patch_size)
+    return draw_figure(panels, note=MOMENTS_NOTE if model.norm_pix_loss else "")

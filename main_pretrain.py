@@ -1,0 +1,443 @@
+"""Pre-train CrossMAE, or the MAE baseline.
+
+python main_pretrain.py --data_path IMAGES --pred_ratio 0.25
+torchrun --nproc_per_node 8 main_pretrain.py --data_path IMAGES --pred_ratio 0.25
+"""
+
+import argparse
+import logging
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+import models_crossmae
+import models_mae
+from engine_pretrain import draw_reconstructions, evaluate, heldout_split, train_one_epoch
+from models_crossmae import MaskedAutoencoder
+from util.arguments import (
+    Parser,
+    add_data_args,
+    add_masking_args,
+    add_model_args,
+    add_optim_args,
+    add_precision_args,
+    add_run_args,
+    check_data_args,
+    check_masking_args,
+    check_optim_args,
+    positive_int,
+)
+from util.broken_images import BrokenImages
+from util.checkpoint import (
+    CheckpointWriter,
+    Progress,
+    TrainState,
+    check_format,
+    check_same_run,
+    checkpoint_place,
+    find_resume,
+    list_checkpoints,
+    read_checkpoint,
+)
+from util.datasets import build_dataset
+from util.distributed import data_parallel, is_main_process, rank, world_size
+from util.errors import InputError, RunError
+from util.images import IndexedImages
+from util.loaders import build_eval_loader, build_train_loader
+from util.masking import check_grid, count_tokens, split_tokens
+from util.metrics import EpochMeters, RunLog, read_log
+from util.optim import build_adamw
+from util.precision import Precision
+from util.run import run_main, start_run, write_args
+from util.schedule import cosine_lr, scaled_lr
+from util.streams import StreamedImages
+from util.transforms import eval_transform, pretrain_transform
+from util.weights import from_released, read_weights_file, released_options
+
+SIZES = (
+    "tiny_patch4",
+    "tiny_patch16",
+    "small_patch16",
+    "base_patch16",
+    "large_patch16",
+    "huge_patch14",
+)
+MODELS: dict[str, Callable[..., MaskedAutoencoder]] = {
+    **{f"crossmae_vit_{s}": getattr(models_crossmae, f"crossmae_vit_{s}") for s in SIZES},
+    **{f"mae_vit_{s}": getattr(models_mae, f"mae_vit_{s}") for s in SIZES},
+}
+NUM_SHOWN = 8  # images in the pictures of reconstructions
+FIGURE = "reconstructions.png"
+
+_logger = logging.getLogger(__name__)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line; defaults are the paper's (Table 10, App. A.6)."""
+    parser = Parser(prog="main_pretrain.py", description="Pre-train CrossMAE or MAE.")
+    add_run_args(parser, output_dir="output/pretrain")
+    add_data_args(parser, input_size=224, num_workers=min(10, os.cpu_count() or 1))
+    add_model_args(parser, models=MODELS, model="crossmae_vit_base_patch16")
+    add_masking_args(parser, mask_ratio=0.75)
+    add_optim_args(parser, batch_size=512, epochs=800, blr=1.5e-4, weight_decay=0.05)
+    add_precision_args(parser)
+    group = parser.add_argument_group("evaluation")
+    group.add_argument(
+        "--eval_every",
+        type=positive_int,
+        default=20,
+        help="epochs between measurements of held-out loss and PSNR (%(default)s)",
+    )
+    group.add_argument(
+        "--visualize_every",
+        type=positive_int,
+        default=20,
+        help="epochs between pictures of reconstructions (%(default)s)",
+    )
+    args = parser.parse_args(argv)
+    check_data_args(args)
+    check_masking_args(args)
+    check_optim_args(args)
+    if args.model.startswith("mae_"):
+        if args.pred_ratio not in (None, args.mask_ratio):
+            raise InputError(
+                f"--pred_ratio {args.pred_ratio} does not go with {args.model}: MAE's decoder "
+                "predicts all masked patches at once (Sec. 3.3), so leave it out"
+            )
+        if args.decoder_self_attention:
+            raise InputError(
+                f"--decoder_self_attention is an option of CrossMAE; {args.model} has nothing else"
+            )
+    return args
+
+
+def model_options(args: argparse.Namespace) -> dict:
+    """The arguments of the model's factory, as plain values that a checkpoint keeps."""
+    names = ["decoder_depth", "decoder_embed_dim", "decoder_num_heads", "feature_maps"]
+    names += ["norm_pix_loss", "iba_init", "iba_softmax", "iba_projection"]
+    if args.model.startswith("crossmae_"):
+        names.append("decoder_self_attention")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return {"img_size": args.input_size * (2 // len(args.input_size)), **options}
+
+
+def build_model(name: str, options: dict) -> MaskedAutoencoder:
+    """Build a model of MODELS.
+
+    Raises:
+        InputError: the options do not fit together, or leave encoder blocks untrained.
+    """
+    try:
+        model = MODELS[name](**options)
+    except ValueError as error:
+        raise InputError(f"{name} cannot be built: {error}") from error
+    attention, depth = model.decoder.inter_block_attention, len(model.encoder.blocks)
+    if attention is not None and max(attention.map_ids) < depth:
+        raise InputError(
+            f"--feature_maps without {depth}, the last block's, would leave the encoder's last "
+            "blocks untrained: add it"
+        )
+    return model
+
+
+def load_model(path: str | Path) -> tuple[MaskedAutoencoder, dict]:
+    """Load a pre-trained model, in evaluation mode on the CPU.
+
+    Args:
+        path: a checkpoint of ours, or of the released CrossMAE or MAE code.
+
+    Returns:
+        The model, and how it was trained: `mean`, `std`, `mask_ratio`, `mask_sampling`.
+
+    Raises:
+        InputError: the file is missing, damaged or holds no masked autoencoder.
+    """
+    content = read_weights_file(path)
+    if "format" in content:
+        checkpoint = check_format(content, path)
+        model = build_model(checkpoint["model_name"], checkpoint["model_options"])
+        model.load_state_dict(checkpoint["model"])
+        return model.eval(), checkpoint
+    state = content.get("model", content)
+    args = vars(content["args"]) if "args" in content else {}
+    found = released_options(state, args)
+    sizes = {name: MODELS[name].args[0] for name in MODELS if name.startswith(found["kind"])}
+    shape = [found[key] for key in ("patch_size", "embed_dim", "depth")]
+    name = next(
+        (n for n, s in sizes.items() if [s.patch_size, s.embed_dim, s.depth] == shape), None
+    )
+    if name is None:
+        raise InputError(f"{path} has a size that is none of ours (patch, width, depth: {shape})")
+    model = build_model(name, found["options"])
+    model.load_state_dict(from_released(state))
+    mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
+    training = {"mean": mean, "std": std, "mask_ratio": 0.75, "mask_sampling": "random"}
+    return model.eval(), training
+
+
+def open_datasets(
+    args: argparse.Namespace, name: str, img_size: Sequence[int]
+) -> tuple[IndexedImages | StreamedImages, IndexedImages | None, IndexedImages | None]:
+    """Open the images to train on, the held-out ones, and those to draw.
+
+    The last two are None where there are none; without held-out images, training ones are drawn.
+    """
+    source = {"name": name, "data_path": args.data_path, "seed": args.seed}
+    train_transform = pretrain_transform(img_size, args.mean, args.std)
+    plain_transform = eval_transform(img_size, args.mean, args.std)
+    train_set = build_dataset(
+        **source,
+        split="train",
+        transform=train_transform,
+        num_samples=args.num_samples,
+        batch_size=args.batch_size,
+    )
+    heldout = {"split": "validation", "transform": plain_transform}
+    if args.val_path:
+        source = {**source, "name": "folder", "data_path": args.val_path}
+        val_set = build_dataset(**source, **heldout, search_split=False)
+    else:
+        val_set = build_dataset(**source, **heldout)
+    shown_set = val_set
+    if val_set is None and isinstance(train_set, IndexedImages):
+        shown_set = build_dataset(**source, split="train", transform=plain_transform)
+    return train_set, val_set, shown_set
+
+
+def summarize(output_dir: Path, log_dir: Path) -> None:
+    """Say what the finished run reached, and where it is.
+
+    Raises:
+        RunError: the last checkpoint could not be written.
+    """
+    last = read_log(output_dir)[-1]
+    path = max(list_checkpoints(output_dir), default=None, key=checkpoint_place)
+    if path is None or checkpoint_place(path)[0] < last["epoch"]:
+        raise RunError(
+            "the last checkpoint could not be written, see above: make room and start the same "
+            "command again, which continues from the checkpoint before it"
+        )
+    if "val_loss" in last:
+        _logger.info(
+            "held-out loss %.4f, masked-patch PSNR %.2f dB over %d images",
+            *(last["val_loss"], last["val_psnr"], last["val_images"]),
+        )
+    _logger.info("checkpoint: %s", path)
+    _logger.info("TensorBoard: %s", log_dir)
+    if (output_dir / FIGURE).exists():
+        _logger.info("figure: %s", output_dir / FIGURE)
+
+
+def run_settings(
+    args: argparse.Namespace,
+    options: dict,
+    *,
+    dataset: str,
+    num_images: int,
+    batch_size: int,
+    lr: float,
+    warmup_epochs: float,
+    amp: str,
+) -> tuple[dict, dict]:
+    """What makes a run the run it is, and what may change when it is continued."""
+    identity = {
+        "--model": args.model,
+        **{f"--{name}".replace("img_size", "input_size"): v for name, v in options.items()},
+        "--mask_ratio": args.mask_ratio,
+        "--pred_ratio": args.pred_ratio or args.mask_ratio,
+        "--mask_sampling": args.mask_sampling,
+        "--dataset": dataset,
+        "--mean": args.mean,
+        "--std": args.std,
+        "--seed": args.seed,
+        "--weight_decay": args.weight_decay,
+        "number of training images": num_images,
+        "effective batch size": batch_size,
+    }
+    recipe = {
+        "--epochs": args.epochs,
+        "--warmup_epochs": warmup_epochs,
+        "lr": lr,
+        "--min_lr": args.min_lr,
+        "--clip_grad": args.clip_grad,
+        "--amp": amp,
+        "--data_path": args.data_path,
+    }
+    return identity, recipe
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Pre-train from the start, or from where the last start was stopped."""
+    args = parse_args(argv)
+    device = start_run(device=args.device, seed=args.seed)
+    output_dir = Path(args.output_dir)
+    log_dir = Path(args.log_dir or output_dir / "tensorboard")
+    options = model_options(args)
+
+    # Data first: whatever is wrong with it shows before a model is built.
+    dataset = args.dataset or ("folder" if args.data_path else "digits")
+    train_set, val_set, shown_set = open_datasets(args, dataset, options["img_size"])
+    loading = {
+        "batch_size": args.batch_size,
+        "rank": rank(),
+        "world_size": world_size(),
+        "num_workers": args.num_workers,
+        "pin_memory": device.type == "cuda",
+    }
+    loader = build_train_loader(train_set, accum_iter=args.accum_iter, seed=args.seed, **loading)
+    val_loader = build_eval_loader(val_set, **loading) if val_set else None
+    num_images, num_steps = loader.sampler.num_samples, loader.steps_per_epoch
+    num_heldout = len(val_set) if val_set else "no"
+    _logger.info(
+        "%s: %d images, %d steps an epoch, %s images held out",
+        *(dataset, num_images, num_steps, num_heldout),
+    )
+
+    # The model, and how its patches are split.
+    model = build_model(args.model, options).to(device)
+    num_patches, grid_size = model.encoder.num_patches, model.encoder.grid_size
+    if args.mask_sampling == "grid":
+        check_grid(grid_size, args.mask_ratio)
+    # MAE predicts every masked patch; held-out images are decoded whole by every model.
+    is_mae = args.model.startswith("mae_")
+    pred_ratio = args.pred_ratio or args.mask_ratio
+    all_masked = count_tokens(num_patches, args.mask_ratio, None)
+    counts = all_masked if is_mae else count_tokens(num_patches, args.mask_ratio, pred_ratio)
+    split = partial(split_tokens, grid_size=grid_size, sampling=args.mask_sampling)
+    train_split, full_split = partial(split, counts=counts), partial(split, counts=all_masked)
+
+    # The learning rate (App. A.6), and in which numbers a step is computed.
+    batch_size = loader.effective_batch_size
+    ratios = {"mask_ratio": args.mask_ratio, "pred_ratio": pred_ratio}
+    lr = args.lr or scaled_lr(args.blr, batch_size, **ratios)
+    warmup_epochs = args.epochs / 20 if args.warmup_epochs is None else args.warmup_epochs
+    lr_at = partial(
+        cosine_lr,
+        lr=lr,
+        min_lr=args.min_lr,
+        warmup_steps=round(warmup_epochs * num_steps),
+        total_steps=args.epochs * num_steps,
+    )
+    origin = f"= {args.blr:g} x {lr / args.blr:.4g} (batch / 256 x pred_ratio / mask_ratio)"
+    _logger.info(
+        "effective batch size %d = %d x %d (--accum_iter) x %d (processes), lr %.4g %s",
+        *(batch_size, args.batch_size, args.accum_iter, world_size(), lr),
+        "as given" if args.lr else origin,
+    )
+    precision = Precision(
+        args.amp, device, clip_grad=args.clip_grad, attention_backend=args.attention_backend
+    )
+    example = torch.zeros(1, 3, *options["img_size"], device=device)
+    example_split = train_split(example.new_zeros(1, num_patches))
+    precision.check_attention_backend(model, example, example_split)
+    if args.compile:
+        precision.check_compiler()
+        model.compile()
+
+    # Where the run goes on, and whether it is still the same run.
+    state = TrainState(
+        model=model,
+        optimizer=build_adamw(model, weight_decay=args.weight_decay, betas=(0.9, 0.95)),
+        precision=precision,
+        progress=Progress(),
+        meters=EpochMeters(device),
+        broken=BrokenImages(num_images, args.max_broken),
+    )
+    progress = state.progress
+    identity, recipe = run_settings(
+        args,
+        options,
+        dataset=dataset,
+        num_images=num_images,
+        batch_size=batch_size,
+        lr=lr,
+        warmup_epochs=warmup_epochs,
+        amp=precision.amp,
+    )
+    resume_path = find_resume(output_dir, args.resume)
+    if resume_path:
+        checkpoint = read_checkpoint(resume_path)
+        check_same_run(checkpoint, identity, recipe, resume_path)
+        state.load_state_dict(checkpoint)
+        if not loader.resumes_mid_epoch:
+            state.rewind_epoch()
+        place = (progress.epoch, progress.step_in_epoch)
+        _logger.info("continuing %s after %d epochs and %d steps", resume_path, *place)
+    header = {
+        "model_name": args.model,
+        "model_options": options,
+        "mean": args.mean,
+        "std": args.std,
+        "mask_ratio": args.mask_ratio,
+        "mask_sampling": args.mask_sampling,
+        "identity": identity,
+        "recipe": recipe,
+        "args": vars(args),
+        "versions": write_args(output_dir, vars(args)),
+    }
+    checkpoints = CheckpointWriter(
+        output_dir, state, header, every_minutes=args.save_every_minutes, keep_last=args.keep_last
+    )
+    run_log = RunLog(
+        output_dir,
+        log_dir,
+        num_epochs=args.epochs,
+        steps_per_epoch=num_steps,
+        epoch=progress.epoch,
+        step=progress.step,
+        device=device,
+    )
+
+    parallel_model = data_parallel(model, device)
+    pixels = {"mean": args.mean, "std": args.std, "precision": precision}
+    heldout = {
+        "split_tokens": full_split,
+        "num_patches": num_patches,
+        "seed": args.seed,
+        "device": device,
+    }
+    if shown_set:
+        shown_ids = [i * len(shown_set) // NUM_SHOWN for i in range(NUM_SHOWN)]
+        shown_images = torch.stack([shown_set[0, i].image for i in shown_ids]).to(device)
+        shown_split = heldout_split(shown_ids, **heldout)
+
+    while progress.epoch < args.epochs:
+        stats = train_one_epoch(
+            parallel_model,
+            loader,
+            state,
+            lr_at=lr_at,
+            split_tokens=train_split,
+            num_patches=num_patches,
+            seed=args.seed,
+            device=device,
+            log_every=args.log_every,
+            run_log=run_log,
+            checkpoints=checkpoints,
+        )
+        is_last = progress.epoch == args.epochs
+        if val_loader and (is_last or progress.epoch % args.eval_every == 0):
+            stats |= evaluate(model, val_loader, **heldout, **pixels)
+        draws = is_main_process() and shown_set
+        if draws and (is_last or progress.epoch % args.visualize_every == 0):
+            figure = draw_reconstructions(model, shown_images, shown_split, **pixels)
+            run_log.log_image("reconstructions", figure, progress.step)
+            Image.fromarray(figure).save(output_dir / FIGURE)
+        run_log.end_epoch(stats, epoch=progress.epoch, step=progress.step)
+        if is_last or progress.epoch % args.save_every == 0:
+            checkpoints.save()
+        else:
+            checkpoints.save_if_due()
+
+    run_log.close()
+    if is_main_process():
+        summarize(output_dir, log_dir)
+
+
+if __name__ == "__main__":
+    run_main(main)

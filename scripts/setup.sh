@@ -1,0 +1,44 @@
+# Makes .venv and installs requirements into it, once for each content of the files.
+# Sourced by the other scripts from the repository's root:  source scripts/setup.sh; install_into_venv FILE
+
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+install_into_venv() {
+    local requirements=$1
+    local python=.venv/bin/python
+    local stamp=.venv/installed-${requirements%.txt}
+    local wanted
+    wanted=$(cat requirements.txt "$requirements")
+
+    if [ ! -x "$python" ]; then
+        local base=${PYTHON:-python3}
+        "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
+            fail "Python 3.10 or newer is needed: install it, or name one with PYTHON=/path/to/python3"
+        echo "making .venv with $("$base" --version)"
+        "$base" -m venv .venv || {
+            rm -rf .venv
+            fail "the venv module does not work: on Debian or Ubuntu, run apt-get install python3-venv"
+        }
+    fi
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+        echo "$requirements is installed in .venv"
+    else
+        echo "installing $requirements into .venv: a few minutes and gigabytes the first time"
+        "$python" -m pip install --quiet --disable-pip-version-check -r "$requirements" ||
+            fail "pip could not install $requirements: see above"
+    fi
+    check_torchvision "$python"
+    echo "$wanted" >"$stamp"
+}
+
+# A torchvision wheel over a torch of another build installs without complaint and fails at import.
+check_torchvision() {
+    local output
+    output=$("$1" -c 'import torchvision.ops; torchvision.ops.nms' 2>&1) && return
+    echo "$output" | tail -n 1 >&2
+    fail "torch and torchvision in .venv do not match: remove .venv and run this again, or install" \
+        "the pair that requirements.txt pins from one and the same index"
+}

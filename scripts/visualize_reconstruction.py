@@ -1,0 +1,109 @@
+"""Draw what a pre-trained model makes of images (Fig. 2).
+
+    python scripts/visualize_reconstruction.py --checkpoint C --images DIR|FILES --output F.png
+
+Columns: original, masked, reconstruction, reconstruction with the visible patches. All masked
+patches are decoded, also by a model that was trained to predict a part of them.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from engine_pretrain import draw_reconstructions, heldout_split
+from main_pretrain import load_model
+from util.arguments import Parser, natural_int, positive_int, ratio
+from util.errors import InputError
+from util.masking import count_tokens, split_tokens
+from util.precision import Precision
+from util.run import run_main, start_run
+from util.transforms import eval_transform, to_rgb
+
+_logger = logging.getLogger(__name__)
+
+
+def list_images(paths: Sequence[str], limit: int) -> list[Path]:
+    """The files that were named, and those in the folders that were, spread evenly to a limit.
+
+    Raises:
+        InputError: a path is missing, or there is no image.
+    """
+    files = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise InputError(f"--images {path} does not exist")
+        known = Image.registered_extensions()
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in known)
+        files += inside if path.is_dir() else [path]
+    if not files:
+        raise InputError(f"--images {' '.join(paths)} holds no image")
+    count = min(limit, len(files))
+    return [files[i * len(files) // count] for i in range(count)]
+
+
+def read_image(path: Path) -> Image.Image:
+    """Read an image file as RGB.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"{path} is no readable image: {error}") from error
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw the figure."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--checkpoint", required=True, help="of main_pretrain.py, or a released one"
+    )
+    parser.add_argument("--images", required=True, nargs="+", help="image files or folders")
+    parser.add_argument("--output", required=True, help="picture to write, such as figure.png")
+    parser.add_argument(
+        "--num_images", type=positive_int, default=8, help="at most so many (%(default)s)"
+    )
+    parser.add_argument("--mask_ratio", type=ratio, help="share of patches hidden (as trained)")
+    parser.add_argument("--seed", type=natural_int, default=0, help="of the masks (%(default)s)")
+    parser.add_argument("--device", help="such as cuda or cpu (cuda where there is one)")
+    args = parser.parse_args(argv)
+    device = start_run(device=args.device, seed=args.seed)
+
+    files = list_images(args.images, args.num_images)
+    model, training = load_model(args.checkpoint)
+    model.to(device)
+    mean, std, encoder = training["mean"], training["std"], model.encoder
+    transform = eval_transform(encoder.img_size, mean, std)
+    images = torch.stack([transform(read_image(path)) for path in files]).to(device)
+    split = heldout_split(
+        range(len(images)),
+        lambda noise: split_tokens(
+            noise,
+            count_tokens(encoder.num_patches, args.mask_ratio or training["mask_ratio"], None),
+            encoder.grid_size,
+            training["mask_sampling"],
+        ),
+        num_patches=encoder.num_patches,
+        seed=args.seed,
+        device=device,
+    )
+    figure = draw_reconstructions(
+        model, images, split, mean=mean, std=std, precision=Precision("fp32", device)
+    )
+    try:
+        Image.fromarray(figure).save(args.output)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write --output {args.output}: {error}") from error
+    _logger.info("%d images: %s", len(files), args.output)
+
+
+if __name__ == "__main__":
+    run_main(main)

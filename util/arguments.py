@@ -1,0 +1,319 @@
+"""Command-line arguments in groups; each main passes its own defaults, rows of the paper's tables.
+
+A group is a pair: `add_X_args` declares, `check_X_args` refuses what cannot work together.
+"""
+
+import argparse
+import math
+from collections.abc import Iterable
+from typing import NoReturn
+
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from util.errors import InputError
+from util.masking import MASK_SAMPLINGS
+from util.precision import AMP_DTYPES, ATTENTION_BACKENDS
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes no abbreviations, and answers mistakes in one line."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def ratio(text: str) -> float:
+    """A number strictly between 0 and 1."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} does not lie between 0 and 1")
+    return value
+
+
+def positive_int(text: str) -> int:
+    """A whole number from 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def natural_int(text: str) -> int:
+    """A whole number from 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def natural_float(text: str) -> float:
+    """A finite number from 0."""
+    value = float(text)
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number from 0")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0."""
+    value = natural_float(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("0 is not above 0")
+    return value
+
+
+def feature_map_choice(text: str) -> str | list[int]:
+    """Either "all", "last" or indices with commas between."""
+    if text in ("all", "last"):
+        return text
+    try:
+        return [int(index) for index in text.split(",")]
+    except ValueError:
+        message = f"{text!r} is neither all, nor last, nor indices such as 0,4,8,12"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def add_run_args(parser: argparse.ArgumentParser, *, output_dir: str) -> None:
+    """Where a run computes, writes and continues."""
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--output_dir",
+        default=output_dir,
+        help="folder of checkpoints, logs and figures (%(default)s)",
+    )
+    group.add_argument("--log_dir", help="TensorBoard's folder (OUTPUT_DIR/tensorboard)")
+    group.add_argument("--device", help="such as cuda, cuda:1 or cpu (cuda where there is one)")
+    group.add_argument(
+        "--seed", type=natural_int, default=0, help="decides everything random (%(default)s)"
+    )
+    group.add_argument(
+        "--resume",
+        default="auto",
+        help="auto continues the newest good checkpoint in OUTPUT_DIR, a path that checkpoint, "
+        "none starts anew (%(default)s)",
+    )
+    group.add_argument(
+        "--save_every",
+        type=positive_int,
+        default=20,
+        help="epochs between checkpoints (%(default)s)",
+    )
+    group.add_argument(
+        "--save_every_minutes",
+        type=natural_float,
+        help="also save within epochs, at the first log point after so many minutes (off)",
+    )
+    group.add_argument(
+        "--keep_last",
+        type=natural_int,
+        default=3,
+        help="how many checkpoints to keep, 0 for all (%(default)s)",
+    )
+    group.add_argument(
+        "--log_every", type=positive_int, default=20, help="steps between log points (%(default)s)"
+    )
+
+
+def add_data_args(parser: argparse.ArgumentParser, *, input_size: int, num_workers: int) -> None:
+    """Which images, and how they are read."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data_path", help="folder or tar of images, or the root of --dataset")
+    group.add_argument(
+        "--dataset",
+        help="digits, folder, tar, or a name of timm's such as torch/cifar10, hfds/NAME or "
+        "wds/NAME (folder with --data_path, else digits)",
+    )
+    group.add_argument(
+        "--val_path", help="held-out images, where --data_path brings none (its val folder)"
+    )
+    group.add_argument(
+        "--num_samples",
+        type=positive_int,
+        help="images of a streamed set that does not tell (what it tells)",
+    )
+    group.add_argument(
+        "--input_size",
+        type=positive_int,
+        nargs="+",
+        default=[input_size],
+        metavar="PX",
+        help=f"side of the square input, or height and width ({input_size})",
+    )
+    channels = {"type": float, "nargs": 3, "metavar": ("R", "G", "B")}
+    mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
+    group.add_argument(
+        "--mean", default=mean, help="of the channels, in 0 to 1 (ImageNet's)", **channels
+    )
+    group.add_argument(
+        "--std", default=std, help="of the channels, in 0 to 1 (ImageNet's)", **channels
+    )
+    group.add_argument(
+        "--max_broken",
+        type=natural_float,
+        default=0.01,
+        help="share of unreadable files above which the run stops (%(default)s)",
+    )
+    group.add_argument(
+        "--num_workers",
+        type=natural_int,
+        default=num_workers,
+        help="loader processes for each process (%(default)s)",
+    )
+
+
+def check_data_args(args: argparse.Namespace) -> None:
+    """Refuse image sizes and normalisations that mean nothing."""
+    if len(args.input_size) > 2:
+        raise InputError("--input_size takes one side, or a height and a width")
+    if min(args.std) <= 0:
+        raise InputError(f"--std must be above 0 in every channel, not {args.std}")
+
+
+def add_model_args(parser: argparse.ArgumentParser, *, models: Iterable[str], model: str) -> None:
+    """Which network (Sec. 3, Tables 3, 7, 8, 9)."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", choices=models, default=model, metavar="NAME", help="%(choices)s (%(default)s)"
+    )
+    group.add_argument(
+        "--norm_pix_loss",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="predict pixels normalised by their patch (on)",
+    )
+    group.add_argument(
+        "--decoder_depth", type=positive_int, help="decoder blocks (12 for CrossMAE, 8 for MAE)"
+    )
+    group.add_argument(
+        "--decoder_embed_dim", type=positive_int, help="decoder's width (512; small 256, tiny 128)"
+    )
+    group.add_argument(
+        "--decoder_num_heads", type=positive_int, help="decoder's heads (16; small 8, tiny 4)"
+    )
+    group.add_argument(
+        "--decoder_self_attention",
+        action="store_true",
+        help="CrossMAE with self-attention in the decoder, Table 3a (off)",
+    )
+    group.add_argument(
+        "--feature_maps",
+        type=feature_map_choice,
+        help="encoder maps that inter-block attention mixes: all, or indices such as 0,4,8,12, 0 "
+        "being the encoder's input; last is no inter-block attention, Table 3d (all for CrossMAE, "
+        "last for MAE)",
+    )
+    group.add_argument(
+        "--iba_init",
+        choices=("normal", "xavier"),
+        default="normal",
+        help="start of the mixing weights; xavier is what the released code used (%(default)s)",
+    )
+    group.add_argument(
+        "--iba_softmax", action="store_true", help="mixing weights that sum to one, Table 8 (off)"
+    )
+    group.add_argument(
+        "--iba_projection",
+        action="store_true",
+        help="a linear layer for each map before the mix, Table 9 (off)",
+    )
+
+
+def add_masking_args(parser: argparse.ArgumentParser, *, mask_ratio: float) -> None:
+    """Which patches are hidden, and which of those are predicted (Sec. 3.3)."""
+    group = parser.add_argument_group("masking")
+    group.add_argument(
+        "--mask_ratio", type=ratio, default=mask_ratio, help="share of patches hidden (%(default)s)"
+    )
+    group.add_argument(
+        "--pred_ratio",
+        "--kept_mask_ratio",
+        type=ratio,
+        help="share of all patches predicted; 0.25 is the setting of the paper's efficiency claims "
+        "(the mask ratio)",
+    )
+    group.add_argument(
+        "--mask_sampling",
+        choices=MASK_SAMPLINGS,
+        default="random",
+        help="grid is Table 15 (%(default)s)",
+    )
+
+
+def check_masking_args(args: argparse.Namespace) -> None:
+    """Refuse masking arguments that contradict each other."""
+    if args.pred_ratio is not None and args.pred_ratio > args.mask_ratio:
+        raise InputError(
+            f"--pred_ratio {args.pred_ratio} is above --mask_ratio {args.mask_ratio}: only hidden "
+            "patches can be predicted, so lower it or hide more"
+        )
+
+
+def add_optim_args(
+    parser: argparse.ArgumentParser,
+    *,
+    batch_size: int,
+    epochs: int,
+    blr: float,
+    weight_decay: float,
+) -> None:
+    """How weights are updated."""
+    group = parser.add_argument_group("optimization")
+    group.add_argument(
+        "--batch_size",
+        type=positive_int,
+        default=batch_size,
+        help="images of a process and micro-step (%(default)s)",
+    )
+    group.add_argument(
+        "--accum_iter", type=positive_int, default=1, help="micro-steps a step (%(default)s)"
+    )
+    group.add_argument(
+        "--epochs", type=positive_int, default=epochs, help="length of the run (%(default)s)"
+    )
+    group.add_argument(
+        "--warmup_epochs", type=natural_float, help="rise of the learning rate (EPOCHS / 20)"
+    )
+    group.add_argument(
+        "--blr",
+        type=positive_float,
+        default=blr,
+        help="learning rate for a batch of 256 (%(default)s)",
+    )
+    group.add_argument(
+        "--lr", type=positive_float, help="learning rate as it is (BLR, scaled to the batch)"
+    )
+    group.add_argument(
+        "--min_lr", type=natural_float, default=0.0, help="where the cosine ends (%(default)s)"
+    )
+    group.add_argument(
+        "--weight_decay", type=natural_float, default=weight_decay, help="AdamW's (%(default)s)"
+    )
+    group.add_argument("--clip_grad", type=positive_float, help="largest gradient norm (off)")
+
+
+def check_optim_args(args: argparse.Namespace) -> None:
+    """Refuse a warm-up that never ends."""
+    if args.warmup_epochs is not None and args.warmup_epochs >= args.epochs:
+        raise InputError(
+            f"--warmup_epochs {args.warmup_epochs:g} is not below --epochs {args.epochs}: the "
+            "learning rate would never reach its peak"
+        )
+
+
+def add_precision_args(parser: argparse.ArgumentParser) -> None:
+    """In which numbers and by which kernels a step is computed."""
+    group = parser.add_argument_group("precision and kernels")
+    group.add_argument(
+        "--amp", choices=AMP_DTYPES, help="number format (bf16 where the device has it, else fp32)"
+    )
+    group.add_argument(
+        "--attention_backend",
+        choices=("auto", *ATTENTION_BACKENDS),
+        default="auto",
+        help="PyTorch's attention kernel; a forced one runs or fails (%(default)s)",
+    )
+    group.add_argument("--compile", action="store_true", help="torch.compile the model (off)")

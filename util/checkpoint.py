@@ -1,0 +1,331 @@
+"""Checkpoints: written atomically, read without running code, resumed exactly.
+
+A checkpoint is a dict of tensors and plain values. Random state is not in it: everything random
+is derived from the place in the run (`util.seeding`), and that place is.
+"""
+
+import logging
+import os
+import re
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch.optim import Optimizer
+
+from util.broken_images import BrokenImages
+from util.distributed import from_main_process, is_main_process
+from util.errors import InputError, RunError
+from util.metrics import EpochMeters
+from util.precision import Precision
+from util.weights import read_weights_file
+
+FORMAT = "crossmae-pretrain"
+VERSION = 1
+NAME = re.compile(r"checkpoint-e(\d+)-s(\d+)\.pth")
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """The place of a run: what has been done so far."""
+
+    epoch: int = 0
+    """Whole epochs."""
+    step_in_epoch: int = 0
+    """Optimizer steps of the epoch under way."""
+    step: int = 0
+    """Optimizer steps of the whole run."""
+
+
+@dataclass
+class TrainState:
+    """Everything that a training step changes."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    precision: Precision
+    progress: Progress
+    meters: EpochMeters
+    broken: BrokenImages
+
+    def state_dict(self) -> dict:
+        """Tensors and plain values, for a checkpoint."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.precision.scaler.state_dict(),
+            "progress": asdict(self.progress),
+            "meters": self.meters.state_dict(),
+            "broken": self.broken.state_dict(),
+        }
+
+    def load_state_dict(self, content: dict) -> None:
+        """Continue where a checkpoint was written."""
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        if self.precision.scaler.is_enabled() and content["scaler"]:
+            self.precision.scaler.load_state_dict(content["scaler"])
+        vars(self.progress).update(content["progress"])
+        self.meters.load_state_dict(content["meters"])
+        self.broken.load_state_dict(content["broken"])
+
+    def rewind_epoch(self) -> None:
+        """Go back to the start of the epoch under way, for data that cannot start within one."""
+        if self.progress.step_in_epoch:
+            _logger.warning(
+                "streamed images cannot be resumed within an epoch: the %d steps done of epoch %d "
+                "stay in the weights, and the epoch starts again",
+                *(self.progress.step_in_epoch, self.progress.epoch + 1),
+            )
+        self.progress.step -= self.progress.step_in_epoch
+        self.progress.step_in_epoch = 0
+        self.meters.reset()
+        self.broken.take_count()
+
+
+def check_format(content: dict, path: str | Path) -> dict:
+    """Return the content of a file if it is a pre-training checkpoint that this code can read.
+
+    Raises:
+        InputError: it is of another program or of a newer version.
+    """
+    if content.get("format") != FORMAT:
+        raise InputError(f"{path} is no pre-training checkpoint of this project")
+    if content["version"] > VERSION:
+        raise InputError(
+            f"{path} has version {content['version']} of the checkpoint format and this code reads "
+            f"up to {VERSION}: update the code"
+        )
+    return content
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """Read a pre-training checkpoint of ours.
+
+    Raises:
+        InputError: the file is missing, damaged, of another program or of a newer version.
+    """
+    return check_format(read_weights_file(path), path)
+
+
+def is_good_checkpoint(path: Path) -> bool:
+    """Whether a checkpoint can be read; the log says why not."""
+    try:
+        read_checkpoint(path)
+    except InputError as error:
+        _logger.warning("%s; trying the checkpoint before it", error)
+        return False
+    return True
+
+
+def checkpoint_place(path: Path) -> tuple[int, int] | None:
+    """The (epoch, step in it) that a checkpoint's name tells; None for another file."""
+    match = NAME.fullmatch(path.name)
+    return match and (int(match[1]), int(match[2]))
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, oldest first."""
+    return sorted(filter(checkpoint_place, folder.glob("checkpoint-*.pth")), key=checkpoint_place)
+
+
+def newest_good_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a folder that can be read; None where there is none at all.
+
+    Raises:
+        InputError: there are checkpoints and none can be read.
+    """
+    paths = list_checkpoints(folder)
+    good = next(filter(is_good_checkpoint, reversed(paths)), None)
+    if paths and good is None:
+        raise InputError(
+            f"none of the {len(paths)} checkpoints in {folder} can be read: choose another "
+            "--output_dir, or move them away to start again"
+        )
+    return good
+
+
+def find_resume(folder: Path, resume: str) -> Path | None:
+    """Which checkpoint a run continues from; every process gets the same answer.
+
+    A run's own checkpoints come first, so that a restarted job with `--resume PATH` of another
+    run goes on where it was.
+
+    Args:
+        folder: the run's output folder.
+        resume: "auto" for the run's own newest good checkpoint, "none", or a path.
+
+    Raises:
+        InputError: nothing can be read, or the choice would overwrite checkpoints.
+    """
+    answer = None
+    if is_main_process():
+        try:
+            answer = _find_resume(folder, resume)
+        except InputError as error:
+            answer = error
+    answer = from_main_process(answer)
+    if isinstance(answer, InputError):
+        raise answer
+    return answer
+
+
+def _find_resume(folder: Path, resume: str) -> Path | None:
+    if resume == "auto":
+        return newest_good_checkpoint(folder)
+    own = list_checkpoints(folder)
+    if resume == "none":
+        if own:
+            raise InputError(
+                f"{folder} holds checkpoints that a new run would overwrite: continue them with "
+                "--resume auto, or choose another --output_dir"
+            )
+        return None
+    path = Path(resume)
+    if path.resolve().parent != folder.resolve():
+        return newest_good_checkpoint(folder) or path
+    place = checkpoint_place(path)
+    newer = [other for other in own if place and checkpoint_place(other) > place]
+    if newer:
+        raise InputError(
+            f"{folder} holds checkpoints newer than {path.name}, which would be overwritten: move "
+            f"them away ({newer[0].name} and later), or choose another --output_dir"
+        )
+    return path
+
+
+class CheckpointWriter:
+    """Saves a run's state into its output folder, from the main process.
+
+    Args:
+        folder: where the checkpoints go.
+        state: what changes; read at every save.
+        header: what does not: plain values that are stored beside it.
+        every_minutes: how often `save_if_due` saves; None for never.
+        keep_last: older checkpoints than this many are deleted, which the log says; 0 keeps all.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        state: TrainState,
+        header: dict,
+        *,
+        every_minutes: float | None,
+        keep_last: int,
+    ) -> None:
+        self.folder, self.state, self.header = folder, state, header
+        self.every_minutes, self.keep_last = every_minutes, keep_last
+        self.last_save = time.monotonic()
+
+    def save_if_due(self) -> None:
+        """Save when `every_minutes` have passed; the main process's clock decides for all."""
+        minutes = (time.monotonic() - self.last_save) / 60
+        if self.every_minutes is not None and from_main_process(minutes >= self.every_minutes):
+            self.save()
+
+    def save(self) -> Path | None:
+        """Write a checkpoint named after its place in the run; return its path.
+
+        A write that fails, on a full disk for instance, is logged; it leaves the earlier
+        checkpoints as they are and returns None.
+
+        Raises:
+            RunError: a weight is not finite. Nothing is written.
+        """
+        self.last_save = time.monotonic()
+        if not is_main_process():
+            return None
+        bad = [n for n, p in self.state.model.named_parameters() if not p.isfinite().all()]
+        step = self.state.progress.step
+        if bad:
+            raise RunError(f"{bad[0]} is not finite after step {step}: nothing was saved")
+        progress = self.state.progress
+        name = f"checkpoint-e{progress.epoch:04d}-s{progress.step_in_epoch:06d}.pth"
+        path = self.folder / name
+        content = {"format": FORMAT, "version": VERSION, **self.header, **self.state.state_dict()}
+        try:
+            write_atomically(content, path)
+        except (OSError, RuntimeError) as error:
+            _logger.warning("could not save %s: %s. Earlier checkpoints are intact", path, error)
+            return None
+        _logger.info("saved %s", path)
+        self._delete_old()
+        return path
+
+    def _delete_old(self) -> None:
+        for path in list_checkpoints(self.folder)[: -self.keep_last or None]:
+            if self.keep_last:
+                path.unlink()
+                _logger.info("deleted %s (--keep_last %d)", path, self.keep_last)
+
+
+def write_atomically(content: dict, path: Path) -> None:
+    """Write a file so that at every moment `path` is the old file or the whole new one.
+
+    Raises:
+        OSError, RuntimeError: the write failed; `path` is as it was.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    # The new name is on the disk once its folder is.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def check_same_run(checkpoint: dict, identity: dict, recipe: dict, path: Path) -> None:
+    """Refuse to continue a checkpoint as another run; say which settings change on the way.
+
+    Args:
+        checkpoint: with the `identity` and `recipe` of the start that wrote it.
+        identity: name -> plain value, what must not change: model, ratios, data.
+        recipe: name -> plain value, what may: learning rate, schedule, precision.
+        path: of the checkpoint, for the message.
+
+    Raises:
+        InputError: with the list of differences.
+    """
+    different = changes(checkpoint["identity"], identity)
+    if different:
+        raise InputError(
+            f"{path} was written by another run: {'; '.join(different)}. Give it the same "
+            "arguments, or start anew in another --output_dir"
+        )
+    done, epochs, before = checkpoint["progress"]["epoch"], recipe["--epochs"], checkpoint["recipe"]
+    if epochs < before["--epochs"]:
+        raise InputError(
+            f"--epochs {epochs} is below the {before['--epochs']} that {path} was started with, "
+            f"{done} of them done: a schedule cannot shrink, so start anew in another --output_dir"
+        )
+    if epochs > before["--epochs"]:
+        _logger.warning(
+            "--epochs grew from %d to %d: from epoch %d on the learning rate follows the longer "
+            "schedule, so the run differs from one started with %d epochs",
+            *(before["--epochs"], epochs, done, epochs),
+        )
+    for change in changes(before, recipe):
+        _logger.warning("continuing with a change: %s", change)
+
+
+def changes(before: dict, now: dict) -> list[str]:
+    """The values that differ, as text."""
+    return [
+        f"{name} was {before.get(name)!r} and is now {value!r}"
+        for name, value in now.items()
+        if before.get(name) != value
+    ]

@@ -1,0 +1,71 @@
+"""Reconstructions as a picture (Fig. 2)."""
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from util.masking import TokenSplit, hidden_mask
+from util.patches import scatter_patches, unpatchify
+
+COLUMNS = ("original", "masked", "reconstruction", "+ visible patches")
+MOMENTS_NOTE = "Trained on normalised pixels: each patch's mean and deviation are the original's."
+SMALLEST_CELL = 128  # pixels; smaller images are enlarged by a whole factor
+GAP, TEXT_HEIGHT = 4, 20
+GREY = 0.5
+
+
+def reconstruction_panels(
+    images: Tensor, pixels: Tensor, split: TokenSplit, patch_size: int
+) -> list[Tensor]:
+    """The four columns of the figure, each (B, C, H, W) in [0, 1].
+
+    Args:
+        images: originals (B, C, H, W) in [0, 1].
+        pixels: predictions (B, P, p*p*C) in the same range, clipped here.
+        split: which patches were seen and which predicted.
+        patch_size: p in pixels.
+    """
+    grid_size = (images.shape[2] // patch_size, images.shape[3] // patch_size)
+    hidden = hidden_mask(split, grid_size[0] * grid_size[1])  # (B, L)
+    per_pixel = images.shape[1] * patch_size**2
+    hidden = hidden.unsqueeze(-1).expand(-1, -1, per_pixel)
+    hidden = unpatchify(hidden, patch_size, grid_size)  # (B, C, H, W)
+    masked = torch.where(hidden, GREY, images)
+    blank = torch.full_like(images, GREY)
+    pixels = pixels.clamp(0, 1)
+    reconstruction = scatter_patches(blank, pixels, split.predicted, patch_size)
+    with_visible = scatter_patches(masked, pixels, split.predicted, patch_size)
+    return [images, masked, reconstruction, with_visible]
+
+
+def draw_figure(panels: list[Tensor], *, note: str = "") -> np.ndarray:
+    """Lay panels (B, 3, H, W) in [0, 1] out as columns under their names, images as rows.
+
+    Args:
+        panels: one for each of COLUMNS.
+        note: a line of text below.
+
+    Returns:
+        uint8 (height, width, 3).
+    """
+    columns = [(panel.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1) for panel in panels]
+    num_rows, height, width = columns[0].shape[:3]
+    factor = max(1, -(-SMALLEST_CELL // width))
+    height, width = height * factor, width * factor
+    size = (
+        len(columns) * (width + GAP) - GAP,
+        TEXT_HEIGHT + num_rows * (height + GAP) + (TEXT_HEIGHT if note else 0),
+    )
+    figure = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(figure)
+    font = ImageFont.load_default(size=12)
+    for x, (name, column) in enumerate(zip(COLUMNS, columns, strict=True)):
+        left = x * (width + GAP)
+        draw.text((left, 3), name, fill="black", font=font)
+        for y, array in enumerate(column.cpu().numpy()):
+            cell = Image.fromarray(array).resize((width, height), Image.Resampling.NEAREST)
+            figure.paste(cell, (left, TEXT_HEIGHT + y * (height + GAP)))
+    if note:
+        draw.text((0, size[1] - TEXT_HEIGHT + 3), note, fill="black", font=font)
+    return np.asarray(figure)

@@ -1,0 +1,235 @@
+"""What a run measures while it trains, and where that is shown and kept."""
+
+import json
+import logging
+import math
+import resource
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from util.distributed import is_main_process, stack_over_processes
+from util.errors import NonFiniteLossError
+
+LOG_NAME = "log.jsonl"
+
+_logger = logging.getLogger(__name__)
+
+
+class EpochMeters:
+    """Means over an epoch, summed up on the device and read on the host only at log points."""
+
+    def __init__(self, device: torch.device) -> None:
+        # float64, so that a long epoch loses no digits; MPS has none.
+        self.dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new epoch."""
+        self.sums = torch.zeros(2, dtype=self.dtype, device=self.device)  # loss, gradient norm
+        self.first_bad_step = torch.full((1,), math.inf, dtype=self.dtype, device=self.device)
+        self.num_images = 0
+        self.last_sums, self.last_num_images = [0.0, 0.0], 0
+
+    def update(self, *, loss: Tensor, grad_norm: Tensor, num_images: int, step: int) -> None:
+        """Take in a step, without waiting for the device.
+
+        Args:
+            loss: this process's part, such that the mean over processes is the step's loss.
+            grad_norm: of the whole step, the same on all processes.
+            num_images: of the whole step, over all processes.
+            step: its number in the run, counted from 0.
+        """
+        self.sums += torch.stack((loss, grad_norm)) * num_images
+        self.num_images += num_images
+        bad_step = torch.where(loss.isfinite(), math.inf, step)
+        self.first_bad_step = torch.minimum(self.first_bad_step, bad_step)
+
+    def read(self) -> dict[str, float]:
+        """Mean loss and gradient norm since the last read.
+
+        This is the only moment at which the host waits for the device, and processes for each
+        other.
+
+        Raises:
+            NonFiniteLossError: on all processes at once.
+        """
+        rows = stack_over_processes(torch.cat((self.sums, self.first_bad_step)))
+        *sums, _ = rows.mean(dim=0).tolist()
+        bad_step = rows[:, -1].min().item()
+        if bad_step < math.inf:
+            raise NonFiniteLossError(
+                f"the loss of step {int(bad_step)} is not finite, and nothing was saved since: "
+                "lower the learning rate or use --amp bf16 or fp32, then continue from the last "
+                "checkpoint"
+            )
+        num_images = max(1, self.num_images - self.last_num_images)
+        window = [(new - old) / num_images for new, old in zip(sums, self.last_sums, strict=True)]
+        self.last_sums, self.last_num_images = sums, self.num_images
+        return dict(zip(("loss", "grad_norm"), window, strict=True))
+
+    def means(self) -> dict[str, float]:
+        """Mean loss and gradient norm of the epoch up to the last read."""
+        values = [total / max(1, self.last_num_images) for total in self.last_sums]
+        return dict(zip(("loss", "grad_norm"), values, strict=True))
+
+    def state_dict(self) -> dict:
+        """Plain values, as of the last read."""
+        return {"sums": self.last_sums, "num_images": self.last_num_images}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue an epoch."""
+        self.reset()
+        self.last_sums, self.last_num_images = list(state["sums"]), state["num_images"]
+        self.sums += torch.tensor(self.last_sums, dtype=self.dtype, device=self.device)
+        self.num_images = self.last_num_images
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory used so far, in GiB: allocated on a GPU, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def read_log(output_dir: Path) -> list[dict]:
+    """The lines of a run's `log.jsonl`, one an epoch."""
+    path = output_dir / LOG_NAME
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class RunLog:
+    """Shows a run and keeps its numbers: progress, TensorBoard and `log.jsonl`.
+
+    On a terminal the progress is a bar, elsewhere a line at every log point. Only the main
+    process shows and writes anything.
+
+    Args:
+        output_dir: gets `log.jsonl`, one line an epoch.
+        log_dir: of TensorBoard.
+        num_epochs: of the whole run.
+        steps_per_epoch: optimizer steps.
+        epoch: whole epochs done; later lines of an interrupted run are dropped.
+        step: steps done; later TensorBoard points of an interrupted run are hidden.
+        device: whose memory is shown.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        log_dir: Path,
+        *,
+        num_epochs: int,
+        steps_per_epoch: int,
+        epoch: int,
+        step: int,
+        device: torch.device,
+    ) -> None:
+        self.num_epochs, self.steps_per_epoch, self.device = num_epochs, steps_per_epoch, device
+        self.path = output_dir / LOG_NAME
+        self.bar = None
+        self.first_step, self.start_time = step, time.monotonic()
+        self.window_step, self.window_time = step, self.start_time
+        self.tensorboard = None
+        if is_main_process():
+            self.tensorboard = SummaryWriter(log_dir, purge_step=step)
+            kept = [line for line in read_log(output_dir) if line["epoch"] <= epoch]
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def start_epoch(self, epoch: int, step_in_epoch: int) -> None:
+        """Open the bar of an epoch, counted from 0; a resumed one starts within."""
+        self.window_time = time.monotonic()
+        if is_main_process() and sys.stderr.isatty():
+            self.bar = tqdm(
+                total=self.steps_per_epoch,
+                initial=step_in_epoch,
+                desc=f"epoch {epoch + 1}/{self.num_epochs}",
+                unit="step",
+                dynamic_ncols=True,
+                leave=False,
+            )
+
+    def log_step(
+        self, step: int, *, epoch: int, lr: float, num_images: int, stats: dict[str, float]
+    ) -> None:
+        """Show where the run is.
+
+        Args:
+            step: steps done in the run.
+            epoch: the one under way, counted from 0.
+            lr: of the last step.
+            num_images: in all processes since the last call.
+            stats: means since the last call.
+        """
+        if not is_main_process():
+            return
+        now = time.monotonic()
+        images_per_s = num_images / max(1e-9, now - self.window_time)
+        seconds_per_step = (now - self.start_time) / max(1, step - self.first_step)
+        steps_left = self.num_epochs * self.steps_per_epoch - step
+        shown = {
+            "loss": f"{stats['loss']:.4f}",
+            "lr": f"{lr:.2e}",
+            "images/s": f"{images_per_s:.0f}",
+            "ETA": str(timedelta(seconds=round(steps_left * seconds_per_step))),
+            "memory": f"{peak_memory_gb(self.device):.1f} GiB",
+        }
+        if self.bar is not None:
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(step - self.window_step)
+        else:
+            text = ", ".join(f"{name} {value}" for name, value in shown.items())
+            step_in_epoch = step - epoch * self.steps_per_epoch
+            _logger.info(
+                "epoch %d/%d step %d/%d: %s",
+                *(epoch + 1, self.num_epochs, step_in_epoch, self.steps_per_epoch, text),
+            )
+        self.log_scalars({**stats, "lr": lr, "images_per_s": images_per_s}, step, "train")
+        self.window_step, self.window_time = step, now
+
+    def log_scalars(self, values: dict[str, float], step: int, group: str) -> None:
+        """Add TensorBoard scalars at a step of the run."""
+        if self.tensorboard is not None:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(f"{group}/{name}", value, step)
+
+    def log_image(self, name: str, image: np.ndarray, step: int) -> None:
+        """Add a TensorBoard image, uint8 (H, W, 3)."""
+        if self.tensorboard is not None:
+            self.tensorboard.add_image(name, image, step, dataformats="HWC")
+
+    def end_epoch(self, values: dict[str, float | int], *, epoch: int, step: int) -> None:
+        """Close the bar; keep the epoch's numbers in `log.jsonl`, TensorBoard and the log.
+
+        Args:
+            values: of the epoch.
+            epoch: how many are done now.
+            step: how many are done now.
+        """
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        if is_main_process():
+            seconds = round(time.monotonic() - self.start_time, 1)  # since this start
+            line = {"epoch": epoch, "step": step, **values, "seconds": seconds}
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            numbers = ", ".join(f"{name} {value:.5g}" for name, value in values.items())
+            _logger.info("epoch %d/%d done: %s", epoch, self.num_epochs, numbers)
+            self.log_scalars(values, step, "epoch")
+
+    def close(self) -> None:
+        """Finish writing."""
+        if self.bar is not None:
+            self.bar.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()

@@ -1,0 +1,115 @@
+"""In which numbers a step is computed, and by which attention kernel."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
+
+from util.errors import InputError
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ATTENTION_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16 rather than emulating it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False
+
+
+class Precision:
+    """Automatic mixed precision, loss scaling, gradient clipping and the attention kernel.
+
+    Args:
+        amp: "bf16", "fp16" (with loss scaling) or "fp32"; None takes bf16 where the device has it.
+        device: where the model runs.
+        clip_grad: largest gradient norm, None for no clipping.
+        attention_backend: one of ATTENTION_BACKENDS, or "auto" for PyTorch's choice.
+    """
+
+    def __init__(
+        self,
+        amp: str | None,
+        device: torch.device,
+        *,
+        clip_grad: float | None = None,
+        attention_backend: str = "auto",
+    ) -> None:
+        self.amp = amp or ("bf16" if has_bf16(device) else "fp32")
+        self.dtype = AMP_DTYPES[self.amp]
+        self.device = device
+        self.clip_grad = clip_grad
+        self.attention_backend = attention_backend
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Context for a forward pass."""
+        enabled = self.dtype is not torch.float32
+        if self.attention_backend == "auto":
+            kernel = nullcontext()
+        else:
+            kernel = sdpa_kernel(ATTENTION_BACKENDS[self.attention_backend])
+        with kernel, torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled):
+            yield
+
+    def check_attention_backend(self, model: nn.Module, *inputs: object) -> None:
+        """Try the forced attention kernel on a model, forward and backward.
+
+        Raises:
+            InputError: it cannot run.
+        """
+        if self.attention_backend == "auto":
+            return
+        try:
+            with self.autocast():
+                loss = model(*inputs)
+            loss.backward()
+        except RuntimeError as error:
+            raise InputError(
+                f"--attention_backend {self.attention_backend} cannot run this model on "
+                f"{self.device.type} in {self.amp}: choose another, or auto"
+            ) from error
+        model.zero_grad(set_to_none=True)
+
+    def check_compiler(self) -> None:
+        """Compile a line of code.
+
+        Raises:
+            InputError: torch.compile does not work on this machine.
+        """
+        try:
+            torch.compile(lambda x: x + 1)(torch.zeros(2, device=self.device))
+        except Exception as error:  # compilers fail in many ways
+            raise InputError(
+                f"--compile does not work on this machine ({type(error).__name__}): install a C++ "
+                "compiler and PyTorch's own Triton, or leave it out"
+            ) from error
+
+    def backward(self, loss: Tensor) -> None:
+        """Backpropagate a loss, scaled in fp16."""
+        self.scaler.scale(loss).backward()
+
+    def step(self, optimizer: Optimizer, model: nn.Module) -> Tensor:
+        """Update the parameters; return the gradient norm before clipping, on the device."""
+        self.scaler.unscale_(optimizer)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(model.parameters(), self.clip_grad, norm)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        return norm

@@ -1,0 +1,120 @@
+"""The frame of a run: how it starts, what it records about itself, and how it ends."""
+
+import json
+import logging
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import timm
+import torch
+import torchvision
+from tqdm import tqdm
+
+from util.distributed import is_main_process, start_processes, stop_processes
+from util.errors import InputError, RunError
+
+_logger = logging.getLogger(__name__)
+
+
+class TerminalHandler(logging.Handler):
+    """Prints log lines to stdout without breaking a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line."""
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def start_logging() -> None:
+    """Log to stdout; processes other than the main one only warn."""
+    handler = TerminalHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(logging.INFO if is_main_process() else logging.WARNING)
+
+
+def git_commit() -> str:
+    """The commit this code is at, with "+" for local changes; "unknown" outside a repository."""
+    folder = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on beside its arguments."""
+    return {
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+    }
+
+
+def start_run(*, device: str | None, seed: int) -> torch.device:
+    """Start processes, logging and the random state of initialisation; return the device.
+
+    Args:
+        device: None takes the GPU where there is one, else the CPU.
+        seed: of the run.
+
+    Raises:
+        InputError: the device is not there.
+    """
+    chosen = start_processes(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    start_logging()
+    torch.manual_seed(seed)
+    if chosen.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+    return chosen
+
+
+def write_args(output_dir: Path, args: dict) -> dict[str, str]:
+    """Record a start in `args.json`: arguments, versions, commit, command and time.
+
+    The record of an earlier start is kept beside it under its own time.
+
+    Raises:
+        InputError: the folder cannot be made or written.
+    """
+    start = {"time": time.strftime("%Y%m%d-%H%M%S"), "command": sys.argv, "versions": versions()}
+    if not is_main_process():
+        return start["versions"]
+    path = output_dir / "args.json"
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            earlier = json.loads(path.read_text())
+            path.rename(path.with_name(f"args-{earlier['time']}.json"))
+        path.write_text(json.dumps({**start, "args": args}, indent=2) + "\n")
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write {path} ({error}): choose another --output_dir") from error
+    return start["versions"]
+
+
+def run_main(main: Callable[[], None]) -> NoReturn:
+    """Run a main and exit: 0, or 2 with one sentence for wrong input, 1 for a failed run."""
+    code = 0
+    try:
+        main()
+    except (InputError, RunError) as error:
+        code = 2 if isinstance(error, InputError) else 1
+        if is_main_process():
+            sys.stdout.flush()
+            sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
+    finally:
+        stop_processes()
+    sys.exit(code)
