@@ -1,6 +1,5 @@
 # Makes .venv and installs requirements into it, once for each content of the files.
-# Sourced by the other scripts from the repository's root:  source scripts/setup.sh; install_into_venv FILE
-
+# Sourced by the other scripts in the root of the repository, which call install_into_venv FILE.
 fail() {
     echo "error: $*" >&2
     exit 1

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -240,14 +241,16 @@ class CheckpointWriter:
         self.last_save = time.monotonic()
         if not is_main_process():
             return None
-        bad = [n for n, p in self.state.model.named_parameters() if not p.isfinite().all()]
-        step = self.state.progress.step
+        progress, state = self.state.progress, self.state.state_dict()
+        bad = next(not_finite(state), None)
         if bad:
-            raise RunError(f"{bad[0]} is not finite after step {step}: nothing was saved")
-        progress = self.state.progress
+            raise RunError(
+                f"{bad} is not finite after step {progress.step}, and nothing was saved: lower the "
+                "learning rate, then continue from the last checkpoint"
+            )
         name = f"checkpoint-e{progress.epoch:04d}-s{progress.step_in_epoch:06d}.pth"
         path = self.folder / name
-        content = {"format": FORMAT, "version": VERSION, **self.header, **self.state.state_dict()}
+        content = {"format": FORMAT, "version": VERSION, **self.header, **state}
         try:
             write_atomically(content, path)
         except (OSError, RuntimeError) as error:
@@ -258,10 +261,20 @@ class CheckpointWriter:
         return path
 
     def _delete_old(self) -> None:
-        for path in list_checkpoints(self.folder)[: -self.keep_last or None]:
-            if self.keep_last:
-                path.unlink()
-                _logger.info("deleted %s (--keep_last %d)", path, self.keep_last)
+        if self.keep_last == 0:
+            return
+        for path in list_checkpoints(self.folder)[: -self.keep_last]:
+            path.unlink()
+            _logger.info("deleted %s (--keep_last %d)", path, self.keep_last)
+
+
+def not_finite(content: object, name: str = "state") -> Iterator[str]:
+    """The names of the tensors in nested dicts that hold a NaN or an infinity."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from not_finite(value, f"{name}.{key}")
+    elif isinstance(content, torch.Tensor) and not content.isfinite().all():
+        yield name
 
 
 def write_atomically(content: dict, path: Path) -> None:
@@ -312,6 +325,8 @@ def check_same_run(checkpoint: dict, identity: dict, recipe: dict, path: Path) -
             f"--epochs {epochs} is below the {before['--epochs']} that {path} was started with, "
             f"{done} of them done: a schedule cannot shrink, so start anew in another --output_dir"
         )
+    if not is_main_process():
+        return
     if epochs > before["--epochs"]:
         _logger.warning(
             "--epochs grew from %d to %d: from epoch %d on the learning rate follows the longer "

@@ -39,6 +39,10 @@ def start_processes(device: str) -> torch.device:
                 "fewer processes or use --device cpu"
             )
         torch.cuda.set_device(chosen)
+    try:
+        torch.zeros(1, device=chosen).item()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise InputError(f"--device {device} cannot compute here: try cuda or cpu") from error
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     return chosen

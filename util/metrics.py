@@ -102,9 +102,10 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def read_log(output_dir: Path) -> list[dict]:
-    """The lines of a run's `log.jsonl`, one an epoch."""
+    """The lines of a run's `log.jsonl`, one an epoch; one that was cut off is left out."""
     path = output_dir / LOG_NAME
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
 
 
 class RunLog:
@@ -143,7 +144,9 @@ class RunLog:
         if is_main_process():
             self.tensorboard = SummaryWriter(log_dir, purge_step=step)
             kept = [line for line in read_log(output_dir) if line["epoch"] <= epoch]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            temporary.replace(self.path)
 
     def start_epoch(self, epoch: int, step_in_epoch: int) -> None:
         """Open the bar of an epoch, counted from 0; a resumed one starts within."""

@@ -15,10 +15,11 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from util.distributed import is_main_process, start_processes, stop_processes
+from util.distributed import is_main_process, rank, start_processes, stop_processes
 from util.errors import InputError, RunError
 
-_logger = logging.getLogger(__name__)
+TIME_FORMAT = "%Y%m%d-%H%M%S"
+SECONDS_BEFORE_SPEAKING = 5
 
 
 class TerminalHandler(logging.Handler):
@@ -90,17 +91,19 @@ def write_args(output_dir: Path, args: dict) -> dict[str, str]:
     Raises:
         InputError: the folder cannot be made or written.
     """
-    start = {"time": time.strftime("%Y%m%d-%H%M%S"), "command": sys.argv, "versions": versions()}
+    start = {"time": time.strftime(TIME_FORMAT), "command": sys.argv, "versions": versions()}
     if not is_main_process():
         return start["versions"]
     path = output_dir / "args.json"
+    temporary = path.with_suffix(".tmp")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps({**start, "args": args}, indent=2) + "\n")
         if path.exists():
-            earlier = json.loads(path.read_text())
-            path.rename(path.with_name(f"args-{earlier['time']}.json"))
-        path.write_text(json.dumps({**start, "args": args}, indent=2) + "\n")
-    except (OSError, ValueError) as error:
+            when = time.strftime(TIME_FORMAT, time.localtime(path.stat().st_mtime))
+            path.rename(path.with_name(f"args-{when}.json"))
+        temporary.rename(path)
+    except OSError as error:
         raise InputError(f"cannot write {path} ({error}): choose another --output_dir") from error
     return start["versions"]
 
@@ -112,9 +115,13 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         main()
     except (InputError, RunError) as error:
         code = 2 if isinstance(error, InputError) else 1
-        if is_main_process():
-            sys.stdout.flush()
-            sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
+        program = Path(sys.argv[0]).name
+        if not is_main_process():
+            # If the main process fails too, it says so, and torchrun ends this one meanwhile.
+            time.sleep(SECONDS_BEFORE_SPEAKING)
+            program += f" (process {rank()})"
+        sys.stdout.flush()
+        sys.stderr.write(f"{program}: error: {error}\n")
     finally:
         stop_processes()
     sys.exit(code)
