@@ -34,10 +34,11 @@ class EpochMeters:
 
     def reset(self) -> None:
         """Start a new epoch."""
-        self.sums = torch.zeros(2, dtype=self.dtype, device=self.device)  # loss, gradient norm
+        # Loss, gradient norm, and the images of the steps whose gradient was finite.
+        self.sums = torch.zeros(3, dtype=self.dtype, device=self.device)
         self.first_bad_step = torch.full((1,), math.inf, dtype=self.dtype, device=self.device)
         self.num_images = 0
-        self.last_sums, self.last_num_images = [0.0, 0.0], 0
+        self.last_sums, self.last_num_images = [0.0, 0.0, 0.0], 0
 
     def update(self, *, loss: Tensor, grad_norm: Tensor, num_images: int, step: int) -> None:
         """Take in a step, without waiting for the device.
@@ -48,7 +49,9 @@ class EpochMeters:
             num_images: of the whole step, over all processes.
             step: its number in the run, counted from 0.
         """
-        self.sums += torch.stack((loss, grad_norm)) * num_images
+        # A step that fp16 loss scaling skips has an infinite gradient.
+        finite = grad_norm.isfinite()
+        self.sums += torch.stack((loss, torch.where(finite, grad_norm, 0), finite)) * num_images
         self.num_images += num_images
         bad_step = torch.where(loss.isfinite(), math.inf, step)
         self.first_bad_step = torch.minimum(self.first_bad_step, bad_step)
@@ -71,15 +74,14 @@ class EpochMeters:
                 "lower the learning rate or use --amp bf16 or fp32, then continue from the last "
                 "checkpoint"
             )
-        num_images = max(1, self.num_images - self.last_num_images)
-        window = [(new - old) / num_images for new, old in zip(sums, self.last_sums, strict=True)]
+        window = [new - old for new, old in zip(sums, self.last_sums, strict=True)]
+        num_images = self.num_images - self.last_num_images
         self.last_sums, self.last_num_images = sums, self.num_images
-        return dict(zip(("loss", "grad_norm"), window, strict=True))
+        return mean_metrics(window, num_images)
 
     def means(self) -> dict[str, float]:
         """Mean loss and gradient norm of the epoch up to the last read."""
-        values = [total / max(1, self.last_num_images) for total in self.last_sums]
-        return dict(zip(("loss", "grad_norm"), values, strict=True))
+        return mean_metrics(self.last_sums, self.last_num_images)
 
     def state_dict(self) -> dict:
         """Plain values, as of the last read."""
@@ -91,6 +93,15 @@ class EpochMeters:
         self.last_sums, self.last_num_images = list(state["sums"]), state["num_images"]
         self.sums += torch.tensor(self.last_sums, dtype=self.dtype, device=self.device)
         self.num_images = self.last_num_images
+
+
+def mean_metrics(sums: list[float], num_images: int) -> dict[str, float]:
+    """Turn the sums of EpochMeters into means; NaN for the mean of nothing."""
+    loss, grad_norm, num_finite = sums
+    return {
+        "loss": loss / num_images if num_images else math.nan,
+        "grad_norm": grad_norm / num_finite if num_finite else math.nan,
+    }
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -142,7 +153,7 @@ class RunLog:
         self.window_step, self.window_time = step, self.start_time
         self.tensorboard = None
         if is_main_process():
-            self.tensorboard = SummaryWriter(log_dir, purge_step=step)
+            self.tensorboard = SummaryWriter(log_dir, purge_step=step + 1)
             kept = [line for line in read_log(output_dir) if line["epoch"] <= epoch]
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))

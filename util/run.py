@@ -59,7 +59,7 @@ def versions() -> dict[str, str]:
     return {
         "commit": git_commit(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # by itself no plain value
         "torchvision": torchvision.__version__,
         "timm": timm.__version__,
     }
