@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from util.broken_images import BrokenImages
 from util.checkpoint import CheckpointWriter, TrainState
 from util.distributed import gradient_sync, rank, stack_over_processes, world_size
 from util.figures import MOMENTS_NOTE, draw_figure, reconstruction_panels
@@ -174,8 +175,9 @@ def evaluate(
     """
     model.eval()
     sums = torch.zeros(3, device=device)  # loss, PSNR, images
-    first = rank()
+    first, broken = rank(), BrokenImages(0, 1.0)
     for batch in loader:
+        broken.add(batch.broken)
         images = batch.images.to(device, non_blocking=True)  # (B, C, H, W)
         ids = range(first, first + len(images) * world_size(), world_size())
         first = ids.stop

@@ -364,6 +364,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint = read_checkpoint(resume_path)
         check_same_run(checkpoint, identity, recipe, resume_path)
         state.load_state_dict(checkpoint)
+        if progress.epoch == args.epochs and resume_path.resolve().parent != output_dir.resolve():
+            raise InputError(f"{resume_path} has all {args.epochs} epochs done: raise --epochs")
         if not loader.resumes_mid_epoch:
             state.rewind_epoch()
         place = (progress.epoch, progress.step_in_epoch)

@@ -126,8 +126,9 @@ class ViTEncoder(nn.Module):
             patches = gather_patches(images, split.visible, self.patch_size)  # (B, V, p*p*C)
             positions = gather_tokens(positions, split.visible)  # (B, V, D)
         tokens = self.patch_embed(patches) + positions  # (B, V or L, D)
-        cls_token = self.cls_token + self.pos_embed[:, :1]
-        x = torch.cat((cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
+        # Flat, so that its gradient is contiguous, as DDP's buckets want it.
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).flatten()  # (D,)
+        x = torch.cat((cls_token.expand(tokens.shape[0], 1, -1), tokens), dim=1)
         feature_maps = [x]
         for block in self.blocks:
             x = block(x)

@@ -50,6 +50,22 @@ def natural_int(text: str) -> int:
     return value
 
 
+def seed_number(text: str) -> int:
+    """A whole number that PyTorch takes as a seed."""
+    value = natural_int(text)
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not below 2**63")
+    return value
+
+
+def finite_float(text: str) -> float:
+    """A finite number."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not finite")
+    return value
+
+
 def natural_float(text: str) -> float:
     """A finite number from 0."""
     value = float(text)
@@ -88,7 +104,7 @@ def add_run_args(parser: argparse.ArgumentParser, *, output_dir: str) -> None:
     group.add_argument("--log_dir", help="TensorBoard's folder (OUTPUT_DIR/tensorboard)")
     group.add_argument("--device", help="such as cuda, cuda:1 or cpu (cuda where there is one)")
     group.add_argument(
-        "--seed", type=natural_int, default=0, help="decides everything random (%(default)s)"
+        "--seed", type=seed_number, default=0, help="decides everything random (%(default)s)"
     )
     group.add_argument(
         "--resume",
@@ -143,7 +159,7 @@ def add_data_args(parser: argparse.ArgumentParser, *, input_size: int, num_worke
         metavar="PX",
         help=f"side of the square input, or height and width ({input_size})",
     )
-    channels = {"type": float, "nargs": 3, "metavar": ("R", "G", "B")}
+    channels = {"type": finite_float, "nargs": 3, "metavar": ("R", "G", "B")}
     mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
     group.add_argument(
         "--mean", default=mean, help="of the channels, in 0 to 1 (ImageNet's)", **channels

@@ -4,7 +4,7 @@ import logging
 
 from PIL import UnidentifiedImageError
 
-from util.distributed import list_over_processes
+from util.distributed import is_main_process, list_over_processes
 from util.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,8 @@ class BrokenImages:
     def __init__(self, num_images: int, max_share: float) -> None:
         self.num_images = num_images
         self.max_share = max_share
-        self.count = 0
+        self.count = 0  # on this process, since `take_count`
+        self.count_elsewhere = 0  # on the other processes, as of the last `check`
         self.reasons: dict[str, str] = {}  # of every distinct file, in the order met
 
     def add(self, broken: list[tuple[str, str]]) -> None:
@@ -52,7 +53,7 @@ class BrokenImages:
 
     def take_count(self) -> int:
         """How often all processes met a broken image since the last call, in an epoch for one."""
-        count, self.count = self.count, 0
+        count, self.count, self.count_elsewhere = self.count, 0, 0
         return sum(list_over_processes([count]))
 
     def check(self) -> None:
@@ -63,7 +64,9 @@ class BrokenImages:
         Raises:
             InputError: with the number, the limit and the list of the distinct broken files.
         """
-        names = list(dict.fromkeys(list_over_processes(list(self.reasons))))
+        self.reasons = dict(list_over_processes(list(self.reasons.items())))
+        self.count_elsewhere = sum(list_over_processes([self.count])) - self.count
+        names = list(self.reasons)
         found = len(names)
         if found <= self.max_share * self.num_images:
             return
@@ -76,10 +79,10 @@ class BrokenImages:
         )
 
     def state_dict(self) -> dict[str, int | dict[str, str]]:
-        """Plain values that a resumed run continues from."""
-        return {"count": self.count, "reasons": dict(self.reasons)}
+        """Plain values that a resumed run continues from, of all processes at the last `check`."""
+        return {"count": self.count + self.count_elsewhere, "reasons": dict(self.reasons)}
 
     def load_state_dict(self, state: dict[str, int | dict[str, str]]) -> None:
         """Continue from the values of `state_dict`."""
-        self.count = state["count"]
+        self.count = state["count"] if is_main_process() else 0
         self.reasons = dict(state["reasons"])

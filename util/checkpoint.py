@@ -116,10 +116,11 @@ def read_checkpoint(path: str | Path) -> dict:
 def is_good_checkpoint(path: Path) -> bool:
     """Whether a checkpoint can be read; the log says why not."""
     try:
-        read_checkpoint(path)
+        content = read_weights_file(path)
     except InputError as error:
         _logger.warning("%s; trying the checkpoint before it", error)
         return False
+    check_format(content, path)
     return True
 
 
@@ -190,7 +191,7 @@ def _find_resume(folder: Path, resume: str) -> Path | None:
     if path.resolve().parent != folder.resolve():
         return newest_good_checkpoint(folder) or path
     place = checkpoint_place(path)
-    newer = [other for other in own if place and checkpoint_place(other) > place]
+    newer = [other for other in own if place is None or checkpoint_place(other) > place]
     if newer:
         raise InputError(
             f"{folder} holds checkpoints newer than {path.name}, which would be overwritten: move "
@@ -257,13 +258,15 @@ class CheckpointWriter:
             _logger.warning("could not save %s: %s. Earlier checkpoints are intact", path, error)
             return None
         _logger.info("saved %s", path)
-        self._delete_old()
+        self._delete_old(path)
         return path
 
-    def _delete_old(self) -> None:
+    def _delete_old(self, newest: Path) -> None:
         if self.keep_last == 0:
             return
-        for path in list_checkpoints(self.folder)[: -self.keep_last]:
+        # A later name is that of a broken file, which a resume passed over.
+        paths = list_checkpoints(self.folder)
+        for path in paths[: paths.index(newest) + 1][: -self.keep_last]:
             path.unlink()
             _logger.info("deleted %s (--keep_last %d)", path, self.keep_last)
 

@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from util.distributed import is_main_process, stack_over_processes
-from util.errors import NonFiniteLossError
+from util.errors import InputError, NonFiniteLossError
 
 LOG_NAME = "log.jsonl"
 
@@ -50,8 +50,9 @@ class EpochMeters:
             step: its number in the run, counted from 0.
         """
         # A step that fp16 loss scaling skips has an infinite gradient.
-        finite = grad_norm.isfinite()
-        self.sums += torch.stack((loss, torch.where(finite, grad_norm, 0), finite)) * num_images
+        is_finite = grad_norm.isfinite()
+        norm = torch.where(is_finite, grad_norm, 0.0)
+        self.sums += torch.stack((loss, norm, is_finite.to(loss.dtype))) * num_images
         self.num_images += num_images
         bad_step = torch.where(loss.isfinite(), math.inf, step)
         self.first_bad_step = torch.minimum(self.first_bad_step, bad_step)
@@ -153,7 +154,10 @@ class RunLog:
         self.window_step, self.window_time = step, self.start_time
         self.tensorboard = None
         if is_main_process():
-            self.tensorboard = SummaryWriter(log_dir, purge_step=step + 1)
+            try:
+                self.tensorboard = SummaryWriter(log_dir, purge_step=step + 1)
+            except OSError as error:
+                raise InputError(f"cannot write to --log_dir {log_dir}: {error}") from error
             kept = [line for line in read_log(output_dir) if line["epoch"] <= epoch]
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))

@@ -137,7 +137,7 @@ def released_options(state: Mapping[str, Tensor], args: Mapping[str, object]) ->
             1 + max(int(name.split(".")[1]) for name in state if name.startswith(prefix))
             for prefix in ("blocks.", "decoder_blocks.")
         )
-    except (KeyError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"the checkpoint holds no masked autoencoder ({error})") from error
     options = {
         "img_size": [side, side],

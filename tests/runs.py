@@ -1,0 +1,132 @@
+"""Small models, small folders of images, and runs of a main, for several test modules."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main_pretrain
+from models_crossmae import build_crossmae
+from models_mae import build_mae
+from models_vit import ModelSize
+from util.run import run_main
+
+ROOT = Path(__file__).parent.parent
+
+NANO = ModelSize(4, 32, 2, 2, decoder_embed_dim=32, decoder_num_heads=2, img_size=16)
+crossmae_nano = partial(build_crossmae, NANO, decoder_depth=2)
+mae_nano = partial(build_mae, NANO, decoder_depth=2)
+
+# Of main_pretrain.py; five steps an epoch on 40 images.
+TINY = ["--model", "crossmae_vit_tiny_patch4", "--input_size", "16", "--decoder_depth", "1"]
+TINY += ["--batch_size", "8", "--epochs", "2", "--num_workers", "0", "--amp", "fp32"]
+
+
+def use_nano_models(monkeypatch):
+    """Let the names of the tiny models stand for ones that train a step in milliseconds."""
+    monkeypatch.setitem(main_pretrain.MODELS, "crossmae_vit_tiny_patch4", crossmae_nano)
+    monkeypatch.setitem(main_pretrain.MODELS, "mae_vit_tiny_patch4", mae_nano)
+
+
+def write_images(folder, num_images, size=20):
+    """Different images with some structure: a gradient, and noise of a few pixels' size."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(num_images)
+    ramp = np.linspace(0, 128, size).reshape(1, size, 1)
+    for index in range(num_images):
+        noise = Image.fromarray(random.integers(0, 128, (5, 5, 3), np.uint8))
+        pixels = ramp + np.asarray(noise.resize((size, size), Image.Resampling.BICUBIC))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{index:03d}.png")
+    return folder
+
+
+@contextmanager
+def logging_restored():
+    """Undo what a main does to the root logger."""
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    try:
+        yield
+    finally:
+        root.handlers = handlers
+        root.setLevel(level)
+
+
+def run(*argv, main=main_pretrain.main):
+    """Call a main in this process."""
+    with logging_restored():
+        main([str(word) for word in argv])
+
+
+def refusal(capsys, *argv, main=main_pretrain.main, code=2):
+    """The one sentence on stderr with which a main ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught, logging_restored():
+        run_main(lambda: main([str(word) for word in argv]))
+    assert caught.value.code == code
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1, message
+    _, found, sentence = message.strip().partition("error: ")
+    assert found
+    return sentence
+
+
+def command(*argv, processes=None):
+    """The command line of a script in the repository, to be run by `start`."""
+    python = [sys.executable]
+    if processes is not None:
+        python += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    return [str(word) for word in (*python, *argv)]
+
+
+def start(words, **variables):
+    """Start a command in the repository, with one thread as in the tests' own process."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(words, cwd=ROOT, env=env, **pipes)
+
+
+def finish(process):
+    """Wait for a command; return its exit code, standard output and standard error."""
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def assert_identical(a, b, place="content"):
+    """Compare nested plain values and tensors bit for bit."""
+    assert type(a) is type(b), place
+    if isinstance(a, dict):
+        assert list(a) == list(b), place
+        for key in a:
+            assert_identical(a[key], b[key], f"{place}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), place
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_identical(x, y, f"{place}[{index}]")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), place
+    else:
+        assert a == b, place
+
+
+def files_in(folder):
+    """Every file in a folder with its content, by its path from there."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def copied(folder, place):
+    """A copy of a folder, for a test that changes it."""
+    return Path(shutil.copytree(folder, place))

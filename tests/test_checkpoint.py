@@ -1,0 +1,421 @@
+"""Checkpoints: whole or not there, found again, and refused where they do not belong."""
+
+import errno
+import logging
+import resource
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from runs import assert_identical
+
+from util import checkpoint as checkpoint_module
+from util.broken_images import BrokenImages
+from util.checkpoint import (
+    CheckpointWriter,
+    Progress,
+    TrainState,
+    check_same_run,
+    find_resume,
+    list_checkpoints,
+    newest_good_checkpoint,
+    read_checkpoint,
+    write_atomically,
+)
+from util.errors import InputError, RunError
+from util.metrics import EpochMeters
+from util.optim import build_adamw
+from util.precision import Precision
+
+CPU = torch.device("cpu")
+
+
+def make_state(amp="fp32"):
+    model = torch.nn.Linear(6, 4)
+    return TrainState(
+        model=model,
+        optimizer=build_adamw(model, weight_decay=0.05, betas=(0.9, 0.95)),
+        precision=Precision(amp, CPU),
+        progress=Progress(),
+        meters=EpochMeters(CPU),
+        broken=BrokenImages(100, 0.5),
+    )
+
+
+def train(state, num_steps=1):
+    """Change everything that a state holds."""
+    for _ in range(num_steps):
+        state.precision.backward(state.model(torch.randn(3, 6)).square().mean())
+        norm = state.precision.step(state.optimizer, state.model)
+        state.optimizer.zero_grad()
+        step = state.progress.step
+        state.meters.update(loss=norm.detach(), grad_norm=norm, num_images=3, step=step)
+        state.progress.step += 1
+        state.progress.step_in_epoch += 1
+    state.meters.read()
+    state.broken.add([("a.png", "empty")])
+
+
+def writer(folder, state, **options):
+    return CheckpointWriter(folder, state, {}, **{"every_minutes": None, "keep_last": 0} | options)
+
+
+def save_at(folder, *places, state=None, **options):
+    """Checkpoints after so many epochs and steps; return their paths."""
+    state = state or make_state()
+    paths = []
+    for epoch, step in places:
+        state.progress.epoch, state.progress.step_in_epoch = epoch, step
+        paths.append(writer(folder, state, **options).save())
+    return paths
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def flip(path):
+    """Flip a bit of a weight."""
+    weight = torch.load(path, weights_only=True)["model"]["weight"]
+    content = bytearray(path.read_bytes())
+    content[content.index(weight.numpy().tobytes())] ^= 0x10
+    path.write_bytes(content)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# What is in a checkpoint
+
+
+@pytest.mark.parametrize("amp", ["fp32", "fp16"])
+def test_a_state_continues_bit_for_bit(tmp_path, amp):
+    state = make_state(amp)
+    train(state, num_steps=3)
+    path = writer(tmp_path, state).save()
+    other = make_state(amp)
+    other.load_state_dict(read_checkpoint(path))
+    assert_identical(other.state_dict(), state.state_dict())
+    assert other.progress == Progress(epoch=0, step_in_epoch=3, step=3)
+    for each in (state, other):
+        torch.manual_seed(1)
+        train(each, num_steps=2)
+    assert_identical(other.state_dict(), state.state_dict())
+
+
+def test_it_holds_tensors_and_plain_values_and_loads_with_weights_only(tmp_path):
+    state = make_state("fp16")
+    train(state)
+    header = {"model_name": "m", "mean": [0.5], "args": {"lr": None, "input_size": [16]}}
+    path = CheckpointWriter(tmp_path, state, header, every_minutes=None, keep_last=0).save()
+    assert torch.serialization.get_unsafe_globals_in_checkpoint(path) == []
+    content = torch.load(path, weights_only=True)
+    assert content["format"] == "crossmae-pretrain"
+    assert content["version"] == 1
+    assert content["args"] == header["args"]
+    assert content["progress"] == {"epoch": 0, "step_in_epoch": 1, "step": 1}
+
+
+def test_a_run_may_change_its_number_format(tmp_path):
+    fp16, fp32 = make_state("fp16"), make_state("fp32")
+    train(fp16)
+    train(fp32)
+    from_fp32, from_fp16 = make_state("fp16"), make_state("fp32")
+    from_fp32.load_state_dict(read_checkpoint(writer(tmp_path, fp32).save()))
+    from_fp16.load_state_dict(read_checkpoint(writer(tmp_path, fp16).save()))
+    assert torch.equal(from_fp16.model.weight, fp16.model.weight)
+    assert torch.equal(from_fp32.model.weight, fp32.model.weight)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, bad):
+    state = make_state()
+    good = save_at(tmp_path, (1, 0), state=state)
+    state.model.weight.data[2, 3] = bad
+    state.progress = Progress(epoch=2, step=20)
+    with pytest.raises(RunError, match="weight is not finite after step 20") as caught:
+        writer(tmp_path, state).save()
+    assert "\n" not in str(caught.value)
+    assert list_checkpoints(tmp_path) == good
+
+
+def test_a_stream_goes_back_to_the_start_of_its_epoch(caplog):
+    state = make_state()
+    train(state, num_steps=3)
+    state.progress = Progress(epoch=2, step_in_epoch=3, step=13)
+    state.rewind_epoch()
+    assert state.progress == Progress(epoch=2, step_in_epoch=0, step=10)
+    assert state.meters.num_images == 0
+    assert "epoch 3" in caplog.text
+    caplog.clear()
+    state.rewind_epoch()
+    assert caplog.messages == []  # at the start already
+
+
+# Writing
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), RuntimeError("zip")])
+def test_a_write_that_fails_leaves_the_older_file_and_the_run_goes_on(
+    tmp_path, caplog, monkeypatch, error
+):
+    state = make_state()
+    path = save_at(tmp_path, (1, 0), state=state)[0]
+    before = path.read_bytes()
+    train(state)
+    state.progress = Progress(epoch=1)
+
+    def fails_midway(content, file):
+        file.write(b"half of it")
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fails_midway)
+        assert writer(tmp_path, state, keep_last=1).save() is None
+    assert f"could not save {path}" in caplog.text
+    assert names(tmp_path) == [path.name]
+    assert path.read_bytes() == before
+    assert writer(tmp_path, state).save() == path
+    assert path.read_bytes() != before
+
+
+@contextmanager
+def files_no_larger_than(size):
+    """Let writes beyond a size fail, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.faults
+def test_no_half_written_file_stays_on_a_full_disk(tmp_path):
+    path = tmp_path / "checkpoint-e0001-s000000.pth"
+    write_atomically({"w": torch.ones(10)}, path)
+    before = path.read_bytes()
+    with files_no_larger_than(100_000), pytest.raises((OSError, RuntimeError)):
+        write_atomically({"w": torch.ones(300_000)}, path)
+    assert names(tmp_path) == [path.name]
+    assert path.read_bytes() == before
+
+
+@pytest.mark.faults
+def test_a_write_that_is_interrupted_leaves_no_half_written_file(tmp_path, monkeypatch):
+    def interrupted(content, file):
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_at(tmp_path, (1, 0))
+    assert names(tmp_path) == []
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    events = []
+    fsync, replace = checkpoint_module.os.fsync, Path.replace
+    monkeypatch.setattr(
+        checkpoint_module.os, "fsync", lambda file: (events.append("fsync"), fsync(file))
+    )
+    monkeypatch.setattr(
+        Path, "replace", lambda path, new: (events.append("replace"), replace(path, new))
+    )
+    save_at(tmp_path, (1, 0))
+    assert events == ["fsync", "replace", "fsync"]  # content, name, folder
+
+
+def test_only_the_last_ones_are_kept_and_the_log_says_so(tmp_path, caplog):
+    places = [(1, 0), (1, 3), (2, 0), (10, 0)]
+    with caplog.at_level(logging.INFO):
+        paths = save_at(tmp_path, *places, keep_last=2)
+    assert list_checkpoints(tmp_path) == paths[2:]
+    assert [m for m in caplog.messages if m.startswith("deleted")] == [
+        f"deleted {path} (--keep_last 2)" for path in paths[:2]
+    ]
+
+
+def test_all_are_kept_if_asked_for_and_other_files_always(tmp_path):
+    (tmp_path / "checkpoint-best.pth").write_bytes(b"mine")
+    paths = save_at(tmp_path, *[(epoch, 0) for epoch in range(1, 6)], keep_last=0)
+    assert list_checkpoints(tmp_path) == paths
+    save_at(tmp_path, (6, 0), keep_last=1)
+    assert names(tmp_path) == ["checkpoint-best.pth", "checkpoint-e0006-s000000.pth"]
+
+
+@pytest.mark.faults
+def test_what_was_just_saved_is_kept_although_a_broken_file_has_a_later_name(tmp_path):
+    old, broken = save_at(tmp_path, (1, 0), (2, 9))
+    truncate(broken)
+    assert newest_good_checkpoint(tmp_path) == old
+    new = save_at(tmp_path, (2, 5), keep_last=1)[0]
+    assert newest_good_checkpoint(tmp_path) == new
+
+
+def test_checkpoints_are_in_the_order_of_the_run(tmp_path):
+    paths = save_at(tmp_path, (9, 0), (10, 0), (10, 2), (9999, 0), (10000, 999_999), (10001, 0))
+    assert list_checkpoints(tmp_path) == paths
+
+
+@pytest.mark.parametrize(
+    ("every_minutes", "minutes", "saves"),
+    [(None, 1e9, False), (10, 9.9, False), (10, 10, True), (0, 0, True)],
+)
+def test_a_checkpoint_is_due_after_so_many_minutes(
+    tmp_path, monkeypatch, every_minutes, minutes, saves
+):
+    now = 1000.0
+    monkeypatch.setattr(checkpoint_module.time, "monotonic", lambda: now)
+    checkpoints = writer(tmp_path, make_state(), every_minutes=every_minutes)
+    now += 60 * minutes
+    checkpoints.save_if_due()
+    assert bool(list_checkpoints(tmp_path)) == saves
+    if saves and minutes:
+        list_checkpoints(tmp_path)[0].unlink()
+        checkpoints.save_if_due()  # not at once again
+        assert list_checkpoints(tmp_path) == []
+
+
+def test_processes_but_the_main_one_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_module, "is_main_process", lambda: False)
+    assert writer(tmp_path, make_state()).save() is None
+    assert names(tmp_path) == []
+
+
+# Finding
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("break_it", [truncate, flip, lambda path: path.write_bytes(b"")])
+def test_a_broken_newest_is_passed_over_with_a_warning(tmp_path, caplog, break_it):
+    _, good, broken = save_at(tmp_path, (1, 0), (2, 0), (2, 4))
+    break_it(broken)
+    assert newest_good_checkpoint(tmp_path) == good
+    (warning,) = caplog.messages
+    assert str(broken) in warning
+    assert "trying the checkpoint before it" in warning
+
+
+@pytest.mark.faults
+def test_broken_checkpoints_alone_are_refused(tmp_path):
+    for path in save_at(tmp_path, (1, 0), (2, 0)):
+        truncate(path)
+    with pytest.raises(InputError, match=r"none of the 2 checkpoints in .* can be read"):
+        find_resume(tmp_path, "auto")
+
+
+def test_auto_starts_anew_where_there_is_nothing(tmp_path):
+    assert find_resume(tmp_path, "auto") is None
+    assert find_resume(tmp_path / "nowhere", "auto") is None
+    save_at(tmp_path, (1, 0))
+    (tmp_path / "checkpoint-e0002-s000000.pth.tmp").write_bytes(b"half of it")
+    assert find_resume(tmp_path, "auto") == tmp_path / "checkpoint-e0001-s000000.pth"
+
+
+def test_none_starts_anew_but_overwrites_nothing(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    assert find_resume(tmp_path, "none") is None
+    save_at(tmp_path, (1, 0))
+    with pytest.raises(InputError, match="would overwrite"):
+        find_resume(tmp_path, "none")
+
+
+def test_a_path_elsewhere_is_where_a_run_starts_and_not_where_it_goes_on(tmp_path):
+    own, other = tmp_path / "own", tmp_path / "other"
+    own.mkdir()
+    other.mkdir()
+    path = save_at(other, (5, 0))[0]
+    assert find_resume(own, str(path)) == path
+    mine = save_at(own, (1, 0))[0]
+    assert find_resume(own, str(path)) == mine
+
+
+def test_a_path_inside_is_taken_unless_newer_ones_would_be_overwritten(tmp_path):
+    first, second, third = save_at(tmp_path, (1, 0), (1, 7), (2, 0))
+    assert find_resume(tmp_path, str(third)) == third
+    with pytest.raises(InputError, match=r"newer than .*e0001-s000000.*\(.*e0001-s000007"):
+        find_resume(tmp_path, str(first))
+    second.unlink()
+    third.unlink()
+    assert find_resume(tmp_path, str(first)) == first
+
+
+def test_a_path_inside_under_another_name_is_refused_where_newer_ones_would_be_overwritten(
+    tmp_path,
+):
+    first, *_ = save_at(tmp_path, (1, 0), (2, 0))
+    first.rename(tmp_path / "best.pth")
+    with pytest.raises(InputError, match="newer"):
+        find_resume(tmp_path, str(tmp_path / "best.pth"))
+
+
+def test_a_path_that_is_missing_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere\.pth is no file"):
+        read_checkpoint(find_resume(tmp_path, str(tmp_path / "nowhere.pth")))
+
+
+def change(path, **changes):
+    torch.save(torch.load(path, weights_only=True) | changes, path)
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path):
+    path = save_at(tmp_path, (1, 0))[0]
+    change(path, version=2)
+    with pytest.raises(InputError, match=r"version 2 .* update the code"):
+        read_checkpoint(path)
+
+
+def test_an_older_checkpoint_does_not_stand_in_for_one_of_a_newer_version(tmp_path):
+    _, newer = save_at(tmp_path, (1, 0), (2, 0))
+    change(newer, version=2)
+    with pytest.raises(InputError, match=r"version 2 .* update the code"):
+        find_resume(tmp_path, "auto")
+
+
+def test_a_file_of_another_program_is_refused(tmp_path):
+    torch.save({"model": {"w": torch.ones(2)}}, tmp_path / "released.pth")
+    with pytest.raises(InputError, match="no pre-training checkpoint"):
+        read_checkpoint(tmp_path / "released.pth")
+
+
+# Whether it is the same run
+
+IDENTITY = {"--model": "m", "--mask_ratio": 0.75, "--pred_ratio": None, "--seed": 0}
+RECIPE = {"--epochs": 10, "lr": 1e-3, "--amp": "bf16"}
+CHECKPOINT = {"identity": IDENTITY, "recipe": RECIPE, "progress": {"epoch": 4}}
+PATH = Path("c.pth")
+
+
+def test_the_same_run_goes_on_without_a_word(caplog):
+    check_same_run(CHECKPOINT, dict(IDENTITY), dict(RECIPE), PATH)
+    assert caplog.messages == []
+
+
+def test_another_run_is_refused_with_the_list_of_differences():
+    other = IDENTITY | {"--mask_ratio": 0.5, "--pred_ratio": 0.25}
+    with pytest.raises(InputError) as caught:
+        check_same_run(CHECKPOINT, other, RECIPE, PATH)
+    message = str(caught.value)
+    assert "--mask_ratio was 0.75 and is now 0.5" in message
+    assert "--pred_ratio was None and is now 0.25" in message
+    assert "--seed" not in message
+    assert "\n" not in message
+
+
+def test_a_change_of_the_recipe_is_named(caplog):
+    check_same_run(CHECKPOINT, IDENTITY, RECIPE | {"lr": 5e-4, "--amp": "fp32"}, PATH)
+    assert caplog.messages == [
+        "continuing with a change: lr was 0.001 and is now 0.0005",
+        "continuing with a change: --amp was 'bf16' and is now 'fp32'",
+    ]
+
+
+def test_epochs_may_grow_with_a_warning_and_not_shrink(caplog):
+    check_same_run(CHECKPOINT, IDENTITY, RECIPE | {"--epochs": 12}, PATH)
+    assert "--epochs grew from 10 to 12: from epoch 4 on" in caplog.text
+    with pytest.raises(InputError, match=r"--epochs 8 is below the 10 .* 4 of them done"):
+        check_same_run(CHECKPOINT, IDENTITY, RECIPE | {"--epochs": 8}, PATH)

@@ -1,0 +1,188 @@
+"""Several processes do what one does, and end together.
+
+As a script, this file is what torchrun starts: it runs main_pretrain.py for every line of a file.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from runs import ROOT, TINY, command, finish, run, start, write_images
+
+import main_pretrain
+from util.checkpoint import list_checkpoints, read_checkpoint
+from util.distributed import (
+    data_parallel,
+    from_main_process,
+    gradient_sync,
+    is_main_process,
+    rank,
+    stack_over_processes,
+    start_processes,
+    world_size,
+)
+from util.errors import InputError
+from util.metrics import read_log
+from util.sampler import StepSampler
+
+CPU = torch.device("cpu")
+
+
+def run_lines(path):
+    """Run main_pretrain.py for every line; the processes stay together from run to run."""
+    for line in Path(path).read_text().splitlines():
+        main_pretrain.main(json.loads(line))
+        dist.init_process_group = lambda backend: None
+
+
+# Two processes
+
+# Of 41 images the last step has one, fewer than processes; of 43 it has three.
+# The second accumulates: 2 processes x 2 micro-steps x 2 images.
+CASES = {
+    "one image left": (41, ["--batch_size", "4"]),
+    "three images left": (43, ["--batch_size", "2", "--accum_iter", "2"]),
+    "mae": (41, ["--batch_size", "4", "--model", "mae_vit_tiny_patch4"]),
+}
+MODEL = [*TINY, "--lr", "1e-3", "--eval_every", "1", "--max_broken", "0.5"]
+
+
+def read_by(process, num_images, batch_size, world_size=2):
+    """The images that one process reads in the first epoch."""
+    share = {"batch_size": batch_size, "accum_iter": 1, "seed": 0}
+    sampler = StepSampler(num_images, rank=process, world_size=world_size, **share)
+    return [index for batch in sampler for _, index in batch]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Runs of one and of two processes: case -> their output folders."""
+    root = tmp_path_factory.mktemp("runs")
+    lines = []
+    for name, (num_images, options) in CASES.items():
+        images = root / f"images of {name}"
+        write_images(images / "train", num_images)
+        write_images(images / "val", 5)
+        broken = read_by(1, num_images, 4)[0]
+        (images / "train" / f"{broken:03d}.png").write_bytes(b"")
+        argv = [*MODEL, "--data_path", str(images)]
+        one_process = [*argv, *options, "--batch_size", "8", "--accum_iter", "1"]
+        run(*one_process, "--output_dir", root / f"one, {name}")
+        lines.append(json.dumps([*argv, *options, "--output_dir", str(root / f"two, {name}")]))
+    (root / "lines").write_text("\n".join(lines))
+    script = command(__file__, root / "lines", processes=2)
+    code, out, err = finish(start(script, PYTHONPATH=str(ROOT)))
+    assert code == 0, out + err
+    return {name: (root / f"one, {name}", root / f"two, {name}") for name in CASES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one_with_the_same_effective_batch(folders, case):
+    logs = [read_log(folder) for folder in folders[case]]
+    assert len(logs[0]) == 2
+    for line, expected in zip(*reversed(logs), strict=True):
+        for key in ("step", "val_images"):
+            assert line[key] == expected[key]
+        for key in ("loss", "grad_norm", "lr", "val_loss", "val_psnr"):
+            assert line[key] == pytest.approx(expected[key], rel=1e-4), key
+    one, two = (read_checkpoint(list_checkpoints(folder)[-1]) for folder in folders[case])
+    assert one["progress"] == two["progress"]
+    # Adam makes a gradient of zero a step of either sign, so the weights agree in the mean.
+    differences = [(two["model"][name] - w).abs().mean() for name, w in one["model"].items()]
+    assert max(differences) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_broken_images_of_all_processes_are_counted(folders, case):
+    one, two = ([line["broken_images"] for line in read_log(folder)] for folder in folders[case])
+    assert two == one
+    books = [read_checkpoint(list_checkpoints(folder)[-1])["broken"] for folder in folders[case]]
+    assert books[1] == books[0]
+
+
+@pytest.mark.slow
+def test_only_one_process_writes(folders):
+    for one, two in folders.values():
+        names = [
+            {re.sub(r"tfevents.*", "tfevents", p.name): None for p in sorted(f.rglob("*"))}
+            for f in (one, two)
+        ]
+        assert names[0] == names[1]
+        assert len(list((two / "tensorboard").iterdir())) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_an_error_that_one_process_meets_ends_all_with_its_sentence(tmp_path):
+    # A hundred broken images in a row are too many; only one process begins with the first.
+    images = write_images(tmp_path / "images", 210)
+    first = read_by(1, 210, 4)[0]
+    for index in range(first, first + 100):
+        (images / f"{index % 210:03d}.png").write_bytes(b"")
+    argv = [*TINY, "--data_path", images, "--batch_size", 4, "--max_broken", 1]
+    argv += ["--output_dir", tmp_path / "run"]
+    code, _, err = finish(start(command(ROOT / "main_pretrain.py", *argv, processes=2)))
+    assert code != 0
+    sentences = [line for line in err.splitlines() if re.match(r"main_pretrain\.py.*error: ", line)]
+    assert len(sentences) == 1, err
+    assert "100 images in a row cannot be read" in sentences[0]
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_an_error_that_all_processes_meet_is_told_once(tmp_path):
+    argv = [*TINY, "--dataset", "digits", "--feature_maps", "0,6", "--output_dir", tmp_path / "run"]
+    code, _, err = finish(start(command(ROOT / "main_pretrain.py", *argv, processes=2)))
+    assert code != 0
+    assert err.count("main_pretrain.py: error: --feature_maps without 12") == 1
+    assert len(re.findall(r"^main_pretrain\.py.*error: ", err, re.MULTILINE)) == 1
+    assert not (tmp_path / "run").exists()
+
+
+# One process
+
+
+def test_without_torchrun_there_is_one_process(monkeypatch):
+    # Inside a SLURM job, or with a variable left over, it stays one.
+    for name, value in {"WORLD_SIZE": "4", "RANK": "1", "SLURM_NTASKS": "8"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert start_processes("cpu") == CPU
+    assert (rank(), world_size(), is_main_process()) == (0, 1, True)
+    assert not dist.is_initialized()
+    assert from_main_process({"a": 1}) == {"a": 1}
+    values = torch.arange(3.0)
+    assert torch.equal(stack_over_processes(values), values.unsqueeze(0))
+    model = torch.nn.Linear(2, 2)
+    assert data_parallel(model, CPU) is model
+    with gradient_sync(model, enabled=False):
+        model(torch.ones(1, 2)).sum().backward()
+    assert model.weight.grad is not None
+
+
+@pytest.mark.parametrize("device", ["abacus", "meta", "cuda:x"])
+def test_devices_that_cannot_compute_are_refused(device):
+    with pytest.raises(InputError, match=f"--device {device}") as caught:
+        start_processes(device)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "local_rank", "num_gpus"), [("cuda", "0", 0), ("cuda", "2", 2), ("cuda:3", "0", 2)]
+)
+def test_gpus_that_are_not_there_are_refused(monkeypatch, device, local_rank, num_gpus):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with pytest.raises(InputError, match=f"and {num_gpus} are there"):
+        start_processes(device)
+
+
+if __name__ == "__main__":
+    run_lines(sys.argv[1])
+    dist.destroy_process_group()

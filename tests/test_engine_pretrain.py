@@ -1,0 +1,515 @@
+"""The training loop and what it measures, on models that take milliseconds a step."""
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from runs import crossmae_nano, mae_nano, write_images
+from sklearn.datasets import load_digits
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import engine_pretrain
+from engine_pretrain import (
+    Batch,
+    draw_reconstructions,
+    evaluate,
+    heldout_split,
+    step_noise,
+    train_one_epoch,
+)
+from main_pretrain import build_dataset, build_eval_loader, build_train_loader
+from util.broken_images import BrokenImages
+from util.checkpoint import Progress, TrainState
+from util.distributed import data_parallel
+from util.errors import InputError, NonFiniteLossError
+from util.masking import count_tokens, random_split
+from util.metrics import EpochMeters
+from util.optim import build_adamw
+from util.patches import patchify
+from util.precision import Precision
+from util.transforms import eval_transform, pretrain_transform
+
+CPU = torch.device("cpu")
+IMG_SIZE, NUM_PATCHES = (16, 16), 16  # of the nano models, with patches of 4 pixels
+MEAN, STD = (0.5, 0.4, 0.3), (0.3, 0.25, 0.2)
+SPLIT = {
+    gamma: partial(random_split, counts=count_tokens(NUM_PATCHES, 0.75, gamma))
+    for gamma in (0.25, None)
+}
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """A folder of 41 images."""
+    return write_images(tmp_path_factory.mktemp("images"), 41)
+
+
+class Recorder:
+    """Stands where the log and the checkpoints do, and calls back at every log point."""
+
+    def __init__(self, at_log_point=None):
+        self.steps, self.stats = [], []
+        self.at_log_point = at_log_point or (lambda: None)
+
+    def start_epoch(self, epoch, step_in_epoch):
+        self.started = (epoch, step_in_epoch)
+
+    def log_step(self, step, *, epoch, lr, num_images, stats):
+        self.steps.append((step, epoch, lr, num_images))
+        self.stats.append(stats)
+
+    def save_if_due(self):
+        self.at_log_point()
+
+
+def make_state(model, *, optimizer=None, amp="fp32", clip_grad=None, max_broken=0.0):
+    return TrainState(
+        model=model,
+        optimizer=optimizer or build_adamw(model, weight_decay=0.05, betas=(0.9, 0.95)),
+        precision=Precision(amp, CPU, clip_grad=clip_grad),
+        progress=Progress(),
+        meters=EpochMeters(CPU),
+        broken=BrokenImages(100, max_broken),
+    )
+
+
+def make_loader(images, **options):
+    transform = pretrain_transform(IMG_SIZE, MEAN, STD)
+    dataset = build_dataset("folder", images, split="train", transform=transform, seed=0)
+    usual = {"batch_size": 8, "accum_iter": 1, "rank": 0, "world_size": 1, "seed": 0}
+    usual |= {"num_workers": 0, "pin_memory": False}
+    return build_train_loader(dataset, **(usual | options))
+
+
+class PreparedLoader:
+    """Steps of micro-batches that are there already."""
+
+    def __init__(self, steps):
+        self.prepared, self.steps_per_epoch = steps, len(steps)
+
+    def images_in_step(self, step):
+        return sum(len(batch.images) for batch in self.prepared[step])
+
+    def steps(self, epoch, first_step=0):
+        return iter(self.prepared[first_step:])
+
+
+def prepared(num_steps, batch_size=4, num_micro_batches=1, pixels=None, broken=()):
+    labels = torch.zeros(batch_size, dtype=torch.int64)
+    shape = (num_steps, num_micro_batches, batch_size, 3, *IMG_SIZE)
+    pixels = torch.randn(shape) if pixels is None else pixels.expand(shape)
+    return PreparedLoader([[Batch(x, labels, list(broken)) for x in step] for step in pixels])
+
+
+def train(model, loader, state, *, gamma=0.25, lr=1e-3, log_every=100, recorder=None):
+    """One epoch."""
+    recorder = recorder or Recorder()
+    return train_one_epoch(
+        model,
+        loader,
+        state,
+        lr_at=lr if callable(lr) else lambda step: lr,
+        split_tokens=SPLIT[gamma],
+        num_patches=NUM_PATCHES,
+        seed=0,
+        device=CPU,
+        log_every=log_every,
+        run_log=recorder,
+        checkpoints=recorder,
+    )
+
+
+VARIANTS = {
+    "crossmae, a third predicted": (crossmae_nano, 0.25),
+    "crossmae, all predicted": (crossmae_nano, None),
+    "crossmae without inter-block attention": (partial(crossmae_nano, feature_maps="last"), 0.25),
+    "crossmae with self-attention": (partial(crossmae_nano, decoder_self_attention=True), 0.25),
+    "mae": (mae_nano, None),
+    "mae with inter-block attention": (partial(mae_nano, feature_maps="all"), None),
+}
+variants = pytest.mark.parametrize(("build", "gamma"), VARIANTS.values(), ids=VARIANTS.keys())
+
+
+# Training
+
+
+@variants
+def test_an_epoch_changes_every_trained_weight_and_no_other(images, build, gamma):
+    model = build()
+    before = copy.deepcopy(model.state_dict())
+    state = make_state(model)
+    stats = train(model, make_loader(images), state, gamma=gamma)
+    assert 0 < stats["loss"] < 10
+    assert state.progress == Progress(epoch=1, step_in_epoch=0, step=6)
+    changed = {name for name, w in model.state_dict().items() if not torch.equal(w, before[name])}
+    assert changed == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(("build", "gamma"), [(crossmae_nano, 0.25), (mae_nano, None)])
+def test_a_handful_of_digits_can_be_learned_by_heart(build, gamma):
+    digits = torch.from_numpy(load_digits().images[:4]).float() / 8 - 1
+    digits = torch.nn.functional.interpolate(digits.unsqueeze(1), IMG_SIZE).expand(-1, 3, -1, -1)
+    without_looking = (digits - digits.mean(dim=0)).square().mean()  # loss of their mean
+    model = build(norm_pix_loss=False)
+    loader, recorder = prepared(600, batch_size=16, pixels=digits.repeat(4, 1, 1, 1)), Recorder()
+    train(model, loader, make_state(model), gamma=gamma, lr=3e-3, log_every=50, recorder=recorder)
+    first, *_, last = [stats["loss"] for stats in recorder.stats]
+    assert last < first / 3
+    assert last < 0.6 * without_looking
+
+
+def test_log_points_have_the_rate_and_the_images_since_the_last(images):
+    recorder = Recorder()
+    model = crossmae_nano()
+    stats = train(
+        model,
+        make_loader(images),
+        make_state(model),
+        log_every=4,
+        lr=lambda step: step / 100,
+        recorder=recorder,
+    )
+    assert recorder.started == (0, 0)
+    assert recorder.steps == [(4, 0, 0.03, 32), (6, 0, 0.05, 9)]  # steps, epoch, rate, images
+    assert stats["lr"] == 0.05
+    mean = (32 * recorder.stats[0]["loss"] + 9 * recorder.stats[1]["loss"]) / 41
+    assert stats["loss"] == pytest.approx(mean)
+    assert stats["broken_images"] == 0
+
+
+# The large batch in parts
+
+
+def epoch_with_sgd(images, build, gamma, **options):
+    """Weights and metrics after an epoch; without Adam's division rounding stays rounding."""
+    torch.manual_seed(0)
+    model = build()
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0)
+    state = make_state(model, optimizer=optimizer)
+    stats = train(model, make_loader(images, **options), state, gamma=gamma, lr=0.1)
+    return model.state_dict(), stats
+
+
+@variants
+@pytest.mark.parametrize("parts", [(8, 2), (5, 3), (1, 16)])
+def test_accumulation_equals_the_large_batch(images, build, gamma, parts):
+    # 41 images: a last step of 9 after two of 16, of 11 after two of 15.
+    batch_size, accum_iter = parts
+    weights, stats = epoch_with_sgd(
+        images, build, gamma, batch_size=batch_size, accum_iter=accum_iter
+    )
+    expected, expected_stats = epoch_with_sgd(
+        images, build, gamma, batch_size=batch_size * accum_iter
+    )
+    assert stats == pytest.approx(expected_stats, rel=1e-5)
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_every_process_draws_its_rows_of_the_same_noise(monkeypatch):
+    place = {"seed": 3, "step": 7, "num_patches": NUM_PATCHES, "device": CPU}
+    whole = step_noise(num_images=7, **place)
+    assert whole.shape == (7, NUM_PATCHES)
+    monkeypatch.setattr(engine_pretrain, "world_size", lambda: 3)
+    for rank, rows in enumerate(([0, 3, 6], [1, 4], [2, 5])):
+        monkeypatch.setattr(engine_pretrain, "rank", lambda rank=rank: rank)
+        assert torch.equal(step_noise(num_images=7, **place), whole[rows])
+    # With two images, the third process has noise for its stand-in.
+    assert step_noise(num_images=2, **place).shape == (1, NUM_PATCHES)
+
+
+def test_masks_differ_between_images_steps_and_seeds():
+    noise = partial(step_noise, num_images=2, num_patches=NUM_PATCHES, device=CPU)
+    rows = [row for seed in (0, 1) for step in (0, 1) for row in noise(seed=seed, step=step)]
+    visible = {tuple(SPLIT[None](row.unsqueeze(0)).visible[0].tolist()) for row in rows}
+    assert len(visible) == 8
+
+
+@pytest.fixture
+def process_group():
+    """A group of this process alone."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("accum_iter", [1, 3])
+def test_gradients_are_reduced_once_a_step(process_group, images, accum_iter):
+    reduced = []
+
+    def hook(_, bucket):
+        reduced.append(bucket.is_last())
+        return (
+            dist.all_reduce(bucket.buffer(), async_op=True)
+            .get_future()
+            .then(lambda f: f.value()[0])
+        )
+
+    model = crossmae_nano()  # small enough for one bucket of gradients
+    parallel_model = data_parallel(model, CPU)
+    parallel_model.register_comm_hook(None, hook)
+    loader = make_loader(images, batch_size=4, accum_iter=accum_iter)
+    train(parallel_model, loader, make_state(model))
+    assert reduced == [True] * loader.steps_per_epoch
+
+
+# Waiting for the device
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what makes the host wait for a device's numbers, if there were one."""
+
+    operators = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal")
+    methods = ("item", "tolist", "cpu", "numpy")
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.found = []
+        for name in self.methods:
+            monkeypatch.setattr(torch.Tensor, name, self.counted(name, getattr(torch.Tensor, name)))
+
+    def counted(self, name, method):
+        def call(tensor, *args, **kwargs):
+            self.found.append(name)
+            return method(tensor, *args, **kwargs)
+
+        return call
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("aten::").split(".")[0]
+        if name in self.operators:
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def host_reads(monkeypatch, build=crossmae_nano, lr=1e-3, log_every=3, **options):
+    """What the host reads from the device in seven steps of which two are log points."""
+    model = build()
+    state, loader = make_state(model, **options), prepared(7, num_micro_batches=2)
+    with monkeypatch.context() as patch, HostReads(patch) as reads:
+        read = EpochMeters.read
+
+        def read_uncounted(meters):
+            num_found = len(reads.found)
+            stats = read(meters)
+            assert len(reads.found) > num_found
+            del reads.found[num_found:]
+            return stats
+
+        patch.setattr(EpochMeters, "read", read_uncounted)
+        train(model, loader, state, lr=lr, log_every=log_every)
+    return reads.found
+
+
+@pytest.mark.parametrize("build", [crossmae_nano, mae_nano])
+@pytest.mark.parametrize("clip_grad", [None, 1.0])
+@pytest.mark.parametrize("amp", ["fp32", "bf16", "fp16"])
+def test_the_host_waits_for_the_device_at_log_points_only(monkeypatch, build, amp, clip_grad):
+    assert host_reads(monkeypatch, build, amp=amp, clip_grad=clip_grad) == []
+
+
+@pytest.mark.parametrize(
+    "wait", [lambda x: x.item(), float, bool, lambda x: x.tolist(), lambda x: x[x > 0]]
+)
+def test_a_planted_wait_is_found(monkeypatch, wait):
+    def rate(step):
+        wait(torch.ones(2).sum())
+        return 1e-3
+
+    assert len(host_reads(monkeypatch, lr=rate)) >= 7
+
+
+# What goes wrong
+
+
+def nan_after(num_calls, model):
+    """Let the model's loss be NaN once it was called so often."""
+    calls = iter(range(10**6))
+    forward = model.forward
+    model.forward = lambda *x: forward(*x) * (1.0 if next(calls) < num_calls else math.nan)
+    return model
+
+
+@pytest.mark.parametrize(("num_good", "log_every"), [(0, 1), (2, 4), (5, 4), (6, 100)])
+def test_a_loss_that_is_not_finite_ends_the_epoch_before_anything_is_saved(num_good, log_every):
+    saved_after = []
+    model = nan_after(num_good, crossmae_nano())
+    state = make_state(model)
+    recorder = Recorder(lambda: saved_after.append(state.progress.step))
+    with pytest.raises(NonFiniteLossError, match=rf"step {num_good} "):
+        train(model, prepared(7), state, log_every=log_every, recorder=recorder)
+    assert all(step <= num_good for step in saved_after)
+    assert len(recorder.steps) == num_good // log_every  # nor is anything logged
+
+
+def test_fp16_goes_on_after_a_skipped_step_and_its_epoch_has_a_gradient_norm():
+    model = crossmae_nano()
+    state = make_state(model, amp="fp16")
+    state.precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    recorder = Recorder()
+    stats = train(model, prepared(60), state, log_every=10, recorder=recorder)
+    assert 1 < state.precision.scaler.get_scale() < 2.0**40
+    assert all(weight.isfinite().all() for weight in model.parameters())
+    assert 0 < recorder.stats[-1]["grad_norm"] < 100
+    assert 0 < stats["grad_norm"] < 100
+
+
+def test_broken_images_are_counted_and_end_the_run_above_the_limit():
+    broken = [("a.png", "empty")]
+    model = crossmae_nano()
+    stats = train(model, prepared(7, broken=broken), make_state(model, max_broken=0.01))
+    assert stats["broken_images"] == 7
+    with pytest.raises(InputError, match=r"a\.png"):
+        train(model, prepared(7, broken=broken), make_state(model))
+
+
+# Measuring
+
+
+def make_eval_loader(images, batch_size=8, rank=0, world_size=1):
+    transform = eval_transform(IMG_SIZE, MEAN, STD)
+    dataset = build_dataset("folder", images, split="train", transform=transform, seed=0)
+    share = {"rank": rank, "world_size": world_size, "num_workers": 0, "pin_memory": False}
+    return build_eval_loader(dataset, batch_size=batch_size, **share)
+
+
+def measure(model, loader, seed=0, amp="fp32"):
+    return evaluate(
+        model,
+        loader,
+        split_tokens=SPLIT[None],
+        num_patches=NUM_PATCHES,
+        seed=seed,
+        mean=MEAN,
+        std=STD,
+        precision=Precision(amp, CPU),
+        device=CPU,
+    )
+
+
+def restored(images):
+    """Pixels in [0, 1] again."""
+    return images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+
+
+@pytest.mark.parametrize("build", [crossmae_nano, mae_nano])
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_evaluation_equals_the_formulas_written_out(images, build, norm_pix_loss):
+    model = build(norm_pix_loss=norm_pix_loss)
+    all_images = torch.cat([batch.images for batch in make_eval_loader(images)])
+    losses, psnrs = [], []
+    for index, image in enumerate(all_images.unsqueeze(1)):
+        split = heldout_split([index], SPLIT[None], num_patches=NUM_PATCHES, seed=0, device=CPU)
+        ids = split.predicted[0]
+        pred = model.predict(image, split)[0].detach()  # (P, p*p*C)
+        patches = patchify(image, 4)[0, ids]
+        target = patches
+        if norm_pix_loss:
+            mean = patches.mean(dim=1, keepdim=True)
+            deviation = (patches.var(dim=1, keepdim=True) + 1e-6) ** 0.5
+            target = (patches - mean) / deviation
+        losses.append(((pred - target) ** 2).mean())
+
+        # Put the predictions into the image, and compare masked pixels.
+        pixels = pred * deviation + mean if norm_pix_loss else pred
+        canvas = patchify(image, 4)[0]
+        canvas[ids] = pixels
+        canvas = canvas.view(4, 4, 4, 4, 3).permute(4, 0, 2, 1, 3).reshape(3, 16, 16)
+        difference = restored(canvas).clamp(0, 1) - restored(image[0])
+        error = (difference**2).sum() / (len(ids) * 4 * 4 * 3)
+        psnrs.append(10 * math.log10(1 / error))
+    assert measure(model, make_eval_loader(images)) == {
+        "val_loss": pytest.approx(sum(losses).item() / 41, rel=1e-4),
+        "val_psnr": pytest.approx(sum(psnrs) / 41, rel=1e-4),
+        "val_images": 41,
+    }
+
+
+def test_batch_size_changes_nothing_and_the_seed_does(images):
+    model = crossmae_nano()
+    expected = measure(model, make_eval_loader(images, batch_size=8))
+    for batch_size in (1, 5, 64):
+        got = measure(model, make_eval_loader(images, batch_size=batch_size))
+        assert got == pytest.approx(expected, rel=1e-5)
+    assert measure(model, make_eval_loader(images))["val_loss"] == expected["val_loss"]
+    other = measure(model, make_eval_loader(images), seed=1)
+    assert other["val_loss"] != pytest.approx(expected["val_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 64])
+def test_processes_count_each_image_once(images, monkeypatch, world_size):
+    model = crossmae_nano()
+    expected = measure(model, make_eval_loader(images))
+    sums = []
+
+    def keep(values):
+        sums.append(values)
+        return torch.ones(1, 3)
+
+    monkeypatch.setattr(engine_pretrain, "world_size", lambda: world_size)
+    monkeypatch.setattr(engine_pretrain, "stack_over_processes", keep)
+    for rank in range(world_size):
+        monkeypatch.setattr(engine_pretrain, "rank", lambda rank=rank: rank)
+        measure(model, make_eval_loader(images, 8, rank, world_size))
+    loss, psnr, num_images = torch.stack(sums).sum(dim=0).tolist()
+    assert num_images == 41
+    assert loss / 41 == pytest.approx(expected["val_loss"], rel=1e-5)
+    assert psnr / 41 == pytest.approx(expected["val_psnr"], rel=1e-5)
+
+
+def test_a_perfect_prediction_has_no_loss_and_the_highest_psnr(images):
+    model = crossmae_nano()
+    model.predict = model.target
+    stats = measure(model, make_eval_loader(images))
+    assert stats["val_loss"] == 0
+    assert stats["val_psnr"] == pytest.approx(100)
+
+
+def test_evaluation_leaves_the_model_and_the_random_state_as_they_were(images):
+    model = crossmae_nano()
+    weights, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    measure(model, make_eval_loader(images), amp="bf16")
+    assert torch.equal(torch.get_rng_state(), random)
+    torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("build", [crossmae_nano, mae_nano])
+def test_pictures_decode_every_masked_patch(images, build, monkeypatch):
+    model = build()
+    if build is crossmae_nano:
+        train(model, make_loader(images), make_state(model), gamma=0.25)
+    batch = next(iter(make_eval_loader(images, batch_size=3))).images
+    split = heldout_split(range(3), SPLIT[None], num_patches=NUM_PATCHES, seed=0, device=CPU)
+    seen = []
+    panels = engine_pretrain.reconstruction_panels
+
+    def keep(*inputs):
+        seen.extend(panels(*inputs))
+        return seen
+
+    monkeypatch.setattr(engine_pretrain, "reconstruction_panels", keep)
+    precision = Precision("fp32", CPU)
+    figure = draw_reconstructions(model, batch, split, mean=MEAN, std=STD, precision=precision)
+    assert figure.dtype == "uint8"
+    assert figure.ndim == 3
+    original, masked, reconstruction, whole = (patchify(panel, 4) for panel in seen)
+    torch.testing.assert_close(seen[0], restored(batch))
+    for i in range(3):
+        visible, hidden = split.visible[i], split.predicted[i]
+        assert len(visible) + len(hidden) == NUM_PATCHES
+        assert (masked[i, hidden] == 0.5).all()
+        assert torch.equal(whole[i, visible], original[i, visible])
+        assert torch.equal(whole[i, hidden], reconstruction[i, hidden])
+        assert (reconstruction[i, hidden] != 0.5).float().mean() > 0.9
+    pred = model.pixels(model.predict(batch, split), batch, split).detach()
+    pred = pred.view(3, -1, 16, 3) * torch.tensor(STD) + torch.tensor(MEAN)
+    for i in range(3):
+        torch.testing.assert_close(
+            reconstruction[i, split.predicted[i]], pred[i].clamp(0, 1).flatten(1)
+        )

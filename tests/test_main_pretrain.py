@@ -1,0 +1,722 @@
+"""Pre-training from the command line: what a run leaves, how it goes on, and what it refuses."""
+
+import argparse
+import errno
+import json
+import math
+import os
+import re
+
+import pytest
+import torch
+from PIL import Image
+from runs import (
+    TINY,
+    assert_identical,
+    command,
+    copied,
+    files_in,
+    finish,
+    refusal,
+    run,
+    start,
+    use_nano_models,
+    write_images,
+)
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from main_pretrain import MODELS, load_model, parse_args
+from util.checkpoint import list_checkpoints, read_checkpoint
+from util.errors import InputError
+from util.metrics import RunLog, read_log
+
+EACH_STEP = ["--save_every_minutes", "0", "--log_every", "1", "--keep_last", "0"]
+MAE = ["--model", "mae_vit_tiny_patch4"]
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """A folder of 37 images, in five steps of 8 an epoch, and 5 held-out ones."""
+    folder = tmp_path_factory.mktemp("images")
+    write_images(folder / "train", 37)
+    write_images(folder / "val", 5)
+    return folder
+
+
+@pytest.fixture
+def nano(monkeypatch):
+    use_nano_models(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def finished(images, tmp_path_factory):
+    """The output folder of a finished run of two epochs, and its arguments."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        use_nano_models(patch)
+        argv = [*TINY, "--data_path", images, "--save_every", 1]
+        run(*argv, "--output_dir", folder)
+    return folder, argv
+
+
+def last_checkpoint(folder):
+    return read_checkpoint(list_checkpoints(folder)[-1])
+
+
+def state_of(folder):
+    """Everything that a run's last checkpoint would continue from, and its log."""
+    keys = ("model", "optimizer", "scaler", "progress", "meters", "broken")
+    checkpoint = last_checkpoint(folder)
+    log = [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(folder)]
+    return {key: checkpoint[key] for key in keys} | {"log": log}
+
+
+def is_finite(content):
+    if isinstance(content, dict | list):
+        values = content.values() if isinstance(content, dict) else content
+        return all(map(is_finite, values))
+    if isinstance(content, torch.Tensor):
+        return bool(content.isfinite().all())
+    return not isinstance(content, float) or math.isfinite(content)
+
+
+# A run from start to end
+
+
+def assert_complete(folder, num_epochs, *, held_out):
+    """A folder has all that a run leaves."""
+    records = json.loads((folder / "args.json").read_text())
+    assert records["args"]["output_dir"] == str(folder)
+    assert {"commit", "python", "torch", "torchvision", "timm"} == set(records["versions"])
+    assert re.fullmatch(r"[0-9a-f]{40}\+?|unknown", records["versions"]["commit"])
+    log = read_log(folder)
+    assert [line["epoch"] for line in log] == list(range(1, num_epochs + 1))
+    assert all({"step", "loss", "grad_norm", "lr", "broken_images"} <= set(line) for line in log)
+    assert ("val_loss" in log[-1]) == held_out
+    with Image.open(folder / "reconstructions.png") as figure:
+        assert figure.mode == "RGB"
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    scalars = {"train/loss", "train/lr", "train/images_per_s", "epoch/loss"}
+    scalars |= {"epoch/val_loss", "epoch/val_psnr"} if held_out else set()
+    assert scalars <= set(events.Tags()["scalars"])
+    assert events.Scalars("epoch/loss")[-1].value == pytest.approx(log[-1]["loss"])
+    assert [picture.step for picture in events.Images("reconstructions")] == [log[-1]["step"]]
+    name = f"checkpoint-e{num_epochs:04d}-s000000.pth"
+    assert [path.name for path in list_checkpoints(folder)] == [name]
+    assert is_finite(read_checkpoint(folder / name))
+    return log
+
+
+def test_digits_from_start_to_end(tmp_path, capsys, nano):
+    run(*TINY, "--dataset", "digits", "--batch_size", 128, "--output_dir", tmp_path)
+    log = assert_complete(tmp_path, 2, held_out=True)
+    assert log[-1]["val_images"] == 360
+    assert log[-1]["step"] == 2 * 12
+    out = capsys.readouterr().out
+    assert "digits: 1437 images, 12 steps an epoch, 360 images held out" in out
+    assert out.index("held-out loss") > out.index("saved")
+    val_loss, val_psnr = log[-1]["val_loss"], log[-1]["val_psnr"]
+    expected = f"held-out loss {val_loss:.4f}, masked-patch PSNR {val_psnr:.2f} dB over 360 images"
+    *_, summary, checkpoint, tensorboard, figure = out.splitlines()
+    assert summary.endswith(expected)
+    assert checkpoint.endswith(f"checkpoint: {tmp_path}/checkpoint-e0002-s000000.pth")
+    assert tensorboard.endswith(f"TensorBoard: {tmp_path}/tensorboard")
+    assert figure.endswith(f"figure: {tmp_path}/reconstructions.png")
+
+
+@pytest.mark.parametrize("model", [[], MAE])
+def test_folder_with_held_out_images(tmp_path, images, capsys, nano, model):
+    run(*TINY, *model, "--data_path", images, "--eval_every", 1, "--output_dir", tmp_path)
+    log = assert_complete(tmp_path, 2, held_out=True)
+    assert [line["val_images"] for line in log] == [5, 5]
+    assert "folder: 37 images, 5 steps an epoch, 5 images held out" in capsys.readouterr().out
+
+
+def test_folder_without_held_out_images(tmp_path, images, capsys, nano):
+    run(*TINY, "--data_path", images / "train", "--output_dir", tmp_path)
+    assert_complete(tmp_path, 2, held_out=False)
+    out = capsys.readouterr().out
+    assert "no images held out" in out
+    assert "held-out loss" not in out
+
+
+def test_held_out_images_from_elsewhere(tmp_path, images, nano):
+    paths = ["--data_path", images / "train", "--val_path", images / "val"]
+    run(*TINY, *paths, "--output_dir", tmp_path)
+    assert assert_complete(tmp_path, 2, held_out=True)[-1]["val_images"] == 5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--decoder_self_attention"],
+        ["--feature_maps", "0,2"],
+        ["--feature_maps", "last"],
+        ["--iba_softmax", "--iba_projection", "--iba_init", "xavier"],
+        ["--mask_sampling", "grid", "--pred_ratio", "0.25"],
+        ["--no-norm_pix_loss", "--mask_ratio", "0.5", "--clip_grad", "0.1"],
+        ["--input_size", "8", "24", "--mean", "0", "0", "0", "--std", "1", "1", "1"],
+        ["--amp", "bf16", "--accum_iter", "2", "--attention_backend", "math"],
+        ["--amp", "fp16", "--lr", "1e-3", "--min_lr", "1e-4", "--warmup_epochs", "0"],
+        [*MAE, "--feature_maps", "all"],
+    ],
+    ids=" ".join,
+)
+def test_options_train_an_epoch_and_load_again(tmp_path, images, nano, options):
+    argv = [*TINY, "--data_path", images, "--epochs", "1", *options]
+    run(*argv, "--output_dir", tmp_path)
+    assert_complete(tmp_path, 1, held_out=True)
+    model, training = load_model(list_checkpoints(tmp_path)[-1])
+    assert not model.training
+    assert model.encoder(torch.zeros(1, 3, *model.encoder.img_size))[-1].isfinite().all()
+    args = parse_args(list(map(str, argv)))
+    for name in ("mean", "std", "mask_ratio", "mask_sampling"):
+        assert training[name] == getattr(args, name)
+
+
+@pytest.mark.parametrize(
+    ("options", "effective", "scale"),
+    [
+        (["--pred_ratio", "0.25"], "16 = 8 x 2 (--accum_iter) x 1 (processes)", 16 / 256 / 3),
+        ([], "16 = 8 x 2 (--accum_iter) x 1 (processes)", 16 / 256),
+        (MAE, "16 = 8 x 2 (--accum_iter) x 1 (processes)", 16 / 256),
+        (["--mask_ratio", "0.5", "--blr", "0.1"], "16 = 8 x 2", 16 / 256),
+    ],
+)
+def test_the_learning_rate_is_scaled_and_shown(
+    tmp_path, images, capsys, nano, options, effective, scale
+):
+    argv = [*TINY, "--data_path", images, "--accum_iter", 2, "--warmup_epochs", 1, *options]
+    run(*argv, "--log_every", 1, "--output_dir", tmp_path)
+    blr = 0.1 if "--blr" in options else 1.5e-4
+    out = capsys.readouterr().out
+    assert f"effective batch size {effective}" in out
+    shown = re.search(r"lr (\S+) = (\S+) x (\S+) \(batch / 256 x pred_ratio / mask_ratio\)", out)
+    assert [float(x) for x in shown.groups()] == pytest.approx([blr * scale, blr, scale], rel=1e-3)
+    # Three steps up from 0 and three down, as the optimizer saw them.
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    rates = [point.value / (blr * scale) for point in events.Scalars("train/lr")]
+    assert rates == pytest.approx([0, 1 / 3, 2 / 3, 1, 0.75, 0.25], abs=1e-5)
+    groups = last_checkpoint(tmp_path)["optimizer"]["param_groups"]
+    assert {group["lr"] for group in groups} == {read_log(tmp_path)[-1]["lr"]}
+
+
+def test_a_learning_rate_that_is_given_is_not_scaled(tmp_path, images, capsys, nano):
+    argv = [*TINY, "--data_path", images, "--lr", 0.01, "--epochs", 1]
+    run(*argv, "--output_dir", tmp_path)
+    assert "lr 0.01 as given" in capsys.readouterr().out
+
+
+def test_the_checkpoint_of_a_run_loads_with_weights_only(finished):
+    path = list_checkpoints(finished[0])[-1]
+    assert torch.serialization.get_unsafe_globals_in_checkpoint(path) == []
+    assert torch.load(path, weights_only=True)["versions"]["torch"] == torch.__version__
+
+
+# The same numbers whatever the micro-steps and workers
+
+
+def test_accumulation_equals_the_large_batch(tmp_path, images, nano):
+    # 37 images: steps of 16, 16 and 5.
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    argv = [*TINY, "--data_path", images, "--lr", 1e-3, "--eval_every", 1]
+    run(*argv, "--batch_size", 16, "--output_dir", whole)
+    run(*argv, "--batch_size", 8, "--accum_iter", 2, "--output_dir", parts)
+    for line, expected in zip(read_log(parts), read_log(whole), strict=True):
+        line["seconds"] = expected["seconds"]
+        assert line == pytest.approx(expected, rel=1e-5)
+
+
+class StoppedError(Exception):
+    """What stops a run from outside."""
+
+
+def run_until(step, monkeypatch, *argv):
+    """A run that is stopped before it logs this step."""
+    log_step = RunLog.log_step
+
+    def stop_or_log(log, done, **values):
+        if done == step:
+            raise StoppedError
+        log_step(log, done, **values)
+
+    with monkeypatch.context() as patch, pytest.raises(StoppedError):
+        patch.setattr(RunLog, "log_step", stop_or_log)
+        run(*argv)
+
+
+@pytest.mark.parametrize("amp", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("stops", [[2], [5], [6], [3, 4, 9]])
+def test_a_stopped_run_continues_bit_for_bit(tmp_path, monkeypatch, images, nano, stops, amp):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    argv = [*TINY, "--data_path", images, "--lr", 1e-3, "--eval_every", 1, "--amp", amp]
+    run(*argv, "--output_dir", whole)
+    for step in stops:
+        run_until(step, monkeypatch, *argv, *EACH_STEP, "--output_dir", resumed)
+        assert last_checkpoint(resumed)["progress"]["step"] == step - 1
+    run(*argv, "--output_dir", resumed)
+    assert_identical(state_of(resumed), state_of(whole))
+    figures = [(folder / "reconstructions.png").read_bytes() for folder in (resumed, whole)]
+    assert figures[0] == figures[1]
+
+
+def kill_after_saving(num_times, words):
+    """Start a command, and kill it right after it says that it saved so often."""
+    with start(words) as process:
+        for line in process.stdout:
+            num_times -= "saved" in line
+            if num_times == 0:
+                process.kill()
+                return
+    pytest.fail(f"it ended by itself: {process.returncode}")
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.parametrize(("amp", "kills"), [("fp32", [3, 4]), ("bf16", [2])])
+def test_a_killed_run_continues_bit_for_bit(tmp_path, images, amp, kills):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    argv = [*TINY, "--data_path", images, "--lr", 1e-3, "--eval_every", 1, "--amp", amp]
+    script = command("main_pretrain.py", *argv, *EACH_STEP, "--output_dir", resumed)
+    for num_saved in kills:
+        kill_after_saving(num_saved, script)
+    step = last_checkpoint(resumed)["progress"]["step"]
+    assert sum(kills) <= step < 10
+    run(*argv, "--num_workers", 2, "--output_dir", resumed)
+    run(*argv, "--output_dir", whole)
+    assert_identical(state_of(resumed), state_of(whole))
+
+
+def test_workers_and_log_points_change_nothing(tmp_path, images, nano):
+    argv = [*TINY, "--data_path", images]
+    run(*argv, "--output_dir", tmp_path / "plain")
+    run(*argv, "--num_workers", 2, *EACH_STEP, "--output_dir", tmp_path / "busy")
+    assert_identical(state_of(tmp_path / "busy"), state_of(tmp_path / "plain"))
+
+
+# Starting again
+
+
+def test_a_finished_run_started_again_changes_nothing(tmp_path, finished, capsys, nano):
+    before, argv = finished
+    folder = copied(before, tmp_path / "again")
+    run(*argv, "--output_dir", folder)
+    out = capsys.readouterr().out
+    assert "held-out loss" in out
+    assert f"checkpoint: {folder}/checkpoint-e0002-s000000.pth" in out
+    same = [name for name in files_in(before) if name.endswith((".pth", ".jsonl", ".png"))]
+    assert {n: files_in(folder)[n] for n in same} == {n: files_in(before)[n] for n in same}
+    for tag in ("epoch/val_loss", "train/loss"):
+        expected, points = (
+            [point.step for point in EventAccumulator(str(f / "tensorboard")).Reload().Scalars(tag)]
+            for f in (before, folder)
+        )
+        assert points == expected
+
+
+def test_a_run_that_starts_from_a_finished_one_is_told_that_nothing_is_left(
+    tmp_path, finished, capsys, nano
+):
+    folder, argv = finished
+    path = list_checkpoints(folder)[-1]
+    sentence = refusal(capsys, *argv, "--resume", path, "--output_dir", tmp_path / "run")
+    assert "--epochs" in sentence
+
+
+def test_each_start_is_recorded(tmp_path, finished, nano):
+    before, argv = finished
+    folder = copied(before, tmp_path / "again")
+    run(*argv, "--log_every", 7, "--output_dir", folder)
+    (earlier,) = folder.glob("args-*.json")
+    starts = [json.loads(path.read_text()) for path in (earlier, folder / "args.json")]
+    assert [start["args"]["log_every"] for start in starts] == [20, 7]
+
+
+@pytest.mark.faults
+def test_a_record_that_was_cut_off_does_not_stop_the_next_start(tmp_path, finished, nano):
+    before, argv = finished
+    folder = copied(before, tmp_path / "again")
+    (folder / "args.json").write_text('{"time": "20')
+    run(*argv, "--epochs", 3, "--output_dir", folder)
+    assert len(read_log(folder)) == 3
+
+
+def test_a_path_elsewhere_starts_a_run_and_its_own_checkpoints_continue_it(
+    tmp_path, monkeypatch, finished, capsys, nano
+):
+    folder, argv = finished
+    argv = [*argv, "--epochs", 3, *EACH_STEP, "--resume", list_checkpoints(folder)[-1]]
+    argv += ["--output_dir", tmp_path]
+    before = files_in(folder)
+    run_until(13, monkeypatch, *argv)
+    assert f"continuing {folder}/" in capsys.readouterr().out
+    run(*argv)
+    assert f"continuing {tmp_path}/checkpoint-e0002-s000002.pth" in capsys.readouterr().out
+    assert last_checkpoint(tmp_path)["progress"] == {"epoch": 3, "step_in_epoch": 0, "step": 15}
+    assert files_in(folder) == before
+
+
+def test_a_longer_run_goes_on_with_a_warning(tmp_path, finished, capsys, nano):
+    before, argv = finished
+    folder = copied(before, tmp_path / "longer")
+    run(*argv, "--epochs", 3, "--output_dir", folder)
+    assert "--epochs grew from 2 to 3: from epoch 2 on" in capsys.readouterr().out
+    assert [line["epoch"] for line in read_log(folder)] == [1, 2, 3]
+    assert read_log(folder)[:2] == read_log(before)
+
+
+def test_changes_of_the_recipe_are_named_and_take_effect(tmp_path, finished, capsys, nano):
+    before, argv = finished
+    folder = copied(before, tmp_path / "changed")
+    changes = ["--lr", 0.01, "--min_lr", 1e-3, "--clip_grad", 1e-9]
+    run(*argv, *changes, "--epochs", 3, "--output_dir", folder)
+    out = capsys.readouterr().out
+    assert re.search(r"change: lr was 4\.68\S+ and is now 0\.01", out)
+    assert "change: --min_lr was 0.0 and is now 0.001" in out
+    assert "change: --clip_grad was None and is now 1e-09" in out
+    assert read_log(folder)[-1]["lr"] > 1e-3
+    old, new = (last_checkpoint(f)["optimizer"]["state"][0]["exp_avg"] for f in (before, folder))
+    assert new.norm() < 0.9**5 * old.norm() * 1.01  # five steps without a gradient worth the name
+
+
+def test_data_may_move(tmp_path, images, finished, capsys, nano):
+    before, argv = finished
+    folder = copied(before, tmp_path / "moved")
+    run(*argv, "--data_path", copied(images, tmp_path / "images"), "--output_dir", folder)
+    assert "continuing with a change: --data_path" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        (MAE, "--model was 'crossmae_vit_tiny_patch4' and is now 'mae_vit_tiny_patch4'"),
+        (["--mask_ratio", "0.5"], "--mask_ratio was 0.75 and is now 0.5"),
+        (["--pred_ratio", "0.25"], "--pred_ratio was 0.75 and is now 0.25"),
+        (["--mask_sampling", "grid"], "--mask_sampling was 'random' and is now 'grid'"),
+        (["--seed", "1"], ": --seed was 0 and is now 1. "),  # and nothing else
+        (["--batch_size", "4"], "effective batch size was 8 and is now 4"),
+        (["--accum_iter", "2"], "effective batch size was 8 and is now 16"),
+        (["--std", "1", "1", "1"], "--std was"),
+        (["--weight_decay", "0.2"], "--weight_decay was 0.05 and is now 0.2"),
+        (["--feature_maps", "last"], "--feature_maps was None and is now 'last'"),
+        (["--input_size", "32"], "--input_size was"),
+        (["--no-norm_pix_loss"], "--norm_pix_loss was True and is now False"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_arguments_that_contradict_the_checkpoint_are_refused_with_the_difference(
+    tmp_path, finished, capsys, nano, options, difference
+):
+    before, argv = finished
+    folder = copied(before, tmp_path / "same")
+    sentence = refusal(capsys, *argv, *options, "--output_dir", folder)
+    assert difference in sentence
+    assert files_in(folder) == files_in(before)
+
+
+def test_other_images_are_refused(tmp_path, images, finished, capsys, nano):
+    before, argv = finished
+    folder = copied(before, tmp_path / "same")
+    other = copied(images, tmp_path / "images")
+    (other / "train" / "000.png").unlink()
+    sentence = refusal(capsys, *argv, "--data_path", other, "--output_dir", folder)
+    assert "number of training images was 37 and is now 36" in sentence
+
+
+def test_all_differences_are_listed_and_named_as_on_the_command_line(tmp_path, finished, capsys):
+    folder, argv = finished
+    changes = [*MAE, "--seed", 1, "--std", 1, 1, 1, "--mask_ratio", 0.5, "--input_size", 32]
+    sentence = refusal(capsys, *argv, *changes, "--output_dir", folder)
+    for flag in ("--model", "--seed", "--std", "--mask_ratio", "--input_size"):
+        assert f"{flag} was" in sentence
+    flags = set(re.findall(r"--\w+", sentence)) - {"--output_dir"}
+    known = {f"--{name}" for name in vars(parse_args([]))}
+    assert flags <= known
+
+
+def test_a_shorter_run_is_refused(tmp_path, finished, capsys, nano):
+    before, argv = finished
+    folder = copied(before, tmp_path / "same")
+    sentence = refusal(capsys, *argv, "--epochs", 1, "--output_dir", folder)
+    assert "--epochs 1 is below the 2" in sentence
+    assert files_in(folder) == files_in(before)
+
+
+@pytest.mark.faults
+def test_a_damaged_newest_checkpoint_costs_only_what_came_after_the_one_before(
+    tmp_path, finished, capsys, nano
+):
+    before, argv = finished
+    folder = copied(before, tmp_path / "damaged")
+    newest = list_checkpoints(folder)[-1]
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    run(*argv, "--output_dir", folder)
+    out = capsys.readouterr().out
+    assert f"{newest} is truncated" in out
+    assert f"continuing {folder}/checkpoint-e0001-s000000.pth" in out
+    assert_identical(state_of(folder), state_of(before))
+
+
+@pytest.mark.faults
+def test_damaged_checkpoints_alone_are_refused(tmp_path, finished, capsys, nano):
+    before, argv = finished
+    folder = copied(before, tmp_path / "damaged")
+    for path in list_checkpoints(folder):
+        path.write_bytes(path.read_bytes()[:-1000])
+    sentence = refusal(capsys, *argv, "--output_dir", folder)
+    assert "none of the 2 checkpoints" in sentence
+
+
+def test_a_new_run_does_not_overwrite_an_old_one(tmp_path, finished, capsys, nano):
+    before, argv = finished
+    folder = copied(before, tmp_path / "same")
+    sentence = refusal(capsys, *argv, "--resume", "none", "--output_dir", folder)
+    assert "would overwrite" in sentence
+    assert files_in(folder) == files_in(before)
+
+
+# What goes wrong on the way
+
+
+def fail_saving(monkeypatch, *numbers):
+    """Let the disk be full at these saves, counted from 1."""
+    save, calls = torch.save, iter(range(1, 100))
+
+    def save_or_fail(content, file):
+        if next(calls) in numbers:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", save_or_fail)
+
+
+@pytest.mark.faults
+def test_a_run_goes_on_although_a_checkpoint_cannot_be_written(
+    tmp_path, images, monkeypatch, capsys, nano
+):
+    fail_saving(monkeypatch, 2)
+    argv = [*TINY, "--data_path", images, "--epochs", 3, "--save_every", 1, "--keep_last", 1]
+    run(*argv, "--output_dir", tmp_path)
+    out = capsys.readouterr().out
+    assert "could not save" in out
+    assert "No space left on device" in out
+    assert last_checkpoint(tmp_path)["progress"]["epoch"] == 3
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.faults
+def test_a_run_whose_last_checkpoint_cannot_be_written_fails_and_continues_later(
+    tmp_path, images, monkeypatch, capsys, nano
+):
+    argv = [*TINY, "--data_path", images, "--save_every", 1, "--output_dir", tmp_path]
+    with monkeypatch.context() as patch:
+        fail_saving(patch, 2)
+        sentence = refusal(capsys, *argv, code=1)
+    assert "last checkpoint could not be written" in sentence
+    assert last_checkpoint(tmp_path)["progress"]["epoch"] == 1
+    assert not list(tmp_path.glob("*.tmp"))
+    run(*argv)
+    assert [line["epoch"] for line in read_log(tmp_path)] == [1, 2]
+    assert last_checkpoint(tmp_path)["progress"]["epoch"] == 2
+
+
+DIVERGES = ["--lr", "1e30", "--log_every", "3"]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("amp", ["fp32", "bf16"])
+def test_a_diverging_run_saves_nothing_that_is_not_finite(tmp_path, images, capsys, nano, amp):
+    argv = [*TINY, "--data_path", images, *EACH_STEP, *DIVERGES, "--amp", amp]
+    sentence = refusal(capsys, *argv, "--output_dir", tmp_path, code=1)
+    assert re.search(r"step \d+ ", sentence)
+    assert "not finite" in sentence
+    assert all(is_finite(read_checkpoint(path)) for path in list_checkpoints(tmp_path))
+    assert read_log(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_a_diverging_run_ends_with_one_sentence_and_code_1(tmp_path, images):
+    argv = [*TINY, "--data_path", images, *DIVERGES, "--output_dir", tmp_path]
+    code, out, err = finish(start(command("main_pretrain.py", *argv)))
+    assert code == 1
+    assert re.fullmatch(r"main_pretrain\.py: error: the loss of step \d+ is not finite.*\n", err)
+    assert "Traceback" not in out
+    assert list_checkpoints(tmp_path) == []
+
+
+@pytest.mark.faults
+def test_too_many_broken_images_end_the_run_in_one_sentence(tmp_path, images, capsys, nano):
+    folder = copied(images, tmp_path / "images")
+    (folder / "train" / "007.png").write_bytes(b"")
+    argv = [*TINY, "--data_path", folder, "--output_dir", tmp_path / "run"]
+    sentence = refusal(capsys, *argv)
+    assert "007.png" in sentence
+    run(*argv, "--max_broken", 0.1)
+    assert read_log(tmp_path / "run")[-1]["broken_images"] >= 1
+
+
+@pytest.mark.faults
+def test_broken_held_out_images_are_named(tmp_path, images, capsys, nano):
+    folder = copied(images, tmp_path / "images")
+    (folder / "val" / "003.png").write_bytes(b"")
+    run(*TINY, "--data_path", folder, "--max_broken", 0.5, "--output_dir", tmp_path / "run")
+    assert "003.png" in capsys.readouterr().out
+
+
+# What is refused
+
+
+REFUSED = {
+    "--pred_ratio 0.8": "--pred_ratio 0.8 is above --mask_ratio 0.75",
+    "--mask_ratio 0": "0 does not lie between 0 and 1",
+    "--mask_ratio 1": "1 does not lie between 0 and 1",
+    "--mask_ratio 1.5": "1.5 does not lie between 0 and 1",
+    "--mask_ratio nan": "nan does not lie between 0 and 1",
+    "--pred_ratio 0": "0 does not lie between 0 and 1",
+    "--pred_ratio lots": "--pred_ratio",
+    "--mask_ratio 0.99": "none of 16 patches visible",
+    "--pred_ratio 0.01": "predicts none of 16 patches",
+    "--model vit": "invalid choice: 'vit'",
+    "--mask_ratios 0.75": "--mask_ratios",
+    "--mask_rat 0.75": "--mask_rat",
+    "--model mae_vit_tiny_patch4 --pred_ratio 0.25": "MAE's decoder predicts all masked patches",
+    "--model mae_vit_tiny_patch4 --decoder_self_attention": "--decoder_self_attention",
+    "--input_size 18": "patches of 4 px do not divide 18 x 18 px",
+    "--input_size 16 16 16": "--input_size takes one side, or a height and a width",
+    "--input_size 0": "0 is not at least 1",
+    "--mask_sampling grid --mask_ratio 0.6": "grid masking hides exactly 0.75",
+    "--mask_sampling grid --input_size 20": "even number of patches",
+    "--feature_maps some": "neither all, nor last, nor indices",
+    "--feature_maps 1,13": "not [1, 13]",
+    "--feature_maps 3,3,12": "not [3, 3, 12]",
+    "--feature_maps 0,6": "--feature_maps without 12, the last block's",
+    "--model mae_vit_tiny_patch4 --feature_maps 0,6": "--feature_maps without 12",
+    "--warmup_epochs 2": "--warmup_epochs 2 is not below --epochs 2",
+    "--epochs 0": "0 is not at least 1",
+    "--decoder_num_heads 3": "3 attention heads do not divide a width of 128",
+    "--decoder_embed_dim 30 --decoder_num_heads 3": "30",
+    "--data_path nowhere": "nowhere does not exist",
+    "--data_path EMPTY": "has images in it",
+    "--val_path nowhere": "nowhere does not exist",
+    "--dataset imagenet": "--dataset imagenet is unknown",
+    "--device abacus": "--device abacus is none that PyTorch knows",
+    "--device meta": "--device meta",
+    "--resume nowhere.pth": "nowhere.pth is no file",
+    "--resume EMPTY": "is no file",
+    "--std 0 1 1": "--std must be above 0",
+    "--std nan 1 1": "--std",
+    "--mean nan 0 0": "--mean",
+    "--mean 0.5": "--mean: expected 3 arguments",
+    "--std 1 1": "--std: expected 3 arguments",
+    "--lr inf": "inf is not a finite number",
+    "--blr 0": "0 is not above 0",
+    "--clip_grad 0": "0 is not above 0",
+    "--batch_size 0": "0 is not at least 1",
+    "--seed -1": "-1 is negative",
+    "--seed 99999999999999999999": "--seed",
+    "--amp int8": "invalid choice: 'int8'",
+    "--attention_backend cudnn": "--attention_backend cudnn cannot run this model",
+    "--num_samples 10": "drop --num_samples",
+}
+
+
+@pytest.mark.parametrize(("options", "reason"), REFUSED.items(), ids=REFUSED.keys())
+def test_wrong_input_is_refused_in_one_sentence_and_nothing_is_written(
+    tmp_path, images, capsys, options, reason
+):
+    empty, folder = tmp_path / "empty", tmp_path / "run"
+    empty.mkdir()
+    options = options.replace("EMPTY", str(empty)).split()
+    argv = [*TINY, "--data_path", images, "--output_dir", folder, *options]
+    sentence = refusal(capsys, *argv)
+    assert reason in sentence
+    assert not folder.exists(), f"written: {list(files_in(folder))}"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_gpu_that_is_not_there_is_refused(tmp_path, images, capsys, device):
+    argv = [*TINY, "--data_path", images, "--output_dir", tmp_path / "run"]
+    sentence = refusal(capsys, *argv, "--device", device)
+    assert "0 are there" in sentence
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flag", ["--output_dir", "--log_dir"])
+def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path, images, capsys, nano, flag):
+    place = tmp_path / "file"
+    place.write_text("mine")
+    argv = [*TINY, "--data_path", images, "--output_dir", tmp_path / "run", flag, place]
+    assert flag in refusal(capsys, *argv)
+    assert place.read_text() == "mine"
+
+
+class RunsCode:
+    """Makes a folder when it is unpickled the usual way."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_checkpoint_that_would_run_code_is_refused_and_does_not(
+    tmp_path, images, capsys, nano, zipped
+):
+    path, marker = tmp_path / "evil.pth", tmp_path / "marker"
+    torch.save(
+        {"format": "crossmae-pretrain", "version": 1, "model": RunsCode(marker)},
+        path,
+        _use_new_zipfile_serialization=zipped,
+    )
+    argv = [*TINY, "--data_path", images, "--output_dir", tmp_path / "run"]
+    sentence = refusal(capsys, *argv, "--resume", path)
+    assert "is refused" in sentence
+    assert not marker.exists()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model": {"w": torch.ones(2)}},
+        {"model": {}, "args": argparse.Namespace(norm_pix_loss=True)},
+        {"model": 3},
+        {},
+    ],
+)
+def test_weights_of_something_else_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="masked autoencoder"):
+        load_model(tmp_path / "other.pth")
+
+
+@pytest.mark.slow
+def test_wrong_input_ends_with_one_sentence_and_code_2(tmp_path, images):
+    argv = [*TINY, "--data_path", images, "--output_dir", tmp_path / "run", "--feature_maps", "0,6"]
+    code, out, err = finish(start(command("main_pretrain.py", *argv)))
+    assert code == 2
+    assert re.fullmatch(r"main_pretrain\.py: error: --feature_maps without 12, .*\n", err)
+    assert "Traceback" not in out
+
+
+def test_defaults_are_the_papers(monkeypatch):
+    args = parse_args([])  # Table 10
+    assert (args.epochs, args.blr, args.weight_decay, args.mask_ratio) == (800, 1.5e-4, 0.05, 0.75)
+    assert args.norm_pix_loss
+    assert args.input_size == [224]
+    assert args.model in MODELS
+
+
+def test_help_shows_every_default(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_args(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "crossmae_vit_large_patch16" in text
+    assert "%(" not in text

@@ -1,0 +1,250 @@
+"""What a run measures and keeps: means over images, log lines, TensorBoard."""
+
+import copy
+import json
+import logging
+import math
+import sys
+import time
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from util import metrics
+from util.errors import NonFiniteLossError
+from util.metrics import EpochMeters, RunLog, read_log
+
+CPU = torch.device("cpu")
+
+
+def update(meters, loss, num_images, step=0, grad_norm=1.0):
+    meters.update(
+        loss=torch.tensor(float(loss)),
+        grad_norm=torch.tensor(float(grad_norm)),
+        num_images=num_images,
+        step=step,
+    )
+
+
+# Means
+
+
+def test_means_weigh_every_image_the_same():
+    meters = EpochMeters(CPU)
+    update(meters, loss=2, grad_norm=4, num_images=30)
+    update(meters, loss=6, grad_norm=8, num_images=10)
+    assert meters.read() == {"loss": 3.0, "grad_norm": 5.0}
+    update(meters, loss=1, grad_norm=1, num_images=40)
+    assert meters.read() == {"loss": 1.0, "grad_norm": 1.0}  # since the last read
+    assert meters.means() == {"loss": 2.0, "grad_norm": 3.0}  # of the epoch
+    meters.reset()
+    update(meters, loss=7, num_images=5)
+    assert meters.read()["loss"] == meters.means()["loss"] == 7.0
+
+
+def let_processes_meet(monkeypatch, *processes):
+    """Let every process's meters read what those of all have."""
+    rows = []
+
+    def keep(row):
+        rows.append(row)
+        return row.unsqueeze(0)
+
+    monkeypatch.setattr(metrics, "stack_over_processes", keep)
+    for meters in processes:
+        with suppress(NonFiniteLossError):
+            copy.deepcopy(meters).read()
+    monkeypatch.setattr(metrics, "stack_over_processes", lambda row: torch.stack(rows))
+
+
+def test_the_loss_is_the_mean_of_the_processes(monkeypatch):
+    mine, other = EpochMeters(CPU), EpochMeters(CPU)
+    update(mine, loss=1, grad_norm=4, num_images=8)
+    update(other, loss=3, grad_norm=4, num_images=8)
+    let_processes_meet(monkeypatch, mine, other)
+    assert mine.read() == other.read() == {"loss": 2.0, "grad_norm": 4.0}
+
+
+@pytest.mark.parametrize("num_before", [0, 1, 3, 5])
+def test_means_go_on_from_a_saved_state_bit_for_bit(num_before):
+    steps = [(torch.rand(()).item() / 3, n) for n in (8, 8, 8, 8, 8, 3)]
+
+    def go_on(meters, steps):
+        for loss, num_images in steps:
+            update(meters, loss, num_images, grad_norm=loss**2)
+        return meters.read(), meters.means()
+
+    whole = EpochMeters(CPU)
+    go_on(whole, steps[:num_before])
+    resumed = EpochMeters(CPU)
+    resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+    assert go_on(resumed, steps[num_before:]) == go_on(whole, steps[num_before:])
+
+
+def test_a_saved_state_is_that_of_the_last_read():
+    meters = EpochMeters(CPU)
+    update(meters, loss=1, num_images=8)
+    meters.read()
+    state = meters.state_dict()
+    update(meters, loss=9, num_images=8)
+    assert meters.state_dict() == state
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_the_first_step_whose_loss_is_not_finite_is_named(bad):
+    meters = EpochMeters(CPU)
+    for step, loss in enumerate([1.0, 1.0, bad, 1.0, math.nan], start=40):
+        update(meters, loss, num_images=8, step=step)
+    with pytest.raises(NonFiniteLossError, match="step 42 is not finite"):
+        meters.read()
+
+
+def test_a_bad_loss_on_one_process_ends_all(monkeypatch):
+    mine, other = EpochMeters(CPU), EpochMeters(CPU)
+    for step in range(20):
+        update(mine, loss=1, num_images=8, step=step)
+        update(other, loss=math.nan if step == 17 else 1, num_images=8, step=step)
+    let_processes_meet(monkeypatch, mine, other)
+    for meters in (mine, other):
+        with pytest.raises(NonFiniteLossError, match="step 17"):
+            meters.read()
+
+
+def test_a_step_that_fp16_skips_does_not_spoil_the_gradient_norm_of_the_others():
+    meters = EpochMeters(CPU)
+    update(meters, loss=1, grad_norm=math.inf, num_images=8)
+    meters.read()
+    update(meters, loss=1, grad_norm=2, num_images=8)
+    assert meters.read() == {"loss": 1.0, "grad_norm": 2.0}
+    assert math.isfinite(meters.means()["grad_norm"])
+
+
+# The log
+
+
+def open_log(folder, epoch=0, step=0, num_epochs=4):
+    return RunLog(
+        folder,
+        folder / "tensorboard",
+        num_epochs=num_epochs,
+        steps_per_epoch=10,
+        epoch=epoch,
+        step=step,
+        device=CPU,
+    )
+
+
+def log_epochs(folder, first, last):
+    """Log epochs of ten steps as a run does that starts with `first`, counted from 1."""
+    log = open_log(folder, epoch=first - 1, step=10 * (first - 1))
+    for epoch in range(first, last + 1):
+        log.start_epoch(epoch - 1, 0)
+        for step in (10 * epoch - 5, 10 * epoch):
+            stats = {"loss": float(100 * first + epoch), "grad_norm": 1.0}
+            log.log_step(step, epoch=epoch - 1, lr=0.1, num_images=40, stats=stats)
+        log.log_image("picture", np.full((4, 4, 3), epoch, np.uint8), 10 * epoch)
+        log.end_epoch({"loss": float(100 * first + epoch)}, epoch=epoch, step=10 * epoch)
+    log.close()
+
+
+def test_there_is_a_line_an_epoch(tmp_path):
+    log_epochs(tmp_path, 1, 3)
+    lines = read_log(tmp_path)
+    assert [(line["epoch"], line["step"], line["loss"]) for line in lines] == [
+        (1, 10, 101.0),
+        (2, 20, 102.0),
+        (3, 30, 103.0),
+    ]
+    assert all(line["seconds"] >= 0 for line in lines)
+    assert (tmp_path / "log.jsonl").read_text().count("\n") == 3
+
+
+def test_a_resumed_run_replaces_the_lines_after_its_checkpoint(tmp_path):
+    log_epochs(tmp_path, 1, 3)
+    log_epochs(tmp_path, 2, 4)  # from a checkpoint after epoch 1
+    assert [line["loss"] for line in read_log(tmp_path)] == [101.0, 202.0, 203.0, 204.0]
+
+
+@pytest.mark.faults
+def test_a_line_that_was_cut_off_does_not_stop_the_next_start(tmp_path):
+    log_epochs(tmp_path, 1, 2)
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "lo')
+    log_epochs(tmp_path, 3, 3)
+    assert [line["epoch"] for line in read_log(tmp_path)] == [1, 2, 3]
+
+
+def points(folder, tag):
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return {point.step: point.value for point in events.Scalars(tag)}
+
+
+def test_tensorboard_has_scalars_and_pictures(tmp_path):
+    log_epochs(tmp_path, 1, 2)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    expected = {"train/loss", "train/grad_norm", "train/lr", "train/images_per_s", "epoch/loss"}
+    assert set(events.Tags()["scalars"]) == expected
+    assert [picture.step for picture in events.Images("picture")] == [10, 20]
+    assert points(tmp_path, "train/loss") == {5: 101, 10: 101, 15: 102, 20: 102}
+
+
+def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path):
+    log_epochs(tmp_path, 1, 3)
+    time.sleep(1)  # TensorBoard orders its files by the second
+    log_epochs(tmp_path, 2, 4)
+    resumed = {15: 202, 20: 202, 25: 203, 30: 203, 35: 204, 40: 204}
+    assert points(tmp_path, "train/loss") == {5: 101, 10: 101} | resumed
+    assert points(tmp_path, "epoch/loss") == {10: 101, 20: 202, 30: 203, 40: 204}
+
+
+# What is shown
+
+
+def test_off_a_terminal_progress_is_a_line_at_a_log_point(tmp_path, caplog, capsys, monkeypatch):
+    clock = iter([100.0, 100.0, 120.0, 130.0])  # made, epoch starts, first and second log point
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    stats = {"loss": 0.5, "grad_norm": 1.0}
+    with caplog.at_level(logging.INFO):
+        log = open_log(tmp_path, epoch=1, step=12, num_epochs=3)
+        log.start_epoch(1, 2)
+        log.log_step(16, epoch=1, lr=1e-4, num_images=640, stats=stats)
+        log.log_step(20, epoch=1, lr=1e-4, num_images=640, stats=stats)
+    first, second = caplog.messages
+    assert first.startswith("epoch 2/3 step 6/10: loss 0.5000, lr 1.00e-04, images/s 32, ")
+    assert "ETA 0:01:10" in first  # 14 steps are left, and 4 took 20 seconds
+    assert "GiB" in first
+    assert "step 10/10" in second
+    assert "images/s 64" in second
+    assert "ETA 0:00:38" in second  # 10 steps, and 8 took 30 seconds
+    assert capsys.readouterr().err == ""
+
+
+def test_on_a_terminal_progress_is_a_bar(tmp_path, caplog, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    stats = {"loss": 0.5, "grad_norm": 1.0}
+    with caplog.at_level(logging.INFO):
+        log = open_log(tmp_path, step=2)
+        log.start_epoch(0, 2)
+        log.log_step(6, epoch=0, lr=1e-4, num_images=640, stats=stats)
+        assert log.bar.n == 6
+        log.bar.refresh()
+        bar = capsys.readouterr().err
+        log.end_epoch({"loss": 0.5}, epoch=1, step=10)
+    assert "epoch 1/4" in bar
+    assert "6/10" in bar
+    assert "loss=0.5000" in bar
+    assert log.bar is None
+    assert caplog.messages == ["epoch 1/4 done: loss 0.5"]
+
+
+def test_other_processes_show_and_write_nothing(tmp_path, caplog, capsys, monkeypatch):
+    monkeypatch.setattr(metrics, "is_main_process", lambda: False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with caplog.at_level(logging.INFO):
+        log_epochs(tmp_path, 1, 1)
+    assert list(tmp_path.iterdir()) == []
+    assert caplog.messages == []
+    assert capsys.readouterr() == ("", "")
