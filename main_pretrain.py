@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
 
 import models_crossmae
 import models_mae
 from engine_pretrain import draw_reconstructions, evaluate, heldout_split, train_one_epoch
-from models_crossmae import MaskedAutoencoder
+from models_crossmae import MaskedAutoencoder, ViTEncoder
 from util.arguments import (
     Parser,
     add_data_args,
@@ -49,7 +50,7 @@ from util.distributed import data_parallel, is_main_process, rank, world_size
 from util.errors import InputError, RunError
 from util.images import IndexedImages
 from util.loaders import build_eval_loader, build_train_loader
-from util.masking import check_grid, count_tokens, split_tokens
+from util.masking import TokenSplit, check_grid, count_tokens, split_tokens
 from util.metrics import EpochMeters, RunLog, read_log
 from util.optim import build_adamw
 from util.precision import Precision
@@ -233,6 +234,58 @@ def summarize(output_dir: Path, log_dir: Path) -> None:
         _logger.info("figure: %s", output_dir / FIGURE)
 
 
+def make_splits(
+    args: argparse.Namespace, encoder: ViTEncoder
+) -> tuple[Callable[[Tensor], TokenSplit], Callable[[Tensor], TokenSplit]]:
+    """How noise (B, L) becomes token splits: in training, and of held-out images.
+
+    MAE predicts every masked patch in training, every model does of held-out images.
+
+    Raises:
+        InputError: the ratios or the way of masking do not fit the number of patches.
+    """
+    if args.mask_sampling == "grid":
+        check_grid(encoder.grid_size, args.mask_ratio)
+    split = partial(split_tokens, grid_size=encoder.grid_size, sampling=args.mask_sampling)
+    all_masked = count_tokens(encoder.num_patches, args.mask_ratio, None)
+    if args.model.startswith("mae_"):
+        counts = all_masked
+    else:
+        pred_ratio = args.pred_ratio or args.mask_ratio
+        counts = count_tokens(encoder.num_patches, args.mask_ratio, pred_ratio)
+    return partial(split, counts=counts), partial(split, counts=all_masked)
+
+
+def make_schedule(
+    args: argparse.Namespace, batch_size: int, steps_per_epoch: int
+) -> tuple[float, float, Callable[[int], float]]:
+    """The peak learning rate (App. A.6), the warm-up in epochs, and the rate of every step.
+
+    Args:
+        args: of the command line.
+        batch_size: the effective one.
+        steps_per_epoch: optimizer steps.
+    """
+    pred_ratio = args.pred_ratio or args.mask_ratio  # MAE's, too: its γ / p is 1
+    scaled = scaled_lr(args.blr, batch_size, mask_ratio=args.mask_ratio, pred_ratio=pred_ratio)
+    lr = args.lr or scaled
+    warmup_epochs = args.epochs / 20 if args.warmup_epochs is None else args.warmup_epochs
+    lr_at = partial(
+        cosine_lr,
+        lr=lr,
+        min_lr=args.min_lr,
+        warmup_steps=round(warmup_epochs * steps_per_epoch),
+        total_steps=args.epochs * steps_per_epoch,
+    )
+    origin = f"= {args.blr:g} x {lr / args.blr:.4g} (batch / 256 x pred_ratio / mask_ratio)"
+    _logger.info(
+        "effective batch size %d = %d x %d (--accum_iter) x %d (processes), lr %.4g %s",
+        *(batch_size, args.batch_size, args.accum_iter, world_size(), lr),
+        "as given" if args.lr else origin,
+    )
+    return lr, warmup_epochs, lr_at
+
+
 def run_settings(
     args: argparse.Namespace,
     options: dict,
@@ -298,37 +351,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         *(dataset, num_images, num_steps, num_heldout),
     )
 
-    # The model, and how its patches are split.
     model = build_model(args.model, options).to(device)
-    num_patches, grid_size = model.encoder.num_patches, model.encoder.grid_size
-    if args.mask_sampling == "grid":
-        check_grid(grid_size, args.mask_ratio)
-    # MAE predicts every masked patch; held-out images are decoded whole by every model.
-    is_mae = args.model.startswith("mae_")
-    pred_ratio = args.pred_ratio or args.mask_ratio
-    all_masked = count_tokens(num_patches, args.mask_ratio, None)
-    counts = all_masked if is_mae else count_tokens(num_patches, args.mask_ratio, pred_ratio)
-    split = partial(split_tokens, grid_size=grid_size, sampling=args.mask_sampling)
-    train_split, full_split = partial(split, counts=counts), partial(split, counts=all_masked)
-
-    # The learning rate (App. A.6), and in which numbers a step is computed.
+    num_patches = model.encoder.num_patches
+    train_split, full_split = make_splits(args, model.encoder)
     batch_size = loader.effective_batch_size
-    ratios = {"mask_ratio": args.mask_ratio, "pred_ratio": pred_ratio}
-    lr = args.lr or scaled_lr(args.blr, batch_size, **ratios)
-    warmup_epochs = args.epochs / 20 if args.warmup_epochs is None else args.warmup_epochs
-    lr_at = partial(
-        cosine_lr,
-        lr=lr,
-        min_lr=args.min_lr,
-        warmup_steps=round(warmup_epochs * num_steps),
-        total_steps=args.epochs * num_steps,
-    )
-    origin = f"= {args.blr:g} x {lr / args.blr:.4g} (batch / 256 x pred_ratio / mask_ratio)"
-    _logger.info(
-        "effective batch size %d = %d x %d (--accum_iter) x %d (processes), lr %.4g %s",
-        *(batch_size, args.batch_size, args.accum_iter, world_size(), lr),
-        "as given" if args.lr else origin,
-    )
+    lr, warmup_epochs, lr_at = make_schedule(args, batch_size, num_steps)
     precision = Precision(
         args.amp, device, clip_grad=args.clip_grad, attention_backend=args.attention_backend
     )
@@ -364,6 +391,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint = read_checkpoint(resume_path)
         check_same_run(checkpoint, identity, recipe, resume_path)
         state.load_state_dict(checkpoint)
+        del checkpoint  # as large as the state itself
         if progress.epoch == args.epochs and resume_path.resolve().parent != output_dir.resolve():
             raise InputError(f"{resume_path} has all {args.epochs} epochs done: raise --epochs")
         if not loader.resumes_mid_epoch:
@@ -404,7 +432,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "device": device,
     }
     if shown_set:
-        shown_ids = [i * len(shown_set) // NUM_SHOWN for i in range(NUM_SHOWN)]
+        num_shown = min(NUM_SHOWN, len(shown_set))
+        shown_ids = [i * len(shown_set) // num_shown for i in range(num_shown)]
         shown_images = torch.stack([shown_set[0, i].image for i in shown_ids]).to(device)
         shown_split = heldout_split(shown_ids, **heldout)
 

@@ -25,6 +25,8 @@ from runs import (
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import main_pretrain
+from engine_pretrain import evaluate, train_one_epoch
 from main_pretrain import MODELS, load_model, parse_args
 from util.checkpoint import list_checkpoints, read_checkpoint
 from util.errors import InputError
@@ -105,6 +107,45 @@ def assert_complete(folder, num_epochs, *, held_out):
     assert [path.name for path in list_checkpoints(folder)] == [name]
     assert is_finite(read_checkpoint(folder / name))
     return log
+
+
+def test_the_optimizer_is_that_of_table_10(finished):
+    groups = last_checkpoint(finished[0])["optimizer"]["param_groups"]
+    assert [group["betas"] for group in groups] == [(0.9, 0.95)] * 2
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.05}
+
+
+@pytest.mark.parametrize(
+    ("argv", "num_predicted"),
+    [
+        (["--pred_ratio", "0.25"], 4),
+        (["--mask_ratio", "0.66"], 11),  # round(16 x .66)
+        (["--mask_ratio", "0.66", *MAE], 11),  # 16 - floor(16 x .34)
+        (["--mask_ratio", "0.65", *MAE], 11),  # where round(16 x .65) is 10
+    ],
+)
+def test_a_run_predicts_its_share_and_held_out_images_are_decoded_whole(
+    images, tmp_path, monkeypatch, nano, argv, num_predicted
+):
+    seen = {}
+
+    def predicted_by(split_tokens):
+        return split_tokens(torch.rand(2, 16)).predicted.shape[1]
+
+    def train(model, loader, state, *, split_tokens, **options):
+        seen["training"] = predicted_by(split_tokens)
+        return train_one_epoch(model, loader, state, split_tokens=split_tokens, **options)
+
+    def measure(model, loader, *, split_tokens, **options):
+        seen["held out"] = predicted_by(split_tokens)
+        return evaluate(model, loader, split_tokens=split_tokens, **options)
+
+    monkeypatch.setattr(main_pretrain, "train_one_epoch", train)
+    monkeypatch.setattr(main_pretrain, "evaluate", measure)
+    run(*TINY, *argv, "--epochs", 1, "--data_path", images, "--output_dir", tmp_path)
+    mask_ratio = float(argv[1]) if argv[0] == "--mask_ratio" else 0.75
+    num_masked = 16 - math.floor(16 * (1 - mask_ratio))
+    assert seen == {"training": num_predicted, "held out": num_masked}
 
 
 def test_digits_from_start_to_end(tmp_path, capsys, nano):
@@ -541,7 +582,9 @@ def test_a_diverging_run_ends_with_one_sentence_and_code_1(tmp_path, images):
     argv = [*TINY, "--data_path", images, *DIVERGES, "--output_dir", tmp_path]
     code, out, err = finish(start(command("main_pretrain.py", *argv)))
     assert code == 1
-    assert re.fullmatch(r"main_pretrain\.py: error: the loss of step \d+ is not finite.*\n", err)
+    assert re.fullmatch(
+        r"main_pretrain\.py: error: the loss of step \d+ of the run is not finite.*\n", err
+    )
     assert "Traceback" not in out
     assert list_checkpoints(tmp_path) == []
 

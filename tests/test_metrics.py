@@ -98,7 +98,7 @@ def test_the_first_step_whose_loss_is_not_finite_is_named(bad):
     meters = EpochMeters(CPU)
     for step, loss in enumerate([1.0, 1.0, bad, 1.0, math.nan], start=40):
         update(meters, loss, num_images=8, step=step)
-    with pytest.raises(NonFiniteLossError, match="step 42 is not finite"):
+    with pytest.raises(NonFiniteLossError, match="step 43 of the run is not finite"):
         meters.read()
 
 

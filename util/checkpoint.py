@@ -223,6 +223,10 @@ class CheckpointWriter:
         self.folder, self.state, self.header = folder, state, header
         self.every_minutes, self.keep_last = every_minutes, keep_last
         self.last_save = time.monotonic()
+        if is_main_process():
+            for unfinished in folder.glob("checkpoint-*.pth.tmp"):
+                unfinished.unlink()
+                _logger.info("deleted %s, which an earlier start left unfinished", unfinished)
 
     def save_if_due(self) -> None:
         """Save when `every_minutes` have passed; the main process's clock decides for all."""
@@ -336,7 +340,7 @@ def check_same_run(checkpoint: dict, identity: dict, recipe: dict, path: Path) -
             "schedule, so the run differs from one started with %d epochs",
             *(before["--epochs"], epochs, done, epochs),
         )
-    for change in changes(before, recipe):
+    for change in changes({**before, "--epochs": epochs}, recipe):
         _logger.warning("continuing with a change: %s", change)
 
 

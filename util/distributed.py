@@ -18,8 +18,8 @@ def start_processes(device: str) -> torch.device:
     Only torchrun's variables count, so that a shell inside a SLURM job stays a single process.
 
     Args:
-        device: "cuda", "cuda:1", "cpu", "mps", ...; with several processes on GPUs, each takes
-            the one of its local rank.
+        device: "cuda", "cuda:1", "cpu", "mps", ...; several processes on GPUs each take the one
+            of their local rank.
 
     Raises:
         InputError: the device is not there.
@@ -30,9 +30,11 @@ def start_processes(device: str) -> torch.device:
         raise InputError(
             f"--device {device} is none that PyTorch knows: try cuda or cpu"
         ) from error
+    starts_several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ
     if chosen.type == "cuda":
         num_gpus = torch.cuda.device_count()
-        chosen = torch.device("cuda", chosen.index or int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank = os.environ.get("LOCAL_RANK", "0") if starts_several else chosen.index or 0
+        chosen = torch.device("cuda", int(local_rank))
         if chosen.index >= num_gpus:
             raise InputError(
                 f"--device {chosen} needs {chosen.index + 1} GPUs and {num_gpus} are there: start "
@@ -43,7 +45,7 @@ def start_processes(device: str) -> torch.device:
         torch.zeros(1, device=chosen).item()
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         raise InputError(f"--device {device} cannot compute here: try cuda or cpu") from error
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
+    if starts_several:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     return chosen
 

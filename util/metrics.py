@@ -71,7 +71,8 @@ class EpochMeters:
         bad_step = rows[:, -1].min().item()
         if bad_step < math.inf:
             raise NonFiniteLossError(
-                f"the loss of step {int(bad_step)} is not finite, and nothing was saved since: "
+                f"the loss of step {int(bad_step) + 1} of the run is not finite, and nothing was "
+                "saved since: "
                 "lower the learning rate or use --amp bf16 or fp32, then continue from the last "
                 "checkpoint"
             )

@@ -1,5 +1,6 @@
 """The frame of a run: how it starts, what it records about itself, and how it ends."""
 
+import errno
 import json
 import logging
 import platform
@@ -20,6 +21,7 @@ from util.errors import InputError, RunError
 
 TIME_FORMAT = "%Y%m%d-%H%M%S"
 SECONDS_BEFORE_SPEAKING = 5
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class TerminalHandler(logging.Handler):
@@ -49,7 +51,8 @@ def git_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -113,15 +116,19 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     code = 0
     try:
         main()
-    except (InputError, RunError) as error:
+    except (InputError, RunError, OSError) as error:
         code = 2 if isinstance(error, InputError) else 1
-        program = Path(sys.argv[0]).name
+        program, message = Path(sys.argv[0]).name, str(error)
+        if isinstance(error, OSError):
+            if error.errno not in DISK_FULL:
+                raise
+            message += ": make room and start the same command again"
         if not is_main_process():
             # If the main process fails too, it says so, and torchrun ends this one meanwhile.
             time.sleep(SECONDS_BEFORE_SPEAKING)
             program += f" (process {rank()})"
         sys.stdout.flush()
-        sys.stderr.write(f"{program}: error: {error}\n")
+        sys.stderr.write(f"{program}: error: {message}\n")
     finally:
         stop_processes()
     sys.exit(code)
