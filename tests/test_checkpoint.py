@@ -205,6 +205,17 @@ def test_no_half_written_file_stays_on_a_full_disk(tmp_path):
 
 
 @pytest.mark.faults
+def test_what_a_kill_left_unfinished_goes_at_the_next_start(tmp_path, caplog):
+    unfinished = tmp_path / "checkpoint-e0002-s000000.pth.tmp"
+    unfinished.write_bytes(b"half of it")
+    (tmp_path / "notes.tmp").write_bytes(b"someone else's")
+    with caplog.at_level(logging.INFO):
+        writer(tmp_path, None)
+    assert names(tmp_path) == ["notes.tmp"]
+    assert str(unfinished) in caplog.text
+
+
+@pytest.mark.faults
 def test_a_write_that_is_interrupted_leaves_no_half_written_file(tmp_path, monkeypatch):
     def interrupted(content, file):
         file.write(b"half of it")

@@ -338,7 +338,7 @@ def test_a_loss_that_is_not_finite_ends_the_epoch_before_anything_is_saved(num_g
     model = nan_after(num_good, crossmae_nano())
     state = make_state(model)
     recorder = Recorder(lambda: saved_after.append(state.progress.step))
-    with pytest.raises(NonFiniteLossError, match=rf"step {num_good} "):
+    with pytest.raises(NonFiniteLossError, match=rf"step {num_good + 1} of"):
         train(model, prepared(7), state, log_every=log_every, recorder=recorder)
     assert all(step <= num_good for step in saved_after)
     assert len(recorder.steps) == num_good // log_every  # nor is anything logged

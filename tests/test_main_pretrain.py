@@ -533,6 +533,18 @@ def fail_saving(monkeypatch, *numbers):
 
 
 @pytest.mark.faults
+def test_a_disk_too_full_for_the_log_ends_the_run_with_one_sentence(
+    tmp_path, images, monkeypatch, capsys, nano
+):
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RunLog, "end_epoch", full)
+    sentence = refusal(capsys, *TINY, "--data_path", images, "--output_dir", tmp_path, code=1)
+    assert "No space left on device: make room and start the same command again" in sentence
+
+
+@pytest.mark.faults
 def test_a_run_goes_on_although_a_checkpoint_cannot_be_written(
     tmp_path, images, monkeypatch, capsys, nano
 ):
