@@ -11,4 +11,4 @@ echo "pre-training a tiny CrossMAE on digits"
 # Most patches of a digit are flat, so their pixels are predicted as they are, not normalised.
 .venv/bin/python main_pretrain.py --dataset digits --output_dir output/quickstart \
     --model crossmae_vit_tiny_patch4 --input_size 32 --decoder_depth 4 --no-norm_pix_loss \
-    --pred_ratio 0.25 --batch_size 64 --epochs 16 --lr 1e-3 --num_workers 0 "$@"
+    --pred_ratio 0.25 --batch_size 64 --epochs 24 --lr 1e-3 --num_workers 0 --log_every 100 "$@"
