@@ -40,8 +40,9 @@ def start_processes(device: str) -> torch.device:
                 f"--device {chosen} needs {chosen.index + 1} GPUs and {num_gpus} are there: start "
                 "fewer processes or use --device cpu"
             )
-        torch.cuda.set_device(chosen)
     try:
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
         torch.zeros(1, device=chosen).item()
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         raise InputError(f"--device {device} cannot compute here: try cuda or cpu") from error
