@@ -4,7 +4,7 @@ Read from the bottom up: `MaskedAutoencoder` is the training objective, `CrossMA
 of the paper.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -393,11 +393,33 @@ class MaskedAutoencoder(nn.Module):
         return (self.predict(images, split).to(target.dtype) - target).square().mean()
 
 
-def build_encoder(
-    size: ModelSize, img_size: int | Sequence[int] | None, in_chans: int
-) -> ViTEncoder:
-    """The encoder of a named size; img_size None takes the size's own."""
-    return ViTEncoder(
+def build_autoencoder(
+    size: ModelSize,
+    decoder_type: Callable[..., nn.Module],
+    *,
+    img_size: int | Sequence[int] | None = None,
+    in_chans: int = 3,
+    norm_pix_loss: bool = True,
+    decoder_embed_dim: int | None = None,
+    decoder_depth: int,
+    decoder_num_heads: int | None = None,
+    **decoder_options: object,
+) -> MaskedAutoencoder:
+    """A masked autoencoder of a named size.
+
+    Args:
+        size: of the encoder, and of the decoder where its own is not given.
+        decoder_type: CrossMAEDecoder or another class with its arguments.
+        img_size: side, or (height, width), in pixels; None takes the size's own.
+        in_chans: C.
+        norm_pix_loss: see MaskedAutoencoder.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: shape of the decoder.
+        decoder_options: further ones of the decoder: feature_maps, iba_init, ...
+
+    Raises:
+        ValueError: the sizes do not fit together.
+    """
+    encoder = ViTEncoder(
         img_size=size.img_size if img_size is None else img_size,
         patch_size=size.patch_size,
         in_chans=in_chans,
@@ -405,47 +427,33 @@ def build_encoder(
         depth=size.depth,
         num_heads=size.num_heads,
     )
+    decoder = decoder_type(
+        encoder,
+        embed_dim=size.decoder_embed_dim if decoder_embed_dim is None else decoder_embed_dim,
+        depth=decoder_depth,
+        num_heads=size.decoder_num_heads if decoder_num_heads is None else decoder_num_heads,
+        **decoder_options,
+    )
+    return MaskedAutoencoder(encoder, decoder, norm_pix_loss=norm_pix_loss)
 
 
 def build_crossmae(
     size: ModelSize,
     *,
-    img_size: int | Sequence[int] | None = None,
-    in_chans: int = 3,
-    norm_pix_loss: bool = True,
-    decoder_embed_dim: int | None = None,
     decoder_depth: int = 12,
-    decoder_num_heads: int | None = None,
-    feature_maps: str | Sequence[int] = "all",
-    iba_init: str = "normal",
-    iba_softmax: bool = False,
-    iba_projection: bool = False,
     decoder_self_attention: bool = False,
+    **options: object,
 ) -> MaskedAutoencoder:
     """A CrossMAE of a named size; the defaults are the paper's (App. A.6).
 
     Args:
-        size: encoder sizes, and the decoder's where they are not given.
-        img_size: side, or (height, width), in pixels; None takes the size's own.
-        in_chans: C.
-        norm_pix_loss: see MaskedAutoencoder.
-        decoder_embed_dim, decoder_depth, decoder_num_heads: shape of the decoder.
-        feature_maps, iba_init, iba_softmax, iba_projection: see CrossMAEDecoder.
+        size: one of models_vit's.
+        decoder_depth: J, number of decoder blocks.
         decoder_self_attention: the ablation of Table 3a.
+        options: of `build_autoencoder` and CrossMAEDecoder.
     """
-    encoder = build_encoder(size, img_size, in_chans)
-    decoder = CrossMAEDecoder(
-        encoder,
-        embed_dim=size.decoder_embed_dim if decoder_embed_dim is None else decoder_embed_dim,
-        depth=decoder_depth,
-        num_heads=size.decoder_num_heads if decoder_num_heads is None else decoder_num_heads,
-        feature_maps=feature_maps,
-        iba_init=iba_init,
-        iba_softmax=iba_softmax,
-        iba_projection=iba_projection,
-        self_attention=decoder_self_attention,
-    )
-    return MaskedAutoencoder(encoder, decoder, norm_pix_loss=norm_pix_loss)
+    decoder_type = partial(CrossMAEDecoder, self_attention=decoder_self_attention)
+    return build_autoencoder(size, decoder_type, decoder_depth=decoder_depth, **options)
 
 
 crossmae_vit_tiny_patch4 = partial(build_crossmae, TINY_PATCH4)

@@ -10,7 +10,7 @@ from torch import Tensor
 from models_crossmae import (
     MaskedAutoencoder,
     ViTEncoder,
-    build_encoder,
+    build_autoencoder,
     fixed_positions,
     inter_block_attention,
     learned_token,
@@ -100,33 +100,15 @@ class MAEDecoder(nn.Module):
         return self.pred(self.norm(x))  # (B, P, p*p*C)
 
 
-def build_mae(
-    size: ModelSize,
-    *,
-    img_size: int | Sequence[int] | None = None,
-    in_chans: int = 3,
-    norm_pix_loss: bool = True,
-    decoder_embed_dim: int | None = None,
-    decoder_depth: int = 8,
-    decoder_num_heads: int | None = None,
-    feature_maps: str | Sequence[int] = "last",
-    iba_init: str = "normal",
-    iba_softmax: bool = False,
-    iba_projection: bool = False,
-) -> MaskedAutoencoder:
-    """An MAE of a named size; the options are those of `build_crossmae`, the defaults MAE's."""
-    encoder = build_encoder(size, img_size, in_chans)
-    decoder = MAEDecoder(
-        encoder,
-        embed_dim=size.decoder_embed_dim if decoder_embed_dim is None else decoder_embed_dim,
-        depth=decoder_depth,
-        num_heads=size.decoder_num_heads if decoder_num_heads is None else decoder_num_heads,
-        feature_maps=feature_maps,
-        iba_init=iba_init,
-        iba_softmax=iba_softmax,
-        iba_projection=iba_projection,
-    )
-    return MaskedAutoencoder(encoder, decoder, norm_pix_loss=norm_pix_loss)
+def build_mae(size: ModelSize, *, decoder_depth: int = 8, **options: object) -> MaskedAutoencoder:
+    """An MAE of a named size; the defaults are MAE's.
+
+    Args:
+        size: one of models_vit's.
+        decoder_depth: number of decoder blocks.
+        options: of `build_autoencoder` and MAEDecoder.
+    """
+    return build_autoencoder(size, MAEDecoder, decoder_depth=decoder_depth, **options)
 
 
 mae_vit_tiny_patch4 = partial(build_mae, TINY_PATCH4)

@@ -1,5 +1,10 @@
 """What every test starts from: one thread and the same random state, whatever ran before it."""
 
+import os
+
+# Tests compare bits, which holds on a CPU. Name a GPU in this variable to run them on it.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
 import pytest
 import torch
 
