@@ -397,7 +397,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not loader.resumes_mid_epoch:
             state.rewind_epoch()
         place = (progress.epoch, progress.step_in_epoch)
-        _logger.info("continuing %s after %d epochs and %d steps", resume_path, *place)
+        if progress.epoch < args.epochs:
+            _logger.info("continuing %s after %d epochs and %d steps", resume_path, *place)
+        else:
+            _logger.info("%s is the end of this run: nothing is left to train", resume_path)
     header = {
         "model_name": args.model,
         "model_options": options,
