@@ -292,6 +292,7 @@ def run_settings(
     *,
     dataset: str,
     num_images: int,
+    names_hash: str | None,
     batch_size: int,
     lr: float,
     warmup_epochs: float,
@@ -310,6 +311,7 @@ def run_settings(
         "--seed": args.seed,
         "--weight_decay": args.weight_decay,
         "number of training images": num_images,
+        "hash of their names": names_hash,
         "effective batch size": batch_size,
     }
     recipe = {
@@ -381,6 +383,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options,
         dataset=dataset,
         num_images=num_images,
+        names_hash=train_set.names_hash() if isinstance(train_set, IndexedImages) else None,
         batch_size=batch_size,
         lr=lr,
         warmup_epochs=warmup_epochs,

@@ -427,6 +427,16 @@ def test_data_may_move(tmp_path, images, finished, capsys, nano):
     assert "continuing with a change: --data_path" in capsys.readouterr().out
 
 
+def test_as_many_other_images_are_refused(tmp_path, images, finished, capsys, nano):
+    before, argv = finished
+    folder = copied(before, tmp_path / "run")
+    others = copied(images, tmp_path / "images")
+    for number, path in enumerate(sorted((others / "train").iterdir())):
+        path.rename(path.with_name(f"other{number:03d}.png"))
+    sentence = refusal(capsys, *argv, "--data_path", others, "--output_dir", folder)
+    assert "hash of their names was" in sentence
+
+
 @pytest.mark.parametrize(
     ("options", "difference"),
     [
@@ -453,6 +463,12 @@ def test_arguments_that_contradict_the_checkpoint_are_refused_with_the_differenc
     sentence = refusal(capsys, *argv, *options, "--output_dir", folder)
     assert difference in sentence
     assert files_in(folder) == files_in(before)
+
+
+def test_an_option_that_is_left_out_counts_as_a_difference(tmp_path, images, capsys, nano):
+    place = ["--data_path", images, "--output_dir", tmp_path / "run", "--epochs", 1]
+    run(*TINY, *place, "--feature_maps", "0,2")
+    assert "--feature_maps was [0, 2] and is now None" in refusal(capsys, *TINY, *place)
 
 
 def test_other_images_are_refused(tmp_path, images, finished, capsys, nano):

@@ -345,9 +345,9 @@ def check_same_run(checkpoint: dict, identity: dict, recipe: dict, path: Path) -
 
 
 def changes(before: dict, now: dict) -> list[str]:
-    """The values that differ, as text."""
+    """The values that differ, as text; what one of the two leaves out counts as None."""
     return [
-        f"{name} was {before.get(name)!r} and is now {value!r}"
-        for name, value in now.items()
-        if before.get(name) != value
+        f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
     ]

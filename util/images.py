@@ -1,8 +1,10 @@
 """Images that are known by their index, and the batches they come in."""
 
+import hashlib
 import itertools
 import numbers
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -106,6 +108,15 @@ class IndexedImages(Dataset):
         else:
             name = self.reader.samples[index][0] if hasattr(self.reader, "samples") else None
         return str(name or f"image {index}")
+
+    def names_hash(self) -> str:
+        """A hash of file names, without folders, of up to 1,000 images spread over the data set.
+
+        It stays when the files move, and tells other images of the same number from these.
+        """
+        count = min(len(self), 1000)
+        names = [Path(self.name(i * len(self) // count)).name for i in range(count)]
+        return hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         """The image at (epoch, index), or the next readable one in its place.
