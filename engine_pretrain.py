@@ -16,7 +16,7 @@ from util.loaders import StepLoader
 from util.masking import TokenSplit
 from util.metrics import RunLog
 from util.optim import set_lr
-from util.patches import denormalize_patches, gather_patches
+from util.patches import denormalize_patches
 from util.precision import Precision
 from util.seeding import generator_for
 from util.transforms import denormalize
@@ -186,7 +186,7 @@ def evaluate(
             pred = model.predict(images, split)
         pred = pred.float()  # (B, P, p*p*C)
         loss = (pred - model.target(images, split)).square().mean(dim=(1, 2))  # (B,)
-        originals = gather_patches(images, split.predicted, model.encoder.patch_size)
+        originals = model.predicted_patches(images, split)
         pixels = denormalize_patches(model.pixels(pred, images, split), mean, std).clamp(0, 1)
         error = (pixels - denormalize_patches(originals, mean, std)).square().mean(dim=(1, 2))
         psnr = -10 * error.clamp(min=1e-10).log10()  # (B,), at most 100 dB

@@ -217,8 +217,8 @@ def summarize(output_dir: Path, log_dir: Path) -> None:
         RunError: the last checkpoint could not be written.
     """
     last = read_log(output_dir)[-1]
-    path = max(list_checkpoints(output_dir), default=None, key=checkpoint_place)
-    if path is None or checkpoint_place(path)[0] < last["epoch"]:
+    paths = list_checkpoints(output_dir)
+    if not paths or checkpoint_place(paths[-1])[0] < last["epoch"]:
         raise RunError(
             "the last checkpoint could not be written, see above: make room and start the same "
             "command again, which continues from the checkpoint before it"
@@ -228,7 +228,7 @@ def summarize(output_dir: Path, log_dir: Path) -> None:
             "held-out loss %.4f, masked-patch PSNR %.2f dB over %d images",
             *(last["val_loss"], last["val_psnr"], last["val_images"]),
         )
-    _logger.info("checkpoint: %s", path)
+    _logger.info("checkpoint: %s", paths[-1])
     _logger.info("TensorBoard: %s", log_dir)
     if (output_dir / FIGURE).exists():
         _logger.info("figure: %s", output_dir / FIGURE)

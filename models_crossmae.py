@@ -184,21 +184,28 @@ class InterBlockAttention(nn.Module):
 
 
 def inter_block_attention(
-    feature_maps: str | Sequence[int], num_maps: int, num_mixes: int, **options: object
+    encoder: ViTEncoder,
+    num_mixes: int,
+    *,
+    feature_maps: str | Sequence[int],
+    iba_init: str = "normal",
+    iba_softmax: bool = False,
+    iba_projection: bool = False,
 ) -> InterBlockAttention | None:
     """Read the choice of feature maps: "all", a list of indices, or "last" for no mixing at all.
 
     Args:
-        feature_maps: the choice; index 0 is the encoder's input, i the output of its block i.
-        num_maps: how many maps the encoder returns.
+        encoder: whose maps are mixed; index 0 is its input, i the output of its block i.
         num_mixes: J.
-        options: of InterBlockAttention.
+        feature_maps: the choice.
+        iba_init, iba_softmax, iba_projection: see InterBlockAttention.
 
     Raises:
         ValueError: an index is out of range or given twice.
     """
     if feature_maps == "last":
         return None
+    num_maps = len(encoder.blocks) + 1
     map_ids = range(num_maps) if feature_maps == "all" else tuple(feature_maps)
     in_range = all(isinstance(i, int) and 0 <= i < num_maps for i in map_ids)
     if not in_range or not map_ids or len(set(map_ids)) < len(map_ids):
@@ -206,7 +213,14 @@ def inter_block_attention(
             f'feature maps are "all", "last" or different indices from 0 (the encoder\'s input) '
             f"to {num_maps - 1} (its last block), not {feature_maps!r}"
         )
-    return InterBlockAttention(map_ids, num_mixes, **options)
+    return InterBlockAttention(
+        map_ids,
+        num_mixes,
+        dim=encoder.embed_dim,
+        init=iba_init,
+        softmax=iba_softmax,
+        projection=iba_projection,
+    )
 
 
 class CrossAttention(nn.Module):
@@ -274,8 +288,8 @@ class CrossMAEDecoder(nn.Module):
         depth: J, number of blocks.
         num_heads: attention heads of each block.
         feature_maps: "all", "last" (no inter-block attention) or a list of indices (Table 3d).
-        iba_init, iba_softmax, iba_projection: see InterBlockAttention.
         self_attention: put self-attention back, the ablation of Table 3a.
+        iba_options: iba_init, iba_softmax, iba_projection, see `inter_block_attention`.
     """
 
     def __init__(
@@ -286,22 +300,14 @@ class CrossMAEDecoder(nn.Module):
         depth: int,
         num_heads: int,
         feature_maps: str | Sequence[int] = "all",
-        iba_init: str = "normal",
-        iba_softmax: bool = False,
-        iba_projection: bool = False,
         self_attention: bool = False,
+        **iba_options: object,
     ) -> None:
         super().__init__()
         self.mask_token = learned_token(embed_dim)
         self.pos_embed = fixed_positions(embed_dim, encoder.grid_size)
         self.inter_block_attention = inter_block_attention(
-            feature_maps,
-            num_maps=len(encoder.blocks) + 1,
-            num_mixes=depth,
-            dim=encoder.embed_dim,
-            init=iba_init,
-            softmax=iba_softmax,
-            projection=iba_projection,
+            encoder, depth, feature_maps=feature_maps, **iba_options
         )
         if self.inter_block_attention is None:
             self.context_norm = layer_norm(encoder.embed_dim)

@@ -44,7 +44,7 @@ class MAEDecoder(nn.Module):
         num_heads: attention heads of each block.
         feature_maps: "last" is MAE; "all" or a list of indices adds inter-block attention with
             one mix for the whole decoder (Table 7, App. A.3).
-        iba_init, iba_softmax, iba_projection: see InterBlockAttention.
+        iba_options: iba_init, iba_softmax, iba_projection, see `inter_block_attention`.
     """
 
     def __init__(
@@ -55,21 +55,13 @@ class MAEDecoder(nn.Module):
         depth: int,
         num_heads: int,
         feature_maps: str | Sequence[int] = "last",
-        iba_init: str = "normal",
-        iba_softmax: bool = False,
-        iba_projection: bool = False,
+        **iba_options: object,
     ) -> None:
         super().__init__()
         self.mask_token = learned_token(embed_dim)
         self.pos_embed = fixed_positions(embed_dim, encoder.grid_size)
         self.inter_block_attention = inter_block_attention(
-            feature_maps,
-            num_maps=len(encoder.blocks) + 1,
-            num_mixes=1,
-            dim=encoder.embed_dim,
-            init=iba_init,
-            softmax=iba_softmax,
-            projection=iba_projection,
+            encoder, 1, feature_maps=feature_maps, **iba_options
         )
         self.context_norm = layer_norm(encoder.embed_dim)
         self.embed = xavier_linear(encoder.embed_dim, embed_dim)

@@ -4,7 +4,6 @@ import argparse
 import errno
 import json
 import math
-import os
 import re
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from PIL import Image
 from runs import (
     TINY,
+    RunsCode,
     assert_identical,
     command,
     copied,
@@ -722,16 +722,6 @@ def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path, images, capsys, na
     argv = [*TINY, "--data_path", images, "--output_dir", tmp_path / "run", flag, place]
     assert flag in refusal(capsys, *argv)
     assert place.read_text() == "mine"
-
-
-class RunsCode:
-    """Makes a folder when it is unpickled the usual way."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
 
 
 @pytest.mark.faults

@@ -319,17 +319,22 @@ def test_projection_comes_before_the_mix_and_is_each_maps_own():
     torch.testing.assert_close(iba(feature_maps), expected)
 
 
+def four_maps():
+    """An encoder whose input and three blocks make four feature maps."""
+    return ViTEncoder(img_size=8, patch_size=4, in_chans=3, embed_dim=8, depth=3, num_heads=2)
+
+
 def test_choice_of_feature_maps():
-    options = {"num_maps": 4, "num_mixes": 2, "dim": 8}
-    assert inter_block_attention("last", **options) is None
-    assert inter_block_attention("all", **options).map_ids == (0, 1, 2, 3)
-    assert inter_block_attention([3, 0], **options).map_ids == (3, 0)
+    encoder = four_maps()
+    assert inter_block_attention(encoder, 2, feature_maps="last") is None
+    assert inter_block_attention(encoder, 2, feature_maps="all").map_ids == (0, 1, 2, 3)
+    assert inter_block_attention(encoder, 2, feature_maps=[3, 0]).map_ids == (3, 0)
 
 
 @pytest.mark.parametrize("choice", [[0, 4], [-1], [1, 1], [], "", "alll", [0.5], ["0"]])
 def test_bad_choices_of_feature_maps_are_refused(choice):
     with pytest.raises(ValueError, match="feature maps are"):
-        inter_block_attention(choice, num_maps=4, num_mixes=2, dim=8)
+        inter_block_attention(four_maps(), 2, feature_maps=choice)
 
 
 def test_unknown_start_of_inter_block_attention_is_refused():

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import pickle
 from io import BytesIO
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import RunsCode
 
 from models_crossmae import crossmae_vit_base_patch16
 from models_mae import mae_vit_base_patch16
@@ -145,16 +145,6 @@ def test_flipped_bit_of_a_tensor_fails_its_checksum(tmp_path):
     whole[whole.index(WEIGHTS["model"]["w"].numpy().tobytes())] ^= 0x01
     path.write_bytes(whole)
     assert "checksum" in refusal(path)
-
-
-class RunsCode:
-    """Makes a folder when it is unpickled the usual way."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
 
 
 @pytest.mark.faults
