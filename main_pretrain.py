@@ -19,7 +19,8 @@ from torch import Tensor
 import models_crossmae
 import models_mae
 from engine_pretrain import draw_reconstructions, evaluate, heldout_split, train_one_epoch
-from models_crossmae import MaskedAutoencoder, ViTEncoder
+from models_crossmae import MaskedAutoencoder
+from models_vit import SIZES, ViTEncoder
 from util.arguments import (
     Parser,
     add_data_args,
@@ -60,14 +61,6 @@ from util.streams import StreamedImages
 from util.transforms import eval_transform, pretrain_transform
 from util.weights import from_released, read_weights_file, released_options
 
-SIZES = (
-    "tiny_patch4",
-    "tiny_patch16",
-    "small_patch16",
-    "base_patch16",
-    "large_patch16",
-    "huge_patch14",
-)
 MODELS: dict[str, Callable[..., MaskedAutoencoder]] = {
     **{f"crossmae_vit_{s}": getattr(models_crossmae, f"crossmae_vit_{s}") for s in SIZES},
     **{f"mae_vit_{s}": getattr(models_mae, f"mae_vit_{s}") for s in SIZES},

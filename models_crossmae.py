@@ -1,4 +1,4 @@
-"""CrossMAE: the masked ViT encoder, inter-block attention and the cross-attention decoder (Sec. 3).
+"""CrossMAE: inter-block attention and the cross-attention decoder over a masked ViT (Sec. 3).
 
 Read from the bottom up: `MaskedAutoencoder` is the training objective, `CrossMAEDecoder` the idea
 of the paper.
@@ -18,122 +18,22 @@ from models_vit import (
     SMALL_PATCH16,
     TINY_PATCH4,
     TINY_PATCH16,
-    Block,
     Mlp,
     ModelSize,
-    PatchEmbed,
     SelfAttention,
+    ViTEncoder,
     attend,
     check_heads,
+    fixed_positions,
     layer_norm,
+    learned_token,
     split_heads,
     xavier_linear,
 )
 from util.masking import TokenSplit
-from util.patches import gather_patches, gather_tokens, patch_moments, patchify
-from util.pos_embed import sincos_table
+from util.patches import gather_patches, gather_tokens, patch_moments
 
 IBA_INITS = ("normal", "xavier")
-
-
-def learned_token(dim: int) -> nn.Parameter:
-    """A learned (1, 1, dim) vector, started at N(0, 0.02²) as MAE's tokens."""
-    return nn.Parameter(torch.empty(1, 1, dim).normal_(std=0.02))
-
-
-def fixed_positions(dim: int, grid_size: tuple[int, int]) -> nn.Parameter:
-    """The sine-cosine table as a parameter that is saved with the weights and never trained."""
-    return nn.Parameter(sincos_table(dim, grid_size), requires_grad=False)
-
-
-def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """Read an image size: a side, or (height, width)."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(height), int(width)
-
-
-class ViTEncoder(nn.Module):
-    """A ViT that sees only the visible patches and the class token (Sec. 3.1).
-
-    The final LayerNorm is not part of it: with inter-block attention there is none (App. A.3).
-
-    Args:
-        img_size: side, or (height, width), in pixels; divisible by patch_size.
-        patch_size: p in pixels.
-        in_chans: C.
-        embed_dim: D, divisible by 4 and by num_heads.
-        depth: number of blocks.
-        num_heads: attention heads of each block.
-
-    Raises:
-        ValueError: the patch side does not divide the image.
-    """
-
-    def __init__(
-        self,
-        *,
-        img_size: int | Sequence[int],
-        patch_size: int,
-        in_chans: int,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-    ) -> None:
-        super().__init__()
-        self.img_size, self.patch_size, self.in_chans = as_pair(img_size), patch_size, in_chans
-        height, width = self.img_size
-        if height % patch_size or width % patch_size:
-            raise ValueError(f"patches of {patch_size} px do not divide {height} x {width} px")
-        self.grid_size = (height // patch_size, width // patch_size)
-        self.embed_dim = embed_dim
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
-        self.cls_token = learned_token(embed_dim)
-        self.pos_embed = fixed_positions(embed_dim, self.grid_size)
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
-
-    @property
-    def num_patches(self) -> int:
-        """L, patches per image."""
-        return self.grid_size[0] * self.grid_size[1]
-
-    def forward(self, images: Tensor, split: TokenSplit | None = None) -> list[Tensor]:
-        """Encode the visible patches, or all of them.
-
-        Patches are picked before they are embedded, so that a masked patch costs nothing.
-
-        Args:
-            images: (B, C, H, W), normalised.
-            split: `visible` is (B, V); None encodes every patch, for downstream use.
-
-        Returns:
-            K = 1 + depth feature maps (B, 1+V, D), or (B, 1+L, D) without a split, class token
-            first: the input of the first block, then every block's output.
-
-        Raises:
-            ValueError: the images have another size, or the split another batch size.
-        """
-        if images.shape[1:] != (self.in_chans, *self.img_size):
-            raise ValueError(
-                f"the encoder takes images of {self.in_chans} x {self.img_size[0]} x "
-                f"{self.img_size[1]}, not {' x '.join(map(str, images.shape[1:]))}"
-            )
-        if split is not None and len(split.visible) != len(images):
-            raise ValueError(f"a split of {len(split.visible)} images came with {len(images)}")
-        positions = self.pos_embed[:, 1:]
-        if split is None:
-            patches = patchify(images, self.patch_size)  # (B, L, p*p*C)
-        else:
-            patches = gather_patches(images, split.visible, self.patch_size)  # (B, V, p*p*C)
-            positions = gather_tokens(positions, split.visible)  # (B, V, D)
-        tokens = self.patch_embed(patches) + positions  # (B, V or L, D)
-        # Flat, so that its gradient is contiguous, as DDP's buckets want it.
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).flatten()  # (D,)
-        x = torch.cat((cls_token.expand(tokens.shape[0], 1, -1), tokens), dim=1)
-        feature_maps = [x]
-        for block in self.blocks:
-            x = block(x)
-            feature_maps.append(x)
-        return feature_maps
 
 
 class InterBlockAttention(nn.Module):

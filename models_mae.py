@@ -7,14 +7,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from models_crossmae import (
-    MaskedAutoencoder,
-    ViTEncoder,
-    build_autoencoder,
-    fixed_positions,
-    inter_block_attention,
-    learned_token,
-)
+from models_crossmae import MaskedAutoencoder, build_autoencoder, inter_block_attention
 from models_vit import (
     BASE_PATCH16,
     HUGE_PATCH14,
@@ -24,7 +17,10 @@ from models_vit import (
     TINY_PATCH16,
     Block,
     ModelSize,
+    ViTEncoder,
+    fixed_positions,
     layer_norm,
+    learned_token,
     xavier_linear,
 )
 from util.masking import TokenSplit

@@ -1,13 +1,20 @@
-"""The transformer parts that every model here is built from, and the sizes they come in.
+"""The ViT: its parts and sizes, the encoder that pre-training trains, and the classifier.
 
 Parameter names are timm's and MAE's, so that weights move between projects without a table.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import Tensor
+
+from util.masking import TokenSplit
+from util.patches import gather_patches, gather_tokens, patchify
+from util.pos_embed import sincos_table
 
 NORM_EPS = 1e-6  # of every LayerNorm, as in MAE
 
@@ -31,6 +38,15 @@ SMALL_PATCH16 = ModelSize(16, 384, 12, 6, decoder_embed_dim=256, decoder_num_hea
 BASE_PATCH16 = ModelSize(16, 768, 12, 12, decoder_embed_dim=512, decoder_num_heads=16)
 LARGE_PATCH16 = ModelSize(16, 1024, 24, 16, decoder_embed_dim=512, decoder_num_heads=16)
 HUGE_PATCH14 = ModelSize(14, 1280, 32, 16, decoder_embed_dim=512, decoder_num_heads=16)
+SIZES = {
+    "tiny_patch4": TINY_PATCH4,
+    "tiny_patch16": TINY_PATCH16,
+    "small_patch16": SMALL_PATCH16,
+    "base_patch16": BASE_PATCH16,
+    "large_patch16": LARGE_PATCH16,
+    "huge_patch14": HUGE_PATCH14,
+}
+POOLS = ("avg", "cls")
 
 
 def layer_norm(dim: int) -> nn.LayerNorm:
@@ -109,16 +125,213 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: self-attention, then MLP, each added to the stream."""
+    """A pre-norm transformer block: self-attention, then MLP, each added to the stream.
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    Args:
+        dim: D.
+        num_heads: attention heads.
+        drop_path: chance in training to leave a branch out for an image (stochastic depth).
+    """
+
+    def __init__(self, dim: int, num_heads: int, drop_path: float = 0.0) -> None:
         super().__init__()
         self.norm1 = layer_norm(dim)
         self.attn = SelfAttention(dim, num_heads)
         self.norm2 = layer_norm(dim)
         self.mlp = Mlp(dim)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def learned_token(dim: int) -> nn.Parameter:
+    """A learned (1, 1, dim) vector, started at N(0, 0.02²) as MAE's tokens."""
+    return nn.Parameter(torch.empty(1, 1, dim).normal_(std=0.02))
+
+
+def fixed_positions(dim: int, grid_size: tuple[int, int]) -> nn.Parameter:
+    """The sine-cosine table as a parameter that is saved with the weights and never trained."""
+    return nn.Parameter(sincos_table(dim, grid_size), requires_grad=False)
+
+
+def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """Read an image size: a side, or (height, width)."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
+class ViTEncoder(nn.Module):
+    """A ViT that sees only the visible patches and the class token (Sec. 3.1).
+
+    The final LayerNorm is not part of it: with inter-block attention there is none (App. A.3).
+
+    Args:
+        img_size: side, or (height, width), in pixels; divisible by patch_size.
+        patch_size: p in pixels.
+        in_chans: C.
+        embed_dim: D, divisible by 4 and by num_heads.
+        depth: number of blocks.
+        num_heads: attention heads of each block.
+        drop_path: of the last block, see Block; it rises linearly from 0 in the first.
+
+    Raises:
+        ValueError: the patch side does not divide the image.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int | Sequence[int],
+        patch_size: int,
+        in_chans: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.img_size, self.patch_size, self.in_chans = as_pair(img_size), patch_size, in_chans
+        height, width = self.img_size
+        if height % patch_size or width % patch_size:
+            raise ValueError(f"patches of {patch_size} px do not divide {height} x {width} px")
+        self.grid_size = (height // patch_size, width // patch_size)
+        self.embed_dim = embed_dim
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.cls_token = learned_token(embed_dim)
+        self.pos_embed = fixed_positions(embed_dim, self.grid_size)
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, rate) for rate in rates)
+
+    @property
+    def num_patches(self) -> int:
+        """L, patches per image."""
+        return self.grid_size[0] * self.grid_size[1]
+
+    def tokens(self, images: Tensor, split: TokenSplit | None = None) -> Tensor:
+        """Embed the visible patches, or all of them, behind the class token; see `forward`.
+
+        Patches are picked before they are embedded, so that a masked patch costs nothing.
+
+        Returns:
+            The input of the first block, (B, 1+V, D) or (B, 1+L, D).
+        """
+        if images.shape[1:] != (self.in_chans, *self.img_size):
+            raise ValueError(
+                f"the encoder takes images of {self.in_chans} x {self.img_size[0]} x "
+                f"{self.img_size[1]}, not {' x '.join(map(str, images.shape[1:]))}"
+            )
+        if split is not None and len(split.visible) != len(images):
+            raise ValueError(f"a split of {len(split.visible)} images came with {len(images)}")
+        positions = self.pos_embed[:, 1:]
+        if split is None:
+            patches = patchify(images, self.patch_size)  # (B, L, p*p*C)
+        else:
+            patches = gather_patches(images, split.visible, self.patch_size)  # (B, V, p*p*C)
+            positions = gather_tokens(positions, split.visible)  # (B, V, D)
+        tokens = self.patch_embed(patches) + positions  # (B, V or L, D)
+        # Flat, so that its gradient is contiguous, as DDP's buckets want it.
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).flatten()  # (D,)
+        return torch.cat((cls_token.expand(tokens.shape[0], 1, -1), tokens), dim=1)
+
+    def forward(self, images: Tensor, split: TokenSplit | None = None) -> list[Tensor]:
+        """Encode the visible patches, or all of them.
+
+        Args:
+            images: (B, C, H, W), normalised.
+            split: `visible` is (B, V); None encodes every patch, for downstream use.
+
+        Returns:
+            K = 1 + depth feature maps (B, 1+V, D), or (B, 1+L, D) without a split, class token
+            first: the input of the first block, then every block's output.
+
+        Raises:
+            ValueError: the images have another size, or the split another batch size.
+        """
+        x = self.tokens(images, split)
+        feature_maps = [x]
+        for block in self.blocks:
+            x = block(x)
+            feature_maps.append(x)
+        return feature_maps
+
+
+class VisionTransformer(ViTEncoder):
+    """The encoder with a pooled, normalised output and a linear head (App. A.6).
+
+    Weights have timm's names. Positions start from the sine-cosine table and are trained.
+
+    Args:
+        num_classes: of the head; 0 is no head, and the output is the features.
+        pool: "avg" takes the mean of the patch tokens and normalises it (`fc_norm`), "cls"
+            normalises the class token (`norm`).
+        head_init_std: of the head's weights at the start.
+        encoder_options: see ViTEncoder.
+
+    Raises:
+        ValueError: the sizes do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        pool: str,
+        head_init_std: float = 2e-5,
+        **encoder_options: object,
+    ) -> None:
+        super().__init__(**encoder_options)
+        if pool not in POOLS:
+            raise ValueError(f"pool is one of {POOLS}, not {pool!r}")
+        self.pool = pool
+        self.pos_embed.requires_grad_()
+        if pool == "avg":
+            self.fc_norm = layer_norm(self.embed_dim)
+        else:
+            self.norm = layer_norm(self.embed_dim)
+        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+        if num_classes:
+            nn.init.trunc_normal_(self.head.weight, std=head_init_std)
+            nn.init.zeros_(self.head.bias)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W), normalised -> (B, D)."""
+        x = self.tokens(images)
+        for block in self.blocks:
+            x = block(x)
+        if self.pool == "avg":
+            return self.fc_norm(x[:, 1:].mean(dim=1))
+        return self.norm(x[:, 0])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W), normalised -> logits (B, num_classes)."""
+        return self.head(self.features(images))
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Which parameters are one layer to `timm.optim.param_groups_layer_decay`: MAE's rule.
+
+        The embeddings, every block, and norm and head together.
+        """
+        return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": [(r"^blocks\.(\d+)", None)]}
+
+
+def build_vit(
+    size: ModelSize, *, img_size: int | Sequence[int] | None = None, **options: object
+) -> VisionTransformer:
+    """A classifier of a named size.
+
+    Args:
+        size: one of SIZES.
+        img_size: side, or (height, width), in pixels; None takes the size's own.
+        options: of VisionTransformer: num_classes, pool, drop_path, in_chans.
+    """
+    return VisionTransformer(
+        img_size=size.img_size if img_size is None else img_size,
+        patch_size=size.patch_size,
+        embed_dim=size.embed_dim,
+        depth=size.depth,
+        num_heads=size.num_heads,
+        **{"in_chans": 3, **options},
+    )

@@ -14,12 +14,11 @@ import models_mae
 from models_crossmae import (
     CrossAttention,
     InterBlockAttention,
-    ViTEncoder,
     build_crossmae,
     inter_block_attention,
 )
 from models_mae import build_mae
-from models_vit import ModelSize
+from models_vit import ModelSize, ViTEncoder
 from util.errors import InputError
 from util.masking import TokenSplit, count_tokens, hidden_mask, random_split
 from util.patches import gather_patches
