@@ -8,17 +8,16 @@ import torch.nn as nn
 from torch import Tensor
 
 from util.broken_images import BrokenImages
-from util.checkpoint import CheckpointWriter, TrainState
-from util.distributed import gradient_sync, rank, stack_over_processes, world_size
+from util.checkpoint import TrainState
+from util.distributed import rank, stack_over_processes, world_size
 from util.figures import MOMENTS_NOTE, draw_figure, reconstruction_panels
 from util.images import Batch
 from util.loaders import StepLoader
 from util.masking import TokenSplit
-from util.metrics import RunLog
-from util.optim import set_lr
 from util.patches import denormalize_patches
 from util.precision import Precision
 from util.seeding import generator_for
+from util.training import LossOfImages, train_epoch
 from util.transforms import denormalize
 
 
@@ -44,89 +43,38 @@ def train_one_epoch(
     loader: StepLoader,
     state: TrainState,
     *,
-    lr_at: Callable[[int], float],
     split_tokens: Callable[[Tensor], TokenSplit],
     num_patches: int,
     seed: int,
     device: torch.device,
-    log_every: int,
-    run_log: RunLog,
-    checkpoints: CheckpointWriter,
+    **options: object,
 ) -> dict[str, float]:
-    """Train for one epoch, or for what a resume has left of it.
+    """Train for one epoch, or for what a resume has left of it; see `util.training.train_epoch`.
 
     Args:
         model: `model(images, split) -> loss`, perhaps wrapped to average gradients.
-        loader: the epoch's steps, each a list of micro-batches.
-        state: what training changes; its progress says where to begin.
-        lr_at: learning rate of a step, by its number in the run.
+        loader: the epoch's steps.
+        state: what training changes.
         split_tokens: noise (B, L) -> which patches are seen and predicted.
         num_patches: L.
         seed: of the run.
         device: where the model is.
-        log_every: steps between log points, the only ones at which the host waits.
-        run_log: shows and keeps the metrics.
-        checkpoints: saves at log points when it is time.
+        options: the others of `train_epoch`: lr_at, log_every, run_log, checkpoints.
 
     Returns:
         Mean metrics of the epoch.
-
-    Raises:
-        NonFiniteLossError: on all processes at once, before anything is saved.
-        InputError: too many images cannot be read.
     """
-    progress, precision, meters = state.progress, state.precision, state.meters
-    images_shown = meters.num_images
-    model.train()
-    run_log.start_epoch(progress.epoch, progress.step_in_epoch)
-    for micro_batches in loader.steps(progress.epoch, progress.step_in_epoch):
-        lr = lr_at(progress.step)
-        set_lr(state.optimizer, lr)
-        num_images = loader.images_in_step(progress.step_in_epoch)
-        noise = step_noise(seed, progress.step, num_images, num_patches, device)  # (own images, L)
-        # Gradients are averaged over processes: an image weighs the same wherever it is. The
-        # stand-in of a process without one weighs nothing.
-        weight = world_size() / num_images if rank() < num_images else 0.0
 
-        step_loss = torch.zeros((), device=device)
-        for micro_step, batch in enumerate(micro_batches, start=1):
-            images = batch.images.to(device, non_blocking=True)  # (B, C, H, W)
-            split = split_tokens(noise[: len(images)])  # visible (B, V), predicted (B, P)
-            noise = noise[len(images) :]
-            # Gradients are reduced once a step, not once a micro-step.
-            with gradient_sync(model, enabled=micro_step == len(micro_batches)):
-                with precision.autocast():
-                    loss = model(images, split) * (len(images) * weight)
-                precision.backward(loss)
-            step_loss += loss.detach()
-            state.broken.add(batch.broken)
+    def start_step(step: int, num_images: int) -> LossOfImages:
+        noise = step_noise(seed, step, num_images, num_patches, device)  # (own images, L)
 
-        grad_norm = precision.step(state.optimizer, model)
-        state.optimizer.zero_grad(set_to_none=True)
-        meters.update(
-            loss=step_loss, grad_norm=grad_norm, num_images=num_images, step=progress.step
-        )
-        progress.step += 1
-        progress.step_in_epoch += 1
+        def loss_of(images: Tensor, _: Tensor, first: int) -> Tensor:
+            split = split_tokens(noise[first : first + len(images)])  # visible (B, V), ...
+            return model(images, split)
 
-        end_of_epoch = progress.step_in_epoch == loader.steps_per_epoch
-        if end_of_epoch or progress.step_in_epoch % log_every == 0:
-            stats = meters.read()  # the host waits for the device here, and nowhere else
-            state.broken.check()
-            run_log.log_step(
-                progress.step,
-                epoch=progress.epoch,
-                lr=lr,
-                num_images=meters.num_images - images_shown,
-                stats=stats,
-            )
-            images_shown = meters.num_images
-            if not end_of_epoch:
-                checkpoints.save_if_due()
-    means = {**meters.means(), "lr": lr, "broken_images": state.broken.take_count()}
-    meters.reset()
-    progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
-    return means
+        return loss_of
+
+    return train_epoch(model, loader, state, start_step=start_step, device=device, **options)
 
 
 def heldout_split(

@@ -20,7 +20,7 @@ import models_crossmae
 import models_mae
 from engine_pretrain import draw_reconstructions, evaluate, heldout_split, train_one_epoch
 from models_crossmae import MaskedAutoencoder
-from models_vit import SIZES, ViTEncoder
+from models_vit import SIZES, ViTEncoder, find_size
 from util.arguments import (
     Parser,
     add_data_args,
@@ -31,7 +31,7 @@ from util.arguments import (
     add_run_args,
     check_data_args,
     check_masking_args,
-    check_optim_args,
+    check_warmup,
     positive_int,
 )
 from util.broken_images import BrokenImages
@@ -40,23 +40,20 @@ from util.checkpoint import (
     Progress,
     TrainState,
     check_format,
-    check_same_run,
-    checkpoint_place,
-    find_resume,
-    list_checkpoints,
-    read_checkpoint,
+    last_checkpoint,
+    resume_run,
 )
 from util.datasets import build_dataset
-from util.distributed import data_parallel, is_main_process, rank, world_size
-from util.errors import InputError, RunError
+from util.distributed import data_parallel, is_main_process, world_size
+from util.errors import InputError
 from util.images import IndexedImages
-from util.loaders import build_eval_loader, build_train_loader
+from util.loaders import build_loaders
 from util.masking import TokenSplit, check_grid, count_tokens, split_tokens
 from util.metrics import EpochMeters, RunLog, read_log
 from util.optim import build_adamw
 from util.precision import Precision
 from util.run import run_main, start_run, write_args
-from util.schedule import cosine_lr, scaled_lr
+from util.schedule import lr_schedule, scaled_lr
 from util.streams import StreamedImages
 from util.transforms import eval_transform, pretrain_transform
 from util.weights import from_released, read_weights_file, released_options
@@ -96,7 +93,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     check_data_args(args)
     check_masking_args(args)
-    check_optim_args(args)
+    check_warmup(args.warmup_epochs, args.epochs)
     if args.model.startswith("mae_"):
         if args.pred_ratio not in (None, args.mask_ratio):
             raise InputError(
@@ -153,21 +150,18 @@ def load_model(path: str | Path) -> tuple[MaskedAutoencoder, dict]:
     """
     content = read_weights_file(path)
     if "format" in content:
-        checkpoint = check_format(content, path)
+        checkpoint = check_format(content, path, "pretrain")
         model = build_model(checkpoint["model_name"], checkpoint["model_options"])
         model.load_state_dict(checkpoint["model"])
         return model.eval(), checkpoint
     state = content.get("model", content)
     args = vars(content["args"]) if "args" in content else {}
     found = released_options(state, args)
-    sizes = {name: MODELS[name].args[0] for name in MODELS if name.startswith(found["kind"])}
-    shape = [found[key] for key in ("patch_size", "embed_dim", "depth")]
-    name = next(
-        (n for n, s in sizes.items() if [s.patch_size, s.embed_dim, s.depth] == shape), None
-    )
-    if name is None:
-        raise InputError(f"{path} has a size that is none of ours (patch, width, depth: {shape})")
-    model = build_model(name, found["options"])
+    try:
+        size = find_size(found["patch_size"], found["embed_dim"], found["depth"])
+    except ValueError as error:
+        raise InputError(f"{path} cannot be loaded: {error}") from error
+    model = build_model(f"{found['kind']}_vit_{size}", found["options"])
     model.load_state_dict(from_released(state))
     mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
     training = {"mean": mean, "std": std, "mask_ratio": 0.75, "mask_sampling": "random"}
@@ -210,18 +204,13 @@ def summarize(output_dir: Path, log_dir: Path) -> None:
         RunError: the last checkpoint could not be written.
     """
     last = read_log(output_dir)[-1]
-    paths = list_checkpoints(output_dir)
-    if not paths or checkpoint_place(paths[-1])[0] < last["epoch"]:
-        raise RunError(
-            "the last checkpoint could not be written, see above: make room and start the same "
-            "command again, which continues from the checkpoint before it"
-        )
+    path = last_checkpoint(output_dir, last["epoch"])
     if "val_loss" in last:
         _logger.info(
             "held-out loss %.4f, masked-patch PSNR %.2f dB over %d images",
             *(last["val_loss"], last["val_psnr"], last["val_images"]),
         )
-    _logger.info("checkpoint: %s", paths[-1])
+    _logger.info("checkpoint: %s", path)
     _logger.info("TensorBoard: %s", log_dir)
     if (output_dir / FIGURE).exists():
         _logger.info("figure: %s", output_dir / FIGURE)
@@ -263,12 +252,12 @@ def make_schedule(
     scaled = scaled_lr(args.blr, batch_size, mask_ratio=args.mask_ratio, pred_ratio=pred_ratio)
     lr = args.lr or scaled
     warmup_epochs = args.epochs / 20 if args.warmup_epochs is None else args.warmup_epochs
-    lr_at = partial(
-        cosine_lr,
+    lr_at = lr_schedule(
         lr=lr,
         min_lr=args.min_lr,
-        warmup_steps=round(warmup_epochs * steps_per_epoch),
-        total_steps=args.epochs * steps_per_epoch,
+        warmup_epochs=warmup_epochs,
+        epochs=args.epochs,
+        steps_per_epoch=steps_per_epoch,
     )
     origin = f"= {args.blr:g} x {lr / args.blr:.4g} (batch / 256 x pred_ratio / mask_ratio)"
     _logger.info(
@@ -330,21 +319,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Data first: whatever is wrong with it shows before a model is built.
     dataset = args.dataset or ("folder" if args.data_path else "digits")
     train_set, val_set, shown_set = open_datasets(args, dataset, options["img_size"])
-    loading = {
-        "batch_size": args.batch_size,
-        "rank": rank(),
-        "world_size": world_size(),
-        "num_workers": args.num_workers,
-        "pin_memory": device.type == "cuda",
-    }
-    loader = build_train_loader(train_set, accum_iter=args.accum_iter, seed=args.seed, **loading)
-    val_loader = build_eval_loader(val_set, **loading) if val_set else None
-    num_images, num_steps = loader.sampler.num_samples, loader.steps_per_epoch
-    num_heldout = len(val_set) if val_set else "no"
-    _logger.info(
-        "%s: %d images, %d steps an epoch, %s images held out",
-        *(dataset, num_images, num_steps, num_heldout),
+    loader, val_loader = build_loaders(
+        train_set,
+        val_set,
+        name=dataset,
+        batch_size=args.batch_size,
+        accum_iter=args.accum_iter,
+        seed=args.seed,
+        num_workers=args.num_workers,
+        device=device,
     )
+    num_images, num_steps = loader.sampler.num_samples, loader.steps_per_epoch
 
     model = build_model(args.model, options).to(device)
     num_patches = model.encoder.num_patches
@@ -382,21 +367,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         warmup_epochs=warmup_epochs,
         amp=precision.amp,
     )
-    resume_path = find_resume(output_dir, args.resume)
-    if resume_path:
-        checkpoint = read_checkpoint(resume_path)
-        check_same_run(checkpoint, identity, recipe, resume_path)
-        state.load_state_dict(checkpoint)
-        del checkpoint  # as large as the state itself
-        if progress.epoch == args.epochs and resume_path.resolve().parent != output_dir.resolve():
-            raise InputError(f"{resume_path} has all {args.epochs} epochs done: raise --epochs")
-        if not loader.resumes_mid_epoch:
-            state.rewind_epoch()
-        place = (progress.epoch, progress.step_in_epoch)
-        if progress.epoch < args.epochs:
-            _logger.info("continuing %s after %d epochs and %d steps", resume_path, *place)
-        else:
-            _logger.info("%s is the end of this run: nothing is left to train", resume_path)
+    resume_run(
+        state,
+        output_dir,
+        args.resume,
+        kind="pretrain",
+        identity=identity,
+        recipe=recipe,
+        resumes_mid_epoch=loader.resumes_mid_epoch,
+    )
     header = {
         "model_name": args.model,
         "model_options": options,
@@ -410,7 +389,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "versions": write_args(output_dir, vars(args)),
     }
     checkpoints = CheckpointWriter(
-        output_dir, state, header, every_minutes=args.save_every_minutes, keep_last=args.keep_last
+        output_dir,
+        state,
+        header,
+        kind="pretrain",
+        every_minutes=args.save_every_minutes,
+        keep_last=args.keep_last,
     )
     run_log = RunLog(
         output_dir,

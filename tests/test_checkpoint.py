@@ -58,7 +58,9 @@ def train(state, num_steps=1):
 
 
 def writer(folder, state, **options):
-    return CheckpointWriter(folder, state, {}, **{"every_minutes": None, "keep_last": 0} | options)
+    return CheckpointWriter(
+        folder, state, {}, **{"kind": "pretrain", "every_minutes": None, "keep_last": 0} | options
+    )
 
 
 def save_at(folder, *places, state=None, **options):
@@ -96,7 +98,7 @@ def test_a_state_continues_bit_for_bit(tmp_path, amp):
     train(state, num_steps=3)
     path = writer(tmp_path, state).save()
     other = make_state(amp)
-    other.load_state_dict(read_checkpoint(path))
+    other.load_state_dict(read_checkpoint(path, "pretrain"))
     assert_identical(other.state_dict(), state.state_dict())
     assert other.progress == Progress(epoch=0, step_in_epoch=3, step=3)
     for each in (state, other):
@@ -109,13 +111,15 @@ def test_it_holds_tensors_and_plain_values_and_loads_with_weights_only(tmp_path)
     state = make_state("fp16")
     train(state)
     header = {"model_name": "m", "mean": [0.5], "args": {"lr": None, "input_size": [16]}}
-    path = CheckpointWriter(tmp_path, state, header, every_minutes=None, keep_last=0).save()
+    path = CheckpointWriter(
+        tmp_path, state, header, kind="pretrain", every_minutes=None, keep_last=0
+    ).save()
     assert torch.serialization.get_unsafe_globals_in_checkpoint(path) == []
     content = torch.load(path, weights_only=True)
     assert content["format"] == "crossmae-pretrain"
     assert content["version"] == 1
     assert content["args"] == header["args"]
-    assert content["progress"] == {"epoch": 0, "step_in_epoch": 1, "step": 1}
+    assert content["progress"] == {"epoch": 0, "step_in_epoch": 1, "step": 1, "best": None}
 
 
 def test_a_run_may_change_its_number_format(tmp_path):
@@ -123,8 +127,8 @@ def test_a_run_may_change_its_number_format(tmp_path):
     train(fp16)
     train(fp32)
     from_fp32, from_fp16 = make_state("fp16"), make_state("fp32")
-    from_fp32.load_state_dict(read_checkpoint(writer(tmp_path, fp32).save()))
-    from_fp16.load_state_dict(read_checkpoint(writer(tmp_path, fp16).save()))
+    from_fp32.load_state_dict(read_checkpoint(writer(tmp_path, fp32).save(), "pretrain"))
+    from_fp16.load_state_dict(read_checkpoint(writer(tmp_path, fp16).save(), "pretrain"))
     assert torch.equal(from_fp16.model.weight, fp16.model.weight)
     assert torch.equal(from_fp32.model.weight, fp32.model.weight)
 
@@ -262,9 +266,9 @@ def test_all_are_kept_if_asked_for_and_other_files_always(tmp_path):
 def test_what_was_just_saved_is_kept_although_a_broken_file_has_a_later_name(tmp_path):
     old, broken = save_at(tmp_path, (1, 0), (2, 9))
     truncate(broken)
-    assert newest_good_checkpoint(tmp_path) == old
+    assert newest_good_checkpoint(tmp_path, "pretrain") == old
     new = save_at(tmp_path, (2, 5), keep_last=1)[0]
-    assert newest_good_checkpoint(tmp_path) == new
+    assert newest_good_checkpoint(tmp_path, "pretrain") == new
 
 
 def test_checkpoints_are_in_the_order_of_the_run(tmp_path):
@@ -305,7 +309,7 @@ def test_processes_but_the_main_one_write_nothing(tmp_path, monkeypatch):
 def test_a_broken_newest_is_passed_over_with_a_warning(tmp_path, caplog, break_it):
     _, good, broken = save_at(tmp_path, (1, 0), (2, 0), (2, 4))
     break_it(broken)
-    assert newest_good_checkpoint(tmp_path) == good
+    assert newest_good_checkpoint(tmp_path, "pretrain") == good
     (warning,) = caplog.messages
     assert str(broken) in warning
     assert "trying the checkpoint before it" in warning
@@ -316,23 +320,23 @@ def test_broken_checkpoints_alone_are_refused(tmp_path):
     for path in save_at(tmp_path, (1, 0), (2, 0)):
         truncate(path)
     with pytest.raises(InputError, match=r"none of the 2 checkpoints in .* can be read"):
-        find_resume(tmp_path, "auto")
+        find_resume(tmp_path, "auto", "pretrain")
 
 
 def test_auto_starts_anew_where_there_is_nothing(tmp_path):
-    assert find_resume(tmp_path, "auto") is None
-    assert find_resume(tmp_path / "nowhere", "auto") is None
+    assert find_resume(tmp_path, "auto", "pretrain") is None
+    assert find_resume(tmp_path / "nowhere", "auto", "pretrain") is None
     save_at(tmp_path, (1, 0))
     (tmp_path / "checkpoint-e0002-s000000.pth.tmp").write_bytes(b"half of it")
-    assert find_resume(tmp_path, "auto") == tmp_path / "checkpoint-e0001-s000000.pth"
+    assert find_resume(tmp_path, "auto", "pretrain") == tmp_path / "checkpoint-e0001-s000000.pth"
 
 
 def test_none_starts_anew_but_overwrites_nothing(tmp_path):
     (tmp_path / "notes.txt").touch()
-    assert find_resume(tmp_path, "none") is None
+    assert find_resume(tmp_path, "none", "pretrain") is None
     save_at(tmp_path, (1, 0))
     with pytest.raises(InputError, match="would overwrite"):
-        find_resume(tmp_path, "none")
+        find_resume(tmp_path, "none", "pretrain")
 
 
 def test_a_path_elsewhere_is_where_a_run_starts_and_not_where_it_goes_on(tmp_path):
@@ -340,19 +344,19 @@ def test_a_path_elsewhere_is_where_a_run_starts_and_not_where_it_goes_on(tmp_pat
     own.mkdir()
     other.mkdir()
     path = save_at(other, (5, 0))[0]
-    assert find_resume(own, str(path)) == path
+    assert find_resume(own, str(path), "pretrain") == path
     mine = save_at(own, (1, 0))[0]
-    assert find_resume(own, str(path)) == mine
+    assert find_resume(own, str(path), "pretrain") == mine
 
 
 def test_a_path_inside_is_taken_unless_newer_ones_would_be_overwritten(tmp_path):
     first, second, third = save_at(tmp_path, (1, 0), (1, 7), (2, 0))
-    assert find_resume(tmp_path, str(third)) == third
+    assert find_resume(tmp_path, str(third), "pretrain") == third
     with pytest.raises(InputError, match=r"newer than .*e0001-s000000.*\(.*e0001-s000007"):
-        find_resume(tmp_path, str(first))
+        find_resume(tmp_path, str(first), "pretrain")
     second.unlink()
     third.unlink()
-    assert find_resume(tmp_path, str(first)) == first
+    assert find_resume(tmp_path, str(first), "pretrain") == first
 
 
 def test_a_path_inside_under_another_name_is_refused_where_newer_ones_would_be_overwritten(
@@ -361,12 +365,14 @@ def test_a_path_inside_under_another_name_is_refused_where_newer_ones_would_be_o
     first, *_ = save_at(tmp_path, (1, 0), (2, 0))
     first.rename(tmp_path / "best.pth")
     with pytest.raises(InputError, match="newer"):
-        find_resume(tmp_path, str(tmp_path / "best.pth"))
+        find_resume(tmp_path, str(tmp_path / "best.pth"), "pretrain")
 
 
 def test_a_path_that_is_missing_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.pth is no file"):
-        read_checkpoint(find_resume(tmp_path, str(tmp_path / "nowhere.pth")))
+        read_checkpoint(
+            find_resume(tmp_path, str(tmp_path / "nowhere.pth"), "pretrain"), "pretrain"
+        )
 
 
 def change(path, **changes):
@@ -377,20 +383,20 @@ def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path):
     path = save_at(tmp_path, (1, 0))[0]
     change(path, version=2)
     with pytest.raises(InputError, match=r"version 2 .* update the code"):
-        read_checkpoint(path)
+        read_checkpoint(path, "pretrain")
 
 
 def test_an_older_checkpoint_does_not_stand_in_for_one_of_a_newer_version(tmp_path):
     _, newer = save_at(tmp_path, (1, 0), (2, 0))
     change(newer, version=2)
     with pytest.raises(InputError, match=r"version 2 .* update the code"):
-        find_resume(tmp_path, "auto")
+        find_resume(tmp_path, "auto", "pretrain")
 
 
 def test_a_file_of_another_program_is_refused(tmp_path):
     torch.save({"model": {"w": torch.ones(2)}}, tmp_path / "released.pth")
     with pytest.raises(InputError, match="no pre-training checkpoint"):
-        read_checkpoint(tmp_path / "released.pth")
+        read_checkpoint(tmp_path / "released.pth", "pretrain")
 
 
 # Whether it is the same run

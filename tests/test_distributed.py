@@ -90,7 +90,9 @@ def test_two_processes_equal_one_with_the_same_effective_batch(folders, case):
             assert line[key] == expected[key]
         for key in ("loss", "grad_norm", "lr", "val_loss", "val_psnr"):
             assert line[key] == pytest.approx(expected[key], rel=1e-4), key
-    one, two = (read_checkpoint(list_checkpoints(folder)[-1]) for folder in folders[case])
+    one, two = (
+        read_checkpoint(list_checkpoints(folder)[-1], "pretrain") for folder in folders[case]
+    )
     assert one["progress"] == two["progress"]
     # Adam makes a gradient of zero a step of either sign, so the weights agree in the mean.
     differences = [(two["model"][name] - w).abs().mean() for name, w in one["model"].items()]
@@ -102,7 +104,10 @@ def test_two_processes_equal_one_with_the_same_effective_batch(folders, case):
 def test_broken_images_of_all_processes_are_counted(folders, case):
     one, two = ([line["broken_images"] for line in read_log(folder)] for folder in folders[case])
     assert two == one
-    books = [read_checkpoint(list_checkpoints(folder)[-1])["broken"] for folder in folders[case]]
+    books = [
+        read_checkpoint(list_checkpoints(folder)[-1], "pretrain")["broken"]
+        for folder in folders[case]
+    ]
     assert books[1] == books[0]
 
 

@@ -62,7 +62,7 @@ def finished(images, tmp_path_factory):
 
 
 def last_checkpoint(folder):
-    return read_checkpoint(list_checkpoints(folder)[-1])
+    return read_checkpoint(list_checkpoints(folder)[-1], "pretrain")
 
 
 def state_of(folder):
@@ -105,7 +105,7 @@ def assert_complete(folder, num_epochs, *, held_out):
     assert [picture.step for picture in events.Images("reconstructions")] == [log[-1]["step"]]
     name = f"checkpoint-e{num_epochs:04d}-s000000.pth"
     assert [path.name for path in list_checkpoints(folder)] == [name]
-    assert is_finite(read_checkpoint(folder / name))
+    assert is_finite(read_checkpoint(folder / name, "pretrain"))
     return log
 
 
@@ -393,7 +393,8 @@ def test_a_path_elsewhere_starts_a_run_and_its_own_checkpoints_continue_it(
     assert f"continuing {folder}/" in capsys.readouterr().out
     run(*argv)
     assert f"continuing {tmp_path}/checkpoint-e0002-s000002.pth" in capsys.readouterr().out
-    assert last_checkpoint(tmp_path)["progress"] == {"epoch": 3, "step_in_epoch": 0, "step": 15}
+    progress = last_checkpoint(tmp_path)["progress"]
+    assert progress == {"epoch": 3, "step_in_epoch": 0, "step": 15, "best": None}
     assert files_in(folder) == before
 
 
@@ -600,7 +601,7 @@ def test_a_diverging_run_saves_nothing_that_is_not_finite(tmp_path, images, caps
     sentence = refusal(capsys, *argv, "--output_dir", tmp_path, code=1)
     assert re.search(r"step \d+ ", sentence)
     assert "not finite" in sentence
-    assert all(is_finite(read_checkpoint(path)) for path in list_checkpoints(tmp_path))
+    assert all(is_finite(read_checkpoint(path, "pretrain")) for path in list_checkpoints(tmp_path))
     assert read_log(tmp_path) == []
 
 

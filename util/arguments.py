@@ -34,6 +34,14 @@ def ratio(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} does not lie in 0 to 1")
+    return value
+
+
 def positive_int(text: str) -> int:
     """A whole number from 1."""
     value = int(text)
@@ -93,7 +101,7 @@ def feature_map_choice(text: str) -> str | list[int]:
         raise argparse.ArgumentTypeError(message) from None
 
 
-def add_run_args(parser: argparse.ArgumentParser, *, output_dir: str) -> None:
+def add_run_args(parser: argparse.ArgumentParser, *, output_dir: str, save_every: int = 20) -> None:
     """Where a run computes, writes and continues."""
     group = parser.add_argument_group("run")
     group.add_argument(
@@ -115,7 +123,7 @@ def add_run_args(parser: argparse.ArgumentParser, *, output_dir: str) -> None:
     group.add_argument(
         "--save_every",
         type=positive_int,
-        default=20,
+        default=save_every,
         help="epochs between checkpoints (%(default)s)",
     )
     group.add_argument(
@@ -134,14 +142,17 @@ def add_run_args(parser: argparse.ArgumentParser, *, output_dir: str) -> None:
     )
 
 
-def add_data_args(parser: argparse.ArgumentParser, *, input_size: int, num_workers: int) -> None:
-    """Which images, and how they are read."""
+def add_data_args(
+    parser: argparse.ArgumentParser, *, input_size: int | None, num_workers: int
+) -> None:
+    """Which images, and how they are read; without `input_size`, as the weights were trained."""
+    inherited = "" if input_size else "those of --finetune's file, else "
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", help="folder or tar of images, or the root of --dataset")
     group.add_argument(
         "--dataset",
-        help="digits, folder, tar, or a name of timm's such as torch/cifar10, hfds/NAME or "
-        "wds/NAME (folder with --data_path, else digits)",
+        help="digits, folder, tar, inat2019, or a name of timm's such as torch/cifar10, "
+        "torch/places365, hfds/NAME or wds/NAME (folder with --data_path, else digits)",
     )
     group.add_argument(
         "--val_path", help="held-out images, where --data_path brings none (its val folder)"
@@ -155,18 +166,20 @@ def add_data_args(parser: argparse.ArgumentParser, *, input_size: int, num_worke
         "--input_size",
         type=positive_int,
         nargs="+",
-        default=[input_size],
+        default=[input_size] if input_size else None,
         metavar="PX",
-        help=f"side of the square input, or height and width ({input_size})",
+        help="side of the square input, or height and width "
+        f"({inherited}{input_size or 'the size of the model'})",
     )
-    channels = {"type": finite_float, "nargs": 3, "metavar": ("R", "G", "B")}
-    mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
-    group.add_argument(
-        "--mean", default=mean, help="of the channels, in 0 to 1 (ImageNet's)", **channels
-    )
-    group.add_argument(
-        "--std", default=std, help="of the channels, in 0 to 1 (ImageNet's)", **channels
-    )
+    for name, imagenet in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
+        group.add_argument(
+            f"--{name}",
+            type=finite_float,
+            nargs=3,
+            metavar=("R", "G", "B"),
+            default=list(imagenet) if input_size else None,
+            help=f"of the channels, in 0 to 1 ({inherited}ImageNet's)",
+        )
     group.add_argument(
         "--max_broken",
         type=natural_float,
@@ -183,9 +196,9 @@ def add_data_args(parser: argparse.ArgumentParser, *, input_size: int, num_worke
 
 def check_data_args(args: argparse.Namespace) -> None:
     """Refuse image sizes and normalisations that mean nothing."""
-    if len(args.input_size) > 2:
+    if args.input_size and len(args.input_size) > 2:
         raise InputError("--input_size takes one side, or a height and a width")
-    if min(args.std) <= 0:
+    if args.std and min(args.std) <= 0:
         raise InputError(f"--std must be above 0 in every channel, not {args.std}")
 
 
@@ -238,6 +251,36 @@ def add_model_args(parser: argparse.ArgumentParser, *, models: Iterable[str], mo
     )
 
 
+def add_encoder_args(
+    parser: argparse.ArgumentParser, *, models: Iterable[str], pools: Iterable[str], pool: str
+) -> None:
+    """Which encoder, and what of it is classified."""
+    group = parser.add_argument_group("encoder")
+    group.add_argument(
+        "--finetune",
+        metavar="PATH",
+        help="weights to start from: a checkpoint of this project, of the released CrossMAE or "
+        "MAE, or a file of timm's or Hugging Face's (none, which is training from scratch)",
+    )
+    group.add_argument(
+        "--model",
+        choices=models,
+        metavar="NAME",
+        help="%(choices)s (that of --finetune's file, else vit_base_patch16)",
+    )
+    group.add_argument(
+        "--pool",
+        choices=pools,
+        help=f"classify the mean of the patch tokens, or the class token ({pool})",
+    )
+    group.add_argument(
+        "--num_classes",
+        "--nb_classes",
+        type=positive_int,
+        help="outputs of the head (the classes of the data)",
+    )
+
+
 def add_masking_args(parser: argparse.ArgumentParser, *, mask_ratio: float) -> None:
     """Which patches are hidden, and which of those are predicted (Sec. 3.3)."""
     group = parser.add_argument_group("masking")
@@ -272,11 +315,14 @@ def add_optim_args(
     parser: argparse.ArgumentParser,
     *,
     batch_size: int,
-    epochs: int,
-    blr: float,
+    epochs: int | None,
+    blr: float | None,
     weight_decay: float,
+    warmup_epochs: str = "EPOCHS / 20",
+    min_lr: float = 0.0,
 ) -> None:
-    """How weights are updated."""
+    """How weights are updated; `epochs` and `blr` of None depend on the model's size."""
+    by_size = "by the model's size"
     group = parser.add_argument_group("optimization")
     group.add_argument(
         "--batch_size",
@@ -288,35 +334,40 @@ def add_optim_args(
         "--accum_iter", type=positive_int, default=1, help="micro-steps a step (%(default)s)"
     )
     group.add_argument(
-        "--epochs", type=positive_int, default=epochs, help="length of the run (%(default)s)"
+        "--epochs",
+        type=positive_int,
+        default=epochs,
+        help=f"length of the run ({epochs or by_size})",
     )
     group.add_argument(
-        "--warmup_epochs", type=natural_float, help="rise of the learning rate (EPOCHS / 20)"
+        "--warmup_epochs",
+        type=natural_float,
+        help=f"rise of the learning rate ({warmup_epochs})",
     )
     group.add_argument(
         "--blr",
         type=positive_float,
         default=blr,
-        help="learning rate for a batch of 256 (%(default)s)",
+        help=f"learning rate for a batch of 256 ({blr or by_size})",
     )
     group.add_argument(
         "--lr", type=positive_float, help="learning rate as it is (BLR, scaled to the batch)"
     )
     group.add_argument(
-        "--min_lr", type=natural_float, default=0.0, help="where the cosine ends (%(default)s)"
+        "--min_lr", type=natural_float, default=min_lr, help="where the cosine ends (%(default)s)"
     )
     group.add_argument(
-        "--weight_decay", type=natural_float, default=weight_decay, help="AdamW's (%(default)s)"
+        "--weight_decay", type=natural_float, default=weight_decay, help="(%(default)s)"
     )
     group.add_argument("--clip_grad", type=positive_float, help="largest gradient norm (off)")
 
 
-def check_optim_args(args: argparse.Namespace) -> None:
+def check_warmup(warmup_epochs: float | None, epochs: int) -> None:
     """Refuse a warm-up that never ends."""
-    if args.warmup_epochs is not None and args.warmup_epochs >= args.epochs:
+    if warmup_epochs is not None and warmup_epochs >= epochs:
         raise InputError(
-            f"--warmup_epochs {args.warmup_epochs:g} is not below --epochs {args.epochs}: the "
-            "learning rate would never reach its peak"
+            f"--warmup_epochs {warmup_epochs:g} is not below --epochs {epochs}: the learning rate "
+            "would never reach its peak"
         )
 
 

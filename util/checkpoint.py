@@ -8,12 +8,13 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
+from timm.utils import ModelEmaV3
 from torch.optim import Optimizer
 
 from util.broken_images import BrokenImages
@@ -23,9 +24,10 @@ from util.metrics import EpochMeters
 from util.precision import Precision
 from util.weights import read_weights_file
 
-FORMAT = "crossmae-pretrain"
 VERSION = 1
 NAME = re.compile(r"checkpoint-e(\d+)-s(\d+)\.pth")
+BEST_NAME = "checkpoint-best.pth"
+KINDS = {"pretrain": "pre-training", "finetune": "fine-tuning", "linprobe": "linear-probing"}
 
 _logger = logging.getLogger(__name__)
 
@@ -40,6 +42,8 @@ class Progress:
     """Optimizer steps of the epoch under way."""
     step: int = 0
     """Optimizer steps of the whole run."""
+    best: dict[str, float] | None = None
+    """What was measured after the best epoch, in runs that have one."""
 
 
 @dataclass
@@ -52,11 +56,13 @@ class TrainState:
     progress: Progress
     meters: EpochMeters
     broken: BrokenImages
+    ema: ModelEmaV3 | None = None
 
     def state_dict(self) -> dict:
         """Tensors and plain values, for a checkpoint."""
         return {
             "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.precision.scaler.state_dict(),
             "progress": asdict(self.progress),
@@ -67,6 +73,8 @@ class TrainState:
     def load_state_dict(self, content: dict) -> None:
         """Continue where a checkpoint was written."""
         self.model.load_state_dict(content["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(content["ema"])
         self.optimizer.load_state_dict(content["optimizer"])
         if self.precision.scaler.is_enabled() and content["scaler"]:
             self.precision.scaler.load_state_dict(content["scaler"])
@@ -88,14 +96,19 @@ class TrainState:
         self.broken.take_count()
 
 
-def check_format(content: dict, path: str | Path) -> dict:
-    """Return the content of a file if it is a pre-training checkpoint that this code can read.
+def check_format(content: dict, path: str | Path, kind: str) -> dict:
+    """Return the content of a file if it is a checkpoint that this code can read.
+
+    Args:
+        content: of the file.
+        path: for the message.
+        kind: one of KINDS.
 
     Raises:
         InputError: it is of another program or of a newer version.
     """
-    if content.get("format") != FORMAT:
-        raise InputError(f"{path} is no pre-training checkpoint of this project")
+    if content.get("format") != f"crossmae-{kind}":
+        raise InputError(f"{path} is no {KINDS[kind]} checkpoint of this project")
     if content["version"] > VERSION:
         raise InputError(
             f"{path} has version {content['version']} of the checkpoint format and this code reads "
@@ -104,23 +117,23 @@ def check_format(content: dict, path: str | Path) -> dict:
     return content
 
 
-def read_checkpoint(path: str | Path) -> dict:
-    """Read a pre-training checkpoint of ours.
+def read_checkpoint(path: str | Path, kind: str) -> dict:
+    """Read a checkpoint of ours; `kind` is one of KINDS.
 
     Raises:
         InputError: the file is missing, damaged, of another program or of a newer version.
     """
-    return check_format(read_weights_file(path), path)
+    return check_format(read_weights_file(path), path, kind)
 
 
-def is_good_checkpoint(path: Path) -> bool:
+def is_good_checkpoint(path: Path, kind: str) -> bool:
     """Whether a checkpoint can be read; the log says why not."""
     try:
         content = read_weights_file(path)
     except InputError as error:
         _logger.warning("%s; trying the checkpoint before it", error)
         return False
-    check_format(content, path)
+    check_format(content, path, kind)
     return True
 
 
@@ -135,14 +148,14 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(filter(checkpoint_place, folder.glob("checkpoint-*.pth")), key=checkpoint_place)
 
 
-def newest_good_checkpoint(folder: Path) -> Path | None:
+def newest_good_checkpoint(folder: Path, kind: str) -> Path | None:
     """The newest checkpoint of a folder that can be read; None where there is none at all.
 
     Raises:
         InputError: there are checkpoints and none can be read.
     """
     paths = list_checkpoints(folder)
-    good = next(filter(is_good_checkpoint, reversed(paths)), None)
+    good = next((path for path in reversed(paths) if is_good_checkpoint(path, kind)), None)
     if paths and good is None:
         raise InputError(
             f"none of the {len(paths)} checkpoints in {folder} can be read: choose another "
@@ -151,7 +164,7 @@ def newest_good_checkpoint(folder: Path) -> Path | None:
     return good
 
 
-def find_resume(folder: Path, resume: str) -> Path | None:
+def find_resume(folder: Path, resume: str, kind: str) -> Path | None:
     """Which checkpoint a run continues from; every process gets the same answer.
 
     A run's own checkpoints come first, so that a restarted job with `--resume PATH` of another
@@ -160,6 +173,7 @@ def find_resume(folder: Path, resume: str) -> Path | None:
     Args:
         folder: the run's output folder.
         resume: "auto" for the run's own newest good checkpoint, "none", or a path.
+        kind: one of KINDS.
 
     Raises:
         InputError: nothing can be read, or the choice would overwrite checkpoints.
@@ -167,7 +181,7 @@ def find_resume(folder: Path, resume: str) -> Path | None:
     answer = None
     if is_main_process():
         try:
-            answer = _find_resume(folder, resume)
+            answer = _find_resume(folder, resume, kind)
         except InputError as error:
             answer = error
     answer = from_main_process(answer)
@@ -176,9 +190,9 @@ def find_resume(folder: Path, resume: str) -> Path | None:
     return answer
 
 
-def _find_resume(folder: Path, resume: str) -> Path | None:
+def _find_resume(folder: Path, resume: str, kind: str) -> Path | None:
     if resume == "auto":
-        return newest_good_checkpoint(folder)
+        return newest_good_checkpoint(folder, kind)
     own = list_checkpoints(folder)
     if resume == "none":
         if own:
@@ -189,7 +203,7 @@ def _find_resume(folder: Path, resume: str) -> Path | None:
         return None
     path = Path(resume)
     if path.resolve().parent != folder.resolve():
-        return newest_good_checkpoint(folder) or path
+        return newest_good_checkpoint(folder, kind) or path
     place = checkpoint_place(path)
     newer = [other for other in own if place is None or checkpoint_place(other) > place]
     if newer:
@@ -200,6 +214,64 @@ def _find_resume(folder: Path, resume: str) -> Path | None:
     return path
 
 
+def resume_run(
+    state: TrainState,
+    folder: Path,
+    resume: str,
+    *,
+    kind: str,
+    identity: dict,
+    recipe: dict,
+    resumes_mid_epoch: bool,
+) -> None:
+    """Put the state where the run was stopped, or leave it at the start; the log says which.
+
+    Args:
+        state: of a run that starts.
+        folder, resume, kind: see `find_resume`.
+        identity, recipe: see `check_same_run`; the recipe has "--epochs".
+        resumes_mid_epoch: False goes back to the start of the epoch under way.
+
+    Raises:
+        InputError: the checkpoint cannot be read, is of another run, or has nothing left to do.
+    """
+    path = find_resume(folder, resume, kind)
+    if path is None:
+        return
+    checkpoint = read_checkpoint(path, kind)
+    check_same_run(checkpoint, identity, recipe, path)
+    state.load_state_dict(checkpoint)
+    progress, epochs = state.progress, recipe["--epochs"]
+    if progress.epoch == epochs and path.resolve().parent != folder.resolve():
+        raise InputError(f"{path} has all {epochs} epochs done: raise --epochs")
+    if not resumes_mid_epoch:
+        state.rewind_epoch()
+    place = (progress.epoch, progress.step_in_epoch)
+    if progress.epoch < epochs:
+        _logger.info("continuing %s after %d epochs and %d steps", path, *place)
+    else:
+        _logger.info("%s is the end of this run: nothing is left to train", path)
+
+
+def last_checkpoint(folder: Path, epoch: int) -> Path:
+    """The checkpoint of a finished run.
+
+    Args:
+        folder: of the run.
+        epoch: the last one.
+
+    Raises:
+        RunError: it could not be written.
+    """
+    paths = list_checkpoints(folder)
+    if not paths or checkpoint_place(paths[-1])[0] < epoch:
+        raise RunError(
+            "the last checkpoint could not be written, see above: make room and start the same "
+            "command again, which continues from the checkpoint before it"
+        )
+    return paths[-1]
+
+
 class CheckpointWriter:
     """Saves a run's state into its output folder, from the main process.
 
@@ -207,6 +279,7 @@ class CheckpointWriter:
         folder: where the checkpoints go.
         state: what changes; read at every save.
         header: what does not: plain values that are stored beside it.
+        kind: one of KINDS.
         every_minutes: how often `save_if_due` saves; None for never.
         keep_last: older checkpoints than this many are deleted, which the log says; 0 keeps all.
     """
@@ -217,10 +290,12 @@ class CheckpointWriter:
         state: TrainState,
         header: dict,
         *,
+        kind: str,
         every_minutes: float | None,
         keep_last: int,
     ) -> None:
-        self.folder, self.state, self.header = folder, state, header
+        self.folder, self.state = folder, state
+        self.header = {"format": f"crossmae-{kind}", "version": VERSION, **header}
         self.every_minutes, self.keep_last = every_minutes, keep_last
         self.last_save = time.monotonic()
         if is_main_process():
@@ -244,25 +319,37 @@ class CheckpointWriter:
             RunError: a weight is not finite. Nothing is written.
         """
         self.last_save = time.monotonic()
+        progress = self.state.progress
+        name = f"checkpoint-e{progress.epoch:04d}-s{progress.step_in_epoch:06d}.pth"
+        path = self._write(self.folder / name, self.state.state_dict)
+        if path:
+            self._delete_old(path)
+        return path
+
+    def save_best(self) -> Path | None:
+        """Write the weights of the best epoch so far, without the optimizer; see `save`."""
+        return self._write(self.folder / BEST_NAME, self._weights)
+
+    def _weights(self) -> dict:
+        state = self.state.state_dict()
+        return {name: state[name] for name in ("model", "ema", "progress")}
+
+    def _write(self, path: Path, take_state: Callable[[], dict]) -> Path | None:
         if not is_main_process():
             return None
-        progress, state = self.state.progress, self.state.state_dict()
+        state = take_state()
         bad = next(not_finite(state), None)
         if bad:
             raise RunError(
-                f"{bad} is not finite after step {progress.step}, and nothing was saved: lower the "
-                "learning rate, then continue from the last checkpoint"
+                f"{bad} is not finite after step {self.state.progress.step}, and nothing was "
+                "saved: lower the learning rate, then continue from the last checkpoint"
             )
-        name = f"checkpoint-e{progress.epoch:04d}-s{progress.step_in_epoch:06d}.pth"
-        path = self.folder / name
-        content = {"format": FORMAT, "version": VERSION, **self.header, **state}
         try:
-            write_atomically(content, path)
+            write_atomically({**self.header, **state}, path)
         except (OSError, RuntimeError) as error:
             _logger.warning("could not save %s: %s. Earlier checkpoints are intact", path, error)
             return None
         _logger.info("saved %s", path)
-        self._delete_old(path)
         return path
 
     def _delete_old(self, newest: Path) -> None:

@@ -1,5 +1,8 @@
 """The two ways in which a run ends early, and the exit codes they stand for."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class InputError(Exception):
     """What the user gave cannot work: the message is a sentence that says what to change.
@@ -17,3 +20,16 @@ class RunError(Exception):
 
 class NonFiniteLossError(RunError):
     """The loss became NaN or infinite; the message names the step."""
+
+
+@contextmanager
+def value_errors_are_input_errors(what: str) -> Iterator[None]:
+    """Turn a ValueError of a model or another pure function into wrong input.
+
+    Args:
+        what: did not work, for the message: "vit_tiny_patch16 cannot be built".
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"{what}: {error}") from error

@@ -8,6 +8,7 @@ from functools import cached_property, partial
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from util import distributed
 from util.errors import InputError, RunError
 from util.images import Batch, IndexedImages, collate
 from util.sampler import StepSampler
@@ -157,3 +158,41 @@ def build_eval_loader(
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
     )
+
+
+def build_loaders(
+    train_set: IndexedImages | StreamedImages,
+    val_set: IndexedImages | None,
+    *,
+    name: str,
+    batch_size: int,
+    accum_iter: int,
+    seed: int,
+    num_workers: int,
+    device: torch.device,
+) -> tuple[StepLoader | StreamStepLoader, Batches | None]:
+    """This process's loaders of training and held-out images; the log says how much there is.
+
+    Args:
+        train_set, val_set: the images; None where none are held out.
+        name: of the data set, for the log.
+        batch_size: of a micro-batch.
+        accum_iter: micro-batches of a step.
+        seed: of the run.
+        num_workers: loader processes.
+        device: where the batches go.
+    """
+    options = {
+        "batch_size": batch_size,
+        "rank": distributed.rank(),
+        "world_size": distributed.world_size(),
+        "num_workers": num_workers,
+        "pin_memory": device.type == "cuda",
+    }
+    loader = build_train_loader(train_set, accum_iter=accum_iter, seed=seed, **options)
+    logger.info(
+        "%s: %d images, %d steps an epoch, %s images held out",
+        *(name, loader.sampler.num_samples, loader.steps_per_epoch),
+        len(val_set) if val_set else "no",
+    )
+    return loader, build_eval_loader(val_set, **options) if val_set else None

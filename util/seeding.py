@@ -31,6 +31,17 @@ def generator_for(*parts: int | str, device: torch.device | str = "cpu") -> torc
     return torch.Generator(device=device).manual_seed(fold_seed(*parts))
 
 
+def seed_everything(*parts: int | str) -> None:
+    """Seed the global generators of torch (every device), numpy and random at a place in the run.
+
+    For what takes no generator in a training step: drop path, mixup.
+    """
+    seed = fold_seed(*parts)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
 @contextmanager
 def seeded(*parts: int | str) -> Iterator[None]:
     """Seed the global generators of torch (CPU), numpy and random inside, restore them after.

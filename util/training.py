@@ -1,0 +1,125 @@
+"""The loop over an epoch's steps that every engine shares: accumulation, resume, log points."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from util.checkpoint import CheckpointWriter, TrainState
+from util.distributed import gradient_sync, rank, world_size
+from util.errors import InputError
+from util.loaders import StepLoader
+from util.metrics import RunLog
+from util.optim import set_lr
+
+LossOfImages = Callable[[Tensor, Tensor, int], Tensor]
+"""(images (B, C, H, W), labels (B,), how many images of the step came before) -> mean loss."""
+
+
+def train_epoch(
+    model: nn.Module,
+    loader: StepLoader,
+    state: TrainState,
+    *,
+    start_step: Callable[[int, int], LossOfImages],
+    lr_at: Callable[[int], float],
+    device: torch.device,
+    log_every: int,
+    run_log: RunLog,
+    checkpoints: CheckpointWriter,
+    num_classes: int | None = None,
+) -> dict[str, float]:
+    """Train for one epoch, or for what a resume has left of it.
+
+    Args:
+        model: what is trained, perhaps wrapped to average gradients.
+        loader: the epoch's steps, each a list of micro-batches.
+        state: what training changes; its progress says where to begin.
+        start_step: (step in the run, images of all processes in it) -> the loss of a micro-batch.
+            Everything random of a step is drawn from its number.
+        lr_at: learning rate of a step, by its number in the run.
+        device: where the model is.
+        log_every: steps between log points, the only ones at which the host waits.
+        run_log: shows and keeps the metrics.
+        checkpoints: saves at log points when it is time.
+        num_classes: labels that are no class are refused; None if labels are not used.
+
+    Returns:
+        Mean metrics of the epoch.
+
+    Raises:
+        NonFiniteLossError: on all processes at once, before anything is saved.
+        InputError: too many images cannot be read, or a label is no class.
+    """
+    progress, precision, meters = state.progress, state.precision, state.meters
+    images_shown = meters.num_images
+    model.train()
+    run_log.start_epoch(progress.epoch, progress.step_in_epoch)
+    for micro_batches in loader.steps(progress.epoch, progress.step_in_epoch):
+        lr = lr_at(progress.step)
+        set_lr(state.optimizer, lr)
+        num_images = loader.images_in_step(progress.step_in_epoch)
+        loss_of = start_step(progress.step, num_images)
+        # Gradients are averaged over processes: an image weighs the same wherever it is. The
+        # stand-in of a process without one weighs nothing.
+        weight = world_size() / num_images if rank() < num_images else 0.0
+
+        step_loss = torch.zeros((), device=device)
+        first = 0
+        for micro_step, batch in enumerate(micro_batches, start=1):
+            if num_classes is not None:
+                check_labels(batch.labels, num_classes)
+            images = batch.images.to(device, non_blocking=True)  # (B, C, H, W)
+            labels = batch.labels.to(device, non_blocking=True)  # (B,)
+            # Gradients are reduced once a step, not once a micro-step.
+            with gradient_sync(model, enabled=micro_step == len(micro_batches)):
+                with precision.autocast():
+                    loss = loss_of(images, labels, first) * (len(images) * weight)
+                precision.backward(loss)
+            step_loss += loss.detach()
+            first += len(images)
+            state.broken.add(batch.broken)
+
+        grad_norm = precision.step(state.optimizer, model)
+        state.optimizer.zero_grad(set_to_none=True)
+        if state.ema is not None:
+            state.ema.update(state.model)
+        meters.update(
+            loss=step_loss, grad_norm=grad_norm, num_images=num_images, step=progress.step
+        )
+        progress.step += 1
+        progress.step_in_epoch += 1
+
+        end_of_epoch = progress.step_in_epoch == loader.steps_per_epoch
+        if end_of_epoch or progress.step_in_epoch % log_every == 0:
+            stats = meters.read()  # the host waits for the device here, and nowhere else
+            state.broken.check()
+            run_log.log_step(
+                progress.step,
+                epoch=progress.epoch,
+                lr=lr,
+                num_images=meters.num_images - images_shown,
+                stats=stats,
+            )
+            images_shown = meters.num_images
+            if not end_of_epoch:
+                checkpoints.save_if_due()
+    means = {**meters.means(), "lr": lr, "broken_images": state.broken.take_count()}
+    meters.reset()
+    progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+    return means
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Refuse labels (B,), still on the host, that are none of the classes.
+
+    Raises:
+        InputError: with the first of them.
+    """
+    wrong = labels[(labels < 0) | (labels >= num_classes)].tolist()
+    if wrong:
+        raise InputError(
+            f"an image has the label {wrong[0]}, which is none of {num_classes} classes counted "
+            "from 0: correct --num_classes, or the labels of the data"
+        )
