@@ -36,23 +36,21 @@ from util.arguments import (
 )
 from util.broken_images import BrokenImages
 from util.checkpoint import (
-    CheckpointWriter,
     Progress,
     TrainState,
     check_format,
     last_checkpoint,
-    resume_run,
 )
-from util.datasets import build_dataset
+from util.datasets import build_dataset, default_dataset, open_pair
 from util.distributed import data_parallel, is_main_process, world_size
 from util.errors import InputError
 from util.images import IndexedImages
 from util.loaders import build_loaders
 from util.masking import TokenSplit, check_grid, count_tokens, split_tokens
-from util.metrics import EpochMeters, RunLog, read_log
+from util.metrics import EpochMeters, read_log
 from util.optim import build_adamw
 from util.precision import Precision
-from util.run import run_main, start_run, write_args
+from util.run import open_run, run_main, start_run
 from util.schedule import lr_schedule, scaled_lr
 from util.streams import StreamedImages
 from util.transforms import eval_transform, pretrain_transform
@@ -175,25 +173,19 @@ def open_datasets(
 
     The last two are None where there are none; without held-out images, training ones are drawn.
     """
-    source = {"name": name, "data_path": args.data_path, "seed": args.seed}
-    train_transform = pretrain_transform(img_size, args.mean, args.std)
+    source = {"data_path": args.data_path, "seed": args.seed}
     plain_transform = eval_transform(img_size, args.mean, args.std)
-    train_set = build_dataset(
+    train_set, val_set = open_pair(
+        name,
         **source,
-        split="train",
-        transform=train_transform,
+        val_path=args.val_path,
+        transforms=(pretrain_transform(img_size, args.mean, args.std), plain_transform),
         num_samples=args.num_samples,
         batch_size=args.batch_size,
     )
-    heldout = {"split": "validation", "transform": plain_transform}
-    if args.val_path:
-        source = {**source, "name": "folder", "data_path": args.val_path}
-        val_set = build_dataset(**source, **heldout, search_split=False)
-    else:
-        val_set = build_dataset(**source, **heldout)
     shown_set = val_set
     if val_set is None and isinstance(train_set, IndexedImages):
-        shown_set = build_dataset(**source, split="train", transform=plain_transform)
+        shown_set = build_dataset(name, **source, split="train", transform=plain_transform)
     return train_set, val_set, shown_set
 
 
@@ -272,9 +264,7 @@ def run_settings(
     args: argparse.Namespace,
     options: dict,
     *,
-    dataset: str,
-    num_images: int,
-    names_hash: str | None,
+    data: dict[str, object],
     batch_size: int,
     lr: float,
     warmup_epochs: float,
@@ -287,13 +277,11 @@ def run_settings(
         "--mask_ratio": args.mask_ratio,
         "--pred_ratio": args.pred_ratio or args.mask_ratio,
         "--mask_sampling": args.mask_sampling,
-        "--dataset": dataset,
         "--mean": args.mean,
         "--std": args.std,
         "--seed": args.seed,
         "--weight_decay": args.weight_decay,
-        "number of training images": num_images,
-        "hash of their names": names_hash,
+        **data,
         "effective batch size": batch_size,
     }
     recipe = {
@@ -317,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = model_options(args)
 
     # Data first: whatever is wrong with it shows before a model is built.
-    dataset = args.dataset or ("folder" if args.data_path else "digits")
+    dataset = default_dataset(args.dataset, args.data_path, None)
     train_set, val_set, shown_set = open_datasets(args, dataset, options["img_size"])
     loader, val_loader = build_loaders(
         train_set,
@@ -359,51 +347,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     identity, recipe = run_settings(
         args,
         options,
-        dataset=dataset,
-        num_images=num_images,
-        names_hash=train_set.names_hash() if isinstance(train_set, IndexedImages) else None,
+        data={"--dataset": dataset, **train_set.identity()},
         batch_size=batch_size,
         lr=lr,
         warmup_epochs=warmup_epochs,
         amp=precision.amp,
     )
-    resume_run(
+    checkpoints, run_log = open_run(
         state,
-        output_dir,
-        args.resume,
+        loader,
         kind="pretrain",
+        output_dir=output_dir,
+        log_dir=log_dir,
+        resume=args.resume,
         identity=identity,
         recipe=recipe,
-        resumes_mid_epoch=loader.resumes_mid_epoch,
-    )
-    header = {
-        "model_name": args.model,
-        "model_options": options,
-        "mean": args.mean,
-        "std": args.std,
-        "mask_ratio": args.mask_ratio,
-        "mask_sampling": args.mask_sampling,
-        "identity": identity,
-        "recipe": recipe,
-        "args": vars(args),
-        "versions": write_args(output_dir, vars(args)),
-    }
-    checkpoints = CheckpointWriter(
-        output_dir,
-        state,
-        header,
-        kind="pretrain",
+        header={
+            "model_name": args.model,
+            "model_options": options,
+            "mean": args.mean,
+            "std": args.std,
+            "mask_ratio": args.mask_ratio,
+            "mask_sampling": args.mask_sampling,
+        },
+        args=vars(args),
         every_minutes=args.save_every_minutes,
         keep_last=args.keep_last,
-    )
-    run_log = RunLog(
-        output_dir,
-        log_dir,
-        num_epochs=args.epochs,
-        steps_per_epoch=num_steps,
-        epoch=progress.epoch,
-        step=progress.step,
-        device=device,
     )
 
     parallel_model = data_parallel(model, device)

@@ -65,6 +65,21 @@ def find_size(patch_size: int, embed_dim: int, depth: int) -> str:
     )
 
 
+def choose_size(model: str | None, shape: tuple[int, int, int] | None) -> str:
+    """The name in SIZES of a model such as vit_base_patch16, else of weights, else ViT-B's.
+
+    Args:
+        model: as the user names it, if they do.
+        shape: (patch_size, embed_dim, depth) of the weights, if there are any.
+
+    Raises:
+        ValueError: no size is like that.
+    """
+    if model is not None:
+        return model.removeprefix("vit_")
+    return "base_patch16" if shape is None else find_size(*shape)
+
+
 def layer_norm(dim: int) -> nn.LayerNorm:
     """A LayerNorm as everywhere in MAE: scale 1, shift 0, eps 1e-6."""
     return nn.LayerNorm(dim, eps=NORM_EPS)
@@ -351,3 +366,25 @@ def build_vit(
         num_heads=size.num_heads,
         **{"in_chans": 3, **options},
     )
+
+
+class FeatureNorm(nn.BatchNorm1d):
+    """Batch normalisation without scale and shift, as MAE's linear probe has it (App. B.1)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, affine=False, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D) -> (B, D), by the batch's statistics in training, else by running ones."""
+        if self.training and len(x) == 1:  # one image has no variance
+            return F.batch_norm(x, self.running_mean, self.running_var, eps=self.eps)
+        return super().forward(x)
+
+
+def make_linear_probe(model: VisionTransformer, num_classes: int) -> None:
+    """Freeze a model, and put a normalised linear head on it that is trained (App. B.1)."""
+    model.requires_grad_(False)
+    head = nn.Linear(model.embed_dim, num_classes)
+    nn.init.trunc_normal_(head.weight, std=0.01)
+    nn.init.zeros_(head.bias)
+    model.head = nn.Sequential(FeatureNorm(model.embed_dim), head)

@@ -1,19 +1,21 @@
 import io
 import json
 import logging
+import pickle
 import random
 import struct
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.datasets import ImageFolder
+from torchvision.datasets import ImageFolder, cifar, places365
 
 from util.broken_images import BrokenImages
-from util.datasets import build_dataset
+from util.datasets import build_dataset, check_classes, open_heldout, open_pair
 from util.errors import InputError
 from util.images import IndexedImages
 from util.loaders import build_eval_loader, build_train_loader
@@ -127,7 +129,7 @@ def test_flat_folder_without_labels(tmp_path):
     dataset = open_train("", tmp_path)
     assert all_values(dataset) == [1, 2, 3]
     assert all_labels(dataset) == [-1, -1, -1]
-    assert dataset.num_classes is None
+    assert dataset.num_classes is dataset.classes is None
     assert dataset.name(0) == str(tmp_path / "001.png")
     assert open_held_out("", tmp_path) is None
 
@@ -138,7 +140,7 @@ def test_class_folders(tmp_path):
     dataset = open_train("folder", str(tmp_path))
     assert all_values(dataset) == [1, 2, 3]
     assert all_labels(dataset) == [0, 0, 1]
-    assert dataset.num_classes == 2
+    assert (dataset.classes, dataset.num_classes) == (("cat", "dog"), 2)
     assert open_held_out("folder", tmp_path) is None
 
 
@@ -178,7 +180,7 @@ def test_tar(tmp_path, name):
     dataset = open_train(name, tmp_path / "images.tar")
     assert all_values(dataset) == [1, 2, 3]
     assert all_labels(dataset) == [0, 0, 1]
-    assert dataset.num_classes == 2
+    assert dataset.classes == ("cat", "dog")
     assert dataset.name(0) == "cat/a.png"
     assert open_held_out(name, tmp_path / "images.tar") is None
     given = open_held_out(name, tmp_path / "images.tar", search_split=False)
@@ -239,6 +241,7 @@ def test_torchvision_data_sets(tmp_path):
     dataset = open_train("torch/mnist", tmp_path)
     assert all_values(dataset) == all_labels(dataset) == [1, 2, 3]
     assert dataset.num_classes == 10
+    assert dataset.classes[7] == "7 - seven"
     assert all_values(open_held_out("torch/mnist", tmp_path)) == [4, 5]
 
 
@@ -254,6 +257,7 @@ def test_digits_hold_out_every_fifth():
     train, held_out = open_train("digits", None), open_held_out("digits", None)
     assert (len(train), len(held_out)) == (1437, 360)
     assert train.num_classes == held_out.num_classes == 10
+    assert train.classes == held_out.classes == tuple("0123456789")
     image, label = train.reader[0]
     assert (image.size, image.mode) == ((32, 32), "RGB")
     assert all_labels(held_out)[:4] == [0, 5, 0, 5]  # numbers 0, 5, 10, 15 of the set
@@ -281,7 +285,7 @@ def test_hugging_face_parquet_with_train_and_test(tmp_path):
     dataset = open_train(f"hfds/{tmp_path}/set", tmp_path / "cache")
     assert all_values(dataset) == [1, 2, 3]
     assert all_labels(dataset) == [1, 2, 0]
-    assert dataset.num_classes == 3
+    assert dataset.classes == ("a", "b", "c")
     assert dataset.name(1) == "image 1"
     assert all_values(open_held_out(f"hfds/{tmp_path}/set", tmp_path / "cache")) == [4]
 
@@ -292,8 +296,169 @@ def test_hugging_face_folder_without_labels_and_held_out_split(tmp_path):
     dataset = open_train(name, tmp_path / "cache")
     assert all_values(dataset) == [1, 2]
     assert all_labels(dataset) == [-1, -1]
+    with pytest.raises(InputError, match="have no labels"):
+        check_classes(dataset, None, 2)
     assert dataset.name(0) == str(tmp_path / "set" / "001.png")
     assert open_held_out(name, tmp_path / "cache") is None
+
+
+def write_inat(folder, split="train", ids=(7, 30, 400), names=("ash", "bee", "cod"), **changes):
+    """Two images of each category, listed backwards; a change replaces a part of the list."""
+    categories = [
+        {"id": i, "name": name} if name else {"id": i} for i, name in zip(ids, names, strict=True)
+    ]
+    images, annotations = [], []
+    for number in range(2 * len(ids)):
+        file = f"train_val2019/Plants/{ids[number // 2]}/{split}_{number}.png"
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes(encoded(number + 1))
+        images.append({"id": number + 100, "file_name": file})
+        annotations.append({"image_id": number + 100, "category_id": ids[number // 2]})
+    content = {"categories": categories[::-1], "images": images, "annotations": annotations[::-1]}
+    (folder / f"{split}2019.json").write_text(json.dumps(content | changes))
+
+
+def test_inaturalist_2019(tmp_path):
+    write_inat(tmp_path)
+    write_inat(tmp_path, "val", ids=(7, 400), names=("ash", "cod"))
+    dataset, held_out = open_train("inat2019", tmp_path), open_held_out("iNat2019", tmp_path)
+    assert all_values(dataset) == [1, 2, 3, 4, 5, 6]
+    assert all_labels(dataset) == [0, 0, 1, 1, 2, 2]
+    assert (dataset.classes, dataset.num_classes) == (("ash", "bee", "cod"), 3)
+    assert dataset.name(5) == str(tmp_path / "train_val2019/Plants/400/train_5.png")
+    assert all_labels(held_out) == [0, 0, 1, 1]
+    with pytest.raises(InputError, match=r"held-out .* training images.* 1 are missing \(bee\)"):
+        check_classes(dataset, held_out, None)
+    (tmp_path / "train_val2019/Plants/7/train_0.png").unlink()
+    assert all_values(dataset) == [2, 2, 3, 4, 5, 6]
+
+
+def test_anonymous_inaturalist_categories_go_by_their_ids(tmp_path):
+    write_inat(tmp_path, ids=(9, 10, 2), names=("ash", None, "cod"))
+    dataset = open_train("inat2019", tmp_path)
+    assert dataset.classes == ("2", "9", "10")
+    assert all_labels(dataset) == [1, 1, 2, 2, 0, 0]
+
+
+ANNOTATION = {"image_id": 100, "category_id": 7}
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({"annotations": []}, "exactly one annotation for each of its 6 images, but has 0 for 0"),
+        ({"annotations": [ANNOTATION]}, "has 1 for 1 images: download it again"),
+        ({"annotations": [ANNOTATION] * 2}, "has 2 for 1 images"),
+        ({"annotations": [{"image_id": 100, "category_id": 8}]}, "no list of iNaturalist 2019"),
+        ({"annotations": [{"image_id": 100}]}, "(KeyError: 'category_id')"),
+        ({"categories": None}, "no list of iNaturalist 2019: download it again (TypeError"),
+        ({"images": [{"id": 1, "file_name": "a"}] * 2}, "an id twice"),
+        ({"images": [], "annotations": []}, "has no images"),
+    ],
+)
+def test_a_malformed_inaturalist_list_is_one_sentence(tmp_path, changes, advice):
+    write_inat(tmp_path, **changes)
+    with pytest.raises(InputError) as error:
+        open_train("inat2019", tmp_path)
+    assert advice in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe\xfa", b""])
+def test_what_is_no_inaturalist_list_is_one_sentence(tmp_path, content):
+    (tmp_path / "train2019.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"train2019.json is no list of iNaturalist 2019"):
+        open_train("inat2019", tmp_path)
+    with pytest.raises(InputError, match=r"val2019.json does not exist: give the folder"):
+        open_held_out("inat2019", tmp_path)
+
+
+def skip_checksums(monkeypatch, module):
+    """torchvision knows the checksums of the real files, which a test has not."""
+    monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: Path(path).is_file())
+
+
+def write_places(root, size):
+    # Out of order, so that sorted names are not the labels.
+    (root / "categories_places365.txt").write_text("/b/bog 1\n/a/arch 0\n/a/abbey 2\n")
+    for split, folder, number in (("train_standard", "data_{}_standard", 1), ("val", "val_{}", 4)):
+        files = [f"/{'x/' * (split != 'val')}{number + i:03d}.png" for i in range(3)]
+        lines = [f"{file} {label}\n" for file, label in zip(files, (2, 0, 1), strict=True)]
+        (root / f"places365_{split}.txt").write_text("".join(lines))
+        folder = root / folder.format(size) / ("x" if split != "val" else "")
+        write_images(folder, range(number, number + 3))
+
+
+@pytest.mark.parametrize(("size", "version"), [("256", "small"), ("large", "large")])
+def test_places365_in_the_version_that_is_there(tmp_path, monkeypatch, caplog, size, version):
+    skip_checksums(monkeypatch, places365)
+    write_places(tmp_path, size)
+    with caplog.at_level(logging.INFO):
+        dataset = open_train("torch/places365", tmp_path)
+    assert f"the {version} images in data_{size}_standard" in caplog.text
+    assert all_values(dataset) == [1, 2, 3]
+    assert all_labels(dataset) == [2, 0, 1]
+    assert dataset.classes == ("/a/arch", "/b/bog", "/a/abbey")
+    assert dataset.name(0) == str(tmp_path / f"data_{size}_standard/x/001.png")
+    held_out = open_held_out("torch/Places365", tmp_path)
+    assert all_values(held_out) == [4, 5, 6]
+    assert check_classes(dataset, held_out, None) == 3
+
+
+def test_incomplete_places365_is_one_sentence(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="no folder data_large_standard: extract the images"):
+        open_train("torch/places365", tmp_path)
+    (tmp_path / "data_256_standard").mkdir()
+    with pytest.raises(InputError, match="no folder val_256"):
+        open_held_out("torch/places365", tmp_path)
+    with pytest.raises(InputError, match=r"download the files first.*categories_places365.txt"):
+        open_train("torch/places365", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("cifar10", "label_names"), ("cifar100", "fine_label_names")]
+)
+def test_cifar(tmp_path, monkeypatch, name, key):
+    skip_checksums(monkeypatch, cifar)
+    source = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100}[name]
+    folder = tmp_path / source.base_folder
+    folder.mkdir()
+    values = iter(range(1, 10))
+    for file, _ in source.train_list + source.test_list:
+        value = next(values)
+        batch = {"data": np.full((1, 3072), value, np.uint8), "labels": [value % 3]}
+        (folder / file).write_bytes(pickle.dumps(batch))
+    (folder / source.meta["filename"]).write_bytes(pickle.dumps({key: ["owl", "ant", "elk"]}))
+    dataset, held_out = (open_(f"torch/{name}", tmp_path) for open_ in (open_train, open_held_out))
+    num_train = len(source.train_list)
+    assert all_values(dataset) == list(range(1, num_train + 1))
+    assert all_values(held_out) == [num_train + 1]
+    assert all_labels(held_out) == [(num_train + 1) % 3]
+    assert dataset.classes == held_out.classes == ("owl", "ant", "elk")
+    assert dataset.num_classes == 3
+
+
+def test_inaturalist_2021(tmp_path):
+    ranks = "Animalia_Arthropoda_Insecta_Diptera_Family_Genus"
+    classes = tuple(f"{number:05d}_{ranks}_species{number}" for number in range(3))
+    for folder, values in (("2021_train", [1, 2, 3]), ("2021_valid", [4, 5, 6])):
+        for name, value in zip(classes, values, strict=True):
+            write_images(tmp_path / folder / name, [value])
+    dataset = open_train("torch/inat", tmp_path)
+    assert (dataset.classes, all_labels(dataset)) == (classes, [0, 1, 2])
+    assert all_values(open_held_out("torch/inat", tmp_path)) == [4, 5, 6]
+
+
+def test_imagenet_goes_by_its_folders_names_for_not_all_others_are_unique(tmp_path):
+    names = {"n01": ("crane",), "n02": ("crane", "derrick")}
+    torch.save((names, []), tmp_path / "meta.bin")
+    for split in ("train", "val"):
+        for value, wnid in enumerate(names):
+            write_images(tmp_path / split / wnid, [value])
+    for name in ("torch/imagenet", "folder"):
+        for open_ in (open_train, open_held_out):
+            dataset = open_(name, tmp_path)
+            assert (dataset.classes, all_labels(dataset)) == (("n01", "n02"), [0, 1])
 
 
 # Wrong input
@@ -333,6 +498,7 @@ def fill_zip(path):
         (fill_nothing, "imagenet", "", "--dataset imagenet is unknown: use folder, tar"),
         (fill_nothing, "foo/bar", "", "--dataset foo/bar is unknown: use folder, tar"),
         (fill_nothing, "hfds/", "", "is unknown"),
+        (fill_nothing, "inat2019", None, "name their place by --data_path"),
         (fill_nothing, "torch/cifar10", "", "download the files first"),
         (fill_nothing, "torch/nonsense", "", "check the name"),
         (fill_nothing, "hfds/nobody/nothing", "", "check the name and the network"),
@@ -371,6 +537,161 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, name, package):
         monkeypatch.delitem(sys.modules, f"timm.data.readers.reader_{reader}", raising=False)
     with pytest.raises(InputError, match=f"needs the package {package}: install it"):
         open_train(name, tmp_path, num_samples=None if name[0] in "hd" else 2)
+
+
+# Training and held-out images, and their classes
+
+
+def test_a_pair_has_its_own_transforms(tmp_path):
+    write_images(tmp_path / "train" / "cat", [1, 2])
+    write_images(tmp_path / "val" / "cat", [3])
+    write_images(tmp_path / "other", [4, 5])
+    for val_path, values in ((None, [3]), (tmp_path / "other", [4, 5])):
+        train_set, val_set = open_pair(
+            "", tmp_path, val_path=val_path, transforms=(RANDOM, STILL), seed=SEED
+        )
+        assert (train_set.transform, train_set.seed) == (RANDOM, SEED)
+        assert all_values(train_set) == [1, 2]
+        assert val_set.transform is STILL
+        assert all_values(val_set) == values
+
+
+def test_a_pair_may_lack_held_out_images_or_be_a_stream(tmp_path):
+    write_shards(tmp_path, [2, 2])
+    options = {"transforms": (RANDOM, STILL), "seed": SEED, "num_samples": 4, "batch_size": 2}
+    stream = ("wds/train-{0..1}.tar", tmp_path)
+    train_set, val_set = open_pair(*stream, val_path=None, **options)
+    assert train_set.num_samples == 4
+    assert val_set is None
+    write_images(tmp_path / "held_out", [7])
+    assert all_values(open_pair(*stream, val_path=tmp_path / "held_out", **options)[1]) == [7]
+
+
+@pytest.mark.parametrize(
+    ("name", "data_path", "val_path"),
+    [("", "", None), ("folder", None, "val"), ("digits", None, "val"), ("", "missing", "val")],
+)
+def test_evaluation_needs_no_training_images(tmp_path, name, data_path, val_path):
+    write_images(tmp_path / "val" / "cat", [1])
+    write_images(tmp_path / "val" / "dog", [2])
+    dataset = open_heldout(
+        name,
+        None if data_path is None else tmp_path / data_path,
+        val_path=val_path and tmp_path / val_path,
+        transform=STILL,
+        seed=SEED,
+    )
+    assert all_values(dataset) == [1, 2]
+    assert check_classes(None, dataset, None) == 2
+
+
+def folder_of(path, classes, held_out=False):
+    """A data set with one image a class; "" is an image beside the class folders."""
+    for value, name in enumerate(classes):
+        write_images(path / name, [value])
+    return open_held_out("", path, search_split=False) if held_out else open_train("", path)
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "num_classes", "checkpoint", "expected"),
+    [
+        ("abc", "abc", None, None, 3),
+        ("abc", None, 3, None, 3),
+        (None, "abc", 3, None, 3),  # a checkpoint that does not know its classes
+        (None, "abc", None, "abc", 3),
+        (None, "abc", 1000, "abc", 1000),  # its head was trained on just these
+        (None, None, 5, None, 5),
+    ],
+)
+def test_the_number_of_classes(tmp_path, train, held_out, num_classes, checkpoint, expected):
+    train_set = train and folder_of(tmp_path / "train", train)
+    val_set = held_out and folder_of(tmp_path / "val", held_out, held_out=True)
+    assert check_classes(train_set, val_set, num_classes, checkpoint) == expected
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "num_classes", "checkpoint", "advice"),
+    [
+        ("abc", "ab", None, None, "held-out images are not those of the training images"),
+        (
+            "abcdefg",
+            "ag",
+            7,
+            None,
+            "5 are missing (b, c, d, ...); give both the same, in the same order",
+        ),
+        ("abc", "bcd", None, None, "1 are missing (a) and 1 are new (d)"),
+        (None, "ab", None, "abc", "held-out images are not those of the checkpoint"),
+        ("abd", "abd", None, "abc", "training images are not those of the checkpoint"),
+        (None, "abc", None, "bca", "the same ones are in another order"),
+        (
+            "abc",
+            "abc",
+            2,
+            None,
+            "head of 2 classes does not fit the 3 of the training images (a, b, c)",
+        ),
+        ("abc", "abc", 1000, None, "correct --num_classes, or the path of the images"),
+        (
+            None,
+            "abcd",
+            1000,
+            None,
+            "1000 classes does not fit the 4 of the held-out images (a, b, c, ...)",
+        ),
+        (None, "abc", 2, "abc", "head of 2 classes does not fit the 3 of the checkpoint (a, b, c)"),
+        ([""], "abc", None, None, "training images have no labels: sort them into one folder per"),
+        ("abc", [""], 3, None, "held-out images have no labels"),
+        (["", "a", "b"], None, None, None, "some of the training images lie beside the class"),
+        ("a", "a", None, None, "one class only (a)"),
+        (None, None, None, None, "give --num_classes"),
+    ],
+)
+def test_labels_that_would_not_mean_the_same_are_refused(
+    tmp_path, train, held_out, num_classes, checkpoint, advice
+):
+    train_set = train and folder_of(tmp_path / "train", train)
+    val_set = held_out and folder_of(tmp_path / "val", held_out, held_out=True)
+    with pytest.raises(InputError) as error:
+        check_classes(train_set, val_set, num_classes, checkpoint)
+    assert advice in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_readers_that_sort_otherwise_are_told_apart(tmp_path):
+    for split in ("train", "val"):
+        folder_of(tmp_path / split, ["9", "10"])  # as numbers for timm, as text for torchvision
+    train_set = open_train("torch/folder", tmp_path)
+    with pytest.raises(InputError, match="the same ones are in another order"):
+        check_classes(train_set, open_held_out("folder", tmp_path), None)
+    assert check_classes(train_set, open_held_out("torch/folder", tmp_path), None) == 2
+
+
+def test_a_stream_that_does_not_know_its_classes_needs_their_number(tmp_path):
+    write_shards(tmp_path, [2, 2])
+    stream = open_shards(tmp_path, 4)
+    val_set = folder_of(tmp_path / "val", "abc", held_out=True)
+    for held_out in (None, val_set):
+        with pytest.raises(InputError, match=r"training images do not tell .*give --num_classes"):
+            check_classes(stream, held_out, None)
+        assert check_classes(stream, held_out, 3) == 3
+    with pytest.raises(
+        InputError, match="head of 4 classes does not fit the 3 of the held-out images"
+    ):
+        check_classes(stream, val_set, 4)
+    assert check_classes(stream, val_set, None, "abc") == 3
+
+
+def test_a_stream_that_knows_its_classes(tmp_path):
+    write_parquet(tmp_path / "set", [1, 2, 3])
+    label = {"name": "label", "dtype": {"class_label": {"names": {"0": "a", "1": "b", "2": "c"}}}}
+    features = [{"name": "image", "dtype": "image"}, label]
+    card = json.dumps({"dataset_info": {"features": features}})  # which is YAML, too
+    (tmp_path / "set" / "README.md").write_text(f"---\n{card}\n---\n")
+    stream = open_train(f"hfids/{tmp_path}/set", tmp_path / "cache", num_samples=3)
+    assert check_classes(stream, None, None) == 3
+    with pytest.raises(InputError, match=r"1 are missing \(b\)"):
+        check_classes(stream, folder_of(tmp_path / "val", "ac", held_out=True), None)
 
 
 # Broken images

@@ -1,4 +1,5 @@
 import io
+import random
 
 import numpy as np
 import pytest
@@ -6,7 +7,19 @@ import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
-from util.transforms import denormalize, eval_transform, pretrain_transform, read_rgb, to_rgb
+from util.errors import InputError
+from util.images import IndexedImages
+from util.loaders import build_train_loader
+from util.transforms import (
+    default_crop_share,
+    denormalize,
+    eval_transform,
+    finetune_transform,
+    pretrain_transform,
+    probe_transform,
+    read_rgb,
+    to_rgb,
+)
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 IDENTITY = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -154,8 +167,24 @@ def coordinates_image(side=256):
     return Image.fromarray(np.stack([columns, rows, 0 * rows], axis=-1))
 
 
-def test_pretrain_crops_take_20_to_100_percent_and_flip_half_of_them():
-    image, transform = coordinates_image(), pretrain_transform((32, 48), *IDENTITY)
+def finetune(size=(32, 48), normalization=IDENTITY, **options):
+    plain = {"auto_augment": None, "color_jitter": None}
+    plain |= {"erase_prob": 0.0, "erase_mode": "pixel", "erase_count": 1}
+    return finetune_transform(size, *normalization, **(plain | options))
+
+
+@pytest.mark.parametrize(
+    ("build", "min_area"),
+    [
+        (lambda: pretrain_transform((32, 48), *IDENTITY), 0.2),
+        (lambda: probe_transform((32, 48), *IDENTITY), 0.08),
+        (finetune, 0.08),
+    ],
+)
+def test_crops_of_a_share_of_the_area_to_all_of_it_and_half_of_them_flipped(build, min_area):
+    image, transform = coordinates_image(), build()
+    torch.manual_seed(0)
+    random.seed(0)
     crops = torch.stack([transform(image) for _ in range(400)])
     assert crops.shape == (400, 3, 32, 48)
     assert crops.dtype == torch.float32
@@ -163,13 +192,16 @@ def test_pretrain_crops_take_20_to_100_percent_and_flip_half_of_them():
     width = (crops[:, 0, 16, -2] - crops[:, 0, 16, 1]) * (48 / 45) * 255 / 256
     height = (crops[:, 1, -2, 24] - crops[:, 1, 1, 24]) * (32 / 29) * 255 / 256
     area = width.abs() * height
-    assert area.min() > 0.18
+    assert 0.8 * min_area < area.min() < 1.5 * min_area
     assert area.max() < 1.02
     assert area.max() - area.min() > 0.7
     assert 0.4 < (width < 0).float().mean() < 0.6
 
 
-@pytest.mark.parametrize("build", [pretrain_transform, eval_transform])
+@pytest.mark.parametrize(
+    "build",
+    [pretrain_transform, probe_transform, eval_transform, lambda size, *n: finetune(size, n)],
+)
 def test_resizing_is_antialiased(build):
     stripes = np.zeros((512, 512, 3), np.uint8)
     stripes[:, ::2] = 255
@@ -210,6 +242,14 @@ def test_eval_transform_keeps_the_aspect_ratio_and_the_middle():
     assert tensor[0, 0, -1] * 255 == pytest.approx(254, abs=2)
 
 
+@pytest.mark.parametrize(
+    ("size", "share"),
+    [((224, 224), 0.875), ((32, 32), 0.875), ((225, 225), 1), ((192, 384), 1), ((384, 384), 1)],
+)
+def test_small_images_are_cut_out_of_larger_ones(size, share):
+    assert default_crop_share(size) == share
+
+
 def test_crop_share_above_one_is_refused():
     with pytest.raises(ValueError, match="crop_share"):
         eval_transform((32, 32), MEAN, STD, crop_share=1.1)
@@ -226,3 +266,93 @@ def test_normalised_with_mean_and_std_and_back():
 
 def test_denormalize_does_not_clip():
     assert denormalize(torch.full((1, 3, 2, 2), 9.0), MEAN, STD).min() > 1
+
+
+# Augmentation of fine-tuning
+
+STRONG = {"auto_augment": "rand-m9-mstd0.5-inc1", "erase_prob": 0.5}
+
+
+class Noise:
+    """Eight images with labels, whose every crop differs."""
+
+    classes = ("a", "b")
+
+    def __init__(self):
+        pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)
+        self.images = [Image.fromarray(p).resize((40, 50)) for p in pixels]
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return self.images[index].copy(), index % 2
+
+
+def epoch_of(transform, epoch, num_workers=0):
+    """The images of an epoch, by their index."""
+    options = {"batch_size": 8, "accum_iter": 1, "rank": 0, "world_size": 1, "seed": 3}
+    dataset = IndexedImages(Noise(), transform, seed=3)
+    loader = build_train_loader(dataset, num_workers=num_workers, pin_memory=False, **options)
+    return torch.cat([batch.images for step in loader.steps(epoch) for batch in step])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        STRONG,
+        STRONG | {"erase_prob": 1.0, "erase_count": 3, "erase_mode": "rand"},
+        {"color_jitter": 0.4},
+        {"auto_augment": "augmix-m5-w4-d2-mstd1"},
+        {"auto_augment": "rand-m9-n3-p0.5-mmax10-tweights"},
+        {"auto_augment": "original-mstd0.5"},
+        {"auto_augment": "3a", "color_jitter": 0.3},
+    ],
+)
+def test_finetune_images_follow_from_seed_epoch_and_index(options):
+    transform = finetune((32, 32), (MEAN, STD), **options)
+    first = epoch_of(transform, epoch=1)
+    random.seed(9)
+    np.random.seed(9)  # noqa: NPY002
+    torch.manual_seed(9)
+    again = finetune((32, 32), (MEAN, STD), **options)
+    assert torch.equal(epoch_of(again, epoch=1), first)
+    assert torch.equal(epoch_of(again, epoch=1, num_workers=1), first)
+    dataset = IndexedImages(Noise(), transform, seed=3)
+    pairs = [(dataset[1, index].image, dataset[2, index].image) for index in range(8)]
+    assert not any(torch.equal(*pair) for pair in pairs)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 32), (224, 160)])
+def test_finetune_images_are_normalised_float32(size):
+    transform = finetune(size, (MEAN, STD), **STRONG)
+    image = transform(coordinates_image())
+    assert type(image) is torch.Tensor
+    assert (image.shape, image.dtype) == ((3, *size), torch.float32)
+    white = finetune(size, (MEAN, STD))(Image.new("RGB", (50, 40), "white"))
+    expected = (1 - torch.tensor(MEAN)) / torch.tensor(STD)
+    torch.testing.assert_close(white, expected.view(3, 1, 1).expand(3, *size))
+
+
+@pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
+def test_random_erasing_replaces_a_rectangle(mode):
+    random.seed(0)
+    transform = finetune((64, 64), (MEAN, STD), erase_prob=1.0, erase_mode=mode)
+    image = transform(Image.new("RGB", (64, 64), "white"))[0]
+    erased = image[image != image[image.isclose(torch.tensor((1 - MEAN[0]) / STD[0]))][0]]
+    assert 0.01 < erased.numel() / image.numel() < 0.35  # timm's rectangles: 2 to 33 % of the area
+    assert (len(erased.unique()) > 1) == (mode == "pixel")
+    assert mode != "const" or not erased.any()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "none", "rand-9", "rand-mm9", "rand-m9.5", "rand-mstd", "rand-m9-tfoo", "random-m9"),
+        *("augmix-n3", "original-m9", "v1", "rand-m9,mstd0.5", "rand-m9-"),
+    ],
+)
+def test_a_bad_auto_augment_is_one_sentence(text):
+    with pytest.raises(InputError, match=r"write it as in rand-m9-mstd0\.5-inc1") as error:
+        finetune(auto_augment=text)
+    assert "\n" not in str(error.value)

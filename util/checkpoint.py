@@ -326,9 +326,17 @@ class CheckpointWriter:
             self._delete_old(path)
         return path
 
-    def save_best(self) -> Path | None:
-        """Write the weights of the best epoch so far, without the optimizer; see `save`."""
-        return self._write(self.folder / BEST_NAME, self._weights)
+    def save_if_best(self, stats: dict[str, float], *, by: str) -> None:
+        """Keep the weights, without the optimizer, of the epoch with the highest value so far.
+
+        Args:
+            stats: of the epoch that was just finished.
+            by: the value that counts; without it nothing is kept.
+        """
+        progress = self.state.progress
+        if by in stats and (progress.best is None or stats[by] > progress.best[by]):
+            progress.best = {"epoch": progress.epoch, **stats}
+            self._write(self.folder / BEST_NAME, self._weights)
 
     def _weights(self) -> dict:
         state = self.state.state_dict()

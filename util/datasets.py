@@ -1,15 +1,17 @@
 """From `--dataset` and `--data_path` to a data set that `util.loaders` reads.
 
 Sources carry timm's names (`timm.data.create_dataset`) and come in two kinds. Indexed sources
-(folders, .tar files, `torch/...`, `hfds/...`, `digits`) know each image by its index, so that a run
-resumes at any step. Streams (`wds/...`, `hfids/...`, `tfds/...`) are read from front to back, so
-that a run resumes at the start of an epoch.
+(folders, .tar files, `torch/...`, `hfds/...`, `inat2019`, `digits`) know each image by its index,
+so that a run resumes at any step. Streams (`wds/...`, `hfids/...`, `tfds/...`) are read from front
+to back, so that a run resumes at the start of an epoch.
 """
 
+import itertools
 import logging
 import os
 import re
 from collections import Counter
+from collections.abc import Collection, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Literal
@@ -19,7 +21,14 @@ from torch.utils.data import Dataset
 
 from util.broken_images import reason_of
 from util.errors import InputError
-from util.images import IMAGE_SUFFIXES, Digits, IndexedImages, Transform
+from util.images import (
+    IMAGE_SUFFIXES,
+    Digits,
+    INat2019,
+    IndexedImages,
+    Transform,
+    class_names,
+)
 from util.streams import StreamedImages, adapt_hub_reader
 
 logger = logging.getLogger(__name__)
@@ -27,9 +36,11 @@ logger = logging.getLogger(__name__)
 TRAIN_FOLDERS = ("train", "training")
 HELD_OUT_FOLDERS = ("validation", "val", "valid", "eval", "evaluation")
 HELD_OUT_SPLITS = (*HELD_OUT_FOLDERS, "test")
+MAX_LISTED = 3  # classes
 
 STREAMS = ("hfids", "tfds", "wds")
-DATASET_NAME = r"(folder|tar|digits)?|(torch|hfds|hfids|tfds)/.+|wds/.*"
+FROM_FILES = ("folder", "inat2019", "torch", "wds")
+DATASET_NAME = r"(folder|tar|digits|inat2019)?|(torch|hfds|hfids|tfds)/.+|wds/.*"
 ADVICE = {  # for a source of this kind that cannot be opened
     "folder": "give a folder or a .tar file that has images in it",
     "digits": "install the requirements",
@@ -55,8 +66,9 @@ def build_dataset(
     """Open a data set by its name.
 
     Args:
-        name: "", `folder` or `tar` for what `data_path` is, `digits`, or one of timm's names.
-            Without a pattern, `wds/` takes the training shards of `_info.json` in `data_path`.
+        name: "", `folder` or `tar` for what `data_path` is, `digits`, `inat2019`, or one of
+            timm's names; of `torch/places365` the small version is read where it is. Without a
+            pattern, `wds/` takes the training shards of `_info.json` in `data_path`.
         data_path: folder, .tar file, or for Hugging Face's data sets their cache.
         split: in a folder, "train" is `train/` if there is one, else the folder itself. A folder
             with `val/` but no `train/` is refused: training would read the held-out images.
@@ -75,14 +87,14 @@ def build_dataset(
     """
     if not re.fullmatch(DATASET_NAME, name, re.IGNORECASE):
         raise InputError(
-            f"--dataset {name} is unknown: use folder, tar, digits, torch/<name>, hfds/<name>, "
-            "hfids/<name>, tfds/<name> or wds/<pattern>.tar"
+            f"--dataset {name} is unknown: use folder, tar, digits, inat2019, torch/<name>, "
+            "hfds/<name>, hfids/<name>, tfds/<name> or wds/<pattern>.tar"
         )
     kind, _, rest = name.partition("/")
     kind = {"": "folder", "tar": "folder"}.get(kind.lower(), kind.lower())
     if num_samples is not None and kind not in STREAMS:
         raise InputError(f"--dataset {name} knows its length: drop --num_samples")
-    root = _checked_path(data_path, required=kind in ("folder", "torch", "wds"))
+    root = _checked_path(data_path, required=kind in FROM_FILES)
     if kind in STREAMS:
         if split == "validation":
             logger.info("%s is a stream, without a held-out split: name one by --val_path", name)
@@ -97,9 +109,197 @@ def build_dataset(
         if root is None:
             return None
     splits = HELD_OUT_SPLITS if (kind, split) == ("hfds", "validation") else (split,)
-    sources = (_open(name, root, split) for split in splits)
+    options = _places365_options(root, split) if name.lower() == "torch/places365" else {}
+    sources = (_open(name, root, split, **options) for split in splits)
     source = next((source for source in sources if source is not None), None)
     return None if source is None else IndexedImages(source, transform, seed=seed)
+
+
+def default_dataset(
+    name: str | None, data_path: str | Path | None, val_path: str | Path | None
+) -> str:
+    """The data set that is meant: by its name, else the folder of a path, else the digits."""
+    return name or ("folder" if data_path or val_path else "digits")
+
+
+def open_heldout(
+    name: str,
+    data_path: str | Path | None,
+    *,
+    val_path: str | Path | None,
+    transform: Transform,
+    seed: int,
+) -> IndexedImages | None:
+    """Open the held-out images alone; no training images need be there.
+
+    Args:
+        name: see `build_dataset`.
+        data_path: see `build_dataset`; not looked at if there is a `val_path`.
+        val_path: a folder or .tar file of held-out images, taken as given.
+        transform: RGB image to float32 (3, H, W).
+        seed: the run's seed.
+
+    Returns:
+        None where the source has no held-out split.
+
+    Raises:
+        InputError: see `build_dataset`.
+    """
+    options = {"split": "validation", "transform": transform, "seed": seed}
+    if val_path:
+        return build_dataset("folder", val_path, search_split=False, **options)
+    return build_dataset(name, data_path, **options)
+
+
+def open_pair(
+    name: str,
+    data_path: str | Path | None,
+    *,
+    val_path: str | Path | None,
+    transforms: tuple[Transform, Transform],
+    seed: int,
+    num_samples: int | None = None,
+    batch_size: int = 1,
+) -> tuple[IndexedImages | StreamedImages, IndexedImages | None]:
+    """Open the images to train on and the held-out ones.
+
+    Args:
+        name: see `build_dataset`.
+        data_path: see `build_dataset`.
+        val_path: a folder or .tar file of held-out images, instead of those of the data set.
+        transforms: of the training images, and of the held-out ones.
+        seed: the run's seed.
+        num_samples: images in an epoch of a stream that does not know it.
+        batch_size: of a micro-batch, a hint for timm's streams.
+
+    Returns:
+        Both sets; None for the second where there are no held-out images.
+
+    Raises:
+        InputError: see `build_dataset`.
+    """
+    train_transform, heldout_transform = transforms
+    train_set = build_dataset(
+        name,
+        data_path,
+        split="train",
+        transform=train_transform,
+        seed=seed,
+        num_samples=num_samples,
+        batch_size=batch_size,
+    )
+    val_set = open_heldout(
+        name, data_path, val_path=val_path, transform=heldout_transform, seed=seed
+    )
+    return train_set, val_set
+
+
+def check_classes(
+    train_set: IndexedImages | StreamedImages | None,
+    val_set: IndexedImages | None,
+    num_classes: int | None,
+    classes: Sequence[str] | None = None,
+) -> int:
+    """The number of outputs that a head needs, once labels mean the same class everywhere.
+
+    A label is a position among the sorted classes of its own set: were one class missing among
+    the held-out images, the labels behind it would silently shift. So names have to agree, all of
+    them and in order. For the same reason a head larger than the number of classes is taken for a
+    mistake, unless a checkpoint tells by its `classes` that it was trained on just these.
+
+    Args:
+        train_set: the images to train on, None in an evaluation.
+        val_set: the held-out images, None where there are none.
+        num_classes: as given by the user, or the size of a checkpoint's head; None to find it.
+        classes: names of a checkpoint's classes in the order of its outputs, if it has them.
+
+    Raises:
+        InputError: a set has no labels, fewer than two classes, or other classes than another
+            set or the checkpoint; the number is not known, or contradicts the data.
+    """
+    names = {"checkpoint": tuple(classes)} if classes else {}
+    for role, images in (("training images", train_set), ("held-out images", val_set)):
+        if images is not None:
+            names[role] = _checked_class_names(role, images)
+    named = {role: known for role, known in names.items() if known is not None}
+    reference = next(iter(named), None)
+    for role, known in named.items():
+        if known != named[reference]:
+            raise _differing_classes(role, known, reference, named[reference])
+
+    # Held-out images alone do not tell what else a stream without names has.
+    trained_on_is_known = reference is not None and reference == next(iter(names))
+    if num_classes is None:
+        if not trained_on_is_known:
+            raise InputError(
+                f"the {next(iter(names), 'data')} do not tell the number of classes: "
+                "give --num_classes"
+            )
+        return len(named[reference])
+    if reference is None:
+        return num_classes
+    found = len(named[reference])
+    if num_classes < found or (num_classes > found and not classes):
+        raise InputError(
+            f"a head of {num_classes} classes does not fit the {found} of the {reference} "
+            f"({_first_few(named[reference])}): correct --num_classes, or the path of the images"
+        )
+    return num_classes
+
+
+def _checked_class_names(
+    role: str, images: IndexedImages | StreamedImages
+) -> tuple[str, ...] | None:
+    if not getattr(images, "labelled", True):  # what a stream has shows only as it is read
+        raise InputError(
+            f"the {role} have no labels: sort them into one folder per class, or call the column "
+            "of labels 'label' if it is a data set of Hugging Face's"
+        )
+    names = class_names(images.reader)
+    if names is not None and "" in names:
+        raise InputError(
+            f"some of the {role} lie beside the class folders: move each image into the folder "
+            "of its class"
+        )
+    if names is not None and len(names) < 2:
+        raise InputError(
+            f"the {role} have one class only ({names[0]}): name a path that holds one folder per "
+            "class"
+        )
+    return names
+
+
+def _differing_classes(
+    role: str, names: tuple[str, ...], reference: str, expected: tuple[str, ...]
+) -> InputError:
+    missing = [name for name in expected if name not in set(names)]
+    extra = [name for name in names if name not in set(expected)]
+    faults = [f"{len(missing)} are missing ({_first_few(missing)})"] if missing else []
+    faults += [f"{len(extra)} are new ({_first_few(extra)})"] if extra else []
+    fault = " and ".join(faults) or "the same ones are in another order"
+    return InputError(
+        f"the classes of the {role} are not those of the {reference}, so that labels would not "
+        f"mean the same: {fault}; give both the same, in the same order"
+    )
+
+
+def _first_few(names: Collection[str]) -> str:
+    listed = ", ".join(itertools.islice(names, MAX_LISTED))
+    return f"{listed}, ..." if len(names) > MAX_LISTED else listed
+
+
+def _places365_options(root: str, split: str) -> dict[str, bool]:
+    """Which version of Places365 timm should open: the small one if there is a folder of it."""
+    small = any(Path(root, name).is_dir() for name in ("data_256_standard", "val_256"))
+    size = "256" if small else "large"
+    folder = f"data_{size}_standard" if split == "train" else f"val_{size}"
+    if not Path(root, folder).is_dir():  # torchvision would read the lists and find no image
+        raise InputError(
+            f"{root} has no folder {folder}: extract the images of Places365 there, and call "
+            "those for training data_256_standard or data_large_standard"
+        )
+    logger.info("Places365: reading the %s images in %s", "small" if small else "large", folder)
+    return {"small": small}
 
 
 def _checked_path(data_path: str | Path | None, *, required: bool) -> str | None:
@@ -135,6 +335,8 @@ def _folder_of_split(root: str, split: str) -> str | None:
 def _open(name: str, root: str | None, split: str, **options: object) -> Dataset | None:
     """timm's data set; None when Hugging Face's does not have this held-out split."""
     kind = name.partition("/")[0].lower()
+    if kind == "inat2019":
+        return INat2019(root, split)
     if kind in ("", "folder", "tar"):
         name, kind = "", "folder"
         timm.data.add_img_extensions(IMAGE_SUFFIXES)

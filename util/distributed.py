@@ -112,3 +112,10 @@ def gradient_sync(model: nn.Module, *, enabled: bool) -> AbstractContextManager:
     if enabled or not isinstance(model, DistributedDataParallel):
         return nullcontext()
     return model.no_sync()
+
+
+def same_buffers(model: nn.Module) -> None:
+    """Give every process the main process's buffers, such as running statistics."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)

@@ -2,10 +2,11 @@
 
 import hashlib
 import itertools
+import json
 import numbers
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -75,13 +76,86 @@ class Digits(Dataset):
         return to_rgb(image.resize((32, 32), Image.Resampling.BICUBIC)), self.labels[index]
 
 
+class INat2019(Dataset):
+    """iNaturalist 2019 as its authors ship it: images, and lists of them in JSON (COCO style).
+
+    Classes are the categories in the order of their ids, called by name, or by id where an
+    anonymised list has no names.
+
+    Args:
+        root: folder of `train2019.json`, `val2019.json` and the images.
+        split: which of the lists is read.
+
+    Raises:
+        InputError: the list is missing or malformed, or an image has not exactly one annotation.
+    """
+
+    def __init__(self, root: str | Path, split: Literal["train", "validation"]) -> None:
+        path = Path(root, {"train": "train2019.json", "validation": "val2019.json"}[split])
+        try:
+            content = json.loads(path.read_bytes())
+            names = {category["id"]: category.get("name") for category in content["categories"]}
+            files = {image["id"]: image["file_name"] for image in content["images"]}
+            pairs = [(entry["image_id"], entry["category_id"]) for entry in content["annotations"]]
+            ids = sorted(names)
+            label_of_id = {category: label for label, category in enumerate(ids)}
+            categories = dict(pairs)
+            labels = {image: label_of_id[category] for image, category in categories.items()}
+            samples = [(str(Path(root, file)), labels.get(image)) for image, file in files.items()]
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{path} does not exist: give the folder of train2019.json, val2019.json and "
+                "train_val2019/ by --data_path"
+            ) from error
+        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{path} is no list of iNaturalist 2019: download it again ({reason_of(error)})"
+            ) from error
+        sizes = len(names), len(files)
+        if not samples or sizes != (len(content["categories"]), len(content["images"])):
+            raise InputError(f"{path} has no images, or an id twice: download it again")
+        if len(categories) != len(pairs) or set(categories) != set(files):
+            raise InputError(
+                f"{path} needs exactly one annotation for each of its {len(files)} images, but has "
+                f"{len(pairs)} for {len(categories)} images: download it again"
+            )
+        self.samples = samples  # (path, label)
+        self.classes = tuple(str(names[i] if all(names.values()) else i) for i in ids)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        path, label = self.samples[index]
+        return Path(path).open("rb"), label
+
+
+def class_names(reader: object) -> tuple[str, ...] | None:
+    """The names of a reader's classes in the order of its labels; None where it has no names.
+
+    Images outside of class folders have the class "".
+    """
+    # `wnids` first: ImageNet's other names in torchvision are tuples of synonyms, some shared.
+    for attribute in ("wnids", "class_to_idx", "class_name_to_idx", "classes", "all_categories"):
+        names = getattr(reader, attribute, None)
+        if names:
+            return tuple(sorted(names, key=names.get) if isinstance(names, dict) else names)
+    return None
+
+
 class IndexedImages(Dataset):
     """Images known by their index: what `[epoch, index]` gives depends on the seed alone.
 
     Args:
-        source: a data set of timm or torchvision, or `Digits`.
-        transform: RGB image to float32 (3, H, W), random by torch's global generator.
+        source: a data set of timm or torchvision, `Digits` or `INat2019`.
+        transform: RGB image to float32 (3, H, W), random by the global generators of torch (CPU),
+            numpy and random.
         seed: the run's seed; the augmentation is a function of (seed, epoch, index).
+
+    Attributes:
+        labelled: False where no image has a label.
+        classes: their names in the order of labels; None where the source has no names or labels.
+        num_classes: their number, or None.
     """
 
     def __init__(self, source: Dataset, transform: Transform, *, seed: int) -> None:
@@ -92,11 +166,12 @@ class IndexedImages(Dataset):
             source.loader = Image.open
         self.transform = transform
         self.seed = seed
-        # `classes` first: ImageNet's class_to_idx in torchvision has an entry for every synonym.
-        names = ("classes", "class_to_idx", "class_name_to_idx")
-        classes = next(filter(None, (getattr(self.reader, name, None) for name in names)), ())
-        self.labelled = set(classes) != {""}  # timm's class of the images outside class folders
-        self.num_classes = len(classes) if classes and self.labelled else None
+        names = class_names(self.reader)
+        # Without a column of labels, timm's reader has been pointed at the images instead.
+        label_key, image_key = (getattr(self.reader, f"{k}_key", k) for k in ("label", "image"))
+        self.labelled = names != ("",) and label_key != image_key
+        self.classes = names if self.labelled else None
+        self.num_classes = len(self.classes) if self.classes else None
 
     def __len__(self) -> int:
         return self.num_samples
@@ -106,17 +181,20 @@ class IndexedImages(Dataset):
         if hasattr(self.reader, "filename"):
             name = self.reader.filename(index, absolute=True)
         else:
-            name = self.reader.samples[index][0] if hasattr(self.reader, "samples") else None
+            samples = getattr(self.reader, "samples", None) or getattr(self.reader, "imgs", None)
+            name = samples[index][0] if samples else None
         return str(name or f"image {index}")
 
-    def names_hash(self) -> str:
-        """A hash of file names, without folders, of up to 1,000 images spread over the data set.
+    def identity(self) -> dict[str, object]:
+        """What tells these images from others: their number and a hash of their names.
 
-        It stays when the files move, and tells other images of the same number from these.
+        The hash is of file names without folders, of up to 1,000 images spread over the data set:
+        it stays when the files move, and tells other images of the same number from these.
         """
         count = min(len(self), 1000)
         names = [Path(self.name(i * len(self) // count)).name for i in range(count)]
-        return hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
+        digest = hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
+        return {"number of training images": len(self), "hash of their names": digest}
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         """The image at (epoch, index), or the next readable one in its place.

@@ -16,12 +16,17 @@ import torch
 import torchvision
 from tqdm import tqdm
 
+from util.checkpoint import CheckpointWriter, TrainState, resume_run
 from util.distributed import is_main_process, rank, start_processes, stop_processes
 from util.errors import InputError, RunError
+from util.loaders import StepLoader
+from util.metrics import RunLog
 
 TIME_FORMAT = "%Y%m%d-%H%M%S"
 SECONDS_BEFORE_SPEAKING = 5
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_logger = logging.getLogger(__name__)
 
 
 class TerminalHandler(logging.Handler):
@@ -109,6 +114,75 @@ def write_args(output_dir: Path, args: dict) -> dict[str, str]:
     except OSError as error:
         raise InputError(f"cannot write {path} ({error}): choose another --output_dir") from error
     return start["versions"]
+
+
+def log_settings(settings: dict) -> None:
+    """Say what a run is going to do, defaults that depend on something included."""
+    _logger.info("recipe: %s", ", ".join(f"{k.lstrip('-')} {v}" for k, v in settings.items()))
+
+
+def open_run(
+    state: TrainState,
+    loader: StepLoader,
+    *,
+    kind: str,
+    output_dir: Path,
+    log_dir: Path,
+    resume: str,
+    identity: dict,
+    recipe: dict,
+    header: dict,
+    args: dict,
+    every_minutes: float | None,
+    keep_last: int,
+) -> tuple[CheckpointWriter, RunLog]:
+    """Put a run where it was stopped, record this start, and open its checkpoints and its log.
+
+    Args:
+        state: of a run that starts; changed where it continues.
+        loader: of its steps.
+        kind: one of util.checkpoint.KINDS.
+        output_dir: of checkpoints, `log.jsonl` and `args.json`.
+        log_dir: of TensorBoard.
+        resume: see `find_resume`.
+        identity: see `check_same_run`.
+        recipe: the same; it has "--epochs".
+        header: what else every checkpoint keeps: the model's name and options, mean, std.
+        args: of the command line.
+        every_minutes: see CheckpointWriter.
+        keep_last: the same.
+
+    Raises:
+        InputError: the run cannot be continued, or nothing can be written.
+    """
+    resume_run(
+        state,
+        output_dir,
+        resume,
+        kind=kind,
+        identity=identity,
+        recipe=recipe,
+        resumes_mid_epoch=loader.resumes_mid_epoch,
+    )
+    settings = {"identity": identity, "recipe": recipe, "args": args}
+    checkpoints = CheckpointWriter(
+        output_dir,
+        state,
+        {**header, **settings, "versions": write_args(output_dir, args)},
+        kind=kind,
+        every_minutes=every_minutes,
+        keep_last=keep_last,
+    )
+    run_log = RunLog(
+        output_dir,
+        log_dir,
+        num_epochs=recipe["--epochs"],
+        steps_per_epoch=loader.steps_per_epoch,
+        epoch=state.progress.epoch,
+        step=state.progress.step,
+        device=state.precision.device,
+    )
+    return checkpoints, run_log
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:

@@ -13,7 +13,14 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from util.broken_images import reason_of, too_many_broken
 from util.errors import InputError, RunError
-from util.images import IMAGE_SUFFIXES, MAX_BROKEN_IN_A_ROW, Sample, Transform, label_of
+from util.images import (
+    IMAGE_SUFFIXES,
+    MAX_BROKEN_IN_A_ROW,
+    Sample,
+    Transform,
+    class_names,
+    label_of,
+)
 from util.seeding import fold_seed, seeded
 from util.transforms import read_rgb
 
@@ -40,8 +47,13 @@ class StreamedImages(IterableDataset):
         self.seed = seed
         self.name = name
         self.num_samples = self.reader.num_samples
-        self.num_classes = len(self.reader.class_to_idx) or None
+        self.classes = class_names(self.reader)
+        self.num_classes = len(self.classes) if self.classes else None
         self.epoch, self.rank, self.world_size = 0, 0, 1
+
+    def identity(self) -> dict[str, object]:
+        """What tells these images from others, as far as a stream knows."""
+        return {"number of training images": self.num_samples, "hash of their names": None}
 
     def set_position(self, epoch: int, rank: int, world_size: int, num_workers: int) -> None:
         """Choose the epoch of the next iteration, and share it out among ranks and workers."""

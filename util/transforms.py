@@ -1,5 +1,6 @@
 """From an image file's pixels, whatever their mode, to the model's input and back."""
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import BinaryIO
@@ -7,8 +8,18 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
+
+from util.errors import InputError
+
+# timm passes over sections that it does not know, without a word.
+AUTO_AUGMENT = (
+    r"rand(-(m|n|mmax|inc)\d+|-(p|mstd)\d+(\.\d+)?|-t(3a|3aw|weights))*"
+    r"|augmix(-(m|w|d|b)\d+|-(a|mstd)\d+(\.\d+)?)*"
+    r"|(v0r?|originalr?|3a)(-mstd\d+(\.\d+)?)?"
+)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -58,15 +69,71 @@ def pretrain_transform(
     Returns:
         RGB image to float32 (3, H, W), normalised; random by torch's global generator.
     """
-    return v2.Compose(
-        [
-            v2.RandomResizedCrop(
-                img_size, scale=(0.2, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True
-            ),
-            v2.RandomHorizontalFlip(),
-            *_normalized_tensor(mean, std),
-        ]
+    return _crop_and_flip(img_size, mean, std, min_area=0.2)
+
+
+def probe_transform(
+    img_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
+) -> Callable[[Image.Image], Tensor]:
+    """The augmentation of a linear probe: as `pretrain_transform`, from 8 % of the area on."""
+    return _crop_and_flip(img_size, mean, std, min_area=0.08)
+
+
+def finetune_transform(
+    img_size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    auto_augment: str | None,
+    color_jitter: float | None,
+    erase_prob: float,
+    erase_mode: str,
+    erase_count: int,
+) -> Callable[[Image.Image], Tensor]:
+    """timm's augmentation: crop of 8 to 100 % of the area, flip, RandAugment, random erasing.
+
+    Args:
+        img_size: (height, width) in pixels.
+        mean: of each RGB channel, in [0, 1].
+        std: of each RGB channel, in units of the [0, 1] range.
+        auto_augment: timm's description of RandAugment, AugMix or AutoAugment, for instance
+            `rand-m9-mstd0.5-inc1`; None for none.
+        color_jitter: change of brightness, contrast and saturation, 0.4 for instance. It counts
+            only without `auto_augment`, or with one of the 3a kinds.
+        erase_prob: share of images in which rectangles are erased, in [0, 1].
+        erase_mode: what replaces them: `const` (the mean), `rand` (a colour) or `pixel` (noise).
+        erase_count: at most so many rectangles, which share the area of one.
+
+    Returns:
+        RGB image to float32 (3, H, W), normalised; random by the global generators of torch (CPU),
+        numpy and random.
+
+    Raises:
+        InputError: auto_augment is not in timm's language.
+    """
+    if auto_augment is not None and not re.fullmatch(AUTO_AUGMENT, auto_augment):
+        raise InputError(
+            f"--auto_augment '{auto_augment}' is not understood: write it as in "
+            "rand-m9-mstd0.5-inc1, augmix-m5-w4-d2 or original-mstd0.5"
+        )
+    return create_transform(
+        img_size,
+        is_training=True,
+        scale=(0.08, 1.0),
+        interpolation="bicubic",
+        mean=mean,
+        std=std,
+        auto_augment=auto_augment,
+        color_jitter=color_jitter,
+        re_prob=erase_prob,
+        re_mode=erase_mode,
+        re_count=erase_count,
     )
+
+
+def default_crop_share(img_size: tuple[int, int]) -> float:
+    """MAE's `crop_share` of `eval_transform`: 224 / 256 up to 224 pixels, all above."""
+    return 224 / 256 if max(img_size) <= 224 else 1.0
 
 
 def eval_transform(
@@ -104,6 +171,15 @@ def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
     mean = torch.tensor(mean, **channels).view(3, 1, 1)
     std = torch.tensor(std, **channels).view(3, 1, 1)
     return images * std + mean
+
+
+def _crop_and_flip(
+    img_size: tuple[int, int], mean: Sequence[float], std: Sequence[float], *, min_area: float
+) -> v2.Compose:
+    crop = v2.RandomResizedCrop(
+        img_size, scale=(min_area, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True
+    )
+    return v2.Compose([crop, v2.RandomHorizontalFlip(), *_normalized_tensor(mean, std)])
 
 
 def _normalized_tensor(mean: Sequence[float], std: Sequence[float]) -> list[v2.Transform]:
