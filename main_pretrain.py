@@ -38,7 +38,6 @@ from util.broken_images import BrokenImages
 from util.checkpoint import (
     Progress,
     TrainState,
-    check_format,
     last_checkpoint,
 )
 from util.datasets import build_dataset, default_dataset, open_pair
@@ -50,11 +49,12 @@ from util.masking import TokenSplit, check_grid, count_tokens, split_tokens
 from util.metrics import EpochMeters, read_log
 from util.optim import build_adamw
 from util.precision import Precision
+from util.released import from_released, released_options
 from util.run import open_run, run_main, start_run
 from util.schedule import lr_schedule, scaled_lr
 from util.streams import StreamedImages
 from util.transforms import eval_transform, pretrain_transform
-from util.weights import from_released, read_weights_file, released_options
+from util.weight_files import check_format, read_weights_file
 
 MODELS: dict[str, Callable[..., MaskedAutoencoder]] = {
     **{f"crossmae_vit_{s}": getattr(models_crossmae, f"crossmae_vit_{s}") for s in SIZES},

@@ -20,11 +20,12 @@ from engine_pretrain import (
     step_noise,
     train_one_epoch,
 )
-from main_pretrain import build_dataset, build_eval_loader, build_train_loader
 from util.broken_images import BrokenImages
 from util.checkpoint import Progress, TrainState
+from util.datasets import build_dataset
 from util.distributed import data_parallel
 from util.errors import InputError, NonFiniteLossError
+from util.loaders import build_eval_loader, build_train_loader
 from util.masking import count_tokens, random_split
 from util.metrics import EpochMeters
 from util.optim import build_adamw

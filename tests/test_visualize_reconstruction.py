@@ -12,7 +12,7 @@ from main_pretrain import load_model
 from scripts import visualize_reconstruction
 from util.checkpoint import list_checkpoints
 from util.figures import GAP, TEXT_HEIGHT
-from util.weights import RELEASED_PREFIXES
+from util.released import RELEASED_PREFIXES
 
 main = visualize_reconstruction.main
 

@@ -22,12 +22,10 @@ from util.distributed import from_main_process, is_main_process
 from util.errors import InputError, RunError
 from util.metrics import EpochMeters
 from util.precision import Precision
-from util.weights import read_weights_file
+from util.weight_files import VERSION, check_format, read_weights_file
 
-VERSION = 1
 NAME = re.compile(r"checkpoint-e(\d+)-s(\d+)\.pth")
 BEST_NAME = "checkpoint-best.pth"
-KINDS = {"pretrain": "pre-training", "finetune": "fine-tuning", "linprobe": "linear-probing"}
 
 _logger = logging.getLogger(__name__)
 
@@ -94,27 +92,6 @@ class TrainState:
         self.progress.step_in_epoch = 0
         self.meters.reset()
         self.broken.take_count()
-
-
-def check_format(content: dict, path: str | Path, kind: str) -> dict:
-    """Return the content of a file if it is a checkpoint that this code can read.
-
-    Args:
-        content: of the file.
-        path: for the message.
-        kind: one of KINDS.
-
-    Raises:
-        InputError: it is of another program or of a newer version.
-    """
-    if content.get("format") != f"crossmae-{kind}":
-        raise InputError(f"{path} is no {KINDS[kind]} checkpoint of this project")
-    if content["version"] > VERSION:
-        raise InputError(
-            f"{path} has version {content['version']} of the checkpoint format and this code reads "
-            f"up to {VERSION}: update the code"
-        )
-    return content
 
 
 def read_checkpoint(path: str | Path, kind: str) -> dict:
@@ -239,6 +216,11 @@ def resume_run(
     if path is None:
         return
     checkpoint = read_checkpoint(path, kind)
+    if "optimizer" not in checkpoint:
+        raise InputError(
+            f"{path} holds the weights of the best epoch, which training cannot go on from: resume "
+            "another checkpoint, or start anew from these by --finetune"
+        )
     check_same_run(checkpoint, identity, recipe, path)
     state.load_state_dict(checkpoint)
     progress, epochs = state.progress, recipe["--epochs"]
@@ -334,9 +316,11 @@ class CheckpointWriter:
             by: the value that counts; without it nothing is kept.
         """
         progress = self.state.progress
-        if by in stats and (progress.best is None or stats[by] > progress.best[by]):
+        before = progress.best
+        if by in stats and (before is None or stats[by] > before[by]):
             progress.best = {"epoch": progress.epoch, **stats}
-            self._write(self.folder / BEST_NAME, self._weights)
+            if is_main_process() and not self._write(self.folder / BEST_NAME, self._weights):
+                progress.best = before  # so that the next good epoch is kept
 
     def _weights(self) -> dict:
         state = self.state.state_dict()

@@ -1,167 +1,503 @@
-"""Reading weight files without running what is in them, and the names other projects use."""
+"""The encoder of a file, whoever wrote it, and the way into a model.
 
-import argparse
-import pickle
-import zipfile
-from collections.abc import Mapping
+`read_encoder` reads the encoder out of any file that has one, `load_encoder` puts it into a model.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn as nn
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import resample_abs_pos_embed
+from timm.models import clean_state_dict
 from torch import Tensor
 
 from util.errors import InputError
+from util.weight_files import KINDS, check_format, read_weights_file, save_safetensors
 
-# Prefixes of the released CrossMAE and MAE checkpoints, and ours. The rest of a name is equal.
-RELEASED_PREFIXES = {
-    "cls_token": "encoder.cls_token",
-    "pos_embed": "encoder.pos_embed",
-    "patch_embed.": "encoder.patch_embed.",
-    "blocks.": "encoder.blocks.",
-    "mask_token": "decoder.mask_token",
-    "decoder_pos_embed": "decoder.pos_embed",
-    "wfm.linear.weight": "decoder.inter_block_attention.weight",
-    "dec_norms.": "decoder.context_norms.",
-    "norm.": "decoder.context_norm.",
-    "decoder_embed.": "decoder.embed.",
-    "decoder_blocks.": "decoder.blocks.",
-    "decoder_norm.": "decoder.norm.",
-    "decoder_pred.": "decoder.pred.",
+_logger = logging.getLogger(__name__)
+
+# The parts of a block under timm's names, which are ours.
+BLOCK_PARTS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+# The same of Hugging Face: as their files have them, then as their modules are called since v5.
+HUGGING_FACE_PARTS = {
+    "norm1": ("layernorm_before",),
+    "attn.q": ("attention.attention.query", "attention.q_proj"),
+    "attn.k": ("attention.attention.key", "attention.k_proj"),
+    "attn.v": ("attention.attention.value", "attention.v_proj"),
+    "attn.proj": ("attention.output.dense", "attention.o_proj"),
+    "norm2": ("layernorm_after",),
+    "mlp.fc1": ("intermediate.dense", "mlp.fc1"),
+    "mlp.fc2": ("output.dense", "mlp.fc2"),
 }
+EMBEDDING_NAMES = ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias")
 
 
-def read_weights_file(path: str | Path) -> dict:
-    """Load a file written by `torch.save`, tensors on the CPU, without running code from it.
+def _one_of(words: Sequence[str]) -> str:
+    return f"(?:{'|'.join(map(re.escape, words))})"
 
-    Plain values, tensors and the argparse.Namespace of released checkpoints are read; a file that
-    refers to anything else is refused. Files in the zip format are checked against their
-    checksums first.
+
+_KIND = r"\.(weight|bias)"
+_ENCODER = rf"(?:{_one_of(EMBEDDING_NAMES)}|blocks\.\d+\.{_one_of(BLOCK_PARTS)}\.(?:weight|bias))"
+
+
+class WeightNames(NamedTuple):
+    """How a kind of file calls its weights."""
+
+    kind: str
+    patterns: dict[str, str]
+    """Pattern of a whole name -> timm's name, "" for what is left out; the first match counts."""
+
+    def rename(self, name: str) -> str | None:
+        """The name of timm's; "" for what is left out, None for what is unknown."""
+        matches = ((re.fullmatch(p, name), new) for p, new in self.patterns.items())
+        return next((match.expand(new) for match, new in matches if match), None)
+
+
+PRETRAINED = WeightNames(
+    "pre-training checkpoint of this project",
+    {
+        rf"encoder\.({_ENCODER})": r"\1",
+        rf"decoder\.context_norm{_KIND}": r"norm.\1",
+        r"decoder\..+": "",
+    },
+)
+TIMM = WeightNames(
+    "released or timm weights",
+    {
+        rf"({_ENCODER}|(?:fc_)?norm\.(?:weight|bias)|head\..+)": r"\1",
+        r"mask_token|(?:decoder_|wfm\.|dec_norms\.|pre_logits\.).+": "",
+    },
+)
+HUGGING_FACE = WeightNames(
+    "Hugging Face weights",
+    {
+        r"(?:vit\.)?embeddings\.cls_token": "cls_token",
+        r"(?:vit\.)?embeddings\.position_embeddings": "pos_embed",
+        rf"(?:vit\.)?embeddings\.patch_embeddings\.projection{_KIND}": r"patch_embed.proj.\1",
+        **{
+            rf"(?:vit\.)?(?:encoder\.layer|layers)\.(\d+)\.{_one_of(theirs)}{_KIND}": (
+                rf"blocks.\1.{ours}.\2"
+            )
+            for ours, theirs in HUGGING_FACE_PARTS.items()
+        },
+        rf"(?:vit\.)?layernorm{_KIND}": r"norm.\1",
+        rf"classifier{_KIND}": r"head.\1",
+        r"(?:vit\.)?(?:pooler\.|embeddings\.mask_token|decoder\.).*": "",
+    },
+)
+# A final norm beside one of these is that of a mix of feature maps, not of the last one (App. A.3).
+_MIXING_WEIGHTS = r"decoder\.inter_block_attention\..+|wfm\..+"
+# Where a file has its weights, the moving average first; else it is the weights.
+_MOVING_AVERAGES = ("ema", "state_dict_ema", "model_ema")
+_STATE_KEYS = (*_MOVING_AVERAGES, "state_dict", "model")
+ENCODER_FORMAT = "crossmae-encoder"  # in the metadata of an encoder-only file
+
+
+class EncoderWeights(NamedTuple):
+    """The encoder of a file, in float32 under timm's names, and what the file tells about it."""
+
+    encoder: dict[str, Tensor]
+    """cls_token, pos_embed (1, 1+L, D), patch_embed.proj.*, blocks.*"""
+    behind: dict[str, Tensor]
+    """What the file has behind the blocks: norm.*, fc_norm.*, head.*; perhaps nothing."""
+    img_size: tuple[int, int]
+    """Height and width in pixels."""
+    kind: str
+    """Where it comes from, for messages."""
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    """Of the channels, as it was trained; None where the file does not tell."""
+    classes: list[str] | None = None
+    pool: str | None = None
+    """What a head classifies: "avg", the patch tokens' mean, or "cls", the class token."""
+    num_heads: int | None = None
+    norm_eps: float | None = None
+    left_out: tuple[str, ...] = ()
+    """The file's own names of what is not part of the encoder, such as its decoder."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """patch_size, embed_dim, depth."""
+        embed_dim, _, patch_size, _ = self.encoder["patch_embed.proj.weight"].shape
+        return patch_size, embed_dim, count_blocks(self.encoder)
+
+    @property
+    def in_chans(self) -> int:
+        """C."""
+        return self.encoder["patch_embed.proj.weight"].shape[1]
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.img_size[0] // self.shape[0], self.img_size[1] // self.shape[0]
+
+    @property
+    def num_classes(self) -> int | None:
+        """Of the head; None where there is none."""
+        head = (t for name, t in self.behind.items() if name.startswith("head.") and t.ndim == 2)
+        return next((weight.shape[0] for weight in head), None)
+
+    def hash(self) -> str:
+        """A digest of all the weights: equal for equal ones, whatever file they come from."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted({**self.encoder, **self.behind}.items()):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+def count_blocks(encoder: Mapping[str, Tensor]) -> int:
+    """The depth of an encoder by timm's names."""
+    ids = (int(name.split(".")[1]) for name in encoder if name.startswith("blocks."))
+    return 1 + max(ids, default=-1)
+
+
+def read_encoder(path: str | Path) -> EncoderWeights:
+    """Read the encoder of a weights file.
+
+    Args:
+        path: a checkpoint of this project, an encoder-only file, released CrossMAE or MAE weights,
+            a ViT of timm's, or one of Hugging Face's, which may be named by its folder.
 
     Raises:
-        InputError: the file is missing, damaged, no weights file, or would run code.
+        InputError: the file is missing or damaged, has no encoder, or has more than ours computes.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path} is no file: check the path of the checkpoint")
+    file = _file_of(Path(path))
+    content = read_weights_file(file)
     try:
-        content = _load_checked(path)
-    except InputError:
-        raise
-    except pickle.UnpicklingError as error:
+        weights = _read_encoder(content, file)
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise InputError(
-            f"{path} is refused: it is no weights file, or loading it would run code"
+            f"{path} is damaged, or written by a program that this one does not know "
+            f"({type(error).__name__}): use another file"
         ) from error
-    except Exception as error:  # a damaged file can make a reader fail in any way
+    if weights.left_out:
+        groups = sorted({re.split(r"\.", name)[0] for name in weights.left_out})
+        _logger.info(
+            "%s: left out %d tensors that are not of the encoder: %s",
+            *(path, len(weights.left_out), ", ".join(groups)),
+        )
+    return weights
+
+
+def _file_of(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    names = ("model.safetensors", "pytorch_model.bin")
+    file = next((path / name for name in names if (path / name).is_file()), None)
+    if file is None:
+        raise InputError(f"{path} is a folder without {' or '.join(names)}: name a weights file")
+    return file
+
+
+def _read_encoder(content: dict, path: Path) -> EncoderWeights:
+    key = next((key for key in _STATE_KEYS if content.get(key) is not None), None)
+    state = content if key is None else content[key]
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise InputError(f"no encoder in {path}: it holds no named weights")
+    if key in _MOVING_AVERAGES:
+        _logger.info("%s: reading the moving average of the weights", path)
+    names, renamed, left_out = _rename(state, path)
+    # What was trained is converted, not what counts batches.
+    renamed = {n: t.detach().float() if t.is_floating_point() else t for n, t in renamed.items()}
+    bad = next((name for name, tensor in renamed.items() if not tensor.isfinite().all()), None)
+    if bad:
+        raise InputError(f"{path} cannot be used: {bad} is not finite")
+    encoder = {name: t for name, t in renamed.items() if re.fullmatch(_ENCODER, name)}
+    behind = {name: t for name, t in renamed.items() if name not in encoder}
+    has_head = any(name.startswith("head.") for name in behind)
+    _check_complete(encoder, behind, path)
+
+    told = _told_by_file(content, path)
+    if names is HUGGING_FACE:
+        told |= _told_by_hugging_face(path.parent)
+    *_, patch_height, patch_size = encoder["patch_embed.proj.weight"].shape
+    if patch_height != patch_size:
+        raise InputError(f"{path} has patches of {patch_height} x {patch_size} px; ours are square")
+    _, num_positions, _ = encoder["pos_embed"].shape
+    img_size = _image_size(num_positions - 1, patch_size, told, path)
+    pool = "avg" if "fc_norm.weight" in behind else "cls" if "norm.weight" in behind else None
+    return EncoderWeights(
+        encoder,
+        behind,
+        img_size,
+        kind=told.get("kind") or names.kind,
+        mean=told.get("mean") and [float(x) for x in told["mean"]],
+        std=told.get("std") and [float(x) for x in told["std"]],
+        classes=told.get("classes") if has_head else None,
+        pool=told.get("pool") or (pool if has_head else None),
+        num_heads=told.get("num_heads"),
+        norm_eps=told.get("norm_eps"),
+        left_out=tuple(left_out),
+    )
+
+
+def _rename(state: dict, path: Path) -> tuple[WeightNames, dict[str, Tensor], list[str]]:
+    """Find how a file calls its weights; return that, the weights renamed, and what is left out."""
+    cleaned = clean_state_dict(state)  # of what DDP and torch.compile put before a name
+    found = (n for n in (PRETRAINED, TIMM, HUGGING_FACE) if "cls_token" in map(n.rename, cleaned))
+    names = next(found, None)
+    if names is None:
         raise InputError(
-            f"{path} is truncated, damaged or no weights file ({type(error).__name__}): copy it "
-            "again, or use another checkpoint"
-        ) from error
+            f"no encoder in {path}: what is read is a ViT with a class token, under the names of "
+            "this project, of released CrossMAE and MAE, of timm or of Hugging Face"
+        )
+    new_names = {name: names.rename(name) for name in cleaned}
+    unknown = [name for name, new in new_names.items() if new is None]
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise InputError(
+            f"{path} has {unknown[0]}{more}, which a plain ViT does not compute: use another file"
+        )
+    if any(re.fullmatch(_MIXING_WEIGHTS, name) for name in cleaned):
+        new_names = {n: "" if new.startswith("norm.") else new for n, new in new_names.items()}
+    kept = {name: new for name, new in new_names.items() if new}
+    if len(set(kept.values())) < len(kept) or len(cleaned) < len(state):
+        raise InputError(f"{path} has a weight twice, under two names: use another file")
+    renamed = {new: cleaned[name] for name, new in kept.items()}
+    return names, _join_qkv(renamed), [name for name, new in new_names.items() if not new]
+
+
+def _join_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    joined = dict(state)
+    for name in state:
+        parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
+        if parts[0] != parts[1] and all(part in state for part in parts):
+            tensors = [joined.pop(part) for part in parts]
+            joined[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(tensors)
+    return joined
+
+
+def _check_complete(encoder: dict[str, Tensor], behind: dict[str, Tensor], path: Path) -> None:
+    needed = [
+        *EMBEDDING_NAMES,
+        *(
+            f"blocks.{i}.{part}.{kind}"
+            for i in range(max(1, count_blocks(encoder)))
+            for part in BLOCK_PARTS
+            for kind in ("weight", "bias")
+        ),
+    ]
+    missing = [name for name in needed if name not in encoder]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"the encoder in {path} lacks {missing[0]}{more}: use another file")
+    if "norm.weight" in behind and "fc_norm.weight" in behind:
+        raise InputError(
+            f"{path} has both norm and fc_norm, and our ViT computes one of them: use another file"
+        )
+
+
+def _told_by_file(content: dict, path: Path) -> dict:
+    """What a file of this project tells: img_size, mean, std and the like."""
+    metadata = content.get("metadata", {})
+    if metadata.get("format") == ENCODER_FORMAT:
+        return {key: json.loads(value) for key, value in metadata.items() if key != "format"}
+    if "model_options" not in content:
+        return {}
+    kind = str(content.get("format")).removeprefix("crossmae-")
+    check_format(content, path, kind)
+    options = content["model_options"]
+    return {
+        "kind": f"{KINDS[kind]} checkpoint of this project",
+        "img_size": options["img_size"],
+        "pool": options.get("pool"),
+        "mean": content["mean"],
+        "std": content["std"],
+        "classes": content.get("classes"),
+    }
+
+
+def _told_by_hugging_face(folder: Path) -> dict:
+    """The same of the files beside Hugging Face weights, as far as they are there."""
+    config = _read_json(folder / "config.json")
+    processor = _read_json(folder / "preprocessor_config.json")
+    activation = config.get("hidden_act", "gelu")
+    if activation != "gelu":
+        raise InputError(f"{folder / 'config.json'} has hidden_act {activation}; our ViT has gelu")
+    labels = config.get("id2label") or {}
+    classes = [labels[key] for key in sorted(labels, key=int)]
+    if classes == [f"LABEL_{i}" for i in range(len(classes))]:  # nobody has named them
+        classes = None
+    return {
+        "img_size": config.get("image_size"),
+        "num_heads": config.get("num_attention_heads"),
+        "norm_eps": config.get("layer_norm_eps"),
+        "mean": processor.get("image_mean"),
+        "std": processor.get("image_std"),
+        "classes": classes,
+    }
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is no JSON ({error}): copy it again") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, not the weights of a model")
+        raise InputError(f"{path} holds a {type(content).__name__}, not named settings")
     return content
 
 
-def _load_checked(path: Path) -> object:
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise InputError(f"{path} is damaged: {damaged} fails its checksum")
-            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            if foreign:
-                raise InputError(
-                    f"{path} is refused: loading it would run code ({', '.join(foreign)})"
-                )
-        return torch.load(path, map_location="cpu", weights_only=True)
+def _image_size(num_patches: int, patch_size: int, told: dict, path: Path) -> tuple[int, int]:
+    """Height and width: as the file tells them, else a square; whole patches."""
+    size = told.get("img_size") or math.isqrt(num_patches) * patch_size
+    height, width = (size, size) if isinstance(size, int) else size
+    rows, columns = height // patch_size, width // patch_size
+    if rows * columns != num_patches:
+        raise InputError(
+            f"{path} has positions for {num_patches} patches beside the class token, which are not "
+            f"the {rows} x {columns} patches of images of {height} x {width}: use another file"
+        )
+    return rows * patch_size, columns * patch_size
 
 
-def from_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of a released CrossMAE or MAE checkpoint to ours.
+def load_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> None:
+    """Load weights into a VisionTransformer; the log says what is new and what is left out.
+
+    Position embeddings are resampled where the images have another size. The norm before the head
+    is the file's where it has one for the model's pooling, else it stays as it is.
+
+    Args:
+        model: of `models_vit`; unchanged if anything does not fit.
+        weights: of `read_encoder`.
+        head: load the head, too, and insist that the norm before it comes along.
 
     Raises:
-        InputError: a name is none of theirs.
+        InputError: the weights do not fit the model.
     """
-    renamed = {}
+    state = fit_encoder(model, weights, head=head)
+    if weights.norm_eps not in (None, model.blocks[0].norm1.eps):
+        _logger.warning(
+            "the %s was trained with layer_norm_eps %g and is used with %g: features differ a bit",
+            *(weights.kind, weights.norm_eps, model.blocks[0].norm1.eps),
+        )
+    model.load_state_dict(state, strict=False)
+
+    _logger.info("loaded %d tensors of the %s", len(state), weights.kind)
+    if weights.grid_size != model.grid_size:
+        grids = (*weights.grid_size, *model.grid_size)
+        _logger.info("positions resampled from %d x %d patches to %d x %d", *grids)
+    new = [name for name in model.state_dict() if name not in state]
+    if new:
+        _logger.info("new: %s", ", ".join(new))
+    left_out = [name for name in weights.behind if name not in state]
+    if left_out:
+        _logger.info("left out: %s", ", ".join(left_out))
+
+
+def fit_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> dict[str, Tensor]:
+    """What `load_encoder` loads of the weights: checked, and with its positions resampled.
+
+    Raises:
+        InputError: the weights do not fit the model.
+    """
+    _check_sizes(model, weights)
+    norm = "fc_norm." if model.pool == "avg" else "norm."
+    wanted = (norm, "head.") if head else (norm,)
+    state = {
+        **weights.encoder,
+        **{name: tensor for name, tensor in weights.behind.items() if name.startswith(wanted)},
+    }
+    if weights.grid_size != model.grid_size:
+        state["pos_embed"] = resample_abs_pos_embed(
+            state["pos_embed"], new_size=list(model.grid_size), old_size=list(weights.grid_size)
+        )
+    own = model.state_dict()
     for name, tensor in state.items():
-        prefix = next((p for p in RELEASED_PREFIXES if name.startswith(p)), None)
-        if prefix is None:
-            raise InputError(f"{name} is no weight of a released CrossMAE or MAE checkpoint")
-        renamed[RELEASED_PREFIXES[prefix] + name.removeprefix(prefix)] = tensor
-    return renamed
+        if name not in own or own[name].shape != tensor.shape:
+            ours = _size_text(own[name].shape) if name in own else "nothing"
+            raise InputError(
+                f"{name} of the {weights.kind} is {_size_text(tensor.shape)} and {ours} in the "
+                "model: choose the model that it was trained as"
+            )
+    new = [name for name in own if name not in state]
+    if head and new:
+        raise InputError(
+            f"the {weights.kind} has no {', '.join(new)}: with --pool {model.pool} the head cannot "
+            "be used"
+        )
+    return state
 
 
-def released_feature_maps(
-    depth: int, *, weight_fm: bool, use_input: bool, use_fm: list[int] | None
-) -> str | list[int]:
-    """Turn the released code's choice of maps into ours.
+def _check_sizes(model: nn.Module, weights: EncoderWeights) -> None:
+    """Refuse weights of another size, before it shows as a shape that says little."""
+    patch_size, embed_dim, depth = weights.shape
+    sizes = [
+        ("patches of {} px", patch_size, model.patch_size),
+        ("{} channels", weights.in_chans, model.in_chans),
+        ("a width of {}", embed_dim, model.embed_dim),
+        ("{} blocks", depth, len(model.blocks)),
+        ("{} attention heads", weights.num_heads, model.blocks[0].attn.num_heads),
+    ]
+    for text, theirs, ours in sizes:
+        if theirs not in (None, ours):
+            raise InputError(
+                f"the {weights.kind} has {text.format(theirs)} and the model {text.format(ours)}: "
+                "choose the model that it was trained as"
+            )
+
+
+def _size_text(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape)) or "a number"
+
+
+def input_format(
+    weights: EncoderWeights | None,
+    *,
+    img_size: Sequence[int] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    default_size: int,
+) -> tuple[tuple[int, int], list[float], list[float]]:
+    """How images come into a model: as the user says, else as its weights were trained.
 
     Args:
-        depth: number of encoder blocks.
-        weight_fm: inter-block attention is on.
-        use_input: the encoder's input is feature map 0.
-        use_fm: the blocks that take part, counted from 0, or from the end if negative; None or
-            [-1] is all of them. Their maps are mixed from shallow to deep, however listed.
-
-    Raises:
-        InputError: a block does not exist.
-    """
-    if not weight_fm:
-        return "last"
-    if use_fm in (None, [-1]):
-        use_fm = range(depth)
-    blocks = sorted(block + depth if block < 0 else block for block in use_fm)
-    if not all(0 <= block < depth for block in blocks):
-        raise InputError(f"use_fm {use_fm} names a block that an encoder of {depth} does not have")
-    return [0] * use_input + [block + 1 for block in blocks]
-
-
-def released_options(state: Mapping[str, Tensor], args: Mapping[str, object]) -> dict:
-    """What the weights of a released checkpoint tell about the model that they belong to.
-
-    Args:
-        state: weights under their released names.
-        args: the arguments it was trained with, as far as the file has them.
+        weights: None starts from scratch.
+        img_size: one side, or height and width; as the user says, if they do.
+        mean, std: of the channels, in 0 to 1; likewise.
+        default_size: side in pixels where there are no weights. ImageNet's normalisation is taken
+            where they do not tell theirs.
 
     Returns:
-        `kind` ("crossmae" or "mae"), `patch_size`, `embed_dim`, `depth` to find the size by, and
-        the `options` of the model's factory.
+        (height, width), mean and std.
+    """
+    told_size = weights.img_size if weights else (default_size, default_size)
+    told_mean, told_std = (weights.mean, weights.std) if weights else (None, None)
+    height, width = tuple(img_size) * (2 // len(img_size)) if img_size else told_size
+    return (
+        (height, width),
+        list(mean or told_mean or IMAGENET_DEFAULT_MEAN),
+        list(std or told_std or IMAGENET_DEFAULT_STD),
+    )
+
+
+def save_encoder(weights: EncoderWeights, path: Path) -> None:
+    """Write an encoder-only file (.safetensors), which `read_encoder` reads back bit for bit.
 
     Raises:
-        InputError: these are no pre-training weights, or the choice of feature maps is unknown.
+        OSError: it cannot be written.
     """
-    try:
-        embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
-        side = round((state["pos_embed"].shape[1] - 1) ** 0.5) * patch_size
-        decoder_embed_dim = state["mask_token"].shape[-1]
-        depth, decoder_depth = (
-            1 + max(int(name.split(".")[1]) for name in state if name.startswith(prefix))
-            for prefix in ("blocks.", "decoder_blocks.")
-        )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"the checkpoint holds no masked autoencoder ({error})") from error
-    options = {
-        "img_size": [side, side],
-        "in_chans": in_chans,
-        "decoder_embed_dim": decoder_embed_dim,
-        "decoder_depth": decoder_depth,
-        "norm_pix_loss": bool(args.get("norm_pix_loss", True)),
-    }
-    is_mae = "decoder_embed.weight" in state
-    if not is_mae:
-        mixing = state.get("wfm.linear.weight")
-        options["feature_maps"] = "all"
-        if mixing is None or mixing.shape[1] != depth + 1:
-            options["feature_maps"] = released_feature_maps(
-                depth,
-                weight_fm=mixing is not None,
-                use_input=bool(args.get("use_input", False)),
-                use_fm=args.get("use_fm"),
-            )
-        options["decoder_self_attention"] = "decoder_blocks.0.self_attn.qkv.weight" in state
-    return {
-        "kind": "mae" if is_mae else "crossmae",
-        "patch_size": patch_size,
-        "embed_dim": embed_dim,
-        "depth": depth,
-        "options": options,
-    }
+    told = weights._asdict()
+    for key in ("encoder", "behind", "left_out"):
+        told.pop(key)
+    metadata = {key: json.dumps(value) for key, value in told.items()}
+    metadata["format"] = ENCODER_FORMAT
+    save_safetensors({**weights.encoder, **weights.behind}, path, metadata)

@@ -1,0 +1,302 @@
+"""Export a trained encoder to timm, to Hugging Face, or to a file of its own.
+
+    python scripts/export_encoder.py --checkpoint C --format {timm,hf,safetensors} --output O
+
+timm: a .pth or .safetensors for `timm.create_model`; the log prints the line that loads it. hf: a
+folder for transformers' `from_pretrained`. safetensors: what was trained, under timm's names, for
+this project. Read are all the files that `util.weights.read_encoder` reads.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from main_pretrain import load_model
+from models_crossmae import MaskedAutoencoder
+from models_vit import NORM_EPS, SIZES, VisionTransformer, build_vit, find_size
+from util.arguments import Parser
+from util.errors import InputError
+from util.run import run_main, start_run
+from util.weight_files import save_safetensors, write_new
+from util.weights import (
+    HUGGING_FACE_PARTS,
+    EncoderWeights,
+    fit_encoder,
+    load_encoder,
+    read_encoder,
+    save_encoder,
+)
+
+# timm has no tiny ViT on patches of 4 px, but takes the patch side as an argument.
+TIMM_NAMES = {size: f"vit_{size}_224" for size in SIZES} | {"tiny_patch4": "vit_tiny_patch16_224"}
+# An MAE's decoder in a checkpoint of ours, and in a released one.
+MAE_DECODERS = {"decoder.embed.weight", "decoder_embed.weight"}
+
+_logger = logging.getLogger(__name__)
+
+
+def fold_probe(behind: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Make the head of a linear probe, a normalisation and a linear layer, one linear layer."""
+    if "head.0.running_var" not in behind:
+        return behind
+    scale = (behind["head.0.running_var"] + NORM_EPS).rsqrt()
+    weight = behind["head.1.weight"] * scale
+    bias = behind["head.1.bias"] - weight @ behind["head.0.running_mean"]
+    rest = {name: tensor for name, tensor in behind.items() if not name.startswith("head.")}
+    return {**rest, "head.weight": weight, "head.bias": bias}
+
+
+def build(weights: EncoderWeights, size: str, *, head: bool) -> VisionTransformer:
+    """A fresh model into which the weights go, with the head that they have, or without one."""
+    return build_vit(
+        SIZES[size],
+        img_size=weights.img_size,
+        in_chans=weights.in_chans,
+        num_classes=(weights.num_classes or 0) if head else 0,
+        pool="avg" if "fc_norm.weight" in weights.behind else "cls",
+    )
+
+
+def complete(weights: EncoderWeights, size: str, *, head: bool) -> VisionTransformer:
+    """Build the model of weights, with the norm of scale 1 and shift 0 where they have none.
+
+    Raises:
+        InputError: the weights do not fit a ViT of that size.
+    """
+    model = build(weights, size, head=head)
+    load_encoder(model, weights, head=head and weights.num_classes is not None)
+    return model.eval()
+
+
+def write_timm(weights: EncoderWeights, size: str, output: Path) -> None:
+    """Write a file that `timm.create_model` loads strictly, and log how.
+
+    Raises:
+        InputError: the suffix is neither .pth nor .safetensors, or the file cannot be written.
+    """
+    if output.suffix not in (".pth", ".safetensors"):
+        raise InputError(f"--output {output} of --format timm should end in .pth or .safetensors")
+    weights = weights._replace(behind=fold_probe(weights.behind))
+    model = complete(weights, size, head=True)
+    norms = [name for name in weights.behind if name in ("norm.weight", "fc_norm.weight")]
+    if not norms:
+        _logger.info("no final norm was trained: one of scale 1 and shift 0 is written")
+    state = model.state_dict()
+    if output.suffix == ".pth":
+        write_new(output, partial(torch.save, state))
+    else:
+        behind = {name: state[name] for name in state if name not in weights.encoder}
+        write_new(output, partial(save_encoder, weights._replace(behind=behind)))
+
+    name = TIMM_NAMES[size]
+    options = {"num_classes": weights.num_classes or 0, "img_size": model.img_size}
+    if model.img_size[0] == model.img_size[1]:
+        options["img_size"] = model.img_size[0]
+    if f"patch{model.patch_size}_" not in name:
+        options["patch_size"] = model.patch_size
+    if model.in_chans != 3:
+        options["in_chans"] = model.in_chans
+    if model.pool == "avg":
+        options["global_pool"] = "avg"
+    words = [repr(name), *(f"{key}={value!r}" for key, value in options.items())]
+    words.append(f"checkpoint_path={str(output)!r}")
+    _logger.info("timm.create_model(%s)", ", ".join(words))
+
+
+def hugging_face_names(
+    state: dict[str, Tensor], names: dict[str, str], *, layers: str
+) -> dict[str, Tensor]:
+    """Rename weights of timm's names to those in Hugging Face's files.
+
+    Args:
+        state: weights.
+        names: timm's name outside the blocks -> Hugging Face's, both without .weight and .bias.
+        layers: what comes before the number of a block, such as "encoder.layer".
+    """
+    renamed = {}
+    for name, tensor in state.items():
+        if not name.startswith("blocks."):
+            part, dot, kind = name.rpartition(".")
+            renamed[names[part] + dot + kind if part else names[name]] = tensor
+            continue
+        _, block, *parts, kind = name.split(".")
+        part = ".".join(parts)
+        split = {part: tensor}
+        if part == "attn.qkv":
+            split = dict(zip(("attn.q", "attn.k", "attn.v"), tensor.chunk(3), strict=True))
+        for ours, piece in split.items():
+            renamed[f"{layers}.{block}.{HUGGING_FACE_PARTS[ours][0]}.{kind}"] = piece
+    return renamed
+
+
+ENCODER_NAMES = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+}
+DECODER_NAMES = {
+    "mask_token": "decoder.mask_token",
+    "pos_embed": "decoder.decoder_pos_embed",
+    "embed": "decoder.decoder_embed",
+    "norm": "decoder.decoder_norm",
+    "pred": "decoder.decoder_pred",
+}
+
+
+def vit_config(weights: EncoderWeights, size: str) -> dict:
+    """The config.json of a ViTModel."""
+    height, width = weights.img_size
+    patch_size, embed_dim, depth = weights.shape
+    return {
+        "architectures": ["ViTModel"],
+        "model_type": "vit",
+        "hidden_size": embed_dim,
+        "num_hidden_layers": depth,
+        "num_attention_heads": SIZES[size].num_heads,
+        "intermediate_size": 4 * embed_dim,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.02,
+        "layer_norm_eps": NORM_EPS,
+        "image_size": height if height == width else [height, width],
+        "patch_size": patch_size,
+        "num_channels": weights.in_chans,
+        "qkv_bias": True,
+        "torch_dtype": "float32",
+    }
+
+
+def mae_config(model: MaskedAutoencoder, mask_ratio: float) -> dict:
+    """What the config.json of a ViTMAEForPreTraining has beside and instead of a ViTModel's."""
+    block = model.decoder.blocks[0]
+    return {
+        "architectures": ["ViTMAEForPreTraining"],
+        "model_type": "vit_mae",
+        "decoder_hidden_size": block.norm1.weight.shape[0],
+        "decoder_num_hidden_layers": len(model.decoder.blocks),
+        "decoder_num_attention_heads": block.attn.num_heads,
+        "decoder_intermediate_size": block.mlp.fc1.out_features,
+        "mask_ratio": mask_ratio,
+        "norm_pix_loss": model.norm_pix_loss,
+    }
+
+
+def processor_config(weights: EncoderWeights) -> dict:
+    """The preprocessor_config.json: images of the right size, normalised as in training."""
+    if weights.mean is None or weights.std is None:
+        _logger.info("the checkpoint tells no normalisation: ImageNet's is written")
+    height, width = weights.img_size
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": weights.mean or list(IMAGENET_DEFAULT_MEAN),
+        "image_std": weights.std or list(IMAGENET_DEFAULT_STD),
+    }
+
+
+def write_folder(state: dict[str, Tensor], config: dict, processor: dict, folder: Path) -> None:
+    """Write the three files of a Hugging Face model."""
+    folder.mkdir()
+    save_safetensors(state, folder / "model.safetensors", {"format": "pt"})
+    files = {"config.json": config, "preprocessor_config.json": processor}
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_mae(checkpoint: Path, weights: EncoderWeights) -> tuple[MaskedAutoencoder, dict] | None:
+    """Load a whole model if it is one that ViTMAEForPreTraining computes; the log says if not."""
+    if not MAE_DECODERS & set(weights.left_out):
+        reason = "the checkpoint holds no MAE decoder that this project reads"
+    else:
+        model, training = load_model(checkpoint)
+        if model.decoder.inter_block_attention is not None:
+            reason = "ViTMAE has no inter-block attention"
+        elif model.encoder.img_size[0] != model.encoder.img_size[1]:
+            reason = "ViTMAE takes square images only"
+        else:
+            return model, training
+    _logger.info("exported as ViTModel, the encoder alone: %s", reason)
+    return None
+
+
+def write_hugging_face(checkpoint: Path, weights: EncoderWeights, size: str, output: Path) -> None:
+    """Write a folder for `from_pretrained`: of an MAE whole, of anything else the encoder.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    # Its layernorm acts on every token, as fc_norm does not.
+    behind = {name: t for name, t in weights.behind.items() if name.startswith("norm.")}
+    lost = [name for name in weights.behind if name not in behind]
+    if lost:
+        _logger.info("left out, as ViTModel ends before it: %s", ", ".join(lost))
+    model = complete(weights._replace(behind=behind), size, head=False)
+    mae = read_mae(checkpoint, weights)
+    config, prefix, decoder = vit_config(weights, size), "", {}
+    if mae is not None:
+        whole, training = mae
+        config |= mae_config(whole, training["mask_ratio"])
+        prefix = "vit."
+        theirs = whole.decoder.state_dict().items()
+        parts = {name: t for name, t in theirs if not name.startswith("context_norm.")}
+        decoder = hugging_face_names(parts, DECODER_NAMES, layers="decoder.decoder_layers")
+    elif not behind:
+        _logger.info("no final norm was trained: one of scale 1 and shift 0 is written")
+    encoder = hugging_face_names(model.state_dict(), ENCODER_NAMES, layers="encoder.layer")
+    state = {**{prefix + name: tensor for name, tensor in encoder.items()}, **decoder}
+    write_new(output, partial(write_folder, state, config, processor_config(weights)))
+    option = "" if mae else ", add_pooling_layer=False"
+    architecture = config["architectures"][0]
+    _logger.info("transformers.%s.from_pretrained(%r%s)", architecture, str(output), option)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Export one checkpoint."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--checkpoint", required=True, help="of this project, a released one, timm's or a folder"
+    )
+    parser.add_argument(
+        "--format", required=True, choices=("timm", "hf", "safetensors"), help="%(choices)s"
+    )
+    parser.add_argument("--output", required=True, help="file, or folder of --format hf")
+    args = parser.parse_args(argv)
+    start_run(device="cpu", seed=0)
+    checkpoint, output = Path(args.checkpoint), Path(args.output)
+
+    weights = read_encoder(checkpoint)
+    try:
+        size = find_size(*weights.shape)
+    except ValueError as error:
+        raise InputError(f"{checkpoint} cannot be exported: {error}") from error
+    if args.format == "timm":
+        write_timm(weights, size, output)
+    elif args.format == "hf":
+        write_hugging_face(checkpoint, weights, size, output)
+    else:
+        if output.suffix != ".safetensors":
+            raise InputError(f"--output {output} should end in .safetensors")
+        fit_encoder(build(weights, size, head=False), weights, head=False)  # or be refused
+        write_new(output, partial(save_encoder, weights))
+    _logger.info("wrote %s", output)
+
+
+if __name__ == "__main__":
+    run_main(main)
