@@ -1,4 +1,4 @@
-"""The transformer parts equal timm's and PyTorch's."""
+"""The ViT and its parts equal timm's and PyTorch's, and start as in MAE."""
 
 from functools import partial
 
@@ -6,9 +6,27 @@ import pytest
 import timm.models.vision_transformer as timm_vit
 import torch
 import torch.nn.functional as F
+from runs import NANO, crossmae_nano, mae_nano
 
-from models_vit import Block, PatchEmbed, attend, layer_norm, split_heads, xavier_linear
+from models_vit import (
+    SIZES,
+    Block,
+    FeatureNorm,
+    PatchEmbed,
+    VisionTransformer,
+    attend,
+    build_vit,
+    choose_size,
+    find_size,
+    layer_norm,
+    make_linear_probe,
+    split_heads,
+    xavier_linear,
+)
 from util.patches import patchify
+from util.pos_embed import sincos_table
+
+vit_nano = partial(build_vit, NANO, num_classes=5)
 
 
 def test_block_equals_timms():
@@ -64,3 +82,195 @@ def test_linear_layers_and_norms_start_as_in_mae():
     assert norm.eps == 1e-6
     assert (norm.weight == 1).all()
     assert not norm.bias.any()
+
+
+# The classifier
+
+pools = pytest.mark.parametrize("pool", ["avg", "cls"])
+
+
+def both_vits(img_size, patch_size, pool, **options):
+    """Ours and timm's, both in float64 and with timm's weights."""
+    shape = {"patch_size": patch_size, "embed_dim": 24, "depth": 3, "num_heads": 3}
+    shape |= {"img_size": img_size, "num_classes": 5}
+    ours = VisionTransformer(**shape, in_chans=3, pool=pool, **options).double()
+    timms_pool = {"avg": "avg", "cls": "token"}[pool]
+    theirs = timm_vit.VisionTransformer(**shape, global_pool=timms_pool, **options).double()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return ours, theirs
+
+
+@pools
+@pytest.mark.parametrize(("img_size", "patch_size"), [((12, 20), 4), ((224, 224), 16)])
+def test_classifier_equals_timms(img_size, patch_size, pool):
+    ours, theirs = both_vits(img_size, patch_size, pool)
+    images = torch.randn(2, 3, *img_size, dtype=torch.float64)
+    torch.testing.assert_close(ours(images), theirs(images))
+    torch.testing.assert_close(
+        ours.features(images), theirs.forward_head(theirs.forward_features(images), pre_logits=True)
+    )
+
+
+@pools
+def test_timms_classifier_takes_our_weights(pool):
+    ours, theirs = both_vits((8, 8), 4, pool)
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(ours(images), theirs(images))
+
+
+def test_without_classes_the_output_is_the_features():
+    model = vit_nano(num_classes=0, pool="cls")
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(model(images), model.features(images))
+    assert not any(name.startswith("head") for name in model.state_dict())
+
+
+def test_a_pool_that_is_unknown_is_refused():
+    with pytest.raises(ValueError, match="'max'"):
+        vit_nano(pool="max")
+
+
+@pools
+def test_classifier_starts_as_in_mae(pool):
+    model = vit_nano(num_classes=1000, pool=pool)
+    assert model.head.weight.std().item() == pytest.approx(2e-5, rel=0.02)
+    assert not model.head.bias.any()
+    assert torch.equal(model.pos_embed, sincos_table(32, (4, 4)))
+    norm = model.fc_norm if pool == "avg" else model.norm
+    assert norm.eps == 1e-6
+
+
+@pools
+def test_every_parameter_of_the_classifier_is_trained(pool):
+    model = vit_nano(pool=pool)
+    F.cross_entropy(model(torch.randn(2, 3, 16, 16)), torch.tensor([0, 3])).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pools
+@pytest.mark.parametrize("build", [crossmae_nano, mae_nano])
+def test_a_pretrained_encoder_is_all_but_norm_and_head(build, pool):
+    encoder, model = build().encoder, vit_nano(pool=pool)
+    missing, unexpected = model.load_state_dict(encoder.state_dict(), strict=False)
+    norm = "fc_norm" if pool == "avg" else "norm"
+    assert set(missing) == {
+        f"{layer}.{part}" for layer in (norm, "head") for part in ("weight", "bias")
+    }
+    assert unexpected == []
+    images = torch.randn(2, 3, 16, 16)
+    last = encoder(images)[-1]  # (B, 1+L, D)
+    pooled = last[:, 1:].mean(dim=1) if pool == "avg" else last[:, 0]
+    torch.testing.assert_close(model.features(images), F.layer_norm(pooled, (32,), eps=1e-6))
+
+
+# Drop path
+
+
+@pytest.mark.parametrize("depth", [1, 2, 12])
+def test_drop_path_rises_linearly_as_timms(depth):
+    shape = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": depth, "num_heads": 2}
+    ours = VisionTransformer(**shape, in_chans=3, num_classes=2, pool="avg", drop_path=0.3)
+    theirs = timm_vit.VisionTransformer(**shape, num_classes=2, drop_path_rate=0.3)
+    for block, timms in zip(ours.blocks, theirs.blocks, strict=True):
+        rates = [getattr(path, "drop_prob", 0.0) for path in (timms.drop_path1, timms.drop_path2)]
+        assert [block.drop_path.drop_prob] * 2 == pytest.approx(rates, abs=1e-7)
+    if depth > 1:
+        assert ours.blocks[0].drop_path.drop_prob == 0
+        assert ours.blocks[-1].drop_path.drop_prob == 0.3
+
+
+@pytest.mark.parametrize("branch", ["attn", "mlp"])
+def test_a_branch_is_left_out_or_scaled_for_each_image(branch):
+    block = Block(8, num_heads=2, drop_path=0.25)
+    silent = block.mlp.fc2 if branch == "attn" else block.attn.proj
+    torch.nn.init.zeros_(silent.weight)  # the other branch adds nothing
+    x = torch.randn(2000, 3, 8)
+    full = block.eval()(x) - x
+    got = block.train()(x) - x
+    left_out = got.flatten(1).eq(0).all(dim=1)
+    torch.testing.assert_close(got[~left_out], full[~left_out] / 0.75, rtol=1e-4, atol=1e-5)
+    assert left_out.float().mean().item() == pytest.approx(0.25, abs=0.03)
+
+
+def test_the_branches_of_a_block_are_left_out_independently():
+    block = Block(8, num_heads=2, drop_path=0.5)
+    x = torch.randn(2000, 3, 8)
+    unchanged = (block(x) == x).flatten(1).all(dim=1)  # both are left out
+    assert unchanged.float().mean().item() == pytest.approx(0.25, abs=0.03)
+
+
+def test_evaluation_drops_nothing():
+    model, images = vit_nano(pool="avg", drop_path=0.9), torch.randn(8, 3, 16, 16)
+    expected = vit_nano(pool="avg")
+    expected.load_state_dict(model.state_dict(), strict=True)
+    assert not torch.equal(model.features(images), model.features(images))
+    assert torch.equal(model.eval().features(images), expected.features(images))
+
+
+# Sizes
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_size_is_found_by_name_and_by_shape(name):
+    size = SIZES[name]
+    shape = (size.patch_size, size.embed_dim, size.depth)
+    assert find_size(*shape) == name
+    assert choose_size(None, shape) == name
+    assert choose_size(f"vit_{name}", None) == name
+    assert choose_size(f"vit_{name}", (1, 2, 3)) == name  # a name counts more
+
+
+def test_without_a_name_and_weights_the_size_is_vit_b():
+    assert SIZES[choose_size(None, None)][:4] == (16, 768, 12, 12)
+
+
+def test_a_shape_that_no_size_has_is_refused():
+    for find in (lambda: find_size(16, 768, 11), lambda: choose_size(None, (16, 768, 11))):
+        with pytest.raises(ValueError, match=r"11 blocks, 768 wide, .* 16 px is none of .*base"):
+            find()
+
+
+# The linear probe
+
+
+def test_feature_norm_equals_batch_norm():
+    ours = FeatureNorm(6).double()
+    theirs = torch.nn.BatchNorm1d(6, affine=False, eps=1e-6).double()
+    assert not list(ours.parameters())
+    for num_images in (8, 2, 5):
+        x = 3 * torch.randn(num_images, 6, dtype=torch.float64) + 1
+        torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+    x = torch.randn(1, 6, dtype=torch.float64)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+def test_a_single_image_is_normalised_by_the_running_statistics_and_leaves_them():
+    norm = FeatureNorm(6)
+    norm(3 * torch.randn(8, 6) + 1)
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    x = torch.randn(1, 6)
+    got = norm(x)
+    torch.testing.assert_close(norm.state_dict(), before, rtol=0, atol=0)
+    torch.testing.assert_close(got, norm.eval()(x))
+
+
+@pools
+def test_a_linear_probe_trains_its_head_alone(pool):
+    model, images = vit_nano(pool=pool), torch.randn(4, 3, 16, 16)
+    features = model.features(images).detach()
+    make_linear_probe(model, num_classes=2000)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"head.1.weight", "head.1.bias"}
+    assert model.head[1].weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert not model.head[1].bias.any()
+    assert torch.equal(model.features(images), features)
+    normalised = F.batch_norm(features, None, None, training=True, eps=1e-6)
+    torch.testing.assert_close(model(images), F.linear(normalised, model.head[1].weight))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from util.seeding import fold_seed, generator_for, seeded
+from util.seeding import fold_seed, generator_for, seed_everything, seeded
 
 
 @pytest.mark.parametrize(
@@ -98,3 +98,17 @@ def test_seeded_nests():
             draw_globally()
         got.append(draw_globally())
     assert got == expected
+
+
+def draw_at(*parts):
+    seed_everything(*parts)
+    return draw_globally()
+
+
+def test_seeding_everything_decides_every_global_generator():
+    first = draw_at("train", 0, 7, 1)
+    draw_globally()
+    assert draw_at("train", 0, 7, 1) == first
+    # Another seed, step, process or use.
+    for place in (("train", 1, 7, 1), ("train", 0, 8, 1), ("train", 0, 7, 0), ("a", 0, 7, 1)):
+        assert all(a != b for a, b in zip(draw_at(*place), first, strict=True)), place

@@ -42,6 +42,14 @@ def share(text: str) -> float:
     return value
 
 
+def positive_share(text: str) -> float:
+    """A number above 0, up to 1."""
+    value = share(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("0 is not above 0")
+    return value
+
+
 def positive_int(text: str) -> int:
     """A whole number from 1."""
     value = int(text)

@@ -42,7 +42,8 @@ def build_lars(model: nn.Module, *, weight_decay: float, momentum: float = 0.9) 
     """MAE's LARS for linear probing, of the parameters that are trained.
 
     Matrices get a trust ratio, vectors neither that nor weight decay. timm's LARS leaves the ratio
-    out wherever the decay is zero, which is the default here, unless told otherwise.
+    out wherever the decay is zero, unless told otherwise. With a decay, timm's ratio divides by
+    |g| + decay |w|, where MAE's has |g + decay w|; the recipe has none.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.ndim > 1]

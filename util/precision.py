@@ -76,8 +76,8 @@ class Precision:
             return
         try:
             with self.autocast():
-                loss = model(*inputs)
-            loss.backward()
+                output = model(*inputs)
+            output.sum().backward()
         except RuntimeError as error:
             raise InputError(
                 f"--attention_backend {self.attention_backend} cannot run this model on "

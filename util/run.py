@@ -103,17 +103,26 @@ def write_args(output_dir: Path, args: dict) -> dict[str, str]:
     if not is_main_process():
         return start["versions"]
     path = output_dir / "args.json"
-    temporary = path.with_suffix(".tmp")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({**start, "args": args}, indent=2) + "\n")
-        if path.exists():
-            when = time.strftime(TIME_FORMAT, time.localtime(path.stat().st_mtime))
-            path.rename(path.with_name(f"args-{when}.json"))
-        temporary.rename(path)
+        write_json(path, {**start, "args": args})
     except OSError as error:
         raise InputError(f"cannot write {path} ({error}): choose another --output_dir") from error
     return start["versions"]
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a record; an earlier one is kept beside it under its own time.
+
+    Raises:
+        OSError: it cannot be written; the earlier one is as it was.
+    """
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    if path.exists():
+        when = time.strftime(TIME_FORMAT, time.localtime(path.stat().st_mtime))
+        path.rename(path.with_name(f"{path.stem}-{when}{path.suffix}"))
+    temporary.rename(path)
 
 
 def log_settings(settings: dict) -> None:

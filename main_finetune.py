@@ -1,0 +1,500 @@
+"""Fine-tune an encoder on labels, train one from scratch, or evaluate a classifier.
+
+python main_finetune.py --finetune PRETRAINED --data_path IMAGES
+torchrun --nproc_per_node 8 main_finetune.py --finetune PRETRAINED --data_path IMAGES
+python main_finetune.py --eval --finetune FINETUNED --data_path IMAGES
+"""
+
+import argparse
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from timm.data import Mixup
+from timm.utils import ModelEmaV3
+
+from engine_finetune import describe, evaluate, report, train_one_epoch
+from models_vit import POOLS, SIZES, VisionTransformer, build_vit, choose_size
+from util.arguments import (
+    Parser,
+    add_data_args,
+    add_encoder_args,
+    add_optim_args,
+    add_precision_args,
+    add_run_args,
+    check_data_args,
+    check_warmup,
+    natural_float,
+    positive_int,
+    positive_share,
+    share,
+)
+from util.broken_images import BrokenImages
+from util.checkpoint import (
+    Progress,
+    TrainState,
+    newest_good_checkpoint,
+)
+from util.datasets import check_classes, default_dataset, open_heldout, open_pair
+from util.distributed import data_parallel, is_main_process, rank, world_size
+from util.errors import InputError, value_errors_are_input_errors
+from util.loaders import build_eval_loader, build_loaders
+from util.metrics import EpochMeters
+from util.optim import build_layer_decay_adamw
+from util.precision import Precision
+from util.run import log_settings, open_run, run_main, start_run
+from util.schedule import lr_schedule, scaled_lr
+from util.transforms import default_crop_share, eval_transform, finetune_transform
+from util.weights import input_format, load_encoder, read_encoder
+
+_logger = logging.getLogger(__name__)
+
+
+class Recipe(NamedTuple):
+    """What Table 11 and the authors' commands make depend on the model's size."""
+
+    epochs: int
+    blr: float
+    layer_decay: float
+    drop_path: float
+
+
+SMALL_RECIPE = Recipe(epochs=100, blr=5e-4, layer_decay=0.65, drop_path=0.1)
+RECIPES = {
+    "tiny_patch4": SMALL_RECIPE,
+    "tiny_patch16": SMALL_RECIPE,
+    "small_patch16": SMALL_RECIPE,
+    "base_patch16": SMALL_RECIPE,
+    "large_patch16": Recipe(epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.2),
+    "huge_patch14": Recipe(epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.3),
+}
+WARMUP_EPOCHS = 5  # and at most a tenth of the run
+AUGMENTATION = (
+    *("auto_augment", "color_jitter", "reprob", "remode", "recount"),
+    *("mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "mixup_mode", "smoothing"),
+)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line; defaults are the paper's (Table 11)."""
+    parser = Parser(
+        prog="main_finetune.py",
+        description="Fine-tune an encoder, train one from scratch, or evaluate a classifier.",
+    )
+    add_run_args(parser, output_dir="output/finetune", save_every=1)
+    add_data_args(parser, input_size=None, num_workers=min(10, os.cpu_count() or 1))
+    add_encoder_args(parser, models=[f"vit_{size}" for size in SIZES], pools=POOLS, pool="avg")
+    add_optim_args(
+        parser,
+        batch_size=128,
+        epochs=None,
+        blr=None,
+        weight_decay=0.05,
+        warmup_epochs=f"{WARMUP_EPOCHS}, at most EPOCHS / 10",
+        min_lr=1e-6,
+    )
+    add_precision_args(parser)
+
+    group = parser.add_argument_group("fine-tuning")
+    group.add_argument(
+        "--layer_decay", type=share, help="of the learning rate, per layer (by the model's size)"
+    )
+    group.add_argument(
+        "--drop_path", type=share, help="of the last block, rising from 0 (by the model's size)"
+    )
+    group.add_argument(
+        "--ema",
+        type=share,
+        metavar="DECAY",
+        help="keep a moving average of the weights, such as 0.9999, and evaluate that (off)",
+    )
+    group.add_argument(
+        "--eval", action="store_true", help="evaluate --finetune's or OUTPUT_DIR's classifier only"
+    )
+    group.add_argument(
+        "--crop_share",
+        type=positive_share,
+        help="of the image's side that is evaluated (224 / 256 up to 224 px, 1 above)",
+    )
+
+    group = parser.add_argument_group("augmentation")
+    group.add_argument(
+        "--auto_augment",
+        "--aa",
+        default="rand-m9-mstd0.5-inc1",
+        help="in timm's language, none for none (%(default)s)",
+    )
+    group.add_argument(
+        "--color_jitter", type=natural_float, help="strength, without --auto_augment (off)"
+    )
+    group.add_argument(
+        "--reprob", type=share, default=0.25, help="share of images erased in part (%(default)s)"
+    )
+    group.add_argument(
+        "--remode",
+        choices=("const", "rand", "pixel"),
+        default="pixel",
+        help="what erased pixels become (%(default)s)",
+    )
+    group.add_argument(
+        "--recount", type=positive_int, default=1, help="most erased regions (%(default)s)"
+    )
+    group.add_argument(
+        "--mixup", type=natural_float, default=0.8, help="alpha, 0 for none (%(default)s)"
+    )
+    group.add_argument(
+        "--cutmix", type=natural_float, default=1.0, help="alpha, 0 for none (%(default)s)"
+    )
+    group.add_argument(
+        "--mixup_prob", type=share, default=1.0, help="share of batches mixed (%(default)s)"
+    )
+    group.add_argument(
+        "--mixup_switch_prob",
+        type=share,
+        default=0.5,
+        help="share of those that are cut (%(default)s)",
+    )
+    group.add_argument(
+        "--mixup_mode",
+        choices=("batch", "pair", "elem"),
+        default="batch",
+        help="what shares one mixing ratio (%(default)s)",
+    )
+    group.add_argument(
+        "--smoothing", type=share, default=0.1, help="of labels over all classes (%(default)s)"
+    )
+    args = parser.parse_args(argv)
+    check_data_args(args)
+    if args.smoothing == 1:
+        raise InputError("--smoothing 1 would leave nothing of the labels: lower it")
+    if args.drop_path == 1:
+        raise InputError("--drop_path 1 would leave nothing of the last block: lower it")
+    return args
+
+
+def resolve_recipe(args: argparse.Namespace, size: str) -> Recipe:
+    """The recipe of a size, with what the command line gives instead."""
+    given = {name: getattr(args, name) for name in Recipe._fields}
+    return RECIPES[size]._replace(**{n: v for n, v in given.items() if v is not None})
+
+
+def find_classifier(args: argparse.Namespace) -> str | Path:
+    """The file that --eval is about.
+
+    Raises:
+        InputError: there is none.
+    """
+    if args.finetune:
+        return args.finetune
+    if args.resume not in ("auto", "none"):
+        return args.resume
+    path = newest_good_checkpoint(Path(args.output_dir), "finetune")
+    if path is None:
+        raise InputError(
+            f"--eval found no checkpoint in {args.output_dir}: name a fine-tuned one by --finetune"
+        )
+    return path
+
+
+def evaluate_only(args: argparse.Namespace, device: torch.device) -> None:
+    """Measure a fine-tuned classifier on the held-out images; nothing is written.
+
+    Raises:
+        InputError: the file holds no classifier, or it does not go with the images.
+    """
+    path = find_classifier(args)
+    weights = read_encoder(path)
+    if weights.num_classes is None:
+        raise InputError(f"{path} has no head to evaluate: fine-tune it first, without --eval")
+    with value_errors_are_input_errors(f"{path} cannot be evaluated"):
+        size = choose_size(args.model, weights.shape)
+    img_size, mean, std = input_format(
+        weights,
+        img_size=args.input_size,
+        mean=args.mean,
+        std=args.std,
+        default_size=SIZES[size].img_size,
+    )
+    transform = eval_transform(img_size, mean, std, args.crop_share or default_crop_share(img_size))
+    dataset = default_dataset(args.dataset, args.data_path, args.val_path)
+    val_set = open_heldout(
+        dataset, args.data_path, val_path=args.val_path, transform=transform, seed=args.seed
+    )
+    if val_set is None:
+        raise InputError(f"{dataset} has no held-out images to evaluate: name some by --val_path")
+    num_classes = check_classes(
+        None, val_set, args.num_classes or weights.num_classes, weights.classes
+    )
+    model = build_model(
+        size, img_size=img_size, num_classes=num_classes, pool=args.pool or weights.pool
+    ).to(device)
+    load_encoder(model, weights, head=True)
+    stats = evaluate(
+        model,
+        build_eval_loader(
+            val_set,
+            batch_size=args.batch_size,
+            rank=rank(),
+            world_size=world_size(),
+            num_workers=args.num_workers,
+            pin_memory=device.type == "cuda",
+        ),
+        device=device,
+        precision=Precision(args.amp, device, attention_backend=args.attention_backend),
+        broken=BrokenImages(len(val_set), args.max_broken),
+    )
+    _logger.info("%s: %s", path, describe(stats))
+
+
+def build_model(size: str, **options: object) -> VisionTransformer:
+    """Build a classifier.
+
+    Raises:
+        InputError: the sizes do not fit together.
+    """
+    with value_errors_are_input_errors(f"vit_{size} cannot be built"):
+        return build_vit(SIZES[size], **options)
+
+
+def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
+    """timm's mixup and CutMix; None if both are off."""
+    if not (args.mixup or args.cutmix) or not args.mixup_prob:
+        return None
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=0.0,  # cross-entropy smooths
+        num_classes=num_classes,
+    )
+
+
+def run_settings(
+    args: argparse.Namespace,
+    recipe: Recipe,
+    *,
+    data: dict[str, object],
+    model: dict[str, object],
+    batch_size: int,
+    lr: float,
+    warmup_epochs: float,
+    amp: str,
+) -> tuple[dict, dict]:
+    """What makes a run the run it is, and what may change when it is continued."""
+    identity = {
+        **model,
+        "--layer_decay": recipe.layer_decay,
+        "--drop_path": recipe.drop_path,
+        "--weight_decay": args.weight_decay,
+        **{f"--{name}": getattr(args, name) for name in AUGMENTATION},
+        "--ema": args.ema,
+        "--seed": args.seed,
+        **data,
+        "effective batch size": batch_size,
+    }
+    may_change = {
+        "--epochs": recipe.epochs,
+        "--warmup_epochs": warmup_epochs,
+        "lr": lr,
+        "--min_lr": args.min_lr,
+        "--clip_grad": args.clip_grad,
+        "--amp": amp,
+        "--data_path": args.data_path,
+    }
+    return identity, may_change
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Fine-tune from the start, or from where the last start was stopped."""
+    args = parse_args(argv)
+    device = start_run(device=args.device, seed=args.seed)
+    if args.eval:
+        evaluate_only(args, device)
+        return
+    output_dir = Path(args.output_dir)
+    log_dir = Path(args.log_dir or output_dir / "tensorboard")
+
+    weights = read_encoder(args.finetune) if args.finetune else None
+    with value_errors_are_input_errors("--finetune cannot be loaded"):
+        size = choose_size(args.model, weights and weights.shape)
+    recipe = resolve_recipe(args, size)
+    img_size, mean, std = input_format(
+        weights,
+        img_size=args.input_size,
+        mean=args.mean,
+        std=args.std,
+        default_size=SIZES[size].img_size,
+    )
+
+    dataset = default_dataset(args.dataset, args.data_path, args.val_path)
+    transforms = (
+        finetune_transform(
+            img_size,
+            mean,
+            std,
+            auto_augment=None if args.auto_augment == "none" else args.auto_augment,
+            color_jitter=args.color_jitter,
+            erase_prob=args.reprob,
+            erase_mode=args.remode,
+            erase_count=args.recount,
+        ),
+        eval_transform(img_size, mean, std, args.crop_share or default_crop_share(img_size)),
+    )
+    train_set, val_set = open_pair(
+        dataset,
+        args.data_path,
+        val_path=args.val_path,
+        transforms=transforms,
+        seed=args.seed,
+        num_samples=args.num_samples,
+        batch_size=args.batch_size,
+    )
+    num_classes = check_classes(train_set, val_set, args.num_classes)
+    loader, val_loader = build_loaders(
+        train_set,
+        val_set,
+        name=dataset,
+        batch_size=args.batch_size,
+        accum_iter=args.accum_iter,
+        seed=args.seed,
+        num_workers=args.num_workers,
+        device=device,
+    )
+    num_images, num_steps = loader.sampler.num_samples, loader.steps_per_epoch
+
+    pool = args.pool or "avg"
+    options = {
+        "img_size": list(img_size),
+        "num_classes": num_classes,
+        "pool": pool,
+        "drop_path": recipe.drop_path,
+    }
+    model = build_model(size, **options).to(device)
+    if weights is not None:
+        load_encoder(model, weights, head=False)
+
+    batch_size = loader.effective_batch_size
+    lr = args.lr or scaled_lr(recipe.blr, batch_size)
+    warmup_epochs = (
+        min(WARMUP_EPOCHS, recipe.epochs / 10) if args.warmup_epochs is None else args.warmup_epochs
+    )
+    check_warmup(warmup_epochs, recipe.epochs)
+    lr_at = lr_schedule(
+        lr=lr,
+        min_lr=args.min_lr,
+        warmup_epochs=warmup_epochs,
+        epochs=recipe.epochs,
+        steps_per_epoch=num_steps,
+    )
+    precision = Precision(
+        args.amp, device, clip_grad=args.clip_grad, attention_backend=args.attention_backend
+    )
+    precision.check_attention_backend(model, torch.zeros(1, 3, *img_size, device=device))
+    ema = None if args.ema is None else ModelEmaV3(model, decay=args.ema)
+    if args.compile:
+        precision.check_compiler()
+        model.compile()
+
+    # Where the run goes on, and whether it is still the same run.
+    state = TrainState(
+        model=model,
+        optimizer=build_layer_decay_adamw(
+            model,
+            weight_decay=args.weight_decay,
+            layer_decay=recipe.layer_decay,
+            betas=(0.9, 0.999),
+        ),
+        precision=precision,
+        progress=Progress(),
+        meters=EpochMeters(device),
+        broken=BrokenImages(num_images, args.max_broken),
+        ema=ema,
+    )
+    progress = state.progress
+    identity, may_change = run_settings(
+        args,
+        recipe,
+        model={
+            "--model": f"vit_{size}",
+            "hash of the weights it starts from": weights.hash() if weights else None,
+            "--input_size": list(img_size),
+            "--pool": pool,
+            "number of classes": num_classes,
+        },
+        data={
+            "--dataset": dataset,
+            "--mean": mean,
+            "--std": std,
+            **train_set.identity(),
+        },
+        batch_size=batch_size,
+        lr=lr,
+        warmup_epochs=warmup_epochs,
+        amp=precision.amp,
+    )
+    log_settings({**identity, **may_change})
+    checkpoints, run_log = open_run(
+        state,
+        loader,
+        kind="finetune",
+        output_dir=output_dir,
+        log_dir=log_dir,
+        resume=args.resume,
+        identity=identity,
+        recipe=may_change,
+        header={
+            "model_name": f"vit_{size}",
+            "model_options": options,
+            "mean": mean,
+            "std": std,
+            "classes": train_set.classes and list(train_set.classes),
+        },
+        args=vars(args),
+        every_minutes=args.save_every_minutes,
+        keep_last=args.keep_last,
+    )
+
+    parallel_model = data_parallel(model, device)
+    mixup = build_mixup(args, num_classes)
+    while progress.epoch < recipe.epochs:
+        stats = train_one_epoch(
+            parallel_model,
+            loader,
+            state,
+            mixup=mixup,
+            smoothing=args.smoothing,
+            num_classes=num_classes,
+            seed=args.seed,
+            device=device,
+            lr_at=lr_at,
+            log_every=args.log_every,
+            run_log=run_log,
+            checkpoints=checkpoints,
+        )
+        if val_loader:
+            stats |= evaluate(
+                model if ema is None else ema.module,
+                val_loader,
+                device=device,
+                precision=precision,
+                broken=BrokenImages(len(val_set), args.max_broken),
+            )
+        run_log.end_epoch(stats, epoch=progress.epoch, step=progress.step)
+        checkpoints.save_if_best(stats, by="val_top1")
+        if progress.epoch == recipe.epochs or progress.epoch % args.save_every == 0:
+            checkpoints.save()
+        else:
+            checkpoints.save_if_due()
+
+    run_log.close()
+    if is_main_process():
+        report(output_dir, "fine-tuning" if weights else "training from scratch")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,129 @@
+"""The loop over steps, on a model of one weight per pixel; the engines' tests have the rest."""
+
+import pytest
+import torch
+from test_engine_pretrain import CPU, PreparedLoader, Recorder, make_state
+from timm.utils import ModelEmaV3
+
+from util import training
+from util.errors import InputError
+from util.images import Batch
+from util.optim import build_adamw
+from util.training import check_labels, train_epoch
+
+NUM_PIXELS, NUM_CLASSES = 12, 3
+
+
+def make_model():
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(NUM_PIXELS, NUM_CLASSES))
+
+
+def sgd_state(model):
+    """Without momentum, so that a step shows its gradient."""
+    return make_state(model, optimizer=torch.optim.SGD(model.parameters(), lr=0))
+
+
+def make_loader(*steps):
+    """Random images in micro-batches of these sizes, step by step."""
+    return PreparedLoader(
+        [
+            [Batch(torch.randn(n, 3, 2, 2), torch.arange(n) % NUM_CLASSES, []) for n in sizes]
+            for sizes in steps
+        ]
+    )
+
+
+def errors_of(model, batch):
+    """Each image's loss."""
+    return torch.nn.functional.cross_entropy(model(batch.images), batch.labels, reduction="none")
+
+
+def train(model, loader, state, *, seen=None, num_classes=NUM_CLASSES, lr=0.1, **options):
+    """One epoch; `seen` takes down what the loss of each micro-batch is told."""
+    seen, recorder = [] if seen is None else seen, Recorder()
+
+    def start_step(step, num_images):
+        def loss_of(images, labels, first):
+            seen.append((step, num_images, len(images), first))
+            return errors_of(model, Batch(images, labels, [])).mean()
+
+        return loss_of
+
+    usual = {"log_every": 100, "run_log": recorder, "checkpoints": recorder, "device": CPU}
+    return train_epoch(
+        model,
+        loader,
+        state,
+        start_step=start_step,
+        lr_at=lambda _: lr,
+        num_classes=num_classes,
+        **usual | options,
+    )
+
+
+def test_the_loss_knows_its_place_in_the_step():
+    model, seen = make_model(), []
+    state = sgd_state(model)
+    state.progress.step, state.progress.epoch = 20, 2
+    train(model, make_loader((4, 4), (2, 1)), state, seen=seen)
+    # Step in the run, images of the step, images of the micro-batch, images before it.
+    assert seen == [(20, 8, 4, 0), (20, 8, 4, 4), (21, 3, 2, 0), (21, 3, 1, 2)]
+
+
+@pytest.mark.parametrize("sizes", [(5,), (4, 1), (1, 2, 2)])
+def test_every_image_of_a_step_weighs_the_same(sizes):
+    model = make_model()
+    loader = make_loader(sizes)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    errors = torch.cat([errors_of(model, batch) for batch in loader.prepared[0]])
+    gradients = torch.autograd.grad(errors.mean(), list(model.parameters()))
+    stats = train(model, loader, sgd_state(model))
+    assert stats["loss"] == pytest.approx(errors.mean().item(), rel=1e-6)
+    for parameter, weight, gradient in zip(model.parameters(), before, gradients, strict=True):
+        torch.testing.assert_close(parameter.detach(), weight - 0.1 * gradient)
+
+
+def test_the_stand_in_of_a_process_without_images_weighs_nothing(monkeypatch):
+    model, loader = make_model(), make_loader((1,))
+    before = model[1].weight.detach().clone()
+    for rank, weighs in ((1, False), (0, True)):  # of two processes that share one image
+        monkeypatch.setattr(training, "rank", lambda rank=rank: rank)
+        train(model, loader, sgd_state(model))
+        assert torch.equal(model[1].weight, before) != weighs
+
+
+def test_the_moving_average_equals_its_formula():
+    decay = 0.9
+    model = make_model()
+    state = make_state(model, optimizer=build_adamw(model, weight_decay=0.0, betas=(0.9, 0.95)))
+    state.ema = ModelEmaV3(model, decay=decay)
+    expected = {name: weight.clone() for name, weight in model.state_dict().items()}
+    loader = make_loader(*[(3, 2)] * 5)
+    for step in loader.prepared:
+        train(model, PreparedLoader([step]), state)
+        for name, weight in model.state_dict().items():
+            expected[name] = decay * expected[name] + (1 - decay) * weight
+        torch.testing.assert_close(state.ema.module.state_dict(), expected)
+    assert not torch.allclose(expected["1.weight"], model[1].weight)
+
+
+@pytest.mark.parametrize(("labels", "named"), [((0, 3, 4), 3), ((2, -1), -1), ((0, 255, 9), 255)])
+def test_a_label_that_is_no_class_is_refused_and_named(labels, named):
+    with pytest.raises(InputError, match=f"label {named}, which is none of 3 classes") as caught:
+        check_labels(torch.tensor(labels), 3)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_class_is_a_label():
+    check_labels(torch.tensor([0, 1, 2]), 3)
+
+
+def test_a_wrong_label_ends_training_before_the_step_and_unused_ones_are_not_read():
+    model, loader = make_model(), make_loader((4,), (4,))
+    loader.prepared[1][0].labels[2] = 7
+    state = sgd_state(model)
+    with pytest.raises(InputError, match="label 7"):
+        train(model, loader, state)
+    assert state.progress.step == 1
+    loader.prepared[1][0].labels[2] = -100  # which cross-entropy passes over
+    train(model, PreparedLoader(loader.prepared[1:]), sgd_state(model), num_classes=None)
