@@ -1,0 +1,249 @@
+"""Features of a whole data set, and k-NN and few-shot regression against scikit-learn."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from util import knn
+from util.broken_images import BrokenImages
+from util.errors import InputError
+from util.images import Batch, Digits, IndexedImages
+from util.knn import draw_shots, extract_features, knn_accuracy, knn_predict, logistic_accuracy
+from util.loaders import build_eval_loader
+from util.precision import Precision
+from util.transforms import eval_transform
+
+CPU = torch.device("cpu")
+FP32 = Precision("fp32", CPU)
+
+
+def digits():
+    """Training and held-out features and labels: real images, of 64 pixels."""
+    pixels, labels = load_digits(return_X_y=True)
+    features, labels = torch.tensor(pixels, dtype=torch.float32), torch.tensor(labels)
+    return features[:1200], labels[:1200], features[1200:], labels[1200:]
+
+
+def gaussians(dim=16, num_classes=5):
+    """Overlapping classes around random centres, with gaps between the labels."""
+    labels = torch.randint(num_classes, (400,))
+    centres = torch.randn(num_classes, dim)
+    features = centres[labels] + 1.5 * torch.randn(400, dim)
+    return features[:300], 3 * labels[:300] + 1, features[300:], 3 * labels[300:] + 1
+
+
+# k nearest neighbours
+
+
+@pytest.mark.parametrize("data", [digits, gaussians])
+@pytest.mark.parametrize("temperature", [0.07, 1.0])
+@pytest.mark.parametrize("similarities_at_once", [1, 30_000, 2**26])
+def test_knn_is_scikit_learns(monkeypatch, data, temperature, similarities_at_once):
+    train_features, train_labels, features, labels = data()
+    if similarities_at_once == 1:  # image by image
+        features, labels = features[:50], labels[:50]
+    monkeypatch.setattr(knn, "SIMILARITIES_AT_ONCE", similarities_at_once)
+    ks = (1, 10, 20, 100)
+    sets = (train_features, train_labels, features)
+    predicted = knn_predict(*sets, ks=ks, temperature=temperature, device=CPU)
+    accuracy = knn_accuracy(*sets, labels, ks=ks, temperature=temperature, device=CPU)
+    assert tuple(predicted) == tuple(accuracy) == ks
+    for k in ks:
+        oracle = KNeighborsClassifier(
+            n_neighbors=k, metric="cosine", weights=lambda d: np.exp((1 - d) / temperature)
+        ).fit(train_features.double(), train_labels)
+        assert predicted[k].tolist() == oracle.predict(features.double()).tolist()
+        assert accuracy[k] == pytest.approx(100 * oracle.score(features.double(), labels))
+
+
+def test_more_neighbours_than_images_are_all_images(caplog):
+    train_features, train_labels, features, _ = gaussians()
+    sets = (train_features, train_labels, features)
+    predicted = knn_predict(*sets, ks=(300, 1000), temperature=0.07, device=CPU)
+    assert torch.equal(predicted[1000], predicted[300])
+    assert "1000 neighbours are 300" in caplog.text
+
+
+def test_equal_votes_go_to_the_smallest_label():
+    train_features = torch.eye(3)
+    guess = knn_predict(
+        train_features, torch.tensor([7, 2, 5]), torch.ones(1, 3), ks=[3], temperature=1, device=CPU
+    )
+    assert guess[3].tolist() == [2]
+
+
+def test_low_temperatures_ask_the_nearest_alone():
+    train_features, train_labels, features, _ = digits()
+    options = {"temperature": 1e-9, "device": CPU}  # exp(1 / 1e-9) would be infinite
+    predicted = knn_predict(train_features, train_labels, features, ks=(1, 20), **options)
+    assert torch.equal(predicted[20], predicted[1])
+
+
+def test_the_precision_of_products_is_float32_and_stays_as_it_was(monkeypatch):
+    seen = []
+    topk = torch.Tensor.topk
+
+    def spy(self, k):
+        seen.append((self.dtype, torch.get_float32_matmul_precision()))
+        return topk(self, k)
+
+    monkeypatch.setattr(torch.Tensor, "topk", spy)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        knn_accuracy(*gaussians(), device=CPU)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == [(torch.float32, "highest")]
+
+
+# Logistic regression
+
+
+def oracle_accuracy(train_features, train_labels, features, labels):
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    return 100 * pipeline.fit(train_features, train_labels).score(features, labels)
+
+
+def test_logistic_regression_is_scikit_learns():
+    sets = digits()
+    accuracy = logistic_accuracy(*sets, shots=None, seed=0)
+    assert accuracy == pytest.approx(oracle_accuracy(*sets), abs=0.4)  # two of 597 images
+    assert accuracy > 85
+
+
+def test_shots_see_only_the_images_drawn():
+    train_features, train_labels, *held_out = digits()
+    chosen = draw_shots(train_labels, 5, seed=3)
+    accuracy = logistic_accuracy(train_features, train_labels, *held_out, shots=5, seed=3)
+    expected = oracle_accuracy(train_features[chosen], train_labels[chosen], *held_out)
+    assert accuracy == pytest.approx(expected, abs=0.4)
+    assert accuracy < logistic_accuracy(train_features, train_labels, *held_out, shots=None, seed=3)
+
+
+@pytest.mark.parametrize("shots", [1, 5, 20])
+def test_shots_are_as_many_of_each_class(shots):
+    labels = digits()[1]
+    chosen = draw_shots(labels, shots, seed=0)
+    assert labels[chosen].bincount().tolist() == [shots] * 10
+    assert len(chosen.unique()) == len(chosen)
+    assert set(chosen.tolist()) <= set(draw_shots(labels, shots + 1, seed=0).tolist())
+    assert torch.equal(chosen, draw_shots(labels, shots, seed=0))
+    assert not torch.equal(chosen, draw_shots(labels, shots, seed=1))
+
+
+def test_a_class_with_too_few_images_gives_all_and_is_told(caplog):
+    chosen = draw_shots(torch.tensor([4, 0, 4, 4, 0, 9]), 2, seed=0)
+    assert torch.tensor([4, 0, 4, 4, 0, 9])[chosen].tolist() == [0, 0, 4, 4, 9]
+    assert "2 shots: 1 classes have fewer" in caplog.text
+
+
+def test_a_regression_that_does_not_converge_is_told(monkeypatch, caplog, recwarn):
+    monkeypatch.setattr(knn, "MAX_ITER", 2)
+    logistic_accuracy(*gaussians(), shots=None, seed=0)
+    assert "not converged after 2 iterations" in caplog.text
+    assert not recwarn.list
+
+
+# Features
+
+
+def encode(images):
+    return images.mean(dim=1).flatten(1)  # (B, 16 * 16)
+
+
+def digits_loader(num_images, rank=0, world_size=1):
+    """One process's share of the first held-out digits."""
+    transform = eval_transform((16, 16), [0.5] * 3, [0.25] * 3)
+    dataset = IndexedImages(Digits("validation"), transform, seed=0)
+    dataset.num_samples = num_images
+    place = {"rank": rank, "world_size": world_size}
+    return build_eval_loader(dataset, batch_size=4, num_workers=0, pin_memory=False, **place)
+
+
+def extract(loader, *, encode=encode, precision=FP32, max_broken=1.0):
+    broken = BrokenImages(10, max_broken)
+    return extract_features(encode, loader, device=CPU, precision=precision, broken=broken)
+
+
+def test_features_come_in_order():
+    loader = digits_loader(30)
+    features, labels = extract(loader)
+    images = torch.stack([loader.dataset[0, i].image for i in range(30)])
+    assert features.dtype == torch.float32
+    assert torch.equal(features, encode(images))
+    assert labels.dtype == torch.int64
+    assert labels.tolist() == Digits("validation").labels[:30].tolist()
+
+
+def test_features_are_computed_under_autocast_and_without_a_graph():
+    linear = torch.nn.Linear(256, 8)
+    results = []
+
+    def record(images):
+        results.append(linear(encode(images)))
+        return results[-1]
+
+    features, _ = extract(digits_loader(5), encode=record, precision=Precision("bf16", CPU))
+    assert {result.dtype for result in results} == {torch.bfloat16}
+    assert not any(result.requires_grad for result in results)
+    assert features.dtype == torch.float32
+
+
+def one_batch(num_broken=0):
+    broken = [(f"{i}.png", "empty") for i in range(num_broken)]
+    return [Batch(torch.zeros(10, 3, 4, 4), torch.zeros(10, dtype=torch.int64), broken)]
+
+
+def test_broken_images_are_told_and_limited(caplog):
+    features, _ = extract(one_batch(num_broken=1), max_broken=0.1)
+    assert len(features) == 10
+    assert "0.png (empty)" in caplog.text
+    with pytest.raises(InputError, match="2 of 10 images"):
+        extract(one_batch(num_broken=2), max_broken=0.1)
+
+
+def test_features_that_are_not_finite_are_refused():
+    with pytest.raises(InputError, match="--amp fp32"):
+        extract(one_batch(), encode=lambda images: encode(images) / 0)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("num_images", [1, 2, 9, 30])
+def test_processes_share_the_images_and_have_all_features_in_order(
+    monkeypatch, world_size, num_images
+):
+    # Threads stand for the processes: each waits at the exchange until all have come.
+    ranks, rows = {}, [None] * world_size
+    barrier = threading.Barrier(world_size, timeout=30)
+
+    def stack(values):
+        rows[ranks[threading.get_ident()]] = values
+        barrier.wait()
+        stacked = torch.stack(rows)
+        barrier.wait()
+        return stacked
+
+    def process(rank):
+        barrier.wait()  # so that no thread stands for two
+        ranks[threading.get_ident()] = rank
+        return extract(digits_loader(num_images, rank, world_size))
+
+    monkeypatch.setattr(knn, "stack_over_processes", stack)
+    monkeypatch.setattr(knn, "ROWS_AT_ONCE", 3)
+    with ThreadPoolExecutor(world_size) as pool:
+        found = list(pool.map(process, range(world_size)))
+    monkeypatch.undo()
+    alone = extract(digits_loader(num_images))
+    for features, labels in found:
+        assert torch.equal(features, alone[0])
+        assert torch.equal(labels, alone[1])

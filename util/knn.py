@@ -1,0 +1,220 @@
+"""How much frozen features tell about labels: k nearest neighbours and logistic regression."""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from util.broken_images import BrokenImages
+from util.distributed import stack_over_processes
+from util.errors import InputError
+from util.images import Batch
+from util.precision import Precision
+from util.seeding import generator_for
+
+logger = logging.getLogger(__name__)
+
+ROWS_AT_ONCE = 4096  # of each process, when features are exchanged
+SIMILARITIES_AT_ONCE = 2**26  # 256 MiB
+MAX_ITER = 1000  # of logistic regression
+
+
+@torch.no_grad()
+def extract_features(
+    encode: Callable[[Tensor], Tensor],
+    loader: Iterable[Batch],
+    *,
+    device: torch.device,
+    precision: Precision,
+    broken: BrokenImages,
+) -> tuple[Tensor, Tensor]:
+    """Compute the features of a whole data set, shared between the processes.
+
+    Args:
+        encode: images (B, C, H, W) -> features (B, D), in evaluation mode.
+        loader: every image once; process r has the images r, r + world size, ...
+        device: where the encoder is.
+        precision: for autocast.
+        broken: keeps the books on images that cannot be read; others take their places.
+
+    Returns:
+        float32 features (N, D) and int64 labels (N,) on the CPU, in the order of the data set,
+        the same on every process.
+
+    Raises:
+        InputError: features are not finite, or too many images cannot be read.
+    """
+    features, labels = [torch.empty(0, 0)], [torch.empty(0, dtype=torch.int64)]
+    for batch in loader:
+        broken.add(batch.broken)
+        images = batch.images.to(device, non_blocking=True)  # (B, C, H, W)
+        with precision.autocast():
+            features.append(encode(images).float().cpu())  # (B, D)
+        labels.append(batch.labels)
+    broken.check()
+    # A process without an image does not know D: the first entry stands for it alone.
+    features = _interleaved(torch.cat(features[1:] or features), device)  # (N, D)
+    labels = _interleaved(torch.cat(labels).unsqueeze(1), device).squeeze(1)  # (N,)
+    if not features.isfinite().all():
+        raise InputError(
+            f"features computed in {precision.amp} are not finite: use --amp fp32, or other weights"
+        )
+    return features, labels
+
+
+def _interleaved(rows: Tensor, device: torch.device) -> Tensor:
+    """Row 0 of every process's (n, D), then row 1 of each, ...; the last processes may have fewer.
+
+    Args:
+        rows: on the CPU; D counts only where n > 0.
+        device: over which processes exchange tensors.
+    """
+    shapes = stack_over_processes(torch.tensor(rows.shape, device=device))  # (world size, 2)
+    most_rows, dim = shapes.amax(dim=0).tolist()
+    padded = rows.new_zeros(most_rows, dim)
+    if len(rows):
+        padded[: len(rows)] = rows
+    parts = [
+        stack_over_processes(part.to(device)).transpose(0, 1).flatten(0, 1).cpu()
+        for part in padded.split(ROWS_AT_ONCE)
+    ]
+    return torch.cat(parts)[: shapes[:, 0].sum()]
+
+
+def knn_predict(
+    train_features: Tensor,
+    train_labels: Tensor,
+    features: Tensor,
+    *,
+    ks: Sequence[int],
+    temperature: float,
+    device: torch.device,
+) -> dict[int, Tensor]:
+    """Label images by a vote of the k training images whose features point most alike.
+
+    A vote weighs exp(cosine similarity / temperature). Of labels with equal votes, the smallest
+    wins. Of training images that are equally similar at the k-th place, torch.topk chooses.
+
+    Args:
+        train_features: (N, D), float32.
+        train_labels: (N,), int64.
+        features: (M, D), float32, to be labelled.
+        ks: numbers of neighbours; one above N counts as N.
+        temperature: above 0; the lower, the more the nearest decide.
+        device: where to compute. All training features, but only SIMILARITIES_AT_ONCE of the
+            N x M similarities, are there at a time.
+
+    Returns:
+        k -> labels (M,), int64, on the CPU.
+    """
+    num_train = len(train_features)
+    largest_k = min(max(ks), num_train)
+    if max(ks) > num_train:
+        logger.warning("k-NN: %d neighbours are %d, the training images", max(ks), num_train)
+    classes, targets = train_labels.to(device).unique(return_inverse=True)  # (classes,), (N,)
+    train_features = F.normalize(train_features.to(device, torch.float32), dim=1)
+    predicted = {k: [] for k in ks}
+    with _exact_matmul():
+        for part in features.split(max(1, SIMILARITIES_AT_ONCE // num_train)):
+            directions = F.normalize(part.to(device, torch.float32), dim=1)
+            nearest = (directions @ train_features.T).topk(largest_k)
+            # Less the largest, so that no exponential overflows at low temperatures.
+            weights = ((nearest.values - nearest.values[:, :1]) / temperature).exp()
+            for k in predicted:
+                voters = targets[nearest.indices[:, :k]]  # (B, k)
+                votes = weights.new_zeros(len(part), len(classes))
+                votes.scatter_add_(1, voters, weights[:, :k])
+                predicted[k].append(classes[votes.argmax(dim=1)].cpu())
+    return {k: torch.cat(labels) for k, labels in predicted.items()}
+
+
+@contextmanager
+def _exact_matmul() -> Iterator[None]:
+    """Multiply float32 matrices in float32, not in TF32, which cannot tell close neighbours."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def knn_accuracy(
+    train_features: Tensor,
+    train_labels: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    *,
+    ks: Sequence[int] = (10, 20, 100),
+    temperature: float = 0.07,
+    device: torch.device,
+) -> dict[int, float]:
+    """Measure how often `knn_predict` finds the label, in percent, for each k."""
+    predicted = knn_predict(
+        train_features, train_labels, features, ks=ks, temperature=temperature, device=device
+    )
+    return {k: _percent_equal(guess, labels) for k, guess in predicted.items()}
+
+
+def logistic_accuracy(
+    train_features: Tensor,
+    train_labels: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    *,
+    shots: int | None,
+    seed: int,
+) -> float:
+    """Measure how often a logistic regression on standardised features finds the label.
+
+    Args:
+        train_features, train_labels: (N, D) and (N,), of at least two classes.
+        features, labels: (M, D) and (M,), to be measured on.
+        shots: training images of each class, see `draw_shots`; None takes all.
+        seed: decides which.
+
+    Returns:
+        Accuracy in percent.
+    """
+    if shots is not None:
+        chosen = draw_shots(train_labels, shots, seed=seed)
+        train_features, train_labels = train_features[chosen], train_labels[chosen]
+    regression = LogisticRegression(max_iter=MAX_ITER)
+    pipeline = make_pipeline(StandardScaler(), regression)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # said below, in the log
+        pipeline.fit(train_features.numpy(), train_labels.numpy())
+    if regression.n_iter_.max() >= MAX_ITER:
+        logger.warning("logistic regression: not converged after %d iterations", MAX_ITER)
+    return _percent_equal(torch.from_numpy(pipeline.predict(features.numpy())), labels)
+
+
+def draw_shots(labels: Tensor, shots: int, *, seed: int) -> Tensor:
+    """Draw so many images of every class, or all of a class that has fewer.
+
+    With one seed, fewer shots are a subset of more.
+
+    Returns:
+        Their indices, int64, class by class.
+    """
+    generator = generator_for("shots", seed)
+    chosen, num_short = [], 0
+    for label in labels.unique():
+        ids = (labels == label).nonzero().flatten()
+        chosen.append(ids[torch.randperm(len(ids), generator=generator)[:shots]])
+        num_short += len(ids) < shots
+    if num_short:
+        logger.warning("%d shots: %d classes have fewer images, all are taken", shots, num_short)
+    return torch.cat(chosen)
+
+
+def _percent_equal(guesses: Tensor, labels: Tensor) -> float:
+    return 100 * (guesses == labels).double().mean().item()
