@@ -12,7 +12,8 @@ from util.checkpoint import TrainState
 from util.distributed import rank, stack_over_processes, world_size
 from util.figures import MOMENTS_NOTE, draw_figure, reconstruction_panels
 from util.images import Batch
-from util.loaders import StepLoader
+from util.knn import extract_features, knn_accuracy
+from util.loaders import Batches, StepLoader
 from util.masking import TokenSplit
 from util.patches import denormalize_patches
 from util.precision import Precision
@@ -176,3 +177,34 @@ def draw_reconstructions(
     originals = denormalize(images, mean, std)
     panels = reconstruction_panels(originals, pixels, split, model.encoder.patch_size)
     return draw_figure(panels, note=MOMENTS_NOTE if model.norm_pix_loss else "")
+
+
+def measure_knn(
+    encoder: nn.Module,
+    train_loader: Batches,
+    val_loader: Batches,
+    *,
+    device: torch.device,
+    precision: Precision,
+) -> dict[str, float]:
+    """Classify held-out images by their nearest training images in the encoder's features.
+
+    Args:
+        encoder: with `features(images) -> (B, D)`.
+        train_loader: this process's share of labelled training images, not augmented.
+        val_loader: the same of held-out images.
+        device: where the encoder is.
+        precision: for autocast.
+
+    Returns:
+        `knn10`, `knn20`, `knn100`: accuracy in percent with so many neighbours.
+    """
+    encoder.eval()
+    sets = []
+    for loader in (train_loader, val_loader):
+        broken = BrokenImages(len(loader.dataset), max_share=1.0)
+        sets += extract_features(
+            encoder.features, loader, device=device, precision=precision, broken=broken
+        )
+    accuracy = knn_accuracy(*sets, device=device)
+    return {f"knn{k}": percent for k, percent in accuracy.items()}

@@ -18,7 +18,13 @@ from torch import Tensor
 
 import models_crossmae
 import models_mae
-from engine_pretrain import draw_reconstructions, evaluate, heldout_split, train_one_epoch
+from engine_pretrain import (
+    draw_reconstructions,
+    evaluate,
+    heldout_split,
+    measure_knn,
+    train_one_epoch,
+)
 from models_crossmae import MaskedAutoencoder
 from models_vit import SIZES, ViTEncoder, find_size
 from util.arguments import (
@@ -32,6 +38,7 @@ from util.arguments import (
     check_data_args,
     check_masking_args,
     check_warmup,
+    natural_int,
     positive_int,
 )
 from util.broken_images import BrokenImages
@@ -40,11 +47,11 @@ from util.checkpoint import (
     TrainState,
     last_checkpoint,
 )
-from util.datasets import build_dataset, default_dataset, open_pair
-from util.distributed import data_parallel, is_main_process, world_size
+from util.datasets import check_classes, default_dataset, open_pair
+from util.distributed import data_parallel, is_main_process, rank, world_size
 from util.errors import InputError
 from util.images import IndexedImages
-from util.loaders import build_loaders
+from util.loaders import Batches, build_eval_loader, build_loaders
 from util.masking import TokenSplit, check_grid, count_tokens, split_tokens
 from util.metrics import EpochMeters, read_log
 from util.optim import build_adamw
@@ -61,6 +68,8 @@ MODELS: dict[str, Callable[..., MaskedAutoencoder]] = {
     **{f"mae_vit_{s}": getattr(models_mae, f"mae_vit_{s}") for s in SIZES},
 }
 NUM_SHOWN = 8  # images in the pictures of reconstructions
+KNN_EVERY = 20  # epochs
+KNN_IMAGES = {"training": 50_000, "held-out": 10_000}  # at most
 FIGURE = "reconstructions.png"
 
 _logger = logging.getLogger(__name__)
@@ -81,6 +90,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=positive_int,
         default=20,
         help="epochs between measurements of held-out loss and PSNR (%(default)s)",
+    )
+    group.add_argument(
+        "--knn_every",
+        type=natural_int,
+        help="epochs between measurements of k-NN accuracy, 0 for none (20 where images have "
+        "labels and some are held out)",
     )
     group.add_argument(
         "--visualize_every",
@@ -173,20 +188,75 @@ def open_datasets(
 
     The last two are None where there are none; without held-out images, training ones are drawn.
     """
-    source = {"data_path": args.data_path, "seed": args.seed}
     plain_transform = eval_transform(img_size, args.mean, args.std)
     train_set, val_set = open_pair(
         name,
-        **source,
+        args.data_path,
         val_path=args.val_path,
         transforms=(pretrain_transform(img_size, args.mean, args.std), plain_transform),
+        seed=args.seed,
         num_samples=args.num_samples,
         batch_size=args.batch_size,
     )
     shown_set = val_set
     if val_set is None and isinstance(train_set, IndexedImages):
-        shown_set = build_dataset(name, **source, split="train", transform=plain_transform)
+        shown_set = train_set.with_transform(plain_transform)
     return train_set, val_set, shown_set
+
+
+def check_knn_images(
+    train_set: IndexedImages | StreamedImages, val_set: IndexedImages | None
+) -> None:
+    """Refuse images that k-NN cannot be measured on."""
+    if val_set is None or not isinstance(train_set, IndexedImages):
+        raise InputError(
+            "--knn_every needs training images that are no stream, and held-out ones: name some "
+            "by --val_path, or leave it out"
+        )
+    check_classes(train_set, val_set, None)
+
+
+def build_knn_loaders(
+    args: argparse.Namespace,
+    train_set: IndexedImages | StreamedImages,
+    val_set: IndexedImages | None,
+    device: torch.device,
+) -> tuple[Batches, Batches] | None:
+    """Loaders of labelled images, training and held-out, not augmented; None for no k-NN.
+
+    Raises:
+        InputError: k-NN was asked for, and the images do not allow it.
+    """
+    if args.knn_every == 0:
+        return None
+    try:
+        check_knn_images(train_set, val_set)
+    except InputError:
+        if args.knn_every is None:
+            return None
+        raise
+    train_loader, val_loader = (
+        build_eval_loader(
+            images,
+            batch_size=args.batch_size,
+            rank=rank(),
+            world_size=world_size(),
+            num_workers=args.num_workers,
+            pin_memory=device.type == "cuda",
+            limit=limit,
+        )
+        for images, limit in (
+            (train_set.with_transform(val_set.transform), KNN_IMAGES["training"]),
+            (val_set, KNN_IMAGES["held-out"]),
+        )
+    )
+    return train_loader, val_loader
+
+
+def describe_knn(stats: dict[str, float]) -> str:
+    """What `measure_knn` measured, in words."""
+    values = ", ".join(f"{name[3:]}-NN {stats[name]:.1f} %" for name in stats if "knn" in name)
+    return f"accuracy on held-out images {values}"
 
 
 def summarize(output_dir: Path, log_dir: Path) -> None:
@@ -202,6 +272,8 @@ def summarize(output_dir: Path, log_dir: Path) -> None:
             "held-out loss %.4f, masked-patch PSNR %.2f dB over %d images",
             *(last["val_loss"], last["val_psnr"], last["val_images"]),
         )
+    if "knn10" in last:
+        _logger.info("pre-trained encoder: %s", describe_knn(last))
     _logger.info("checkpoint: %s", path)
     _logger.info("TensorBoard: %s", log_dir)
     if (output_dir / FIGURE).exists():
@@ -317,6 +389,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_workers=args.num_workers,
         device=device,
     )
+    knn_loaders = build_knn_loaders(args, train_set, val_set, device)
     num_images, num_steps = loader.sampler.num_samples, loader.steps_per_epoch
 
     model = build_model(args.model, options).to(device)
@@ -388,6 +461,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         shown_ids = [i * len(shown_set) // num_shown for i in range(num_shown)]
         shown_images = torch.stack([shown_set[0, i].image for i in shown_ids]).to(device)
         shown_split = heldout_split(shown_ids, **heldout)
+    if knn_loaders and progress.step == 0:
+        untrained = measure_knn(model.encoder, *knn_loaders, device=device, precision=precision)
+        run_log.log_scalars(untrained, 0, "epoch")
+        _logger.info("untrained encoder: %s", describe_knn(untrained))
 
     while progress.epoch < args.epochs:
         stats = train_one_epoch(
@@ -406,6 +483,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         is_last = progress.epoch == args.epochs
         if val_loader and (is_last or progress.epoch % args.eval_every == 0):
             stats |= evaluate(model, val_loader, **heldout, **pixels)
+        if knn_loaders and (is_last or progress.epoch % (args.knn_every or KNN_EVERY) == 0):
+            stats |= measure_knn(model.encoder, *knn_loaders, device=device, precision=precision)
         draws = is_main_process() and shown_set
         if draws and (is_last or progress.epoch % args.visualize_every == 0):
             figure = draw_reconstructions(model, shown_images, shown_split, **pixels)

@@ -267,6 +267,13 @@ class ViTEncoder(nn.Module):
         cls_token = (self.cls_token + self.pos_embed[:, :1]).flatten()  # (D,)
         return torch.cat((cls_token.expand(tokens.shape[0], 1, -1), tokens), dim=1)
 
+    def features(self, images: Tensor) -> Tensor:
+        """The mean of the last block's patch tokens, normalised; (B, C, H, W) -> (B, D).
+
+        What k-NN compares. The norm has no scale and shift, because an encoder has none.
+        """
+        return F.layer_norm(self(images)[-1][:, 1:].mean(dim=1), (self.embed_dim,), eps=NORM_EPS)
+
     def forward(self, images: Tensor, split: TokenSplit | None = None) -> list[Tensor]:
         """Encode the visible patches, or all of them.
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from runs import (
+    NANO,
     TINY,
     RunsCode,
     assert_identical,
@@ -25,9 +26,11 @@ from runs import (
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import main_knn
 import main_pretrain
 from engine_pretrain import evaluate, train_one_epoch
 from main_pretrain import MODELS, load_model, parse_args
+from models_vit import SIZES
 from util.checkpoint import list_checkpoints, read_checkpoint
 from util.errors import InputError
 from util.metrics import RunLog, read_log
@@ -158,11 +161,61 @@ def test_digits_from_start_to_end(tmp_path, capsys, nano):
     assert out.index("held-out loss") > out.index("saved")
     val_loss, val_psnr = log[-1]["val_loss"], log[-1]["val_psnr"]
     expected = f"held-out loss {val_loss:.4f}, masked-patch PSNR {val_psnr:.2f} dB over 360 images"
-    *_, summary, checkpoint, tensorboard, figure = out.splitlines()
+    *_, summary, knn, checkpoint, tensorboard, figure = out.splitlines()
     assert summary.endswith(expected)
     assert checkpoint.endswith(f"checkpoint: {tmp_path}/checkpoint-e0002-s000000.pth")
+    assert f"10-NN {log[-1]['knn10']:.1f} %" in knn
     assert tensorboard.endswith(f"TensorBoard: {tmp_path}/tensorboard")
     assert figure.endswith(f"figure: {tmp_path}/reconstructions.png")
+
+
+def test_a_run_shows_whether_it_learns_by_nearest_neighbours(tmp_path, capsys, monkeypatch, nano):
+    monkeypatch.setitem(SIZES, "tiny_patch4", NANO)
+    argv = [*TINY, "--dataset", "digits", "--batch_size", 128, "--epochs", 4, "--lr", "3e-3"]
+    run(*argv, "--knn_every", 2, "--output_dir", tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for k in (10, 20, 100):
+        points = events.Scalars(f"epoch/knn{k}")
+        assert [point.step for point in points] == [0, 24, 48]  # the untrained encoder first
+        logged = [line.get(f"knn{k}") for line in read_log(tmp_path)]
+        assert logged == [
+            None,
+            pytest.approx(points[1].value),
+            None,
+            pytest.approx(points[2].value),
+        ]
+    assert "untrained encoder: accuracy on held-out images 10-NN" in capsys.readouterr().out
+
+    # The same as main_knn.py measures on the checkpoint.
+    argv = ["--finetune", list_checkpoints(tmp_path)[-1], "--dataset", "digits", "--no-logistic"]
+    argv += ["--amp", "fp32", "--crop_share", 1, "--num_workers", 0, "--output_dir", tmp_path]
+    run(*argv, main=main_knn.main)
+    report = json.loads((tmp_path / "knn.json").read_text())["results"]["pre-trained"]
+    assert report == {f"{k}-NN": read_log(tmp_path)[-1][f"knn{k}"] for k in (10, 20, 100)}
+
+
+def test_nearest_neighbours_change_nothing_in_training(tmp_path, images, nano):
+    states = []
+    for every in (0, 1):
+        folder = tmp_path / str(every)
+        run(*TINY, "--dataset", "digits", "--knn_every", every, "--output_dir", folder)
+        states.append(last_checkpoint(folder)["model"])
+    assert_identical(*states)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"), [([], "held-out ones"), (["--val_path", "VAL"], "no labels")]
+)
+def test_nearest_neighbours_need_labels_and_held_out_images(
+    tmp_path, capsys, nano, options, reason
+):
+    images = write_images(tmp_path / "images", 8)
+    places = {"VAL": write_images(tmp_path / "val", 3)}
+    argv = [*TINY, "--data_path", images, "--output_dir", tmp_path / "run"]
+    argv += [places.get(word, word) for word in options]
+    assert reason in refusal(capsys, *argv, "--knn_every", 1)
+    run(*argv)  # left to itself, a run does without
+    assert "knn10" not in read_log(tmp_path / "run")[-1]
 
 
 @pytest.mark.parametrize("model", [[], MAE])

@@ -1,5 +1,6 @@
 """Images that are known by their index, and the batches they come in."""
 
+import copy
 import hashlib
 import itertools
 import json
@@ -175,6 +176,12 @@ class IndexedImages(Dataset):
 
     def __len__(self) -> int:
         return self.num_samples
+
+    def with_transform(self, transform: Transform) -> "IndexedImages":
+        """The same images, otherwise prepared."""
+        images = copy.copy(self)
+        images.transform = transform
+        return images
 
     def name(self, index: int) -> str:
         """The image's file name, or its index where the source has no files."""

@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cached_property, partial
 
 import torch
@@ -148,15 +148,24 @@ def build_eval_loader(
     world_size: int,
     num_workers: int,
     pin_memory: bool,
-) -> Iterable[Batch]:
-    """Every image once, in order, without padding: rank r reads r, r + world_size, ... or none."""
-    keys = [(0, index) for index in range(rank, len(dataset), world_size)]
+    limit: int | None = None,
+) -> Batches:
+    """Every image once, in order, without padding: rank r reads r, r + world_size, ... or none.
+
+    Args:
+        dataset: the images.
+        batch_size: of this process.
+        rank, world_size: of the processes.
+        num_workers, pin_memory: of the DataLoader.
+        limit: read only so many images, spread over the data set.
+    """
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    keys = [(0, i * len(dataset) // count) for i in range(rank, count, world_size)]
     return Batches(
         dataset,
         batch_sampler=[keys[i : i + batch_size] for i in range(0, len(keys), batch_size)],
         num_workers=num_workers,
         pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
     )
 
 
