@@ -107,7 +107,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--logistic",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="logistic regression, which takes long on many images (on)",
+        help="logistic regression on all images, which takes long on many (on)",
     )
     group.add_argument(
         "--shots",
@@ -127,8 +127,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     check_data_args(args)
-    if args.shots and not args.logistic:
-        raise InputError("--shots are of the logistic regression: leave them or --no-logistic out")
     return args
 
 
@@ -160,7 +158,7 @@ def measure(
     sets = (*train, *held_out)
     accuracy = knn_accuracy(*sets, ks=args.k, temperature=args.temperature, device=device)
     results = {f"{k}-NN": percent for k, percent in accuracy.items()}
-    for shots in [None, *args.shots] if args.logistic else []:
+    for shots in [None] * args.logistic + args.shots:
         images = "all images" if shots is None else f"{shots} per class"
         results[f"logistic regression, {images}"] = logistic_accuracy(
             *sets, shots=shots, seed=args.seed

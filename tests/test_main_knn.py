@@ -168,7 +168,6 @@ REFUSED = {
     "--k 0": "0 is not at least 1",
     "--temperature 0": "0 is not above 0",
     "--shots 0": "0 is not at least 1",
-    "--shots 5 --no-logistic": "--shots",
     "--pool max": "invalid choice: 'max'",
     "--num_classes 2": "2 classes",
     "--attention_backend cudnn": "--attention_backend cudnn cannot run this model",

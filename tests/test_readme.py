@@ -2,13 +2,18 @@
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from runs import ROOT, run, write_images
 
+import main_finetune
+import main_knn
+import main_linprobe
 import main_pretrain
 from main_pretrain import parse_args
-from util.checkpoint import list_checkpoints
+from scripts import export_encoder
+from util.checkpoint import BEST_NAME, list_checkpoints
 
 README = (ROOT / "README.md").read_text()
 QUICKSTART = (ROOT / "scripts" / "quickstart.sh").read_text()
@@ -27,16 +32,41 @@ def commands(text):
 
 IN_README = [words for block in blocks("bash") for words in commands(block)]
 RUNS = [words for words in IN_README if "main_pretrain.py" in words]
+OTHER_MAINS = {
+    "main_finetune.py": main_finetune,
+    "main_linprobe.py": main_linprobe,
+    "main_knn.py": main_knn,
+}
+OTHER_RUNS = [words for words in IN_README if OTHER_MAINS.keys() & set(words)]
+EXPORTS = [words for words in IN_README if "scripts/export_encoder.py" in words]
+SNIPPETS = blocks("python")
 
 
-def arguments(words):
-    return parse_args(words[words.index("main_pretrain.py") + 1 :])
+def arguments(words, main="main_pretrain.py", parse=parse_args):
+    return parse(words[words.index(main) + 1 :])
 
 
 def test_every_kind_of_command_is_found():
     programs = {words[0] for words in IN_README}
     assert {"bash", "python", "torchrun", "source"} <= programs
     assert len(RUNS) >= 5
+    assert len(EXPORTS) == len(SNIPPETS) == 3
+    assert {main for main in OTHER_MAINS for words in OTHER_RUNS if main in words} == set(
+        OTHER_MAINS
+    )
+
+
+@pytest.mark.parametrize("words", OTHER_RUNS, ids=" ".join)
+def test_commands_of_the_other_mains_parse(words):
+    (name,) = OTHER_MAINS.keys() & set(words)
+    args = arguments(words, name, OTHER_MAINS[name].parse_args)
+    folders = {arguments(other).output_dir for other in RUNS}
+    folders |= {word.replace("output_dir ", "") for word in words if word.endswith("-finetuned")}
+    assert any(args.finetune.startswith(folder) for folder in folders)
+    if words[0] == "torchrun":
+        effective = int(words[words.index("--nproc_per_node") + 1])
+        effective *= args.batch_size * args.accum_iter
+        assert effective == {"main_finetune.py": 1024, "main_linprobe.py": 16384}[name]
 
 
 @pytest.mark.parametrize("words", RUNS, ids=" ".join)
@@ -71,7 +101,11 @@ def test_ablations_of_the_paper_parse(options):
 def test_flags_that_are_named_exist():
     flags = set(re.findall(r"`--(\w+)", README))
     assert {"resume", "save_every_minutes", "max_broken"} <= flags
-    assert flags <= vars(parse_args([])).keys()
+    mains = [main_pretrain, *OTHER_MAINS.values()]
+    known = set().union(
+        *(vars(main.parse_args(["--finetune", "x"] * (main != main_pretrain))) for main in mains)
+    )
+    assert flags <= known
 
 
 def test_scripts_and_files_that_are_named_exist():
@@ -93,25 +127,51 @@ def test_the_quickstart_parses():
     args = arguments([word for word in words if word != "$@"])
     assert args.dataset == "digits"
     assert args.output_dir == "output/quickstart"
+    (words,) = (words for words in commands(QUICKSTART) if "main_knn.py" in words)
+    args = arguments(words, "main_knn.py", main_knn.parse_args)
+    assert args.dataset == "digits"
+    assert args.untrained
 
 
-def test_the_encoder_is_used_as_shown(tmp_path, monkeypatch):
-    images = write_images(tmp_path / "images", 4)
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("readme")
+    images = write_images(folder / "images", 4)
     size = ["--model", "crossmae_vit_tiny_patch16", "--decoder_depth", 1]
     argv = [*size, "--data_path", images, "--batch_size", 4, "--epochs", 1, "--num_workers", 0]
-    run(*argv, "--output_dir", tmp_path)
-    (snippet,) = blocks("python")
-    snippet, num_replaced = re.subn(r'"output/[^"]*\.pth"', "path", snippet)
-    assert num_replaced == 1
-    names = {"path": list_checkpoints(tmp_path)[-1]}
+    run(*argv, "--output_dir", folder)
+    return list_checkpoints(folder)[-1]
+
+
+@pytest.fixture(scope="module")
+def places(checkpoint):
+    """Where the files that the README names are: each export is run as shown."""
+    found = {}
+    for words in EXPORTS:
+        words = [checkpoint if word.endswith(".pth") and "-e0" in word else word for word in words]
+        named = words[words.index("--output") + 1]
+        found[named] = checkpoint.parent / Path(named).name
+        argv = [found.get(word, word) for word in words[2:]]
+        run(*argv, main=export_encoder.main)
+    return found
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=["here", "timm", "hugging face"])
+def test_the_encoder_is_used_as_shown(snippet, checkpoint, places):
+    assert len([line for line in snippet.splitlines() if line and "import" not in line]) <= 5
+    for named, place in places.items():
+        snippet = snippet.replace(f'"{named}"', f'"{place}"')
+    snippet = re.sub(r'"output/[^"]*\.pth"', f'"{checkpoint}"', snippet)
+    snippet = snippet.replace("vit_base", "vit_tiny")
+    assert "output/" not in snippet.replace(str(checkpoint.parent), "")
+    names = {}
     exec(snippet, names)
-    assert names["features"].shape == (2, 1 + 196, 192)
-    assert "(2, 1 + 196, 768)" in snippet  # of a base model
-    assert {"mean", "std"} <= names["training"].keys()
+    shape = re.search(r"# \(([^)]*)\)", snippet)[1].replace("768", "192")  # of a tiny model
+    assert names["features"].shape == eval(f"({shape})")
 
 
 def test_the_names_of_checkpoints_are_as_shown(tmp_path):
-    for name in re.findall(r"checkpoint-[\w-]+\.pth", README):
+    for name in set(re.findall(r"checkpoint-[\w-]+\.pth", README)) - {BEST_NAME}:
         (tmp_path / name).touch()
         assert list_checkpoints(tmp_path) == [tmp_path / name]
 
