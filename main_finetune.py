@@ -29,7 +29,7 @@ from util.arguments import (
     check_warmup,
     natural_float,
     positive_int,
-    positive_share,
+    schedule_settings,
     share,
 )
 from util.broken_images import BrokenImages
@@ -39,9 +39,9 @@ from util.checkpoint import (
     newest_good_checkpoint,
 )
 from util.datasets import check_classes, default_dataset, open_heldout, open_pair
-from util.distributed import data_parallel, is_main_process, rank, world_size
+from util.distributed import data_parallel, is_main_process
 from util.errors import InputError, value_errors_are_input_errors
-from util.loaders import build_eval_loader, build_loaders
+from util.loaders import build_loaders, build_own_eval_loader
 from util.metrics import EpochMeters
 from util.optim import build_layer_decay_adamw
 from util.precision import Precision
@@ -113,11 +113,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument(
         "--eval", action="store_true", help="evaluate --finetune's or OUTPUT_DIR's classifier only"
-    )
-    group.add_argument(
-        "--crop_share",
-        type=positive_share,
-        help="of the image's side that is evaluated (224 / 256 up to 224 px, 1 above)",
     )
 
     group = parser.add_argument_group("augmentation")
@@ -234,13 +229,11 @@ def evaluate_only(args: argparse.Namespace, device: torch.device) -> None:
     load_encoder(model, weights, head=True)
     stats = evaluate(
         model,
-        build_eval_loader(
+        build_own_eval_loader(
             val_set,
             batch_size=args.batch_size,
-            rank=rank(),
-            world_size=world_size(),
             num_workers=args.num_workers,
-            pin_memory=device.type == "cuda",
+            device=device,
         ),
         device=device,
         precision=Precision(args.amp, device, attention_backend=args.attention_backend),
@@ -297,15 +290,9 @@ def run_settings(
         **data,
         "effective batch size": batch_size,
     }
-    may_change = {
-        "--epochs": recipe.epochs,
-        "--warmup_epochs": warmup_epochs,
-        "lr": lr,
-        "--min_lr": args.min_lr,
-        "--clip_grad": args.clip_grad,
-        "--amp": amp,
-        "--data_path": args.data_path,
-    }
+    may_change = schedule_settings(
+        args, epochs=recipe.epochs, warmup_epochs=warmup_epochs, lr=lr, amp=amp
+    )
     return identity, may_change
 
 

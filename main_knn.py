@@ -22,16 +22,15 @@ from util.arguments import (
     check_data_args,
     positive_float,
     positive_int,
-    positive_share,
     seed_number,
 )
 from util.broken_images import BrokenImages
 from util.datasets import check_classes, default_dataset, open_pair
-from util.distributed import is_main_process, rank, world_size
+from util.distributed import is_main_process
 from util.errors import InputError, value_errors_are_input_errors
 from util.images import IndexedImages
 from util.knn import extract_features, knn_accuracy, logistic_accuracy
-from util.loaders import build_eval_loader
+from util.loaders import build_own_eval_loader
 from util.precision import Precision
 from util.run import run_main, start_run, write_args, write_json
 from util.streams import StreamedImages
@@ -119,11 +118,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument(
         "--num_classes", type=positive_int, help="where the data do not tell (what they tell)"
-    )
-    group.add_argument(
-        "--crop_share",
-        type=positive_share,
-        help="of the image's side that is seen (224 / 256 up to 224 px, 1 above)",
     )
     args = parser.parse_args(argv)
     check_data_args(args)
@@ -220,13 +214,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def features_of(images: IndexedImages) -> Labelled:
         _logger.info("computing the features of %d images", len(images))
-        loader = build_eval_loader(
+        loader = build_own_eval_loader(
             images,
             batch_size=args.batch_size,
-            rank=rank(),
-            world_size=world_size(),
             num_workers=args.num_workers,
-            pin_memory=device.type == "cuda",
+            device=device,
         )
         broken = BrokenImages(len(images), args.max_broken)
         features, labels = extract_features(

@@ -22,7 +22,7 @@ from util.arguments import (
     add_run_args,
     check_data_args,
     check_warmup,
-    positive_share,
+    schedule_settings,
 )
 from util.broken_images import BrokenImages
 from util.checkpoint import Progress, TrainState
@@ -58,12 +58,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         warmup_epochs="EPOCHS / 9",
     )
     add_precision_args(parser)
-    group = parser.add_argument_group("evaluation")
-    group.add_argument(
-        "--crop_share",
-        type=positive_share,
-        help="of the image's side that is evaluated (224 / 256 up to 224 px, 1 above)",
-    )
     args = parser.parse_args(argv)
     check_data_args(args)
     check_warmup(args.warmup_epochs, args.epochs)
@@ -163,15 +157,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--seed": args.seed,
         "effective batch size": batch_size,
     }
-    recipe = {
-        "--epochs": args.epochs,
-        "--warmup_epochs": warmup_epochs,
-        "lr": lr,
-        "--min_lr": args.min_lr,
-        "--clip_grad": args.clip_grad,
-        "--amp": precision.amp,
-        "--data_path": args.data_path,
-    }
+    recipe = schedule_settings(
+        args, epochs=args.epochs, warmup_epochs=warmup_epochs, lr=lr, amp=precision.amp
+    )
     log_settings({**identity, **recipe})
     checkpoints, run_log = open_run(
         state,

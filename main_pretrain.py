@@ -40,6 +40,7 @@ from util.arguments import (
     check_warmup,
     natural_int,
     positive_int,
+    schedule_settings,
 )
 from util.broken_images import BrokenImages
 from util.checkpoint import (
@@ -48,10 +49,10 @@ from util.checkpoint import (
     last_checkpoint,
 )
 from util.datasets import check_classes, default_dataset, open_pair
-from util.distributed import data_parallel, is_main_process, rank, world_size
+from util.distributed import data_parallel, is_main_process, world_size
 from util.errors import InputError
 from util.images import IndexedImages
-from util.loaders import Batches, build_eval_loader, build_loaders
+from util.loaders import Batches, build_loaders, build_own_eval_loader
 from util.masking import TokenSplit, check_grid, count_tokens, split_tokens
 from util.metrics import EpochMeters, read_log
 from util.optim import build_adamw
@@ -236,13 +237,11 @@ def build_knn_loaders(
             return None
         raise
     train_loader, val_loader = (
-        build_eval_loader(
+        build_own_eval_loader(
             images,
             batch_size=args.batch_size,
-            rank=rank(),
-            world_size=world_size(),
             num_workers=args.num_workers,
-            pin_memory=device.type == "cuda",
+            device=device,
             limit=limit,
         )
         for images, limit in (
@@ -356,15 +355,9 @@ def run_settings(
         **data,
         "effective batch size": batch_size,
     }
-    recipe = {
-        "--epochs": args.epochs,
-        "--warmup_epochs": warmup_epochs,
-        "lr": lr,
-        "--min_lr": args.min_lr,
-        "--clip_grad": args.clip_grad,
-        "--amp": amp,
-        "--data_path": args.data_path,
-    }
+    recipe = schedule_settings(
+        args, epochs=args.epochs, warmup_epochs=warmup_epochs, lr=lr, amp=amp
+    )
     return identity, recipe
 
 

@@ -188,6 +188,12 @@ def add_data_args(
             default=list(imagenet) if input_size else None,
             help=f"of the channels, in 0 to 1 ({inherited}ImageNet's)",
         )
+    if input_size is None:
+        group.add_argument(
+            "--crop_share",
+            type=positive_share,
+            help="of the side of held-out images that is seen (224 / 256 up to 224 px, 1 above)",
+        )
     group.add_argument(
         "--max_broken",
         type=natural_float,
@@ -377,6 +383,21 @@ def check_warmup(warmup_epochs: float | None, epochs: int) -> None:
             f"--warmup_epochs {warmup_epochs:g} is not below --epochs {epochs}: the learning rate "
             "would never reach its peak"
         )
+
+
+def schedule_settings(
+    args: argparse.Namespace, *, epochs: int, warmup_epochs: float, lr: float, amp: str
+) -> dict:
+    """What may change when a run is continued, with the values that were found."""
+    return {
+        "--epochs": epochs,
+        "--warmup_epochs": warmup_epochs,
+        "lr": lr,
+        "--min_lr": args.min_lr,
+        "--clip_grad": args.clip_grad,
+        "--amp": amp,
+        "--data_path": args.data_path,
+    }
 
 
 def add_precision_args(parser: argparse.ArgumentParser) -> None:

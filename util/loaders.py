@@ -169,6 +169,25 @@ def build_eval_loader(
     )
 
 
+def build_own_eval_loader(
+    dataset: IndexedImages, *, device: torch.device, **options: int | None
+) -> Batches:
+    """`build_eval_loader` for this process: every image comes up on one of them.
+
+    Args:
+        dataset: the images.
+        device: where the batches go.
+        options: batch_size, num_workers and perhaps limit.
+    """
+    return build_eval_loader(
+        dataset,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        pin_memory=device.type == "cuda",
+        **options,
+    )
+
+
 def build_loaders(
     train_set: IndexedImages | StreamedImages,
     val_set: IndexedImages | None,
@@ -191,17 +210,22 @@ def build_loaders(
         num_workers: loader processes.
         device: where the batches go.
     """
-    options = {
-        "batch_size": batch_size,
-        "rank": distributed.rank(),
-        "world_size": distributed.world_size(),
-        "num_workers": num_workers,
-        "pin_memory": device.type == "cuda",
-    }
-    loader = build_train_loader(train_set, accum_iter=accum_iter, seed=seed, **options)
+    loader = build_train_loader(
+        train_set,
+        batch_size=batch_size,
+        accum_iter=accum_iter,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        seed=seed,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+    )
     logger.info(
         "%s: %d images, %d steps an epoch, %s images held out",
         *(name, loader.sampler.num_samples, loader.steps_per_epoch),
         len(val_set) if val_set else "no",
     )
-    return loader, build_eval_loader(val_set, **options) if val_set else None
+    if val_set is None:
+        return loader, None
+    sizes = {"batch_size": batch_size, "num_workers": num_workers}
+    return loader, build_own_eval_loader(val_set, **sizes, device=device)
