@@ -17,7 +17,7 @@ from timm.data import Mixup
 from timm.utils import ModelEmaV3
 
 from engine_finetune import describe, evaluate, report, train_one_epoch
-from models_vit import POOLS, SIZES, VisionTransformer, build_vit, choose_size
+from models_vit import POOLS, SIZES, VisionTransformer, build_vit, choose_size, make_linear_probe
 from util.arguments import (
     Parser,
     add_data_args,
@@ -41,6 +41,7 @@ from util.checkpoint import (
 from util.datasets import check_classes, default_dataset, open_heldout, open_pair
 from util.distributed import data_parallel, is_main_process
 from util.errors import InputError, value_errors_are_input_errors
+from util.images import names_hash
 from util.loaders import build_loaders, build_own_eval_loader
 from util.metrics import EpochMeters
 from util.optim import build_layer_decay_adamw
@@ -165,6 +166,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     check_data_args(args)
     if args.smoothing == 1:
         raise InputError("--smoothing 1 would leave nothing of the labels: lower it")
+    if args.ema == 1:
+        raise InputError("--ema 1 would never take in what is trained: lower it")
     if args.drop_path == 1:
         raise InputError("--drop_path 1 would leave nothing of the last block: lower it")
     return args
@@ -180,12 +183,13 @@ def find_classifier(args: argparse.Namespace) -> str | Path:
     """The file that --eval is about.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or there are two.
     """
-    if args.finetune:
-        return args.finetune
-    if args.resume not in ("auto", "none"):
-        return args.resume
+    resumed = None if args.resume in ("auto", "none") else args.resume
+    if args.finetune and resumed:
+        raise InputError("--eval takes one classifier: leave --finetune or --resume out")
+    if args.finetune or resumed:
+        return args.finetune or resumed
     path = newest_good_checkpoint(Path(args.output_dir), "finetune")
     if path is None:
         raise InputError(
@@ -204,6 +208,11 @@ def evaluate_only(args: argparse.Namespace, device: torch.device) -> None:
     weights = read_encoder(path)
     if weights.num_classes is None:
         raise InputError(f"{path} has no head to evaluate: fine-tune it first, without --eval")
+    if args.num_classes not in (None, weights.num_classes):
+        raise InputError(
+            f"{path} has a head of {weights.num_classes} classes: correct --num_classes "
+            f"{args.num_classes}, or leave it out"
+        )
     with value_errors_are_input_errors(f"{path} cannot be evaluated"):
         size = choose_size(args.model, weights.shape)
     img_size, mean, std = input_format(
@@ -213,22 +222,23 @@ def evaluate_only(args: argparse.Namespace, device: torch.device) -> None:
         std=args.std,
         default_size=SIZES[size].img_size,
     )
-    transform = eval_transform(img_size, mean, std, args.crop_share or default_crop_share(img_size))
+    crop_share = args.crop_share or weights.crop_share or default_crop_share(img_size)
+    transform = eval_transform(img_size, mean, std, crop_share)
     dataset = default_dataset(args.dataset, args.data_path, args.val_path)
     val_set = open_heldout(
         dataset, args.data_path, val_path=args.val_path, transform=transform, seed=args.seed
     )
     if val_set is None:
         raise InputError(f"{dataset} has no held-out images to evaluate: name some by --val_path")
-    num_classes = check_classes(
-        None, val_set, args.num_classes or weights.num_classes, weights.classes
-    )
+    num_classes = check_classes(None, val_set, weights.num_classes, weights.classes)
     model = build_model(
         size, img_size=img_size, num_classes=num_classes, pool=args.pool or weights.pool
-    ).to(device)
+    )
+    if weights.is_linear_probe:
+        make_linear_probe(model, num_classes)
     load_encoder(model, weights, head=True)
     stats = evaluate(
-        model,
+        model.to(device),
         build_own_eval_loader(
             val_set,
             batch_size=args.batch_size,
@@ -319,6 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     dataset = default_dataset(args.dataset, args.data_path, args.val_path)
+    crop_share = args.crop_share or default_crop_share(img_size)
     transforms = (
         finetune_transform(
             img_size,
@@ -330,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             erase_mode=args.remode,
             erase_count=args.recount,
         ),
-        eval_transform(img_size, mean, std, args.crop_share or default_crop_share(img_size)),
+        eval_transform(img_size, mean, std, crop_share),
     )
     train_set, val_set = open_pair(
         dataset,
@@ -412,6 +423,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "--input_size": list(img_size),
             "--pool": pool,
             "number of classes": num_classes,
+            "hash of the names of classes": names_hash(train_set.classes),
         },
         data={
             "--dataset": dataset,
@@ -439,6 +451,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "model_options": options,
             "mean": mean,
             "std": std,
+            "crop_share": crop_share,
             "classes": train_set.classes and list(train_set.classes),
         },
         args=vars(args),

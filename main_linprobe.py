@@ -29,6 +29,7 @@ from util.checkpoint import Progress, TrainState
 from util.datasets import check_classes, default_dataset, open_pair
 from util.distributed import data_parallel, is_main_process, same_buffers
 from util.errors import value_errors_are_input_errors
+from util.images import names_hash
 from util.loaders import build_loaders
 from util.metrics import EpochMeters
 from util.optim import build_lars
@@ -149,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--input_size": list(img_size),
         "--pool": pool,
         "number of classes": num_classes,
+        "hash of the names of classes": names_hash(train_set.classes),
         "--dataset": dataset,
         "--mean": mean,
         "--std": std,
@@ -175,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "model_options": options,
             "mean": mean,
             "std": std,
+            "crop_share": crop_share,
             "classes": train_set.classes and list(train_set.classes),
         },
         args=vars(args),

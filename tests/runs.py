@@ -15,9 +15,11 @@ import torch
 from PIL import Image
 
 import main_pretrain
+import models_vit
 from models_crossmae import build_crossmae
 from models_mae import build_mae
 from models_vit import ModelSize
+from util.metrics import RunLog, read_log
 from util.run import run_main
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +37,7 @@ def use_nano_models(monkeypatch):
     """Let the names of the tiny models stand for ones that train a step in milliseconds."""
     monkeypatch.setitem(main_pretrain.MODELS, "crossmae_vit_tiny_patch4", crossmae_nano)
     monkeypatch.setitem(main_pretrain.MODELS, "mae_vit_tiny_patch4", mae_nano)
+    monkeypatch.setitem(models_vit.SIZES, "tiny_patch4", NANO)
 
 
 class RunsCode:
@@ -56,6 +59,17 @@ def write_images(folder, num_images, size=20):
         noise = Image.fromarray(random.integers(0, 128, (5, 5, 3), np.uint8))
         pixels = ramp + np.asarray(noise.resize((size, size), Image.Resampling.BICUBIC))
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{index:03d}.png")
+    return folder
+
+
+CLASSES = {"apple": 12, "bear": 12, "cup": 13}
+
+
+def write_classes(folder):
+    """Class folders of 37 training images, in five steps of 8 an epoch, and 12 held-out ones."""
+    for number, (name, num_images) in enumerate(CLASSES.items(), start=3):
+        write_images(folder / "train" / name, num_images)
+        write_images(folder / "val" / name, number)
     return folder
 
 
@@ -88,6 +102,29 @@ def refusal(capsys, *argv, main=main_pretrain.main, code=2):
     _, found, sentence = message.strip().partition("error: ")
     assert found
     return sentence
+
+
+class StoppedError(Exception):
+    """What stops a run from outside."""
+
+
+def run_until(step, monkeypatch, *argv, main):
+    """A run that is stopped before it logs this step."""
+    log_step = RunLog.log_step
+
+    def stop_or_log(log, done, **values):
+        if done == step:
+            raise StoppedError
+        log_step(log, done, **values)
+
+    with monkeypatch.context() as patch, pytest.raises(StoppedError):
+        patch.setattr(RunLog, "log_step", stop_or_log)
+        run(*argv, main=main)
+
+
+def log_without_time(folder):
+    """The log of a run, as far as it has to repeat."""
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(folder)]
 
 
 def command(*argv, processes=None):

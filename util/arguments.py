@@ -397,6 +397,7 @@ def schedule_settings(
         "--clip_grad": args.clip_grad,
         "--amp": amp,
         "--data_path": args.data_path,
+        "--val_path": args.val_path,
     }
 
 

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
@@ -144,6 +144,13 @@ def class_names(reader: object) -> tuple[str, ...] | None:
     return None
 
 
+def names_hash(names: Sequence[str] | None) -> str | None:
+    """A short digest of names in their order; None for none."""
+    if names is None:
+        return None
+    return hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
+
+
 class IndexedImages(Dataset):
     """Images known by their index: what `[epoch, index]` gives depends on the seed alone.
 
@@ -200,8 +207,7 @@ class IndexedImages(Dataset):
         """
         count = min(len(self), 1000)
         names = [Path(self.name(i * len(self) // count)).name for i in range(count)]
-        digest = hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
-        return {"number of training images": len(self), "hash of their names": digest}
+        return {"number of training images": len(self), "hash of their names": names_hash(names)}
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         """The image at (epoch, index), or the next readable one in its place.

@@ -118,6 +118,8 @@ class EncoderWeights(NamedTuple):
     classes: list[str] | None = None
     pool: str | None = None
     """What a head classifies: "avg", the patch tokens' mean, or "cls", the class token."""
+    crop_share: float | None = None
+    """Of the side of held-out images that a classifier was evaluated on."""
     num_heads: int | None = None
     norm_eps: float | None = None
     left_out: tuple[str, ...] = ()
@@ -144,6 +146,11 @@ class EncoderWeights(NamedTuple):
         """Of the head; None where there is none."""
         head = (t for name, t in self.behind.items() if name.startswith("head.") and t.ndim == 2)
         return next((weight.shape[0] for weight in head), None)
+
+    @property
+    def is_linear_probe(self) -> bool:
+        """Whether the head normalises features first."""
+        return "head.0.running_var" in self.behind
 
     def hash(self) -> str:
         """A digest of all the weights: equal for equal ones, whatever file they come from."""
@@ -241,6 +248,7 @@ def _read_encoder(content: dict, path: Path) -> EncoderWeights:
         std=told.get("std") and [float(x) for x in told["std"]],
         classes=told.get("classes") if has_head else None,
         pool=told.get("pool") or (pool if has_head else None),
+        crop_share=told.get("crop_share"),
         num_heads=told.get("num_heads"),
         norm_eps=told.get("norm_eps"),
         left_out=tuple(left_out),
@@ -320,6 +328,7 @@ def _told_by_file(content: dict, path: Path) -> dict:
         "mean": content["mean"],
         "std": content["std"],
         "classes": content.get("classes"),
+        "crop_share": content.get("crop_share"),
     }
 
 

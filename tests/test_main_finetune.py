@@ -1,0 +1,801 @@
+"""Fine-tuning from the command line: what it starts from, leaves, continues, measures and refuses.
+
+As a script, this file is what torchrun starts: it runs main_finetune.py with small models.
+"""
+
+import argparse
+import re
+import sys
+
+import pytest
+import timm
+import torch
+from runs import (
+    NANO,
+    ROOT,
+    TINY,
+    StoppedError,
+    assert_identical,
+    command,
+    copied,
+    files_in,
+    finish,
+    log_without_time,
+    refusal,
+    run,
+    run_until,
+    start,
+    use_nano_models,
+    write_classes,
+    write_images,
+)
+
+import main_finetune
+import models_vit
+from main_finetune import Recipe, parse_args, resolve_recipe
+from models_vit import SIZES, ModelSize, build_vit
+from util.checkpoint import BEST_NAME, list_checkpoints, read_checkpoint
+from util.metrics import read_log
+
+QUICK = ["--batch_size", "8", "--epochs", "2", "--num_workers", "0", "--amp", "fp32"]
+QUICK += ["--device", "cpu"]
+SCRATCH = [*QUICK, "--model", "vit_tiny_patch4", "--input_size", "16"]
+EACH_STEP = ["--save_every_minutes", "0", "--log_every", "1", "--keep_last", "0"]
+PLAIN = ["--mixup", "0", "--cutmix", "0", "--drop_path", "0", "--reprob", "0"]
+PLAIN += ["--auto_augment", "none"]
+MEASURED = ("val_loss", "val_top1", "val_top5", "val_images")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_classes(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def pretrained(images, tmp_path_factory):
+    """A pre-training checkpoint with a mean of its own."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    with pytest.MonkeyPatch.context() as patch:
+        use_nano_models(patch)
+        argv = [*TINY, "--data_path", images, "--epochs", 1, "--mean", 0.4, 0.5, 0.6]
+        run(*argv, "--output_dir", folder)
+    return list_checkpoints(folder)[-1]
+
+
+@pytest.fixture(scope="module")
+def finished(images, pretrained, tmp_path_factory):
+    """The output folder of a finished run of three epochs, its arguments, and what it said."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        use_nano_models(patch)
+        argv = [*QUICK, "--finetune", pretrained, "--data_path", images]
+        argv += ["--epochs", 3, "--lr", 1e-3]
+        run(*argv, "--output_dir", folder, main=main_finetune.main)
+    return folder, argv
+
+
+@pytest.fixture(autouse=True)
+def nano(monkeypatch):
+    use_nano_models(monkeypatch)
+
+
+def finetune(*argv):
+    run(*argv, main=main_finetune.main)
+
+
+def refused(capsys, *argv):
+    return refusal(capsys, *argv, main=main_finetune.main)
+
+
+def last_checkpoint(folder):
+    return read_checkpoint(list_checkpoints(folder)[-1], "finetune")
+
+
+def state_of(folder):
+    """Everything that a run's last checkpoint would continue from, the best epoch, and the log."""
+    keys = ("model", "ema", "optimizer", "scaler", "progress", "meters", "broken")
+    checkpoint, best = last_checkpoint(folder), read_checkpoint(folder / BEST_NAME, "finetune")
+    return {
+        **{key: checkpoint[key] for key in keys},
+        "best": {key: best[key] for key in ("model", "ema", "progress")},
+        "log": log_without_time(folder),
+    }
+
+
+def assert_close(a, b, tolerance):
+    """Weights agree. Adam makes a gradient of zero a step of either sign, so: in the mean."""
+    assert list(a) == list(b)
+    for name in a:
+        assert (a[name] - b[name]).abs().mean() < tolerance, name
+
+
+# What a run starts from
+
+
+def nano_of(**changes):
+    return ModelSize(**{**NANO._asdict(), **changes})
+
+
+def timm_nano():
+    sizes = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 16}
+    return timm.create_model("vit_tiny_patch16_224", num_classes=5, **sizes).state_dict()
+
+
+def released_like():
+    """Weights as MAE's code stores them, with a decoder."""
+    state = build_vit(NANO, num_classes=0, pool="cls").state_dict()
+    state |= {"mask_token": torch.zeros(1, 1, 32), "decoder_embed.weight": torch.zeros(32, 32)}
+    return {"model": state, "optimizer": {}, "args": argparse.Namespace(norm_pix_loss=True)}
+
+
+WRITERS = {"released.pth": released_like, "timm.pth": timm_nano}
+SAID = {
+    "pretrained": ("the pre-training checkpoint of this project", "fc_norm.weight, fc_norm.bias"),
+    "released.pth": ("the released or timm weights", "left out: norm.weight, norm.bias"),
+    "timm.pth": ("the released or timm weights", "left out: norm.weight, norm.bias, head.weight"),
+}
+
+
+@pytest.mark.parametrize("source", SAID)
+def test_a_run_starts_from_the_weights_of_a_file_and_says_what_is_new(
+    tmp_path, images, pretrained, capsys, source
+):
+    path = pretrained
+    if source in WRITERS:
+        path = tmp_path / source
+        torch.save(WRITERS[source](), path)
+    argv = [*QUICK, "--finetune", path, "--data_path", images, "--epochs", 1]
+    # So small a rate changes nothing.
+    finetune(*argv, "--lr", 1e-30, "--min_lr", 0, "--output_dir", tmp_path / "run")
+    weights = main_finetune.read_encoder(path)
+    model = last_checkpoint(tmp_path / "run")["model"]
+    for name, tensor in weights.encoder.items():
+        assert torch.allclose(model[name], tensor, rtol=0, atol=1e-20), name
+    out = capsys.readouterr().out
+    assert all(words in out for words in SAID[source])
+    assert f"loaded {len(weights.encoder)} tensors of " in out
+    assert "new: fc_norm.weight, fc_norm.bias, head.weight, head.bias" in out
+    assert "fine-tuning, last epoch, 1: top-1" in out
+
+
+def test_the_norm_of_the_file_is_taken_where_its_pooling_is(tmp_path, images, capsys):
+    torch.save(released_like(), tmp_path / "released.pth")
+    argv = [*QUICK, "--finetune", tmp_path / "released.pth", "--data_path", images, "--epochs", 1]
+    finetune(*argv, "--pool", "cls", "--output_dir", tmp_path / "run")
+    assert "new: head.weight, head.bias\n" in capsys.readouterr().out
+    assert last_checkpoint(tmp_path / "run")["model_options"]["pool"] == "cls"
+
+
+def test_images_come_as_in_pre_training_unless_given(tmp_path, images, finished, pretrained):
+    checkpoint = last_checkpoint(finished[0])
+    assert checkpoint["mean"] == [0.4, 0.5, 0.6]
+    assert checkpoint["model_options"]["img_size"] == [16, 16]
+    argv = [*QUICK, "--finetune", pretrained, "--data_path", images, "--epochs", 1]
+    finetune(*argv, "--mean", 0, 0, 0, "--std", 1, 1, 1, "--output_dir", tmp_path)
+    assert (last_checkpoint(tmp_path)["mean"], last_checkpoint(tmp_path)["std"]) == (
+        [0] * 3,
+        [1] * 3,
+    )
+
+
+@pytest.mark.parametrize(("size", "grid"), [(["24"], "6 x 6"), (["24", "20"], "6 x 5")])
+def test_another_image_size_resamples_positions(tmp_path, images, pretrained, capsys, size, grid):
+    argv = [*QUICK, "--finetune", pretrained, "--data_path", images, "--epochs", 1]
+    finetune(*argv, "--input_size", *size, "--output_dir", tmp_path)
+    assert f"positions resampled from 4 x 4 patches to {grid}" in capsys.readouterr().out
+    rows, columns = map(int, grid.split(" x "))
+    assert last_checkpoint(tmp_path)["model"]["pos_embed"].shape == (1, 1 + rows * columns, 32)
+    finetune(*QUICK, "--eval", "--data_path", images, "--output_dir", tmp_path)
+    assert "over 12 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"embed_dim": 48}, "a ViT of 2 blocks, 48 wide, on patches of 4 px is none of the sizes"),
+        ({"patch_size": 8}, "a ViT of 2 blocks, 32 wide, on patches of 8 px is none of the sizes"),
+        ({"depth": 3}, "a ViT of 3 blocks, 32 wide, on patches of 4 px is none of the sizes"),
+    ],
+)
+def test_weights_of_no_known_size_are_refused(tmp_path, images, capsys, changes, reason):
+    torch.save(
+        build_vit(nano_of(**changes), num_classes=0, pool="cls").state_dict(), tmp_path / "w"
+    )
+    argv = [*QUICK, "--finetune", tmp_path / "w", "--data_path", images]
+    assert reason in refused(capsys, *argv, "--output_dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"embed_dim": 48}, "a width of 32 and the model a width of 48"),
+        ({"patch_size": 8}, "patches of 4 px and the model patches of 8 px"),
+        ({"depth": 3}, "2 blocks and the model 3 blocks"),
+    ],
+)
+def test_a_model_that_contradicts_the_file_is_refused_by_name(
+    tmp_path, images, pretrained, capsys, monkeypatch, changes, reason
+):
+    monkeypatch.setitem(SIZES, "tiny_patch16", nano_of(**changes))
+    argv = [*QUICK, "--finetune", pretrained, "--data_path", images, "--model", "vit_tiny_patch16"]
+    sentence = refused(capsys, *argv, "--output_dir", tmp_path / "run")
+    assert f"the pre-training checkpoint of this project has {reason}" in sentence
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fine_tuned_classifier_can_be_fine_tuned_with_a_new_head(tmp_path, finished, capsys):
+    argv = [*QUICK, *PLAIN, "--finetune", finished[0] / BEST_NAME, "--dataset", "digits"]
+    finetune(*argv, "--batch_size", 256, "--epochs", 1, "--output_dir", tmp_path)
+    out = capsys.readouterr().out
+    assert "new: head.weight, head.bias\n" in out
+    assert "left out: head.weight, head.bias\n" in out
+    assert last_checkpoint(tmp_path)["model_options"]["num_classes"] == 10
+    assert read_log(tmp_path)[-1]["val_images"] == 360
+
+
+# The recipe
+
+
+SMALL = Recipe(epochs=100, blr=5e-4, layer_decay=0.65, drop_path=0.1)
+LARGE = Recipe(epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.2)
+RELEASED = {
+    "tiny_patch4": SMALL,
+    "tiny_patch16": SMALL,
+    "small_patch16": SMALL,
+    "base_patch16": SMALL,
+    "large_patch16": LARGE,
+    "huge_patch14": LARGE._replace(drop_path=0.3),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_each_size_has_the_recipe_of_the_authors_commands_and_flags_come_first(size):
+    assert resolve_recipe(parse_args([]), size) == RELEASED[size]
+    for name, value in {"epochs": 7, "blr": 0.25, "layer_decay": 0.0, "drop_path": 0.0}.items():
+        args = parse_args([f"--{name}", str(value)])
+        assert resolve_recipe(args, size) == RELEASED[size]._replace(**{name: value})
+
+
+def test_defaults_are_those_of_table_11():
+    args = parse_args([])
+    assert (args.weight_decay, args.min_lr, args.pool) == (0.05, 1e-6, None)
+    assert (args.mixup, args.cutmix, args.smoothing, args.reprob) == (0.8, 1.0, 0.1, 0.25)
+    assert args.auto_augment == "rand-m9-mstd0.5-inc1"
+    assert (args.ema, args.clip_grad) == (None, None)
+
+
+def recipe_line(monkeypatch, capsys, *argv):
+    """What a run says that it is going to do, before it does anything."""
+
+    def stop(*args, **options):
+        raise StoppedError
+
+    with monkeypatch.context() as patch, pytest.raises(StoppedError):
+        patch.setattr(main_finetune, "open_run", stop)
+        finetune(*argv)
+    (line,) = re.findall(r" recipe: (.*)", capsys.readouterr().out)
+    return line
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        # blr x effective batch / 256; warm-up of 5 epochs, at most a tenth of the run
+        ([], {"epochs": 100, "lr": 5e-4 / 32, "warmup_epochs": 5, "layer_decay": 0.65}),
+        (["--epochs", "20"], {"epochs": 20, "warmup_epochs": 2, "drop_path": 0.1}),
+        (["--epochs", "20", "--warmup_epochs", "7"], {"warmup_epochs": 7}),
+        (["--model", "vit_large_patch16"], {"lr": 1e-3 / 32, "warmup_epochs": 5, "epochs": 50}),
+        (["--model", "vit_huge_patch14"], {"layer_decay": 0.75, "drop_path": 0.3}),
+        (["--accum_iter", "4"], {"effective batch size": 32, "lr": 5e-4 / 8}),
+        (["--blr", "0.1", "--batch_size", "16"], {"lr": 0.1 / 16}),
+        (["--lr", "0.3", "--accum_iter", "4"], {"lr": 0.3}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_run_says_its_recipe_with_what_was_resolved(
+    tmp_path, images, monkeypatch, capsys, argv, expected
+):
+    for name in SIZES:
+        monkeypatch.setitem(SIZES, name, NANO)
+    place = ["--data_path", images, "--output_dir", tmp_path / "run"]
+    options = [*SCRATCH[:2], *SCRATCH[4:], *argv]
+    line = recipe_line(monkeypatch, capsys, *options, *place)
+    said = {name: float(n) for name, n in re.findall(r"(\w[a-z_ ]*) ([\d.e-]+)(?:, |$)", line)}
+    assert {name: said[name] for name in expected} == pytest.approx(expected)
+    assert "auto_augment rand-m9-mstd0.5-inc1" in line
+
+
+def test_the_learning_rate_falls_by_layer_and_follows_the_schedule(finished):
+    groups = last_checkpoint(finished[0])["optimizer"]["param_groups"]
+    scales = {group["lr_scale"] for group in groups}
+    assert scales == {0.65**i for i in range(4)}  # head, two blocks, embeddings
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.05}
+    rate = read_log(finished[0])[-1]["lr"]
+    assert [group["lr"] for group in groups] == [rate * group["lr_scale"] for group in groups]
+    assert {group["betas"] for group in groups} == {(0.9, 0.999)}
+
+
+# A run from start to end
+
+
+def test_each_epoch_is_measured_and_last_and_best_are_told_apart(tmp_path, finished, capsys):
+    before, argv = finished
+    folder = copied(before, tmp_path / "again")
+    finetune(*argv, "--output_dir", folder)
+    out = capsys.readouterr().out
+    log = read_log(folder)
+    assert [line["epoch"] for line in log] == [1, 2, 3]
+    for line in log:
+        assert {"step", "loss", "grad_norm", "lr", "broken_images", *MEASURED} <= set(line)
+        assert line["val_images"] == 12
+        assert 0 <= line["val_top1"] <= line["val_top5"] == 100  # three classes
+    best = max(log, key=lambda line: line["val_top1"])
+    for name, line in {"last": log[-1], "best": best}.items():
+        numbers = f"top-1 {line['val_top1']:.2f} %, top-5 100.00 %, loss {line['val_loss']:.4f}"
+        assert f"fine-tuning, {name} epoch, {line['epoch']}: {numbers} over 12 images" in out
+    assert f"checkpoint of the best epoch: {folder}/checkpoint-best.pth" in out
+    assert out.endswith(f"checkpoint: {folder}/checkpoint-e0003-s000000.pth\n")
+    progress = read_checkpoint(folder / BEST_NAME, "finetune")["progress"]
+    assert progress["epoch"] == progress["best"]["epoch"] == best["epoch"]
+    assert last_checkpoint(folder)["progress"]["best"] == progress["best"]
+    # It had finished before: nothing was trained, and nothing has changed.
+    assert "nothing is left to train" in out
+    same = [name for name in files_in(before) if name.endswith((".pth", ".jsonl"))]
+    assert {n: files_in(folder)[n] for n in same} == {n: files_in(before)[n] for n in same}
+
+
+@pytest.mark.parametrize(("keep_last", "kept"), [(1, [3]), (2, [2, 3]), (0, [1, 2, 3])])
+def test_old_checkpoints_are_deleted_and_the_best_is_kept(tmp_path, finished, keep_last, kept):
+    argv = [*finished[1], "--keep_last", keep_last, "--output_dir", tmp_path]
+    finetune(*argv)
+    names = [f"checkpoint-e{epoch:04d}-s000000.pth" for epoch in kept]
+    assert [path.name for path in list_checkpoints(tmp_path)] == names
+    assert (tmp_path / BEST_NAME).is_file()
+
+
+def test_digits_from_scratch(tmp_path, capsys):
+    argv = [*SCRATCH, "--dataset", "digits", "--batch_size", 64, "--epochs", 2, "--lr", 1e-2]
+    finetune(*argv, *PLAIN, "--output_dir", tmp_path)
+    log = read_log(tmp_path)
+    assert log[-1]["val_images"] == 360
+    assert log[-1]["val_top1"] > 30  # 10 by chance
+    assert log[-1]["val_top1"] < log[-1]["val_top5"]
+    out = capsys.readouterr().out
+    assert "digits: 1437 images, 23 steps an epoch, 360 images held out" in out
+    assert "training from scratch, last epoch, 2" in out
+
+
+def test_without_held_out_images_a_run_says_so_and_trains(tmp_path, images, capsys):
+    argv = [*SCRATCH, "--data_path", images / "train", "--epochs", 1, "--output_dir", tmp_path]
+    finetune(*argv)
+    out = capsys.readouterr().out
+    assert "no images held out" in out
+    assert "top-1" not in out
+    assert "val_top1" not in read_log(tmp_path)[-1]
+    assert not (tmp_path / BEST_NAME).exists()
+
+
+def test_held_out_images_may_come_later(tmp_path, images, capsys):
+    argv = [*SCRATCH, "--data_path", images / "train", "--output_dir", tmp_path]
+    finetune(*argv, "--epochs", 1)
+    finetune(*argv, "--val_path", images / "val")
+    assert "best epoch, 2: top-1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--amp", "bf16"],
+        ["--smoothing", "0", "--accum_iter", "2"],
+        ["--mixup", "0"],
+        ["--cutmix", "0", "--mixup_mode", "elem"],
+        ["--mixup_mode", "pair", "--mixup_prob", "0.5", "--mixup_switch_prob", "0.9"],
+        ["--auto_augment", "none", "--color_jitter", "0.4"],
+        ["--auto_augment", "rand-m10-n9-inc1"],  # the strongest, which a default run draws at times
+        ["--aa", "augmix-m5-w4-d2", "--remode", "const", "--recount", "3", "--reprob", "1"],
+        ["--batch_size", "36", "--pool", "cls"],  # one image is left over
+        ["--nb_classes", "3", "--layer_decay", "1", "--crop_share", "1", "--num_workers", "1"],
+    ],
+    ids=" ".join,
+)
+def test_options_train_an_epoch_and_are_evaluated_again(tmp_path, images, capsys, options):
+    argv = [*SCRATCH, "--data_path", images, "--epochs", 1, *options, "--output_dir", tmp_path]
+    finetune(*argv)
+    assert_evaluates_as_logged(capsys, read_log(tmp_path)[-1], *argv)
+
+
+def test_gradients_are_clipped(tmp_path, images):
+    argv = [*SCRATCH, "--data_path", images, "--epochs", 1, "--clip_grad", 1e-6]
+    finetune(*argv, "--output_dir", tmp_path)
+    moments = last_checkpoint(tmp_path)["optimizer"]["state"].values()
+    assert 0 < sum(state["exp_avg"].norm() ** 2 for state in moments) < 1e-12
+    assert read_log(tmp_path)[-1]["grad_norm"] > 1e-3
+
+
+def test_accumulation_equals_the_large_batch(tmp_path, images):
+    argv = [*SCRATCH, *PLAIN, "--data_path", images, "--lr", 1e-3]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    finetune(*argv, "--output_dir", whole)
+    finetune(*argv, "--batch_size", 4, "--accum_iter", 2, "--output_dir", parts)
+    for line, expected in zip(log_without_time(parts), log_without_time(whole), strict=True):
+        assert line == pytest.approx(expected, rel=1e-4)
+    assert_close(last_checkpoint(parts)["model"], last_checkpoint(whole)["model"], 1e-5)
+
+
+# Starting again
+
+
+@pytest.mark.parametrize(
+    ("stops", "options"),
+    [
+        ([2], ["--ema", "0.9"]),
+        ([5, 6], ["--drop_path", "0.5"]),
+        ([3, 4, 9], ["--ema", "0.5", "--drop_path", "0.5", "--amp", "bf16"]),
+        ([2], ["--accum_iter", "2", "--mixup_mode", "elem"]),
+    ],
+)
+def test_a_stopped_run_continues_bit_for_bit(
+    tmp_path, monkeypatch, images, pretrained, stops, options
+):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    argv = [*QUICK, "--finetune", pretrained, "--data_path", images, "--lr", 1e-3, *options]
+    finetune(*argv, "--output_dir", whole)
+    for step in stops:
+        place = ["--output_dir", resumed]
+        run_until(step, monkeypatch, *argv, *EACH_STEP, *place, main=main_finetune.main)
+        assert last_checkpoint(resumed)["progress"]["step"] == step - 1
+    finetune(*argv, "--output_dir", resumed)
+    assert_identical(state_of(resumed), state_of(whole))
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_a_killed_run_continues_bit_for_bit(tmp_path, images):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    argv = [*SCRATCH, "--data_path", images, "--lr", 1e-3, "--ema", 0.9]
+    words = command(__file__, *argv, *EACH_STEP, "--output_dir", resumed)
+    with start(words, PYTHONPATH=str(ROOT)) as process:
+        num_saved = 0
+        for line in process.stdout:
+            num_saved += "saved" in line
+            if num_saved == 3:
+                process.kill()
+                break
+        else:
+            pytest.fail(f"it ended by itself: {process.stderr.read()}")
+    assert 3 <= last_checkpoint(resumed)["progress"]["step"] < 10
+    finetune(*argv, "--num_workers", 2, "--output_dir", resumed)
+    finetune(*argv, "--output_dir", whole)
+    assert_identical(state_of(resumed), state_of(whole))
+
+
+def test_a_longer_run_goes_on_with_a_warning_and_the_best_so_far(tmp_path, finished, capsys):
+    before, argv = finished
+    folder = copied(before, tmp_path / "longer")
+    kept = (folder / BEST_NAME).read_bytes()
+    progress = last_checkpoint(before)["progress"]
+    finetune(*argv, "--epochs", 4, "--lr", 0.01, "--output_dir", folder)
+    out = capsys.readouterr().out
+    assert "--epochs grew from 3 to 4: from epoch 3 on" in out
+    assert "continuing with a change: lr was 0.001 and is now 0.01" in out
+    log = read_log(folder)
+    assert log[:3] == read_log(before)
+    is_better = log[3]["val_top1"] > progress["best"]["val_top1"]
+    best = log[3] if is_better else progress["best"]
+    assert last_checkpoint(folder)["progress"]["best"]["epoch"] == best["epoch"]
+    assert ((folder / BEST_NAME).read_bytes() == kept) != is_better
+
+
+def test_data_may_move(tmp_path, images, finished, capsys):
+    before, argv = finished
+    folder = copied(before, tmp_path / "moved")
+    moved = copied(images, tmp_path / "images")
+    finetune(*argv, "--data_path", moved, "--output_dir", folder)
+    assert "continuing with a change: --data_path" in capsys.readouterr().out
+
+
+def test_labels_that_mean_another_class_are_refused(tmp_path, capsys):
+    for name in ("apple", "bear"):
+        write_images(tmp_path / "images" / name, 8)
+    argv = [*SCRATCH, "--data_path", tmp_path / "images", "--output_dir", tmp_path / "run"]
+    finetune(*argv, "--epochs", 1)
+    (tmp_path / "images" / "apple").rename(tmp_path / "images" / "crow")  # bear becomes the first
+    assert "classes" in refused(capsys, *argv)
+
+
+DIFFERENCES = {
+    "--finetune OTHER": "hash of the weights it starts from was '",
+    "--mixup 0.5": "--mixup was 0.8 and is now 0.5",
+    "--cutmix 0": "--cutmix was 1.0 and is now 0.0",
+    "--smoothing 0": "--smoothing was 0.1 and is now 0.0",
+    "--reprob 0": "--reprob was 0.25 and is now 0.0",
+    "--aa none": "--auto_augment was 'rand-m9-mstd0.5-inc1' and is now 'none'",
+    "--pool cls": "--pool was 'avg' and is now 'cls'",
+    "--drop_path 0.2": "--drop_path was 0.1 and is now 0.2",
+    "--layer_decay 0.75": "--layer_decay was 0.65 and is now 0.75",
+    "--weight_decay 0": "--weight_decay was 0.05 and is now 0.0",
+    "--ema 0.9": "--ema was None and is now 0.9",
+    "--seed 1": ": --seed was 0 and is now 1. ",  # and nothing else
+    "--batch_size 4": "effective batch size was 8 and is now 4",
+    "--input_size 24": "--input_size was [16, 16] and is now [24, 24]",
+    "--std 1 1 1": "--std was",
+    "--dataset digits": "number of classes was 3 and is now 10",
+    "--data_path FEWER": "number of training images was 37 and is now 36",
+    "--epochs 2": "--epochs 2 is below the 3",
+    "--mixup 0 --pool cls --seed 3": "--pool was 'avg' and is now 'cls'; --mixup was 0.8",
+    "--resume none": "would overwrite",
+}
+
+
+@pytest.mark.parametrize(("options", "difference"), DIFFERENCES.items(), ids=DIFFERENCES.keys())
+def test_arguments_that_contradict_the_checkpoint_are_refused_with_the_difference(
+    tmp_path, images, finished, capsys, options, difference
+):
+    before, argv = finished
+    folder = copied(before, tmp_path / "same")
+    torch.save(released_like(), tmp_path / "other.pth")
+    if "FEWER" in options:
+        copied(images, tmp_path / "fewer")
+        (tmp_path / "fewer" / "train" / "cup" / "000.png").unlink()
+    options = options.replace("OTHER", str(tmp_path / "other.pth"))
+    options = options.replace("FEWER", str(tmp_path / "fewer")).split()
+    sentence = refused(capsys, *argv, *options, "--output_dir", folder)
+    assert difference in sentence
+    assert files_in(folder) == files_in(before)
+
+
+def test_checkpoints_of_another_kind_are_no_start(tmp_path, finished, pretrained, capsys):
+    folder = copied(pretrained.parent, tmp_path / "pretrained")
+    for place in (
+        ["--output_dir", folder],
+        ["--resume", pretrained, "--output_dir", tmp_path / "x"],
+    ):
+        sentence = refused(capsys, *finished[1], *place)
+        assert "is no fine-tuning checkpoint of this project" in sentence
+    assert files_in(folder) == files_in(pretrained.parent)
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_best_epoch_is_no_checkpoint_to_continue(tmp_path, finished, capsys):
+    before, argv = finished
+    place = ["--resume", before / BEST_NAME, "--output_dir", tmp_path / "run"]
+    assert "start anew from these by --finetune" in refused(capsys, *argv, *place)
+    assert not (tmp_path / "run").exists()
+
+
+# Evaluation
+
+
+def measured(capsys, *argv):
+    """What --eval says, without the time, and from which file."""
+    capsys.readouterr()
+    finetune(*argv, "--eval")
+    path, numbers = re.findall(r"\d\d (\S+): (top-1 .*)", capsys.readouterr().out)[-1]
+    return path, numbers
+
+
+def logged(line):
+    top1, top5 = (f"top-{k} {line[f'val_top{k}']:.2f} %" for k in (1, 5))
+    return f"{top1}, {top5}, loss {line['val_loss']:.4f} over {line['val_images']} images"
+
+
+def assert_evaluates_as_logged(capsys, line, *argv):
+    assert measured(capsys, *argv)[1] == logged(line)
+
+
+WAYS = {
+    "OUTPUT_DIR": ["--output_dir", "RUN"],
+    "--finetune": ["--finetune", "LAST"],
+    "--resume": ["--resume", "LAST"],
+    "OUTPUT_DIR by --resume none": ["--output_dir", "RUN", "--resume", "none"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+def test_evaluation_gives_the_numbers_of_the_last_epoch_and_writes_nothing(
+    tmp_path, images, finished, capsys, monkeypatch, way
+):
+    folder = finished[0]
+    before, last = files_in(folder), list_checkpoints(folder)[-1]
+    places = {"RUN": folder, "LAST": last}
+    monkeypatch.chdir(tmp_path)
+    argv = [*QUICK, "--data_path", images, *(places.get(word, word) for word in way)]
+    path, numbers = measured(capsys, *argv)
+    assert path == str(last)
+    assert numbers == logged(read_log(folder)[-1])
+    assert files_in(folder) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_best_epoch_evaluates_as_logged(images, finished, capsys):
+    log = read_log(finished[0])
+    best = max(log, key=lambda line: line["val_top1"])
+    argv = [*QUICK, "--data_path", images, "--finetune", finished[0] / BEST_NAME]
+    assert_evaluates_as_logged(capsys, best, *argv)
+
+
+def test_no_training_images_are_needed(tmp_path, images, finished, capsys):
+    folder, _ = finished
+    copied(images / "val", tmp_path / "val")
+    for paths in (["--data_path", tmp_path], ["--val_path", images / "val"]):
+        argv = [*QUICK, *paths, "--output_dir", folder]
+        assert_evaluates_as_logged(capsys, read_log(folder)[-1], *argv)
+
+
+def test_the_moving_average_is_what_is_measured(tmp_path, images, pretrained, capsys):
+    argv = [*QUICK, "--finetune", pretrained, "--data_path", images, "--lr", 0.01, "--ema", 0.9]
+    finetune(*argv, "--output_dir", tmp_path / "run")
+    path = list_checkpoints(tmp_path / "run")[-1]
+    argv = [*QUICK, "--data_path", images]
+    assert_evaluates_as_logged(capsys, read_log(tmp_path / "run")[-1], *argv, "--finetune", path)
+    content = torch.load(path)
+    torch.save({**content, "ema": None}, tmp_path / "weights.pth")
+    last = measured(capsys, *argv, "--finetune", tmp_path / "weights.pth")[1]
+    assert last != logged(read_log(tmp_path / "run")[-1])
+
+
+def test_a_classifier_of_timms_is_evaluated(tmp_path, images, capsys):
+    state = timm_nano()
+    state["head.weight"], state["head.bias"] = torch.zeros(3, 32), torch.tensor([0.0, 1.0, 2.0])
+    torch.save(state, tmp_path / "timm.pth")
+    argv = [*QUICK, "--finetune", tmp_path / "timm.pth", "--data_path", images]
+    assert "top-1 41.67 %" in measured(capsys, *argv)[1]  # all five cups, of twelve
+
+
+UNFIT = {
+    "--finetune PRETRAINED": "has no head to evaluate",
+    "--output_dir EMPTY": "--eval found no checkpoint in",
+    "--output_dir RUN --resume nowhere.pth": "nowhere.pth is no file",
+    "--output_dir RUN --dataset digits": "the classes of the held-out images are not those of the",
+    "--output_dir RUN --val_path OTHER": "1 are missing (bear) and 1 are new (dog)",
+    "--output_dir RUN --val_path UNSORTED": "no labels",
+    "--output_dir RUN --data_path IMAGES/train": "no held-out images to evaluate",
+    "--output_dir RUN --num_classes 2": "has a head of 3 classes: correct --num_classes 2",
+    "--output_dir RUN --num_classes 5": "has a head of 3 classes: correct --num_classes 5",
+    "--output_dir RUN --pool cls": "with --pool cls the head cannot be used",
+    "--output_dir RUN --input_size 18": "patches of 4 px do not divide 18 x 18 px",
+    "--output_dir RUN --model vit_tiny_patch16": "and the model patches of 16 px",
+    "--finetune PRETRAINED --resume PRETRAINED": "leave --finetune or --resume out",
+    "--output_dir PRETRAINING": "is no fine-tuning checkpoint of this project",
+}
+
+
+@pytest.mark.parametrize(("options", "reason"), UNFIT.items(), ids=UNFIT.keys())
+def test_what_cannot_be_evaluated_is_refused(
+    tmp_path, images, finished, pretrained, capsys, options, reason
+):
+    for name in ("apple", "cup", "dog"):
+        write_images(tmp_path / "other" / name, 2)
+    places = {
+        "PRETRAINED": pretrained,
+        "PRETRAINING": pretrained.parent,
+        "EMPTY": tmp_path / "empty",
+        "RUN": finished[0],
+        "OTHER": tmp_path / "other",
+        "UNSORTED": write_images(tmp_path / "unsorted", 3),
+        "IMAGES/train": images / "train",
+    }
+    options = [places.get(word, word) for word in options.split()]
+    argv = [*QUICK, "--eval", "--data_path", images, "--output_dir", tmp_path / "run", *options]
+    before = files_in(finished[0])
+    assert reason in refused(capsys, *argv)
+    assert files_in(finished[0]) == before
+    assert not (tmp_path / "run").exists()
+
+
+# Several processes
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path, images, pretrained):
+    argv = [*QUICK, "--finetune", pretrained, "--data_path", images, "--lr", 1e-3]
+    argv += ["--mixup", 0, "--cutmix", 0, "--drop_path", 0]
+    one, two = tmp_path / "one", tmp_path / "two"
+    words = command(__file__, *argv, "--batch_size", 4, "--output_dir", two, processes=2)
+    process = start(words, PYTHONPATH=str(ROOT))
+    finetune(*argv, "--output_dir", one)
+    code, out, err = finish(process)
+    assert code == 0, out + err
+    assert len(read_log(two)) == 2
+    for line, expected in zip(log_without_time(two), log_without_time(one), strict=True):
+        assert line["val_images"] == 12
+        assert line == pytest.approx(expected, rel=1e-4)
+    assert_close(last_checkpoint(two)["model"], last_checkpoint(one)["model"], 1e-5)
+    assert out.count("fine-tuning, last epoch") == 1
+    names = [{re.sub(r"tfevents.*", "tfevents", name) for name in files_in(f)} for f in (one, two)]
+    assert names[0] == names[1]
+
+
+# What is refused
+
+
+REFUSED = {
+    "--finetune nowhere.pth": "nowhere.pth is no file",
+    "--finetune README.md": "README.md",
+    "--finetune EMPTY": "is a folder without",
+    "--model vit": "invalid choice: 'vit'",
+    "--model vit_tiny_patch16 --input_size 20": "patches of 16 px do not divide 20 x 20 px",
+    "--input_size 18": "patches of 4 px do not divide 18 x 18 px",
+    "--input_size 16 16 16": "--input_size takes one side, or a height and a width",
+    "--pool max": "invalid choice: 'max'",
+    "--num_classes 2": "a head of 2 classes does not fit the 3 of the training images",
+    "--nb_classes 4": "a head of 4 classes does not fit the 3 of the training images",
+    "--num_classes 0": "0 is not at least 1",
+    "--ema 1": "--ema 1 would never take in",
+    "--val_path OTHER": "1 are missing (bear) and 1 are new (dog)",
+    "--data_path UNSORTED": "no labels",
+    "--data_path nowhere": "nowhere does not exist",
+    "--data_path EMPTY": "has images in it",
+    "--data_path IMAGES/train/cup": "no labels",
+    "--dataset imagenet": "--dataset imagenet is unknown",
+    "--num_samples 10": "drop --num_samples",
+    "--std 0 1 1": "--std must be above 0",
+    "--layer_decay 1.5": "1.5 does not lie in 0 to 1",
+    "--layer_decay nan": "nan does not lie in 0 to 1",
+    "--drop_path 1": "--drop_path 1 would leave nothing",
+    "--drop_path -0.1": "--drop_path",
+    "--smoothing 1": "--smoothing 1 would leave nothing",
+    "--ema 2": "2 does not lie in 0 to 1",
+    "--mixup -1": "-1 is not a finite number from 0",
+    "--cutmix inf": "inf is not a finite number from 0",
+    "--mixup_prob 1.1": "1.1 does not lie in 0 to 1",
+    "--mixup_mode image": "invalid choice: 'image'",
+    "--auto_augment random": "--auto_augment 'random' is not understood",
+    "--reprob 2": "2 does not lie in 0 to 1",
+    "--remode noise": "invalid choice: 'noise'",
+    "--recount 0": "0 is not at least 1",
+    "--crop_share 0": "0 is not above 0",
+    "--warmup_epochs 2": "--warmup_epochs 2 is not below --epochs 2",
+    "--epochs 0": "0 is not at least 1",
+    "--lr 0": "0 is not above 0",
+    "--clip_grad 0": "0 is not above 0",
+    "--resume nowhere.pth": "nowhere.pth is no file",
+    "--device abacus": "--device abacus is none that PyTorch knows",
+    "--attention_backend cudnn": "--attention_backend cudnn cannot run this model",
+    "--output_dir FILE": "--output_dir",
+    "--smooth 0.1": "--smooth",
+}
+
+
+@pytest.mark.parametrize(("options", "reason"), REFUSED.items(), ids=REFUSED.keys())
+def test_wrong_input_is_refused_in_one_sentence_and_nothing_is_written(
+    tmp_path, images, capsys, options, reason
+):
+    for name in ("apple", "cup", "dog"):
+        write_images(tmp_path / "other" / name, 2)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("mine")
+    places = {"EMPTY": "empty", "OTHER": "other", "UNSORTED": "unsorted", "FILE": "file"}
+    write_images(tmp_path / "unsorted", 3)
+    for word, name in places.items():
+        options = options.replace(word, str(tmp_path / name))
+    options = options.replace("IMAGES", str(images)).split()
+    argv = [*SCRATCH, "--data_path", images, "--output_dir", tmp_path / "run", *options]
+    before = files_in(tmp_path)
+    assert reason in refused(capsys, *argv)
+    assert files_in(tmp_path) == before
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.faults
+def test_a_diverging_run_saves_nothing_that_is_not_finite(tmp_path, images, capsys):
+    argv = [*SCRATCH, "--data_path", images, "--lr", 1e30, "--output_dir", tmp_path]
+    sentence = refusal(capsys, *argv, main=main_finetune.main, code=1)
+    assert "not finite" in sentence
+    assert list_checkpoints(tmp_path) == []
+    assert not (tmp_path / BEST_NAME).exists()
+
+
+def test_help_shows_every_default(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_args(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "vit_large_patch16" in text
+    assert "%(" not in text
+
+
+if __name__ == "__main__":
+    models_vit.SIZES["tiny_patch4"] = NANO
+    main_finetune.run_main(lambda: main_finetune.main(sys.argv[1:]))

@@ -1,0 +1,380 @@
+"""Linear probing from the command line: what is frozen, trained, measured, continued and refused.
+
+As a script, this file is what torchrun starts: it runs main_linprobe.py with small models.
+"""
+
+import re
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from runs import (
+    NANO,
+    ROOT,
+    TINY,
+    assert_identical,
+    command,
+    copied,
+    files_in,
+    finish,
+    log_without_time,
+    refusal,
+    run,
+    run_until,
+    start,
+    use_nano_models,
+    write_classes,
+    write_images,
+)
+
+import main_finetune
+import main_linprobe
+import models_vit
+from main_linprobe import parse_args
+from models_vit import build_vit, make_linear_probe
+from util.checkpoint import BEST_NAME, list_checkpoints, read_checkpoint
+from util.datasets import build_dataset
+from util.metrics import read_log
+from util.transforms import eval_transform
+from util.weights import read_encoder
+
+QUICK = ["--batch_size", "8", "--epochs", "2", "--num_workers", "0", "--amp", "fp32"]
+QUICK += ["--device", "cpu"]
+EACH_STEP = ["--save_every_minutes", "0", "--log_every", "1", "--keep_last", "0"]
+HEAD = [f"head.0.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")]
+HEAD += ["head.1.weight", "head.1.bias"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_classes(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def weights(images, tmp_path_factory):
+    """Pre-training checkpoints by kind of model; only MAE's has a final norm."""
+    paths = {}
+    with pytest.MonkeyPatch.context() as patch:
+        use_nano_models(patch)
+        for kind in ("crossmae", "mae"):
+            folder = tmp_path_factory.mktemp(kind)
+            argv = [*TINY, "--model", f"{kind}_vit_tiny_patch4", "--data_path", images]
+            run(*argv, "--epochs", 1, "--lr", 1e-2, "--output_dir", folder)
+            paths[kind] = list_checkpoints(folder)[-1]
+    return paths
+
+
+@pytest.fixture(scope="module")
+def finished(images, weights, tmp_path_factory):
+    """The output folder of a finished probe of two epochs, and its arguments."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        use_nano_models(patch)
+        argv = [*QUICK, "--finetune", weights["crossmae"], "--data_path", images]
+        run(*argv, "--output_dir", folder, main=main_linprobe.main)
+    return folder, argv
+
+
+@pytest.fixture(autouse=True)
+def nano(monkeypatch):
+    use_nano_models(monkeypatch)
+
+
+def probe(*argv):
+    run(*argv, main=main_linprobe.main)
+
+
+def refused(capsys, *argv):
+    return refusal(capsys, *argv, main=main_linprobe.main)
+
+
+def last_checkpoint(folder):
+    return read_checkpoint(list_checkpoints(folder)[-1], "linprobe")
+
+
+def state_of(folder):
+    """Everything that a probe's last checkpoint continues from, the best epoch, and the log."""
+    keys = ("model", "optimizer", "scaler", "progress", "meters", "broken")
+    checkpoint, best = last_checkpoint(folder), read_checkpoint(folder / BEST_NAME, "linprobe")
+    return {
+        **{key: checkpoint[key] for key in keys},
+        "best": {key: best[key] for key in ("model", "progress")},
+        "log": log_without_time(folder),
+    }
+
+
+# What is frozen, and what is classified
+
+
+@pytest.mark.parametrize("kind", ["crossmae", "mae"])
+@pytest.mark.parametrize("pool", ["cls", "avg", None])
+def test_the_backbone_stays_bit_for_bit_that_of_the_file(
+    tmp_path, images, weights, capsys, kind, pool
+):
+    argv = [*QUICK, "--finetune", weights[kind], "--data_path", images, "--lr", 10]
+    argv += ["--weight_decay", 0.1, *(["--pool", pool] if pool else [])]
+    probe(*argv, "--output_dir", tmp_path)
+    out = capsys.readouterr().out
+    checkpoint, content = last_checkpoint(tmp_path), read_encoder(weights[kind])
+    model = checkpoint["model"]
+    assert_identical({name: model[name] for name in content.encoder}, content.encoder)
+
+    norm = "fc_norm" if pool == "avg" else "norm"
+    assert set(model) - set(content.encoder) == {f"{norm}.weight", f"{norm}.bias", *HEAD}
+    if kind == "mae" and norm == "norm":
+        assert_identical({name: model[name] for name in content.behind}, content.behind)
+        assert not torch.equal(model["norm.bias"], torch.zeros(32))  # pre-training moved it
+        assert "new: head.weight, head.bias" in out
+    else:
+        assert torch.equal(model[f"{norm}.weight"], torch.ones(32))
+        assert torch.equal(model[f"{norm}.bias"], torch.zeros(32))
+        assert f"new: {norm}.weight, {norm}.bias, head.weight, head.bias" in out
+    assert ("left out: norm.weight, norm.bias" in out) == (kind == "mae" and pool == "avg")
+    assert model["head.1.bias"].abs().min() > 0
+    assert model["head.0.num_batches_tracked"] == 10
+    # Matrix and bias of the head have a momentum, and nothing else.
+    assert len(checkpoint["optimizer"]["state"]) == 2
+
+    assert checkpoint["model_options"]["pool"] == (pool or "cls")
+    assert f", pool {pool or 'cls'}, " in out
+    assert f"linear probe, pool {pool or 'cls'}, last epoch, 2: top-1" in out
+
+
+def test_the_checkpoint_measures_as_logged(finished, images):
+    checkpoint, line = last_checkpoint(finished[0]), read_log(finished[0])[-1]
+    options = checkpoint["model_options"]
+    model = build_vit(NANO, **options)
+    make_linear_probe(model, options["num_classes"])
+    model.load_state_dict(checkpoint["model"])
+    size = tuple(options["img_size"])
+    transform = eval_transform(size, checkpoint["mean"], checkpoint["std"], 224 / 256)
+    samples = build_dataset("folder", images, split="validation", transform=transform, seed=0)
+    pixels, labels, _ = zip(*(samples[0, i] for i in range(len(samples))), strict=True)
+    logits, labels = model.eval()(torch.stack(pixels)), torch.tensor(labels)
+    assert F.cross_entropy(logits, labels).item() == pytest.approx(line["val_loss"], rel=1e-5)
+    top1 = (logits.argmax(dim=1) == labels).double().mean().item()
+    assert 100 * top1 == pytest.approx(line["val_top1"])
+
+
+def test_defaults_are_maes():
+    args = parse_args([])
+    assert (args.epochs, args.blr, args.weight_decay, args.min_lr) == (90, 0.1, 0.0, 0.0)
+    assert (args.pool, args.warmup_epochs, args.clip_grad) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs", "lr", "warmup_epochs"),
+    [
+        ([], 90, 0.1 / 32, 10),
+        (["--accum_iter", "2"], 90, 0.1 / 16, 10),
+        (["--epochs", "9", "--blr", "1"], 9, 1 / 32, 1),
+        (["--epochs", "9", "--lr", "1", "--warmup_epochs", "0"], 9, 1, 0),
+    ],
+)
+def test_a_probe_says_its_recipe(
+    tmp_path, images, weights, capsys, monkeypatch, options, epochs, lr, warmup_epochs
+):
+    argv = ["--batch_size", 8, "--num_workers", 0, "--data_path", images, *options]
+    argv += ["--finetune", weights["mae"], "--output_dir", tmp_path, "--log_every", 1]
+    run_until(1, monkeypatch, *argv, main=main_linprobe.main)
+    pattern = r" epochs (\S+), warmup_epochs (\S+), lr (\S+), min_lr 0.0, "
+    said = re.search(pattern, capsys.readouterr().out).groups()
+    assert [float(number) for number in said] == pytest.approx([epochs, warmup_epochs, lr])
+
+
+# A run from start to end
+
+
+def test_digits_are_learned_better_than_by_chance(tmp_path, capsys):
+    argv = [*QUICK, "--model", "vit_tiny_patch4", "--input_size", 16, "--dataset", "digits"]
+    argv += ["--pool", "avg", "--batch_size", 16, "--lr", 100]
+    probe(*argv, "--output_dir", tmp_path)
+    last = read_log(tmp_path)[-1]
+    assert last["val_images"] == 360
+    assert last["val_top1"] > 20  # 10 by chance
+    assert last["val_top1"] < last["val_top5"]
+    assert "linear probe, pool avg, last epoch, 2: top-1" in capsys.readouterr().out
+
+
+def test_one_image_left_over_is_trained_on(tmp_path, images, weights):
+    # 37 images: a step of 36 and one of 1.
+    argv = [*QUICK, "--finetune", weights["crossmae"], "--data_path", images]
+    probe(*argv, "--batch_size", 36, "--output_dir", tmp_path)
+    assert last_checkpoint(tmp_path)["progress"]["step"] == 4
+    assert last_checkpoint(tmp_path)["model"]["head.0.num_batches_tracked"] == 2
+    assert all(tensor.isfinite().all() for tensor in last_checkpoint(tmp_path)["model"].values())
+
+
+def test_without_held_out_images_a_probe_says_so_and_trains(tmp_path, images, weights, capsys):
+    argv = [*QUICK, "--finetune", weights["crossmae"], "--data_path", images / "train"]
+    probe(*argv, "--output_dir", tmp_path)
+    assert "no images held out" in capsys.readouterr().out
+    assert not (tmp_path / BEST_NAME).exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--amp", "bf16", "--accum_iter", "2"],
+        ["--input_size", "24", "20", "--crop_share", "1", "--num_workers", "1"],
+        ["--attention_backend", "math", "--clip_grad", "0.1", "--nb_classes", "3"],
+    ],
+    ids=" ".join,
+)
+def test_options_train_an_epoch(tmp_path, images, weights, options):
+    argv = [*QUICK, "--finetune", weights["mae"], "--data_path", images, "--epochs", 1]
+    probe(*argv, *options, "--output_dir", tmp_path)
+    assert read_log(tmp_path)[-1]["val_images"] == 12
+
+
+# Starting again
+
+
+@pytest.mark.parametrize("stops", [[2], [5, 6], [3, 4, 9]])
+def test_a_stopped_probe_continues_bit_for_bit(tmp_path, monkeypatch, images, weights, stops):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    argv = [*QUICK, "--finetune", weights["mae"], "--data_path", images, "--lr", 1]
+    probe(*argv, "--output_dir", whole)
+    for step in stops:
+        place = ["--output_dir", resumed]
+        run_until(step, monkeypatch, *argv, *EACH_STEP, *place, main=main_linprobe.main)
+        assert last_checkpoint(resumed)["progress"]["step"] == step - 1
+    probe(*argv, "--output_dir", resumed)
+    assert_identical(state_of(resumed), state_of(whole))
+
+
+def test_a_finished_probe_started_again_changes_nothing(tmp_path, finished, capsys):
+    before, argv = finished
+    folder = copied(before, tmp_path / "again")
+    probe(*argv, "--output_dir", folder)
+    out = capsys.readouterr().out
+    assert "nothing is left to train" in out
+    assert out.endswith(f"checkpoint: {folder}/checkpoint-e0002-s000000.pth\n")
+    same = [name for name in files_in(before) if name.endswith((".pth", ".jsonl"))]
+    assert {n: files_in(folder)[n] for n in same} == {n: files_in(before)[n] for n in same}
+
+
+def test_a_longer_probe_goes_on_with_a_warning(tmp_path, finished, capsys):
+    before, argv = finished
+    folder = copied(before, tmp_path / "longer")
+    probe(*argv, "--epochs", 3, "--output_dir", folder)
+    assert "--epochs grew from 2 to 3: from epoch 2 on" in capsys.readouterr().out
+    assert read_log(folder)[:2] == read_log(before)
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        (["--finetune", "MAE"], "hash of the weights it starts from was '"),
+        (["--pool", "avg"], "--pool was 'cls' and is now 'avg'"),
+        (["--weight_decay", "0.1"], "--weight_decay was 0.0 and is now 0.1"),
+        (["--batch_size", "4"], "effective batch size was 8 and is now 4"),
+        (["--seed", "1"], ": --seed was 0 and is now 1. "),  # and nothing else
+        (["--dataset", "digits"], "number of classes was 3 and is now 10"),
+        (["--epochs", "1"], "--epochs 1 is below the 2"),
+        (["--resume", "none"], "would overwrite"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_arguments_that_contradict_the_checkpoint_are_refused_with_the_difference(
+    tmp_path, weights, finished, capsys, options, difference
+):
+    before, argv = finished
+    folder = copied(before, tmp_path / "same")
+    options = [weights["mae"] if word == "MAE" else word for word in options]
+    assert difference in refused(capsys, *argv, *options, "--output_dir", folder)
+    assert files_in(folder) == files_in(before)
+
+
+def test_checkpoints_of_another_kind_are_no_start(tmp_path, finished, weights, capsys):
+    before = weights["mae"].parent
+    folder = copied(before, tmp_path / "pretrained")
+    sentence = refused(capsys, *finished[1], "--output_dir", folder)
+    assert "is no linear-probing checkpoint of this project" in sentence
+    assert files_in(folder) == files_in(before)
+
+
+@pytest.mark.parametrize("flag", ["--finetune", "--resume"])
+def test_a_probe_is_evaluated_as_other_classifiers_are(tmp_path, images, finished, capsys, flag):
+    place = ["--data_path", images, "--output_dir", tmp_path / "run"]
+    argv = [*QUICK, "--eval", flag, list_checkpoints(finished[0])[-1], *place]
+    run(*argv, main=main_finetune.main)
+    last = read_log(finished[0])[-1]
+    assert f"top-1 {last['val_top1']:.2f} %" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+# Several processes
+
+
+@pytest.mark.slow
+def test_two_processes_leave_one_whole_checkpoint(tmp_path, images, weights):
+    argv = [*QUICK, "--finetune", weights["mae"], "--data_path", images, "--batch_size", 4]
+    words = command(__file__, *argv, "--output_dir", tmp_path, processes=2)
+    code, out, err = finish(start(words, PYTHONPATH=str(ROOT)))
+    assert code == 0, out + err
+    assert [line["val_images"] for line in read_log(tmp_path)] == [12, 12]
+    content, model = read_encoder(weights["mae"]), last_checkpoint(tmp_path)["model"]
+    assert_identical({name: model[name] for name in content.encoder}, content.encoder)
+    assert out.count("linear probe, pool cls, last epoch") == 1
+
+
+# What is refused
+
+
+REFUSED = {
+    "--finetune nowhere.pth": "nowhere.pth is no file",
+    "--finetune README.md": "README.md",
+    "--model vit_tiny_patch16": "patches of 4 px and the model patches of 16 px",
+    "--input_size 18": "patches of 4 px do not divide 18 x 18 px",
+    "--input_size 16 16 16": "--input_size takes one side, or a height and a width",
+    "--pool max": "invalid choice: 'max'",
+    "--num_classes 4": "a head of 4 classes does not fit the 3 of the training images",
+    "--val_path OTHER": "1 are missing (bear) and 1 are new (dog)",
+    "--data_path OTHER/cup": "no labels",
+    "--data_path nowhere": "nowhere does not exist",
+    "--num_samples 10": "drop --num_samples",
+    "--std 0 1 1": "--std must be above 0",
+    "--crop_share 2": "2 does not lie in 0 to 1",
+    "--warmup_epochs 2": "--warmup_epochs 2 is not below --epochs 2",
+    "--epochs 0": "0 is not at least 1",
+    "--blr 0": "0 is not above 0",
+    "--resume nowhere.pth": "nowhere.pth is no file",
+    "--resume MAE": "is no linear-probing checkpoint of this project",
+    "--attention_backend cudnn": "--attention_backend cudnn cannot run this model",
+    "--device abacus": "--device abacus is none that PyTorch knows",
+    "--output_dir FILE": "--output_dir",
+    "--mixup 0.8": "--mixup",
+    "--eval": "--eval",
+}
+
+
+@pytest.mark.parametrize(("options", "reason"), REFUSED.items(), ids=REFUSED.keys())
+def test_wrong_input_is_refused_in_one_sentence_and_nothing_is_written(
+    tmp_path, images, weights, capsys, options, reason
+):
+    for name in ("apple", "cup", "dog"):
+        write_images(tmp_path / "other" / name, 2)
+    (tmp_path / "file").write_text("mine")
+    places = {"OTHER": tmp_path / "other", "FILE": tmp_path / "file", "MAE": weights["mae"]}
+    for word, place in places.items():
+        options = options.replace(word, str(place))
+    argv = [*QUICK, "--finetune", weights["mae"], "--data_path", images]
+    argv += ["--output_dir", tmp_path / "run", *options.split()]
+    before = files_in(tmp_path)
+    assert reason in refused(capsys, *argv)
+    assert files_in(tmp_path) == before
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_shows_every_default(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_args(["--help"])
+    assert caught.value.code == 0
+    assert "%(" not in capsys.readouterr().out
+
+
+if __name__ == "__main__":
+    models_vit.SIZES["tiny_patch4"] = NANO
+    main_linprobe.run_main(lambda: main_linprobe.main(sys.argv[1:]))
