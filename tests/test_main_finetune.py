@@ -29,6 +29,7 @@ from runs import (
     write_classes,
     write_images,
 )
+from test_datasets import write_shards
 
 import main_finetune
 import models_vit
@@ -799,3 +800,30 @@ def test_help_shows_every_default(capsys):
 if __name__ == "__main__":
     models_vit.SIZES["tiny_patch4"] = NANO
     main_finetune.run_main(lambda: main_finetune.main(sys.argv[1:]))
+
+
+# Streams
+
+
+def stream(tmp_path, *options):
+    (tmp_path / "shards").mkdir()
+    write_shards(tmp_path / "shards", [12, 12])
+    place = ["--dataset", "wds/train-{0..1}.tar", "--data_path", tmp_path / "shards"]
+    argv = [*SCRATCH, *PLAIN, *place, "--num_samples", 24, "--output_dir", tmp_path / "run"]
+    return [*argv, *options]
+
+
+def test_streams_are_trained_on_and_measured_on_a_folder(tmp_path):
+    held_out = write_classes(tmp_path / "held out") / "val"
+    finetune(*stream(tmp_path, "--num_classes", 3, "--val_path", held_out))
+    log = read_log(tmp_path / "run")
+    assert [line["step"] for line in log] == [3, 6]
+    assert log[-1]["val_images"] == sum(1 for _ in held_out.rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [([], "give --num_classes"), (["--num_classes", 2], "label 2, which is none of 2 classes")],
+)
+def test_streams_do_not_tell_their_classes(tmp_path, capsys, options, reason):
+    assert reason in refused(capsys, *stream(tmp_path, *options))
