@@ -667,6 +667,12 @@ def test_readers_that_sort_otherwise_are_told_apart(tmp_path):
     assert check_classes(train_set, open_held_out("torch/folder", tmp_path), None) == 2
 
 
+def test_two_folders_of_one_name_are_not_taken_for_one_class(tmp_path):
+    images = folder_of(tmp_path, ["cats/grey", "cats/red", "dogs/grey"])
+    with pytest.raises(InputError, match="2 folders of the training images are called grey"):
+        check_classes(images, None, None)
+
+
 def test_a_stream_that_does_not_know_its_classes_needs_their_number(tmp_path):
     write_shards(tmp_path, [2, 2])
     stream = open_shards(tmp_path, 4)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import timm.data
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset
 
 from util.broken_images import reason_of
@@ -266,7 +267,21 @@ def _checked_class_names(
             f"the {role} have one class only ({names[0]}): name a path that holds one folder per "
             "class"
         )
+    if isinstance(images.reader, ReaderImageFolder):
+        _check_folder_names(role, images.reader)
     return names
+
+
+def _check_folder_names(role: str, reader: ReaderImageFolder) -> None:
+    """Refuse two folders of one name: timm would make them one class without a word."""
+    folders = {path.rpartition(os.sep)[0] for path, _ in reader.samples}
+    counts = Counter(folder.rpartition(os.sep)[2] for folder in folders)
+    name, count = counts.most_common(1)[0]
+    if count > 1:
+        raise InputError(
+            f"{count} folders of the {role} are called {name}, and a class is told by the name of "
+            "its folder alone: give each class a name of its own"
+        )
 
 
 def _differing_classes(
