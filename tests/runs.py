@@ -108,7 +108,7 @@ class StoppedError(Exception):
     """What stops a run from outside."""
 
 
-def run_until(step, monkeypatch, *argv, main):
+def run_until(step, monkeypatch, *argv, main=main_pretrain.main):
     """A run that is stopped before it logs this step."""
     log_step = RunLog.log_step
 

@@ -20,6 +20,7 @@ from runs import (
     finish,
     refusal,
     run,
+    run_until,
     start,
     use_nano_models,
     write_images,
@@ -319,24 +320,6 @@ def test_accumulation_equals_the_large_batch(tmp_path, images, nano):
     for line, expected in zip(read_log(parts), read_log(whole), strict=True):
         line["seconds"] = expected["seconds"]
         assert line == pytest.approx(expected, rel=1e-5)
-
-
-class StoppedError(Exception):
-    """What stops a run from outside."""
-
-
-def run_until(step, monkeypatch, *argv):
-    """A run that is stopped before it logs this step."""
-    log_step = RunLog.log_step
-
-    def stop_or_log(log, done, **values):
-        if done == step:
-            raise StoppedError
-        log_step(log, done, **values)
-
-    with monkeypatch.context() as patch, pytest.raises(StoppedError):
-        patch.setattr(RunLog, "log_step", stop_or_log)
-        run(*argv)
 
 
 @pytest.mark.parametrize("amp", ["fp32", "bf16", "fp16"])
