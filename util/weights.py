@@ -154,7 +154,7 @@ class EncoderWeights(NamedTuple):
 
     def hash(self) -> str:
         """A digest of all the weights: equal for equal ones, whatever file they come from."""
-        digest = hashlib.sha256()
+        digest = hashlib.blake2b(digest_size=8)
         for name, tensor in sorted({**self.encoder, **self.behind}.items()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().numpy().data)
