@@ -41,12 +41,11 @@ from util.checkpoint import (
 from util.datasets import check_classes, default_dataset, open_heldout, open_pair
 from util.distributed import data_parallel, is_main_process
 from util.errors import InputError, value_errors_are_input_errors
-from util.images import names_hash
 from util.loaders import build_loaders, build_own_eval_loader
 from util.metrics import EpochMeters
 from util.optim import build_layer_decay_adamw
 from util.precision import Precision
-from util.run import log_settings, open_run, run_main, start_run
+from util.run import describe_classifier, log_settings, open_run, run_main, start_run
 from util.schedule import lr_schedule, scaled_lr
 from util.transforms import default_crop_share, eval_transform, finetune_transform
 from util.weights import input_format, load_encoder, read_encoder
@@ -237,8 +236,11 @@ def evaluate_only(args: argparse.Namespace, device: torch.device) -> None:
     if weights.is_linear_probe:
         make_linear_probe(model, num_classes)
     load_encoder(model, weights, head=True)
+    model.to(device)
+    precision = Precision(args.amp, device, attention_backend=args.attention_backend)
+    precision.check_attention_backend(model, torch.zeros(1, 3, *img_size, device=device))
     stats = evaluate(
-        model.to(device),
+        model,
         build_own_eval_loader(
             val_set,
             batch_size=args.batch_size,
@@ -246,7 +248,7 @@ def evaluate_only(args: argparse.Namespace, device: torch.device) -> None:
             device=device,
         ),
         device=device,
-        precision=Precision(args.amp, device, attention_backend=args.attention_backend),
+        precision=precision,
         broken=BrokenImages(len(val_set), args.max_broken),
     )
     _logger.info("%s: %s", path, describe(stats))
@@ -281,8 +283,7 @@ def run_settings(
     args: argparse.Namespace,
     recipe: Recipe,
     *,
-    data: dict[str, object],
-    model: dict[str, object],
+    common: dict[str, object],
     batch_size: int,
     lr: float,
     warmup_epochs: float,
@@ -290,14 +291,13 @@ def run_settings(
 ) -> tuple[dict, dict]:
     """What makes a run the run it is, and what may change when it is continued."""
     identity = {
-        **model,
+        **common,
         "--layer_decay": recipe.layer_decay,
         "--drop_path": recipe.drop_path,
         "--weight_decay": args.weight_decay,
         **{f"--{name}": getattr(args, name) for name in AUGMENTATION},
         "--ema": args.ema,
         "--seed": args.seed,
-        **data,
         "effective batch size": batch_size,
     }
     may_change = schedule_settings(
@@ -414,23 +414,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         ema=ema,
     )
     progress = state.progress
+    common, header = describe_classifier(
+        f"vit_{size}",
+        options,
+        weights=weights,
+        train_set=train_set,
+        dataset=dataset,
+        mean=mean,
+        std=std,
+        crop_share=crop_share,
+    )
     identity, may_change = run_settings(
         args,
         recipe,
-        model={
-            "--model": f"vit_{size}",
-            "hash of the weights it starts from": weights.hash() if weights else None,
-            "--input_size": list(img_size),
-            "--pool": pool,
-            "number of classes": num_classes,
-            "hash of the names of classes": names_hash(train_set.classes),
-        },
-        data={
-            "--dataset": dataset,
-            "--mean": mean,
-            "--std": std,
-            **train_set.identity(),
-        },
+        common=common,
         batch_size=batch_size,
         lr=lr,
         warmup_epochs=warmup_epochs,
@@ -446,14 +443,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         resume=args.resume,
         identity=identity,
         recipe=may_change,
-        header={
-            "model_name": f"vit_{size}",
-            "model_options": options,
-            "mean": mean,
-            "std": std,
-            "crop_share": crop_share,
-            "classes": train_set.classes and list(train_set.classes),
-        },
+        header=header,
         args=vars(args),
         every_minutes=args.save_every_minutes,
         keep_last=args.keep_last,

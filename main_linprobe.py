@@ -29,12 +29,11 @@ from util.checkpoint import Progress, TrainState
 from util.datasets import check_classes, default_dataset, open_pair
 from util.distributed import data_parallel, is_main_process, same_buffers
 from util.errors import value_errors_are_input_errors
-from util.images import names_hash
 from util.loaders import build_loaders
 from util.metrics import EpochMeters
 from util.optim import build_lars
 from util.precision import Precision
-from util.run import log_settings, open_run, run_main, start_run
+from util.run import describe_classifier, log_settings, open_run, run_main, start_run
 from util.schedule import lr_schedule, scaled_lr
 from util.transforms import default_crop_share, eval_transform, probe_transform
 from util.weights import input_format, load_encoder, read_encoder
@@ -144,17 +143,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         broken=BrokenImages(loader.sampler.num_samples, args.max_broken),
     )
     progress = state.progress
-    identity = {
-        "--model": f"vit_{size}",
-        "hash of the weights it starts from": weights and weights.hash(),
-        "--input_size": list(img_size),
-        "--pool": pool,
-        "number of classes": num_classes,
-        "hash of the names of classes": names_hash(train_set.classes),
-        "--dataset": dataset,
-        "--mean": mean,
-        "--std": std,
-        **train_set.identity(),
+    identity, header = describe_classifier(
+        f"vit_{size}",
+        options,
+        weights=weights,
+        train_set=train_set,
+        dataset=dataset,
+        mean=mean,
+        std=std,
+        crop_share=crop_share,
+    )
+    identity |= {
         "--weight_decay": args.weight_decay,
         "--seed": args.seed,
         "effective batch size": batch_size,
@@ -172,14 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         resume=args.resume,
         identity=identity,
         recipe=recipe,
-        header={
-            "model_name": f"vit_{size}",
-            "model_options": options,
-            "mean": mean,
-            "std": std,
-            "crop_share": crop_share,
-            "classes": train_set.classes and list(train_set.classes),
-        },
+        header=header,
         args=vars(args),
         every_minutes=args.save_every_minutes,
         keep_last=args.keep_last,

@@ -654,6 +654,7 @@ UNFIT = {
     "--output_dir RUN --data_path IMAGES/train": "no held-out images to evaluate",
     "--output_dir RUN --num_classes 2": "has a head of 3 classes: correct --num_classes 2",
     "--output_dir RUN --num_classes 5": "has a head of 3 classes: correct --num_classes 5",
+    "--output_dir RUN --attention_backend cudnn": "--attention_backend cudnn cannot run this",
     "--output_dir RUN --pool cls": "with --pool cls the head cannot be used",
     "--output_dir RUN --input_size 18": "patches of 4 px do not divide 18 x 18 px",
     "--output_dir RUN --model vit_tiny_patch16": "and the model patches of 16 px",

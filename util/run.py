@@ -19,8 +19,11 @@ from tqdm import tqdm
 from util.checkpoint import CheckpointWriter, TrainState, resume_run
 from util.distributed import is_main_process, rank, start_processes, stop_processes
 from util.errors import InputError, RunError
+from util.images import IndexedImages, names_hash
 from util.loaders import StepLoader
 from util.metrics import RunLog
+from util.streams import StreamedImages
+from util.weights import EncoderWeights
 
 TIME_FORMAT = "%Y%m%d-%H%M%S"
 SECONDS_BEFORE_SPEAKING = 5
@@ -128,6 +131,51 @@ def write_json(path: Path, content: dict) -> None:
 def log_settings(settings: dict) -> None:
     """Say what a run is going to do, defaults that depend on something included."""
     _logger.info("recipe: %s", ", ".join(f"{k.lstrip('-')} {v}" for k, v in settings.items()))
+
+
+def describe_classifier(
+    model_name: str,
+    options: dict,
+    *,
+    weights: EncoderWeights | None,
+    train_set: IndexedImages | StreamedImages,
+    dataset: str,
+    mean: list[float],
+    std: list[float],
+    crop_share: float,
+) -> tuple[dict, dict]:
+    """What fine-tuning and probing have in common of `open_run`'s identity, and their header.
+
+    Args:
+        model_name: such as vit_base_patch16.
+        options: of its factory: img_size, num_classes, pool and perhaps more.
+        weights: that the run starts from, if any.
+        train_set: the images to train on.
+        dataset: its name.
+        mean, std: of the channels.
+        crop_share: of the side of held-out images that is seen.
+    """
+    identity = {
+        "--model": model_name,
+        "hash of the weights it starts from": weights and weights.hash(),
+        "--input_size": options["img_size"],
+        "--pool": options["pool"],
+        "number of classes": options["num_classes"],
+        "hash of the names of classes": names_hash(train_set.classes),
+        "--dataset": dataset,
+        "--mean": mean,
+        "--std": std,
+        **train_set.identity(),
+    }
+    header = {
+        "model_name": model_name,
+        "model_options": options,
+        "mean": mean,
+        "std": std,
+        "crop_share": crop_share,
+        "classes": train_set.classes and list(train_set.classes),
+    }
+    return identity, header
 
 
 def open_run(
