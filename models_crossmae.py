@@ -18,8 +18,9 @@ from models_vit import (
     SMALL_PATCH16,
     TINY_PATCH4,
     TINY_PATCH16,
-    Mlp,
+    Linear,
     ModelSize,
+    ResidualBlock,
     SelfAttention,
     ViTEncoder,
     attend,
@@ -28,15 +29,15 @@ from models_vit import (
     layer_norm,
     learned_token,
     split_heads,
-    xavier_linear,
 )
 from util.masking import TokenSplit
 from util.patches import gather_patches, gather_tokens, patch_moments
+from util.recompute import Recomputing
 
 IBA_INITS = ("normal", "xavier")
 
 
-class InterBlockAttention(nn.Module):
+class InterBlockAttention(Recomputing):
     """Mixes the encoder's feature maps, once for each decoder block (Sec. 3.4, Eq. 1, App. A.3).
 
     Args:
@@ -69,7 +70,7 @@ class InterBlockAttention(nn.Module):
         else:
             raise ValueError(f"init is one of {IBA_INITS}, not {init!r}")
         self.projections = (
-            nn.ModuleList(xavier_linear(dim, dim) for _ in self.map_ids) if projection else None
+            nn.ModuleList(Linear(dim, dim) for _ in self.map_ids) if projection else None
         )
 
     def forward(self, feature_maps: list[Tensor]) -> Tensor:
@@ -77,6 +78,10 @@ class InterBlockAttention(nn.Module):
         maps = [feature_maps[i] for i in self.map_ids]
         if self.projections is not None:
             maps = [project(x) for project, x in zip(self.projections, maps, strict=True)]
+        return self.recomputed(self.mix, *maps)
+
+    def mix(self, *maps: Tensor) -> Tensor:
+        """Mix the K maps (B, N, D) that take part into (J, B, N, D)."""
         weight = self.weight.softmax(dim=1) if self.softmax else self.weight
         # Maps stacked in front leave each decoder block's mix contiguous.
         stacked = torch.stack(maps)  # (K, B, N, D)
@@ -133,18 +138,21 @@ class CrossAttention(nn.Module):
         super().__init__()
         check_heads(dim, num_heads)
         self.num_heads = num_heads
-        self.q = xavier_linear(dim, dim)
-        self.kv = xavier_linear(context_dim, 2 * dim)
-        self.proj = xavier_linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.kv = Linear(context_dim, 2 * dim)
+        self.proj = Linear(dim, dim)
+
+    def read(self, q: Tensor, kv: Tensor) -> Tensor:
+        """What `q` made of the queries, and `kv` of the context: (B, P, E), (B, 1+V, 2E)."""
+        k, v = (split_heads(part, self.num_heads) for part in kv.chunk(2, dim=-1))
+        return self.proj(attend(split_heads(q, self.num_heads), k, v))  # (B, P, E)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Queries x (B, P, E) read out of context (B, 1+V, D) -> (B, P, E)."""
-        q = split_heads(self.q(x), self.num_heads)
-        k, v = (split_heads(part, self.num_heads) for part in self.kv(context).chunk(2, dim=-1))
-        return self.proj(attend(q, k, v))
+        return self.read(self.q(x), self.kv(context))
 
 
-class CrossAttentionBlock(nn.Module):
+class CrossAttentionBlock(ResidualBlock):
     """A decoder block without self-attention (Fig. 4b); with it, the ablation of Table 3a, Fig. 6.
 
     Args:
@@ -157,7 +165,7 @@ class CrossAttentionBlock(nn.Module):
     def __init__(
         self, dim: int, context_dim: int, num_heads: int, *, self_attention: bool = False
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         if self_attention:
             self.norm0 = layer_norm(dim)
             self.self_attn = SelfAttention(dim, num_heads)
@@ -165,18 +173,18 @@ class CrossAttentionBlock(nn.Module):
             self.self_attn = None
         self.norm1 = layer_norm(dim)
         self.cross_attn = CrossAttention(dim, context_dim, num_heads)
-        self.norm2 = layer_norm(dim)
-        self.mlp = Mlp(dim)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Tokens x (B, P, E), normalised context (B, 1+V, D) -> (B, P, E)."""
+    def forward(self, x: Tensor, mix: Tensor, context_norm: Callable[[Tensor], Tensor]) -> Tensor:
+        """Tokens x (B, P, E), a mix (B, 1+V, D) and what normalises it -> (B, P, E)."""
+        attention = self.cross_attn
         if self.self_attn is not None:
             x = x + self.self_attn(self.norm0(x))
-        x = x + self.cross_attn(self.norm1(x), context)
-        return x + self.mlp(self.norm2(x))
+        kv = self.recomputed(lambda mix: attention.kv(context_norm(mix)), mix)  # (B, 1+V, 2E)
+        q = self.recomputed(lambda x: attention.q(self.norm1(x)), x)  # (B, P, E)
+        return self.add_branches(x, self.recomputed(attention.read, q, kv))
 
 
-class CrossMAEDecoder(nn.Module):
+class CrossMAEDecoder(Recomputing):
     """Reads masked patches out of the visible tokens by cross-attention alone (Sec. 3.2).
 
     No block lets predicted tokens see each other, so decoding a subset of positions gives the
@@ -220,14 +228,16 @@ class CrossMAEDecoder(nn.Module):
             for _ in range(depth)
         )
         self.norm = layer_norm(embed_dim)
-        self.pred = xavier_linear(embed_dim, encoder.patch_size**2 * encoder.in_chans)
+        self.pred = Linear(embed_dim, encoder.patch_size**2 * encoder.in_chans)
 
-    def contexts(self, feature_maps: list[Tensor]) -> list[Tensor]:
-        """What each of the J blocks reads: normalised (B, 1+V, D)."""
-        if self.inter_block_attention is None:
-            return [self.context_norm(feature_maps[-1])] * len(self.blocks)
+    def contexts(
+        self, feature_maps: list[Tensor]
+    ) -> list[tuple[Tensor, Callable[[Tensor], Tensor]]]:
+        """What each of the J blocks reads, (B, 1+V, D), and what it normalises that by."""
+        if self.inter_block_attention is None:  # the same for all, so normalised only once
+            return [(self.context_norm(feature_maps[-1]), lambda x: x)] * len(self.blocks)
         mixes = self.inter_block_attention(feature_maps)  # (J, B, 1+V, D), Eq. 1
-        return [norm(mix) for norm, mix in zip(self.context_norms, mixes, strict=True)]
+        return list(zip(mixes, self.context_norms, strict=True))
 
     def forward(self, feature_maps: list[Tensor], split: TokenSplit) -> Tensor:
         """Predict the pixels of `split.predicted`.
@@ -241,8 +251,8 @@ class CrossMAEDecoder(nn.Module):
         """
         x = self.mask_token + gather_tokens(self.pos_embed[:, 1:], split.predicted)  # (B, P, E)
         for block, context in zip(self.blocks, self.contexts(feature_maps), strict=True):
-            x = block(x, context)
-        return self.pred(self.norm(x))  # (B, P, p*p*C)
+            x = block(x, *context)
+        return self.recomputed(lambda x: self.pred(self.norm(x)), x)  # (B, P, p*p*C)
 
 
 class MaskedAutoencoder(nn.Module):

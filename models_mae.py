@@ -16,18 +16,19 @@ from models_vit import (
     TINY_PATCH4,
     TINY_PATCH16,
     Block,
+    Linear,
     ModelSize,
     ViTEncoder,
     fixed_positions,
     layer_norm,
     learned_token,
-    xavier_linear,
 )
 from util.masking import TokenSplit
 from util.patches import gather_tokens
+from util.recompute import Recomputing
 
 
-class MAEDecoder(nn.Module):
+class MAEDecoder(Recomputing):
     """Decodes visible and mask tokens together by self-attention (Sec. 3.1).
 
     Every token sees every other, so all masked patches have to be decoded to predict any of them
@@ -60,10 +61,10 @@ class MAEDecoder(nn.Module):
             encoder, 1, feature_maps=feature_maps, **iba_options
         )
         self.context_norm = layer_norm(encoder.embed_dim)
-        self.embed = xavier_linear(encoder.embed_dim, embed_dim)
+        self.embed = Linear(encoder.embed_dim, embed_dim)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
         self.norm = layer_norm(embed_dim)
-        self.pred = xavier_linear(embed_dim, encoder.patch_size**2 * encoder.in_chans)
+        self.pred = Linear(embed_dim, encoder.patch_size**2 * encoder.in_chans)
 
     def forward(self, feature_maps: list[Tensor], split: TokenSplit) -> Tensor:
         """Predict the pixels of `split.predicted`, see CrossMAEDecoder.forward."""
@@ -72,7 +73,7 @@ class MAEDecoder(nn.Module):
         else:
             context = self.inter_block_attention(feature_maps)[0]  # (B, 1+V, D)
         positions = self.pos_embed[:, 1:]
-        x = self.embed(self.context_norm(context))  # (B, 1+V, E)
+        x = self.recomputed(lambda x: self.embed(self.context_norm(x)), context)  # (B, 1+V, E)
         # Attention knows no order, so the tokens need not go back to their places in the image.
         x = torch.cat(
             (
@@ -85,7 +86,7 @@ class MAEDecoder(nn.Module):
         for block in self.blocks:
             x = block(x)
         x = x[:, -split.predicted.shape[1] :]  # (B, P, E)
-        return self.pred(self.norm(x))  # (B, P, p*p*C)
+        return self.recomputed(lambda x: self.pred(self.norm(x)), x)  # (B, P, p*p*C)
 
 
 def build_mae(size: ModelSize, *, decoder_depth: int = 8, **options: object) -> MaskedAutoencoder:

@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor
 
+from util.kernels import attention, linear
 from util.masking import TokenSplit
 from util.patches import gather_patches, gather_tokens, patchify
 from util.pos_embed import sincos_table
+from util.recompute import Recomputing
 
 NORM_EPS = 1e-6  # of every LayerNorm, as in MAE
 
@@ -85,12 +87,17 @@ def layer_norm(dim: int) -> nn.LayerNorm:
     return nn.LayerNorm(dim, eps=NORM_EPS)
 
 
-def xavier_linear(in_features: int, out_features: int) -> nn.Linear:
+class Linear(nn.Linear):
     """A linear layer started as in MAE: Xavier-uniform weights, no bias at first."""
-    linear = nn.Linear(in_features, out_features)
-    nn.init.xavier_uniform_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
+
+    def reset_parameters(self) -> None:
+        """Start anew."""
+        nn.init.xavier_uniform_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return linear(x, self.weight, self.bias)
 
 
 def check_heads(dim: int, num_heads: int) -> None:
@@ -105,11 +112,8 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention, heads joined again: q (B, h, N, d), k and v (B, h, M, d) -> (B, N, h*d).
-
-    PyTorch chooses the kernel, FlashAttention-2 among them (App. A.7).
-    """
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    """Attention, its heads joined again: q (B, h, N, d), k and v (B, h, M, d) -> (B, N, h*d)."""
+    return attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class PatchEmbed(nn.Module):
@@ -133,13 +137,17 @@ class SelfAttention(nn.Module):
         super().__init__()
         check_heads(dim, num_heads)
         self.num_heads = num_heads
-        self.qkv = xavier_linear(dim, 3 * dim)
-        self.proj = xavier_linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
+
+    def read(self, qkv: Tensor) -> Tensor:
+        """What `qkv` made of the tokens, (B, N, 3D) -> (B, N, D)."""
+        q, k, v = (split_heads(part, self.num_heads) for part in qkv.chunk(3, dim=-1))
+        return self.proj(attend(q, k, v))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
-        return self.proj(attend(q, k, v))
+        return self.read(self.qkv(x))
 
 
 class Mlp(nn.Module):
@@ -147,15 +155,49 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.fc1 = xavier_linear(dim, 4 * dim)
-        self.fc2 = xavier_linear(4 * dim, dim)
+        self.fc1 = Linear(dim, 4 * dim)
+        self.fc2 = Linear(4 * dim, dim)
+
+    def contract(self, hidden: Tensor) -> Tensor:
+        """What `fc1` made of the tokens, (B, N, 4D) -> (B, N, D)."""
+        return self.fc2(F.gelu(hidden))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.contract(self.fc1(x))
 
 
-class Block(nn.Module):
+class ResidualBlock(Recomputing):
+    """What the blocks of encoder and decoder have in common: the normalised MLP at their end.
+
+    Args:
+        dim: D.
+        drop_path: chance in training to leave a branch out for an image (stochastic depth).
+    """
+
+    def __init__(self, dim: int, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm2 = layer_norm(dim)
+        self.mlp = Mlp(dim)
+        self.drop_path = DropPath(drop_path)
+
+    def add_branches(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Add the output of attention to the stream, then the MLP's; all (B, N, D)."""
+        attended = self.drop_path(attended)
+        if self.memory == "low":
+            draws = self.drop_path.drop_prob > 0
+            return self.recomputed(self.add_at_once, x, attended, draws=draws)
+        x = x + attended
+        hidden = self.recomputed(lambda x: self.mlp.fc1(self.norm2(x)), x)  # (B, N, 4D)
+        return x + self.drop_path(self.recomputed(self.mlp.contract, hidden))
+
+    def add_at_once(self, x: Tensor, attended: Tensor) -> Tensor:
+        """`add_branches` as one piece: neither the sum nor the MLP's inside need be kept."""
+        x = x + attended
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Block(ResidualBlock):
     """A pre-norm transformer block: self-attention, then MLP, each added to the stream.
 
     Args:
@@ -165,17 +207,14 @@ class Block(nn.Module):
     """
 
     def __init__(self, dim: int, num_heads: int, drop_path: float = 0.0) -> None:
-        super().__init__()
+        super().__init__(dim, drop_path)
         self.norm1 = layer_norm(dim)
         self.attn = SelfAttention(dim, num_heads)
-        self.norm2 = layer_norm(dim)
-        self.mlp = Mlp(dim)
-        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        qkv = self.recomputed(lambda x: self.attn.qkv(self.norm1(x)), x)  # (B, N, 3D)
+        return self.add_branches(x, self.recomputed(self.attn.read, qkv))
 
 
 def learned_token(dim: int) -> nn.Parameter:

@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 PURE_UTIL = {"masking", "patches", "pos_embed", "schedule", "seeding", "flops", "errors"}
+PURE_UTIL |= {"kernels", "recompute"}
 # Each may import those before it; a model that is not named here may import all of them.
 MODEL_ORDER = ["models_vit", "models_crossmae", "models_mae"]
 # Which layers each layer may import, besides what Python and other projects offer.

@@ -118,10 +118,10 @@ def test_prediction_equals_the_decoder_written_out(name):
     contexts = decoder.contexts(model.encoder(images, split))
     for b, ids in enumerate(split.predicted):
         x = decoder.mask_token + decoder.pos_embed[:, 1 + ids]
-        for block, context in zip(decoder.blocks, contexts, strict=True):
+        for block, (mix, norm) in zip(decoder.blocks, contexts, strict=True):
             if name == "self-attention":  # Fig. 6
                 x = x + block.self_attn(block.norm0(x))
-            x = x + block.cross_attn(block.norm1(x), context[b : b + 1])
+            x = x + block.cross_attn(block.norm1(x), norm(mix[b : b + 1]))
             x = x + block.mlp(block.norm2(x))
         expected = decoder.pred(decoder.norm(x))[0]
         torch.testing.assert_close(model.predict(images, split)[b], expected)
@@ -269,10 +269,10 @@ def test_each_decoder_block_reads_its_own_normalised_mix():
     model = away_from_start(CROSSMAE["all maps"]()).double()
     feature_maps = model.encoder(pixels(), draw())
     decoder = model.decoder
-    for k, context in enumerate(decoder.contexts(feature_maps)):
+    for k, (context, norm) in enumerate(decoder.contexts(feature_maps)):
         weights = decoder.inter_block_attention.weight[k]
         mix = sum(w * x for w, x in zip(weights, feature_maps, strict=True))
-        torch.testing.assert_close(context, decoder.context_norms[k](mix))
+        torch.testing.assert_close(norm(context), decoder.context_norms[k](mix))
 
 
 def test_normal_start_has_variance_one_over_the_number_of_maps():
@@ -578,7 +578,7 @@ def check_compiled(model, backend, tolerance):
 
 @every_model
 def test_model_compiles_to_one_graph(build):
-    check_compiled(build(), "aot_eager", tolerance=1e-6)
+    check_compiled(build(), "aot_eager", tolerance=1e-5)  # other kernels than in eager mode
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from models_vit import (
     SIZES,
     Block,
     FeatureNorm,
+    Linear,
     PatchEmbed,
     VisionTransformer,
     attend,
@@ -21,7 +22,6 @@ from models_vit import (
     layer_norm,
     make_linear_probe,
     split_heads,
-    xavier_linear,
 )
 from util.patches import patchify
 from util.pos_embed import sincos_table
@@ -74,7 +74,7 @@ def test_heads_take_neighbouring_channels():
 
 
 def test_linear_layers_and_norms_start_as_in_mae():
-    linear = xavier_linear(64, 192)
+    linear = Linear(64, 192)
     bound = (6 / (64 + 192)) ** 0.5
     assert 0.98 * bound < linear.weight.abs().max() <= bound
     assert not linear.bias.any()

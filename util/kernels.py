@@ -1,0 +1,86 @@
+"""Matrix products and attention by the fastest kernel that PyTorch has for the device.
+
+Gains are of a training step of ViT-B, γ = .25, on one core of an AMD EPYC (docs/performance.md).
+"""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+
+@cache
+def is_amd() -> bool:
+    """Whether the processor is AMD's, as far as Linux tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`F.linear`, x (..., in) with weight (out, in) and bias (out,) -> (..., out).
+
+    In float32 on AMD processors oneDNN computes it: MKL, PyTorch's choice, takes twice the time
+    there because it leaves out the wide vectors (the step: 1.8 x faster).
+    """
+    if (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and torch.backends.mkldnn.is_available()
+        and is_amd()
+    ):
+        output = OneDNNLinear.apply(x, weight, bias)
+        with torch.no_grad():
+            return output.set_(F.linear(x.to_mkldnn(), weight, bias).to_dense())
+    return F.linear(x, weight, bias)
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """The gradients of a linear layer by oneDNN; its output is filled in by `linear`.
+
+    PyTorch's own gradient through `to_mkldnn` would keep the output as well. And recomputation
+    (`util.recompute`) ends where the last tensor is kept, so the product has to come after that.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """(..., in), (out, in) and (out,) -> (..., out), empty."""
+        ctx.save_for_backward(x, weight)
+        return x.new_empty(*x.shape[:-1], len(bias))
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the three, where they are asked for."""
+        x, weight = ctx.saved_tensors
+        grad = grad.to_mkldnn()
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.aten.mkldnn_linear_backward_input(x.shape, grad, weight).to_dense()
+        if any(ctx.needs_input_grad[1:]):
+            grads = torch.ops.aten.mkldnn_linear_backward_weights(grad, x.to_mkldnn(), weight, True)
+            grad_weight, grad_bias = (g.to_dense() for g in grads)
+        return grad_x, grad_weight, grad_bias
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention, q (B, h, N, d), k and v (B, h, M, d) -> (B, h, N, d).
+
+    PyTorch chooses the kernel, FlashAttention-2 among them (App. A.7), but on a CPU in reduced
+    precision: the backward pass of its flash kernel there takes six times as long as plain matrix
+    products (the step: 1.2 x faster). A kernel that was forced (`sdpa_kernel`) stays.
+    """
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and not is_forced():
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, h, N, M)
+        return scores.softmax(dim=-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@torch.compiler.assume_constant_result
+def is_forced() -> bool:
+    """Whether the caller restricts what computes attention."""
+    backends = torch.backends.cuda  # the switches of every device, for all their name
+    return not (backends.flash_sdp_enabled() and backends.math_sdp_enabled())
