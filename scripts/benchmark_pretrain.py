@@ -1,0 +1,452 @@
+"""Measure a pre-training step: time, memory and FLOPs (Tables 4, 5 and 18, Fig. 7).
+
+    python scripts/benchmark_pretrain.py --table 4
+    python scripts/benchmark_pretrain.py --pred_ratios 0.25 0.75 --memory high low --json out.json
+    python scripts/benchmark_pretrain.py --dtypes bf16 --against PROGRAM.py
+
+A step draws the masks, goes forward and backward and updates by AdamW, on synthetic images that
+lie on the device. Every configuration has its turn in every round, so that a machine that changes
+its speed changes it for all. Results are Markdown tables on stdout.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.optim import Optimizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from main_pretrain import MODELS, build_model
+from models_crossmae import MaskedAutoencoder
+from models_vit import SIZES
+from util.arguments import Parser, natural_int, positive_int, ratio
+from util.benchmark_tables import against_table, draw, flops_table, follow_flops, main_table
+from util.errors import InputError
+from util.flops import ForwardFlops, crossmae_decoder_flops, encoder_flops, mae_decoder_flops
+from util.masking import TokenCounts, count_tokens, random_split
+from util.measure import MeasuredStep, describe_machine, measure_in_turns
+from util.optim import build_adamw, set_lr
+from util.precision import AMP_DTYPES, ATTENTION_BACKENDS, Precision
+from util.recompute import MEMORY_MODES
+from util.run import run_main, start_run, versions, write_json
+from util.yardstick import compare_in_turns, flag_words, run_python
+
+# transformers' ViTMAEForPreTraining, in our sizes.
+HF_SIZES = {f"hf_vitmae_{s.partition('_')[0]}": s for s in SIZES if s != "tiny_patch4"}
+# What --against compares, by the names of the other program.
+THEIR_MODELS = {f"crossmae_vit_{s}": s.partition("_")[0] for s in HF_SIZES.values()}
+AGAINST_NOTE = (
+    "Times faster: theirs / ours, the median of the rounds' pairs. Bytes: ours / theirs, saved for "
+    "each image of the batch, which may include weights, and for one image more; peak of a GPU."
+)
+MAX_COMPILED = 4  # rows; PyTorch compiles a function eight times in a process, then no more
+LAST_MAP, SELF_ATTENTION = {"feature_maps": "last"}, {"decoder_self_attention": True}
+# Rows of the paper as (kind of model, what differs from the defaults), and what it measured.
+PRESETS: dict[str, tuple[list[tuple[str, dict]], str]] = {
+    "table 4": (
+        [("mae", {}), ("crossmae", {"pred_ratio": 0.75}), ("crossmae", {"pred_ratio": 0.25})],
+        "Table 4, 1024 images on each of 2 A100: time 1, 0.90, 0.68, memory 1, 0.85, 0.54.",
+    ),
+    "table 5": (
+        [("mae", {})]
+        + [
+            ("crossmae", {"pred_ratio": pred_ratio, "variant": variant})
+            for pred_ratio in (0.75, 0.25)
+            for variant in (SELF_ATTENTION, LAST_MAP, {})
+        ],
+        "Table 5 takes cross-attention, inter-block attention and partial prediction apart.",
+    ),
+    "table 18": (
+        [("mae", {}), ("mae", {"batch_divisor": 2}), ("crossmae", {"pred_ratio": 0.25})],
+        "Table 18, 1024 images on each of 4 A100 of 80 GB: MAE out of memory, so in halves; time "
+        "of CrossMAE 0.65 of that.",
+    ),
+    "figure 7": (
+        [("mae", {})]
+        + [
+            ("crossmae", {"pred_ratio": pred_ratio, "decoder_depth": depth})
+            for pred_ratio, depth in itertools.product((0.15, 0.25, 0.75), (1, 4, 8, 12))
+        ],
+        "Fig. 7, App. C: decoder FLOPs up to 3.7 times lower than MAE's.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a row measures."""
+
+    model: str
+    pred_ratio: float | None  # None predicts every masked patch, as MAE does
+    decoder_depth: int
+    input_size: int
+    dtype: str
+    memory: str
+    batch_size: int
+    mask_ratio: float
+    variant: str = "{}"  # further options of the model as JSON, because a key has to be hashable
+
+    @property
+    def size(self) -> str:
+        """One of SIZES."""
+        return HF_SIZES.get(self.model) or self.model.partition("_vit_")[2]
+
+    @property
+    def label(self) -> str:
+        """Fig. 7's (prediction ratio, decoder blocks), and what is special."""
+        values = [f"{self.pred_ratio or self.mask_ratio:g}", f"{self.decoder_depth}"]
+        values += [f"{name}={value}" for name, value in json.loads(self.variant).items()]
+        return f"({', '.join(values)})"
+
+    def count_tokens(self) -> TokenCounts:
+        """How many patches are seen and predicted."""
+        num_patches = (self.input_size // SIZES[self.size].patch_size) ** 2
+        return count_tokens(num_patches, self.mask_ratio, self.pred_ratio)
+
+    def count_flops(self) -> ForwardFlops:
+        """Operations for an image. An MAE of transformers' does more, which is no merit of it."""
+        size, counts, options = SIZES[self.size], self.count_tokens(), json.loads(self.variant)
+        patch_dim = 3 * size.patch_size**2
+        sizes = {"encoder_dim": size.embed_dim, "dim": size.decoder_embed_dim}
+        sizes |= {"depth": self.decoder_depth, "patch_dim": patch_dim}
+        tokens = (counts.visible, counts.predicted)
+        if self.model.startswith("crossmae"):
+            maps = 0 if options.get("feature_maps") == "last" else 1 + size.depth
+            self_attends = options.get("decoder_self_attention", False)
+            decoder = crossmae_decoder_flops(*tokens, maps=maps, self_attends=self_attends, **sizes)
+        else:
+            decoder = mae_decoder_flops(*tokens, **sizes)
+        encoder = encoder_flops(
+            counts.visible, dim=size.embed_dim, depth=size.depth, patch_dim=patch_dim
+        )
+        return ForwardFlops(encoder, decoder)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read and check the command line."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    names = [*MODELS, *HF_SIZES]
+    parser.add_argument("--table", type=int, choices=(4, 5, 18), help="the paper's rows of ViT-B")
+    parser.add_argument("--figure", type=int, choices=(7,), help="the paper's points of ViT-B")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=names,
+        metavar="NAME",
+        help=f"{', '.join(names)} (CrossMAE ViT-B); hf_ are transformers'",
+    )
+    parser.add_argument("--mask_ratio", type=ratio, default=0.75, help="(%(default)s)")
+    parser.add_argument("--pred_ratios", nargs="+", type=ratio, help="of CrossMAE (0.25)")
+    parser.add_argument(
+        "--decoder_depths", nargs="+", type=positive_int, help="(CrossMAE 12, MAE 8)"
+    )
+    parser.add_argument("--input_sizes", nargs="+", type=positive_int, help="pixels (224)")
+    parser.add_argument("--dtypes", nargs="+", choices=AMP_DTYPES, help="(bf16 where it is fast)")
+    parser.add_argument(
+        "--memory",
+        nargs="+",
+        choices=MEMORY_MODES,
+        help="what a step keeps and what it computes again; not of hf_ models (high)",
+    )
+    parser.add_argument("--batch_size", type=positive_int, help="(GPU 1024 as the paper, CPU 8)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the models (off)")
+    parser.add_argument(
+        "--attention_backend", choices=["auto", *ATTENTION_BACKENDS], default="auto"
+    )
+    parser.add_argument("--rounds", type=positive_int, help="turns of each row (7)")
+    parser.add_argument("--steps", type=positive_int, help="measured in a turn (3)")
+    parser.add_argument("--warmup", type=natural_int, help="steps before the first turn (2)")
+    parser.add_argument("--device", help="such as cuda or cpu (cuda where there is one)")
+    parser.add_argument("--threads", type=positive_int, default=1, help="on a CPU (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="tiny models, just to see it run")
+    parser.add_argument("--json", type=Path, help="file for all the numbers")
+    parser.add_argument("--plot", type=Path, help="picture of decoder FLOPs and time, as in Fig. 7")
+    parser.add_argument(
+        "--against",
+        metavar="PROGRAM.py",
+        help="compare with another program, in turns, in each way of --memory and on a CPU in "
+        "bf16 and fp32 unless told otherwise (protocol: util/yardstick.py)",
+    )
+    args = parser.parse_args(argv)
+    defaults = {"rounds": 2, "steps": 1, "warmup": 1} if args.quick else {}
+    for name, value in {"rounds": 7, "steps": 3, "warmup": 2, **defaults}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    check_args(args)
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse what cannot work, before hours of measuring.
+
+    Raises:
+        InputError: arguments contradict each other, or what they need is missing.
+    """
+    chosen = [args.models, args.pred_ratios, args.decoder_depths, args.table and args.figure]
+    if chosen_preset(args) and any(chosen):
+        raise InputError(
+            "--table or --figure says what to measure: leave out --models, --pred_ratios, "
+            "--decoder_depths and the other of the two"
+        )
+    if args.against:
+        if not Path(args.against).is_file():
+            raise InputError(f"--against takes an existing program, not {args.against}")
+        if args.table or args.figure or args.plot:
+            raise InputError("--against goes without --table, --figure and --plot")
+        if not all(name in THEIR_MODELS for name in args.models or THEIR_MODELS):
+            raise InputError(f"--against compares {', '.join(THEIR_MODELS)}: choose --models")
+    for path in filter(None, (args.json, args.plot)):
+        if not path.parent.is_dir():
+            raise InputError(f"the folder of {path} does not exist: make it first")
+    is_hf = any(name in HF_SIZES for name in args.models or [])
+    for package, needed in {"matplotlib": args.plot, "transformers": is_hf}.items():
+        if needed and importlib.util.find_spec(package) is None:
+            flag = "--plot" if package == "matplotlib" else "--models hf_..."
+            raise InputError(f"{flag} needs {package}: pip install {package}, or leave it out")
+
+
+def chosen_preset(args: argparse.Namespace) -> str | None:
+    """The name in PRESETS, if one is asked for."""
+    if args.table or args.figure:
+        return f"table {args.table}" if args.table else f"figure {args.figure}"
+    return None
+
+
+def list_configs(args: argparse.Namespace, device: torch.device) -> list[Config]:
+    """The rows to measure, in order.
+
+    Raises:
+        InputError: an input size or a ratio does not work.
+    """
+    quick_size, size = ("tiny_patch4", 16), ("base_patch16", 224)
+    size_name, input_size = quick_size if args.quick else size
+    if preset := chosen_preset(args):
+        rows = [(f"{kind}_vit_{size_name}", options) for kind, options in PRESETS[preset][0]]
+    else:
+        names = args.models or [f"crossmae_vit_{size_name}"]
+        grid = itertools.product(names, args.pred_ratios or [0.25], args.decoder_depths or [None])
+        rows = [(name, {"pred_ratio": r, "decoder_depth": depth}) for name, r, depth in grid]
+    batch_size = args.batch_size or (2 if args.quick else 1024 if device.type == "cuda" else 8)
+    fastest = Precision(None, device).amp
+    everything = args.against and device.type == "cpu"
+    dtypes = args.dtypes or ([fastest, "fp32"] if everything else [fastest])
+    modes = args.memory or (MEMORY_MODES if args.against else ["high"])
+    configs = []
+    for (name, options), pixels, dtype, memory in itertools.product(
+        rows, args.input_sizes or [input_size], dtypes, modes
+    ):
+        is_crossmae = name.startswith("crossmae")
+        configs.append(
+            Config(
+                model=name,
+                pred_ratio=options["pred_ratio"] if is_crossmae else None,
+                decoder_depth=options.get("decoder_depth") or (12 if is_crossmae else 8),
+                input_size=pixels,
+                dtype=dtype,
+                memory="high" if name in HF_SIZES else memory,
+                batch_size=max(1, batch_size // options.get("batch_divisor", 1)),
+                mask_ratio=args.mask_ratio,
+                variant=json.dumps(options.get("variant", {})),
+            )
+        )
+        patch_size = SIZES[configs[-1].size].patch_size
+        if pixels % patch_size:
+            raise InputError(f"--input_sizes {pixels} is no multiple of {name}'s {patch_size}")
+        configs[-1].count_tokens()
+    return list(dict.fromkeys(configs))  # MAE's and transformers' rows would repeat
+
+
+def build_ours(config: Config) -> nn.Module:
+    """The model of a row."""
+    options = {"img_size": config.input_size, "decoder_depth": config.decoder_depth}
+    return build_model(config.model, {**options, **json.loads(config.variant)})
+
+
+def build_hf(config: Config) -> nn.Module:
+    """transformers' MAE of the same shape."""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining  # optional
+
+    size = SIZES[config.size]
+    return ViTMAEForPreTraining(
+        ViTMAEConfig(
+            image_size=config.input_size,
+            patch_size=size.patch_size,
+            hidden_size=size.embed_dim,
+            num_hidden_layers=size.depth,
+            num_attention_heads=size.num_heads,
+            intermediate_size=4 * size.embed_dim,
+            decoder_hidden_size=size.decoder_embed_dim,
+            decoder_num_hidden_layers=config.decoder_depth,
+            decoder_num_attention_heads=size.decoder_num_heads,
+            decoder_intermediate_size=4 * size.decoder_embed_dim,
+            mask_ratio=config.mask_ratio,
+            norm_pix_loss=True,
+        )
+    )
+
+
+class LossOfImages(nn.Module):
+    """A model with the draw of its masks: images (B, C, H, W) -> loss."""
+
+    def __init__(self, model: nn.Module, counts: TokenCounts) -> None:
+        super().__init__()
+        self.model, self.counts = model, counts
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The loss, with masks that are drawn now."""
+        noise = torch.rand(len(images), self.counts.patches, device=images.device)  # (B, L)
+        if isinstance(self.model, MaskedAutoencoder):
+            return self.model(images, random_split(noise, self.counts))
+        return self.model(images, noise=noise).loss
+
+
+def build_steps(
+    configs: Sequence[Config], device: torch.device, *, backend: str, compiled: bool
+) -> list[MeasuredStep]:
+    """The steps to measure; rows of the same model share it, and its optimizer."""
+    models: dict[tuple, tuple[nn.Module, Optimizer]] = {}
+    images: dict[tuple[int, int], Tensor] = {}
+    steps = []
+    for config in configs:
+        key = (config.model, config.decoder_depth, config.input_size, config.variant)
+        if key not in models:
+            model = build_hf(config) if config.model in HF_SIZES else build_ours(config)
+            model.to(device).train()
+            if compiled:
+                model.compile(dynamic=False)
+            optimizer = build_adamw(model, weight_decay=0.05, betas=(0.9, 0.95))
+            set_lr(optimizer, 1e-4)
+            models[key] = model, optimizer
+        pixels, batch_size = config.input_size, config.batch_size
+        if (batch_size, pixels) not in images:
+            images[batch_size, pixels] = torch.randn(batch_size, 3, pixels, pixels, device=device)
+        model, optimizer = models[key]
+        steps.append(
+            MeasuredStep(
+                LossOfImages(model, config.count_tokens()),
+                optimizer,
+                Precision(config.dtype, device, attention_backend=backend),
+                images[batch_size, pixels],
+                memory=config.memory,
+                more_images=not compiled,
+            )
+        )
+    return steps
+
+
+def run_ours(
+    configs: Sequence[Config], args: argparse.Namespace, device: torch.device
+) -> list[dict]:
+    """Measure rows that differ in memory only, in a process of their own."""
+    config = configs[0]
+    flags = {
+        "models": config.model,
+        "pred_ratios": config.pred_ratio,
+        "decoder_depths": config.decoder_depth,
+        "input_sizes": config.input_size,
+        "dtypes": config.dtype,
+        **{name: getattr(config, name) for name in ("batch_size", "mask_ratio")},
+        **{name: getattr(args, name) for name in ("attention_backend", "threads")},
+        "device": device,
+        "rounds": 1,
+        "steps": args.steps,
+        "warmup": args.warmup,
+    }
+    words = flag_words(flags)
+    words += ["--memory", *(c.memory for c in configs), *(["--compile"] if args.compile else [])]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.json"
+        run_python([__file__, *words, "--json", str(path)], threads=args.threads)
+        return json.loads(path.read_text())["rows"]
+
+
+def compare(
+    configs: Sequence[Config], args: argparse.Namespace, device: torch.device
+) -> list[dict[str, object]]:
+    """Run ours and the other program in turns; a row for each of ours."""
+    groups: dict[Config, list[Config]] = {}  # rows that differ in memory only
+    for config in configs:
+        groups.setdefault(replace(config, memory=""), []).append(config)
+    matches = []
+    for config, group in groups.items():
+        names = ("batch_size", "decoder_depth", "mask_ratio", "pred_ratio", "dtype")
+        flags = {"model": THEIR_MODELS[config.model], "img_size": config.input_size}
+        flags |= {name: getattr(config, name) for name in names}
+        flags |= {"device": device, "steps": args.steps, "warmup": args.warmup}
+        matches.append((partial(run_ours, group, args, device), flags))
+    one_thread = device.type == "cpu" and args.threads == 1
+    return compare_in_turns(
+        args.against,
+        matches,
+        rounds=args.rounds,
+        threads=args.threads,
+        seconds="median_step_cpu_s" if one_thread else "median_step_s",
+    )
+
+
+def print_notes(args: argparse.Namespace, content: dict) -> None:
+    """Say what the tables' numbers are."""
+    machine, rates = content["machine"], content["matmul_gflops_per_s"]
+    matmuls = ", ".join(f"{rate:.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items())
+    print(
+        f"\n{machine['gpu'] or machine['cpu']}, time in {machine['clock']}, medians of "
+        f"{args.rounds} rounds. Utilisation is 3 x forward FLOPs against a large square matrix "
+        f"product, measured here: {matmuls}."
+    )
+    if preset := chosen_preset(args):
+        print(f"The paper: {PRESETS[preset][1]}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print tables, and write what was asked for."""
+    args = parse_args(argv)
+    device = start_run(device=args.device, seed=0)
+    if device.type == "cpu":
+        torch.set_num_threads(args.threads)
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {device} cannot be timed: take cuda or cpu")
+    configs = list_configs(args, device)
+    if args.compile:
+        Precision("fp32", device).check_compiler()
+        if len(configs) > MAX_COMPILED:
+            raise InputError(
+                f"--compile measures at most {MAX_COMPILED} rows, not {len(configs)}: ask for fewer"
+            )
+    machine = {**describe_machine(device), **versions(), "command": sys.argv}
+    machine["date"] = time.strftime("%Y-%m-%d %H:%M")
+    content: dict[str, object] = {"machine": machine}
+    if args.against:
+        content["against"] = compare(configs, args, device)
+        print(against_table(content["against"]), AGAINST_NOTE, sep="\n\n")
+    else:
+        steps = build_steps(configs, device, backend=args.attention_backend, compiled=args.compile)
+        turns = {"warmup": args.warmup, "rounds": args.rounds, "num_steps": args.steps}
+        rates = measure_in_turns(steps, device, **turns)
+        rows = [
+            {**asdict(c), "label": c.label, **s.results(c.count_flops(), rates[c.dtype])}
+            for c, s in zip(configs, steps, strict=True)
+        ]
+        content["matmul_gflops_per_s"] = {dtype: rate / 1e9 for dtype, rate in rates.items()}
+        content |= {"rows": rows, "time_follows_flops": follow_flops(rows)}
+        print(main_table(rows), flops_table(content["time_follows_flops"]), sep="\n\n")
+        print_notes(args, content)
+        if args.plot:
+            draw(rows, args.plot)
+    if args.json:
+        write_json(args.json, content)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,90 @@
+"""What a benchmark has measured, as Markdown and as a picture; rows come as plain values."""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+
+def markdown(titles: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    """A table; numbers have four figures, and what is missing is n/a."""
+
+    def cell(value: object) -> str:
+        if isinstance(value, float):
+            return f"{value:.{max(0, 3 - math.floor(math.log10(abs(value) or 1)))}f}"
+        return "n/a" if value is None else str(value)
+
+    rows = [titles, ["---"] * len(titles), *([cell(value) for value in line] for line in lines)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main_table(results: Sequence[dict]) -> str:
+    """Every row with what was measured."""
+    titles = ["model", "(ratio, blocks)", "px", "dtype", "memory", "batch", "ms/image"]
+    titles += ["± %", "images/s", "peak MiB", "saved MiB/image", "of one more image"]
+    titles += ["GFLOPs encoder", "decoder", "total", "utilisation %"]
+    keys = ["model", "label", "input_size", "dtype", "memory", "batch_size", "ms_per_image"]
+    keys += [
+        "spread_percent",
+        "images_per_s",
+        "peak_memory_mb",
+        "saved_mb_per_image",
+        "saved_slope_mb_per_image",
+    ]
+    keys += ["encoder_gflops", "decoder_gflops", "total_gflops", "utilisation_percent"]
+    failed = {"ms_per_image": "out of memory"}
+    lines = [({**r, **failed} if r["out_of_memory"] else r) for r in results]
+    return markdown(titles, [[line[key] for key in keys] for line in lines])
+
+
+def follow_flops(results: Sequence[dict]) -> list[dict[str, object]]:
+    """Whether time follows FLOPs: rows of a model against the first with its dtype and memory."""
+    first: dict[tuple, dict] = {}
+    rows = []
+    for result in results:
+        if result["out_of_memory"]:
+            continue
+        names = {key: result[key] for key in ("model", "dtype", "memory")}
+        base = first.setdefault(tuple(names.values()), result)
+        time_ratio = result["ms_per_image"] / base["ms_per_image"]
+        flop_ratio = result["total_gflops"] / base["total_gflops"]
+        where = {"label": result["label"], "input_size": result["input_size"]}
+        ratios = {"time": time_ratio, "flops": flop_ratio}
+        rows.append({**names, **where, **ratios, "deviation": 100 * (time_ratio / flop_ratio - 1)})
+    return rows
+
+
+def flops_table(rows: Sequence[dict]) -> str:
+    """Time against FLOPs, see `follow_flops`."""
+    titles = ["model", "dtype", "memory", "(ratio, blocks)", "px", "time ratio", "FLOP ratio"]
+    return markdown([*titles, "deviation %"], [list(row.values()) for row in rows])
+
+
+def against_table(rows: Sequence[dict]) -> str:
+    """Pairs of ours and another program's steps, see `util.yardstick.compare_pairs`."""
+    titles = ["model", "(ratio, blocks)", "px", "dtype", "memory", "batch"]
+    titles += ["times faster", "slowest", "fastest", "saved bytes", "of one more image", "peak"]
+    keys = ["model", "label", "input_size", "dtype", "memory", "batch_size", "time_ratio"]
+    keys += ["time_ratio_min", "time_ratio_max", "saved_ratio", "saved_slope_ratio", "peak_ratio"]
+    return markdown(titles, [[row[key] for key in keys] for row in rows])
+
+
+def draw(results: Sequence[dict], path: Path) -> None:
+    """Draw decoder FLOPs and time, a point for each row, as Fig. 7 does with accuracy."""
+    from matplotlib.figure import Figure  # optional
+
+    axes = (figure := Figure(figsize=(8, 6), layout="constrained")).add_subplot()
+    series: dict[str, list[dict]] = {}
+    for result in results:
+        if not result["out_of_memory"]:
+            name = "{model}, {input_size} px, {dtype}, {memory}".format_map(result)
+            series.setdefault(name, []).append(result)
+    for name, points in series.items():
+        places = [(point["decoder_gflops"], point["ms_per_image"]) for point in points]
+        axes.scatter(*zip(*places, strict=True), label=name)
+        for point, place in zip(points, places, strict=True):
+            offset = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 8}
+            axes.annotate(point["label"], place, **offset)
+    axes.set(xlabel="decoder GFLOPs / image, forward", ylabel="ms / image, training step")
+    axes.margins(x=0.15)  # room for the last label
+    axes.legend(fontsize=8)
+    figure.savefig(path)

@@ -1,0 +1,160 @@
+"""Another program's measurement of the same training step, to compare with.
+
+The protocol: the program takes the flags --model --img_size --batch_size --decoder_depth
+--mask_ratio --pred_ratio --device --dtype --steps --warmup, and prints one line of JSON with KEYS.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+from tqdm import tqdm
+
+from util.errors import InputError
+
+KEYS = (
+    "median_step_s",
+    "median_step_cpu_s",
+    "images_per_s",
+    "saved_activation_mb_per_image",
+    "peak_memory_mb",
+)
+ROW = ("model", "label", "input_size", "dtype", "memory", "batch_size")  # which row of ours
+
+
+def flag_words(flags: dict[str, object]) -> list[str]:
+    """Flags by name, as words of a command line."""
+    return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+
+
+def is_measurement(found: object) -> bool:
+    """Whether a line of JSON has what the protocol asks for; only a CPU's peak may be null."""
+    return isinstance(found, dict) and all(
+        isinstance(found.get(key), int | float) or (key == "peak_memory_mb" and key in found)
+        for key in KEYS
+    )
+
+
+def run_python(words: Sequence[str], *, threads: int) -> str:
+    """What a Python program prints, run by itself with so many threads.
+
+    Raises:
+        InputError: it fails.
+    """
+    limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    result = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, env={**os.environ, **limits}
+    )
+    if result.returncode != 0:
+        last = (result.stderr.strip().splitlines() or ["without a word"])[-1]
+        raise InputError(f"{words[0]} ended with code {result.returncode}: {last}")
+    return result.stdout
+
+
+def run_yardstick(program: str, flags: dict[str, object], threads: int) -> dict:
+    """Run a program and read its JSON line.
+
+    Args:
+        program: its path.
+        flags: of the protocol, by name.
+        threads: that it may use.
+
+    Raises:
+        InputError: it fails, or prints no such line.
+    """
+    words = flag_words(flags)
+    for line in reversed(run_python([program, *words], threads=threads).splitlines()):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if is_measurement(found):
+            return found
+    raise InputError(
+        f"{program} printed no line of JSON with {', '.join(KEYS)}: it is no program to compare "
+        "with"
+    )
+
+
+def saved_by_twice(program: str, flags: dict[str, object], threads: int) -> float | None:
+    """MiB for each image of twice the batch; None where that is too much for the program."""
+    twice = {**flags, "batch_size": 2 * flags["batch_size"], "steps": 1, "warmup": 0}
+    try:
+        return run_yardstick(program, twice, threads)["saved_activation_mb_per_image"]
+    except InputError:
+        return None
+
+
+def compare_pairs(
+    pairs: Sequence[tuple[dict, dict]], *, seconds: str, saved_twice: float | None
+) -> dict[str, object]:
+    """What pairs of measurements, ours and theirs, say of a row; None for what either has not.
+
+    Args:
+        pairs: a row of ours, with ROW and `MeasuredStep.results`, and KEYS of theirs.
+        seconds: the key of their time that is measured as ours is.
+        saved_twice: see `saved_by_twice`.
+
+    Returns:
+        ROW, and medians over the pairs: of time, theirs / ours, with its extremes; of bytes, ours /
+        theirs, for this batch, for one image more, and at the peak.
+    """
+
+    def ratios(ours: str, theirs: str) -> list[float]:
+        return [a[ours] / b[theirs] for a, b in pairs if a[ours] and b[theirs]]
+
+    def median(values: Sequence[float]) -> float | None:
+        return statistics.median(values) if values else None
+
+    times = [1 / ratio for ratio in ratios("median_step_s", seconds)]
+    saved = "saved_activation_mb_per_image"
+    ours, theirs = pairs[-1]
+    our_slope = ours["saved_slope_mb_per_image"]
+    their_slope = None if saved_twice is None else 2 * saved_twice - theirs[saved]
+    return {
+        **{name: ours[name] for name in ROW},
+        "time_ratio": median(times),
+        "time_ratio_min": min(times, default=None),
+        "time_ratio_max": max(times, default=None),
+        "saved_ratio": median(ratios("saved_mb_per_image", saved)),
+        "saved_slope_ratio": our_slope / their_slope if our_slope and their_slope else None,
+        "peak_ratio": median(ratios("peak_memory_mb", "peak_memory_mb")),
+        "pairs": [{"ours": a, "theirs": b} for a, b in pairs],
+    }
+
+
+def compare_in_turns(
+    program: str,
+    matches: Sequence[tuple[Callable[[], list[dict]], dict[str, object]]],
+    *,
+    rounds: int,
+    threads: int,
+    seconds: str,
+) -> list[dict[str, object]]:
+    """Run ours, then a program, and so on, round by round; see `compare_pairs` for the rows.
+
+    Args:
+        program: its path.
+        matches: what runs ours and returns its rows, and the program's flags for the same.
+        rounds: how often.
+        threads: that the program may use.
+        seconds: see `compare_pairs`.
+
+    Raises:
+        InputError: one of the two fails.
+    """
+    pairs: list[list[tuple[list[dict], dict]]] = [[] for _ in matches]
+    for _ in tqdm(range(rounds), disable=None, unit="round", leave=False):
+        for (run_ours, flags), found in zip(matches, pairs, strict=True):
+            ours = run_ours()
+            found.append((ours, run_yardstick(program, flags, threads)))
+    results = []
+    for (_, flags), found in zip(matches, pairs, strict=True):
+        twice = saved_by_twice(program, flags, threads)
+        for place in range(len(found[0][0])):
+            row_pairs = [(ours[place], theirs) for ours, theirs in found]
+            results.append(compare_pairs(row_pairs, seconds=seconds, saved_twice=twice))
+    return results
