@@ -127,9 +127,9 @@ def evaluate(
     model.eval()
     sums = torch.zeros(4, device=device)  # of losses, hits, hits among the best five, images
     for batch in loader:
-        labels = batch.labels.to(device, non_blocking=True)  # (B,)
+        images, labels = batch.to(device)  # (B, C, H, W), (B,)
         with precision.autocast():
-            logits = model(batch.images.to(device, non_blocking=True))  # (B, num_classes)
+            logits = model(images)  # (B, num_classes)
         logits = logits.float()
         check_labels(batch.labels, logits.shape[1])
         best = logits.topk(min(5, logits.shape[1])).indices  # (B, 5)

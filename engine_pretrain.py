@@ -1,5 +1,6 @@
 """The pre-training loop, and what is measured on held-out images."""
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -9,34 +10,57 @@ from torch import Tensor
 
 from util.broken_images import BrokenImages
 from util.checkpoint import TrainState
+from util.datasets import check_classes
 from util.distributed import rank, stack_over_processes, world_size
+from util.errors import InputError
 from util.figures import MOMENTS_NOTE, draw_figure, reconstruction_panels
-from util.images import Batch
+from util.images import Batch, IndexedImages
 from util.knn import extract_features, knn_accuracy
-from util.loaders import Batches, StepLoader
+from util.loaders import Batches, StepLoader, build_own_eval_loader
 from util.masking import TokenSplit
 from util.patches import denormalize_patches
 from util.precision import Precision
 from util.seeding import generator_for
+from util.streams import StreamedImages
 from util.training import LossOfImages, train_epoch
 from util.transforms import denormalize
 
+KNN_EVERY = 20  # epochs
+KNN_IMAGES = {"training": 50_000, "held-out": 10_000}  # at most
+
+logger = logging.getLogger(__name__)
+
 
 def step_noise(
-    seed: int, step: int, num_images: int, num_patches: int, device: torch.device
+    seed: int,
+    step: int,
+    num_images: int,
+    num_patches: int,
+    device: torch.device,
+    *,
+    num_crops: int = 1,
 ) -> Tensor:
     """This process's rows of a step's noise, from which its token splits follow.
 
     Every process draws the rows of all, so that a step's splits do not depend on how many
     processes and micro-steps share its images.
 
+    Args:
+        seed: of the run.
+        step: in the run.
+        num_images: of all processes in the step; each crop counts as one.
+        num_patches: L.
+        device: of the noise.
+        num_crops: K, the crops that come of one image, next to each other.
+
     Returns:
         (B, L) uniform in [0, 1) for the images of this process, in the loader's order.
     """
     generator = generator_for("mask", seed, step, device=device)
-    num_rows = max(num_images, world_size())  # a process without an image has a stand-in
-    noise = torch.rand(num_rows, num_patches, generator=generator, device=device)
-    return noise[rank() :: world_size()]
+    # A process without an image has a stand-in.
+    shape = (max(num_images // num_crops, world_size()), num_crops, num_patches)
+    noise = torch.rand(shape, generator=generator, device=device)
+    return noise[rank() :: world_size()].flatten(0, 1)
 
 
 def train_one_epoch(
@@ -67,7 +91,9 @@ def train_one_epoch(
     """
 
     def start_step(step: int, num_images: int) -> LossOfImages:
-        noise = step_noise(seed, step, num_images, num_patches, device)  # (own images, L)
+        noise = step_noise(  # (own images, L)
+            seed, step, num_images, num_patches, device, num_crops=loader.num_crops
+        )
 
         def loss_of(images: Tensor, _: Tensor, first: int) -> Tensor:
             split = split_tokens(noise[first : first + len(images)])  # visible (B, V), ...
@@ -127,7 +153,7 @@ def evaluate(
     first, broken = rank(), BrokenImages(0, 1.0)
     for batch in loader:
         broken.add(batch.broken)
-        images = batch.images.to(device, non_blocking=True)  # (B, C, H, W)
+        images, _ = batch.to(device)  # (B, C, H, W)
         ids = range(first, first + len(images) * world_size(), world_size())
         first = ids.stop
         split = heldout_split(ids, split_tokens, num_patches=num_patches, seed=seed, device=device)
@@ -179,6 +205,59 @@ def draw_reconstructions(
     return draw_figure(panels, note=MOMENTS_NOTE if model.norm_pix_loss else "")
 
 
+def check_knn_images(
+    train_set: IndexedImages | StreamedImages, val_set: IndexedImages | None
+) -> None:
+    """Refuse images that k-NN cannot be measured on."""
+    if val_set is None or not isinstance(train_set, IndexedImages):
+        raise InputError(
+            "--knn_every needs training images that are no stream, and held-out ones: name some "
+            "by --val_path, or leave it out"
+        )
+    check_classes(train_set, val_set, None)
+
+
+def build_knn_loaders(
+    train_set: IndexedImages | StreamedImages,
+    val_set: IndexedImages | None,
+    *,
+    every: int | None,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+) -> tuple[Batches, Batches] | None:
+    """Loaders of labelled images, training and held-out, not augmented, for `measure_knn`.
+
+    Args:
+        train_set, val_set: the images; None where none are held out.
+        every: epochs between measurements; 0 for none, None for as often as the images allow.
+        batch_size: of a process.
+        num_workers: loader processes.
+        device: where the batches go.
+
+    Returns:
+        None for no k-NN.
+
+    Raises:
+        InputError: k-NN was asked for, and the images do not allow it.
+    """
+    if every == 0:
+        return None
+    try:
+        check_knn_images(train_set, val_set)
+    except InputError as error:
+        if every is None:
+            logger.info("k-NN accuracy is not measured: %s", error)
+            return None
+        raise
+    options = {"batch_size": batch_size, "num_workers": num_workers, "device": device}
+    plain_train_set = train_set.with_transform(val_set.transform)
+    return (
+        build_own_eval_loader(plain_train_set, limit=KNN_IMAGES["training"], **options),
+        build_own_eval_loader(val_set, limit=KNN_IMAGES["held-out"], **options),
+    )
+
+
 def measure_knn(
     encoder: nn.Module,
     train_loader: Batches,
@@ -208,3 +287,9 @@ def measure_knn(
         )
     accuracy = knn_accuracy(*sets, device=device)
     return {f"knn{k}": percent for k, percent in accuracy.items()}
+
+
+def describe_knn(stats: dict[str, float]) -> str:
+    """What `measure_knn` measured, in words."""
+    values = ", ".join(f"{name[3:]}-NN {stats[name]:.1f} %" for name in stats if "knn" in name)
+    return f"accuracy on held-out images {values}"

@@ -22,6 +22,7 @@ from util.arguments import (
     Parser,
     add_data_args,
     add_encoder_args,
+    add_memory_args,
     add_optim_args,
     add_precision_args,
     add_run_args,
@@ -45,6 +46,7 @@ from util.loaders import build_loaders, build_own_eval_loader
 from util.metrics import EpochMeters
 from util.optim import build_layer_decay_adamw
 from util.precision import Precision
+from util.recompute import set_memory
 from util.run import describe_classifier, log_settings, open_run, run_main, start_run
 from util.schedule import lr_schedule, scaled_lr
 from util.transforms import default_crop_share, eval_transform, finetune_transform
@@ -97,6 +99,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         min_lr=1e-6,
     )
     add_precision_args(parser)
+    add_memory_args(parser)
 
     group = parser.add_argument_group("fine-tuning")
     group.add_argument(
@@ -373,6 +376,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "drop_path": recipe.drop_path,
     }
     model = build_model(size, **options).to(device)
+    set_memory(model, args.memory)
     if weights is not None:
         load_encoder(model, weights, head=False)
 

@@ -19,6 +19,9 @@ from torch import Tensor
 import models_crossmae
 import models_mae
 from engine_pretrain import (
+    KNN_EVERY,
+    build_knn_loaders,
+    describe_knn,
     draw_reconstructions,
     evaluate,
     heldout_split,
@@ -29,12 +32,16 @@ from models_crossmae import MaskedAutoencoder
 from models_vit import SIZES, ViTEncoder, find_size
 from util.arguments import (
     Parser,
+    add_crop_args,
     add_data_args,
     add_masking_args,
+    add_memory_args,
     add_model_args,
     add_optim_args,
     add_precision_args,
     add_run_args,
+    check_batch_args,
+    check_crop_args,
     check_data_args,
     check_masking_args,
     check_warmup,
@@ -42,21 +49,23 @@ from util.arguments import (
     positive_int,
     schedule_settings,
 )
+from util.batch_size import find_batch_size, split_batch
 from util.broken_images import BrokenImages
 from util.checkpoint import (
     Progress,
     TrainState,
     last_checkpoint,
 )
-from util.datasets import check_classes, default_dataset, open_pair
+from util.datasets import default_dataset, open_pair
 from util.distributed import data_parallel, is_main_process, world_size
 from util.errors import InputError
-from util.images import IndexedImages
-from util.loaders import Batches, build_loaders, build_own_eval_loader
+from util.images import IndexedImages, collate
+from util.loaders import build_loaders
 from util.masking import TokenSplit, check_grid, count_tokens, split_tokens
 from util.metrics import EpochMeters, read_log
 from util.optim import build_adamw
 from util.precision import Precision
+from util.recompute import set_memory
 from util.released import from_released, released_options
 from util.run import open_run, run_main, start_run
 from util.schedule import lr_schedule, scaled_lr
@@ -69,8 +78,6 @@ MODELS: dict[str, Callable[..., MaskedAutoencoder]] = {
     **{f"mae_vit_{s}": getattr(models_mae, f"mae_vit_{s}") for s in SIZES},
 }
 NUM_SHOWN = 8  # images in the pictures of reconstructions
-KNN_EVERY = 20  # epochs
-KNN_IMAGES = {"training": 50_000, "held-out": 10_000}  # at most
 FIGURE = "reconstructions.png"
 
 _logger = logging.getLogger(__name__)
@@ -81,10 +88,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="main_pretrain.py", description="Pre-train CrossMAE or MAE.")
     add_run_args(parser, output_dir="output/pretrain")
     add_data_args(parser, input_size=224, num_workers=min(10, os.cpu_count() or 1))
+    add_crop_args(parser)
     add_model_args(parser, models=MODELS, model="crossmae_vit_base_patch16")
     add_masking_args(parser, mask_ratio=0.75)
-    add_optim_args(parser, batch_size=512, epochs=800, blr=1.5e-4, weight_decay=0.05)
+    add_optim_args(
+        parser,
+        batch_size=512,
+        epochs=800,
+        blr=1.5e-4,
+        weight_decay=0.05,
+        auto_batch_size=True,
+    )
     add_precision_args(parser)
+    add_memory_args(parser)
     group = parser.add_argument_group("evaluation")
     group.add_argument(
         "--eval_every",
@@ -95,8 +111,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--knn_every",
         type=natural_int,
-        help="epochs between measurements of k-NN accuracy, 0 for none (20 where images have "
-        "labels and some are held out)",
+        help=f"epochs between measurements of k-NN accuracy, 0 for none ({KNN_EVERY} where images "
+        "have labels and some are held out)",
     )
     group.add_argument(
         "--visualize_every",
@@ -107,6 +123,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     check_data_args(args)
     check_masking_args(args)
+    check_batch_args(args)
     check_warmup(args.warmup_epochs, args.epochs)
     if args.model.startswith("mae_"):
         if args.pred_ratio not in (None, args.mask_ratio):
@@ -190,72 +207,20 @@ def open_datasets(
     The last two are None where there are none; without held-out images, training ones are drawn.
     """
     plain_transform = eval_transform(img_size, args.mean, args.std)
+    crops = {"num_crops": args.repeated_aug, "decode": args.decode}
     train_set, val_set = open_pair(
         name,
         args.data_path,
         val_path=args.val_path,
-        transforms=(pretrain_transform(img_size, args.mean, args.std), plain_transform),
+        transforms=(pretrain_transform(img_size, args.mean, args.std, **crops), plain_transform),
         seed=args.seed,
         num_samples=args.num_samples,
-        batch_size=args.batch_size,
+        batch_size=1 if args.batch_size == "auto" else args.batch_size,
     )
     shown_set = val_set
     if val_set is None and isinstance(train_set, IndexedImages):
         shown_set = train_set.with_transform(plain_transform)
     return train_set, val_set, shown_set
-
-
-def check_knn_images(
-    train_set: IndexedImages | StreamedImages, val_set: IndexedImages | None
-) -> None:
-    """Refuse images that k-NN cannot be measured on."""
-    if val_set is None or not isinstance(train_set, IndexedImages):
-        raise InputError(
-            "--knn_every needs training images that are no stream, and held-out ones: name some "
-            "by --val_path, or leave it out"
-        )
-    check_classes(train_set, val_set, None)
-
-
-def build_knn_loaders(
-    args: argparse.Namespace,
-    train_set: IndexedImages | StreamedImages,
-    val_set: IndexedImages | None,
-    device: torch.device,
-) -> tuple[Batches, Batches] | None:
-    """Loaders of labelled images, training and held-out, not augmented; None for no k-NN.
-
-    Raises:
-        InputError: k-NN was asked for, and the images do not allow it.
-    """
-    if args.knn_every == 0:
-        return None
-    try:
-        check_knn_images(train_set, val_set)
-    except InputError:
-        if args.knn_every is None:
-            return None
-        raise
-    train_loader, val_loader = (
-        build_own_eval_loader(
-            images,
-            batch_size=args.batch_size,
-            num_workers=args.num_workers,
-            device=device,
-            limit=limit,
-        )
-        for images, limit in (
-            (train_set.with_transform(val_set.transform), KNN_IMAGES["training"]),
-            (val_set, KNN_IMAGES["held-out"]),
-        )
-    )
-    return train_loader, val_loader
-
-
-def describe_knn(stats: dict[str, float]) -> str:
-    """What `measure_knn` measured, in words."""
-    values = ", ".join(f"{name[3:]}-NN {stats[name]:.1f} %" for name in stats if "knn" in name)
-    return f"accuracy on held-out images {values}"
 
 
 def summarize(output_dir: Path, log_dir: Path) -> None:
@@ -301,18 +266,53 @@ def make_splits(
     return partial(split, counts=counts), partial(split, counts=all_masked)
 
 
+def plan_batches(
+    args: argparse.Namespace,
+    model: MaskedAutoencoder,
+    split_tokens: Callable[[Tensor], TokenSplit],
+    precision: Precision,
+    device: torch.device,
+) -> tuple[int, int]:
+    """The images of a micro-step on this process, and the micro-steps of a step.
+
+    Raises:
+        InputError: the effective batch size cannot be reached.
+    """
+    if args.effective_batch_size is None:
+        return args.batch_size, args.accum_iter
+
+    def loss_of(num_images: int) -> Tensor:
+        images = torch.zeros(num_images, 3, *model.encoder.img_size, device=device)
+        split = split_tokens(images.new_zeros(num_images, model.encoder.num_patches))
+        with precision.autocast():
+            return model(images, split)
+
+    batch_size = args.batch_size
+    if batch_size == "auto":
+        batch_size = find_batch_size(
+            loss_of,
+            args.effective_batch_size,
+            model=model,
+            device=device,
+            multiple_of=args.repeated_aug,
+        )
+    return batch_size, split_batch(args.effective_batch_size, batch_size)
+
+
 def make_schedule(
-    args: argparse.Namespace, batch_size: int, steps_per_epoch: int
+    args: argparse.Namespace, batch_size: int, accum_iter: int, steps_per_epoch: int
 ) -> tuple[float, float, Callable[[int], float]]:
     """The peak learning rate (App. A.6), the warm-up in epochs, and the rate of every step.
 
     Args:
         args: of the command line.
-        batch_size: the effective one.
+        batch_size: images of a micro-step on this process.
+        accum_iter: micro-steps of a step.
         steps_per_epoch: optimizer steps.
     """
     pred_ratio = args.pred_ratio or args.mask_ratio  # MAE's, too: its γ / p is 1
-    scaled = scaled_lr(args.blr, batch_size, mask_ratio=args.mask_ratio, pred_ratio=pred_ratio)
+    effective = batch_size * accum_iter * world_size()
+    scaled = scaled_lr(args.blr, effective, mask_ratio=args.mask_ratio, pred_ratio=pred_ratio)
     lr = args.lr or scaled
     warmup_epochs = args.epochs / 20 if args.warmup_epochs is None else args.warmup_epochs
     lr_at = lr_schedule(
@@ -325,7 +325,7 @@ def make_schedule(
     origin = f"= {args.blr:g} x {lr / args.blr:.4g} (batch / 256 x pred_ratio / mask_ratio)"
     _logger.info(
         "effective batch size %d = %d x %d (--accum_iter) x %d (processes), lr %.4g %s",
-        *(batch_size, args.batch_size, args.accum_iter, world_size(), lr),
+        *(effective, batch_size, accum_iter, world_size(), lr),
         "as given" if args.lr else origin,
     )
     return lr, warmup_epochs, lr_at
@@ -354,10 +354,13 @@ def run_settings(
         "--weight_decay": args.weight_decay,
         **data,
         "effective batch size": batch_size,
+        **({"--repeated_aug": args.repeated_aug} if args.repeated_aug > 1 else {}),
     }
     recipe = schedule_settings(
         args, epochs=args.epochs, warmup_epochs=warmup_epochs, lr=lr, amp=amp
     )
+    if args.decode != "cpu":  # which gives slightly other pixels
+        recipe["--decode"] = args.decode
     return identity, recipe
 
 
@@ -365,6 +368,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Pre-train from the start, or from where the last start was stopped."""
     args = parse_args(argv)
     device = start_run(device=args.device, seed=args.seed)
+    check_crop_args(args, device)
     output_dir = Path(args.output_dir)
     log_dir = Path(args.log_dir or output_dir / "tensorboard")
     options = model_options(args)
@@ -372,33 +376,42 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Data first: whatever is wrong with it shows before a model is built.
     dataset = default_dataset(args.dataset, args.data_path, None)
     train_set, val_set, shown_set = open_datasets(args, dataset, options["img_size"])
-    loader, val_loader = build_loaders(
-        train_set,
-        val_set,
-        name=dataset,
-        batch_size=args.batch_size,
-        accum_iter=args.accum_iter,
-        seed=args.seed,
-        num_workers=args.num_workers,
-        device=device,
-    )
-    knn_loaders = build_knn_loaders(args, train_set, val_set, device)
-    num_images, num_steps = loader.sampler.num_samples, loader.steps_per_epoch
 
     model = build_model(args.model, options).to(device)
+    set_memory(model, args.memory)
     num_patches = model.encoder.num_patches
     train_split, full_split = make_splits(args, model.encoder)
-    batch_size = loader.effective_batch_size
-    lr, warmup_epochs, lr_at = make_schedule(args, batch_size, num_steps)
     precision = Precision(
         args.amp, device, clip_grad=args.clip_grad, attention_backend=args.attention_backend
     )
     example = torch.zeros(1, 3, *options["img_size"], device=device)
     example_split = train_split(example.new_zeros(1, num_patches))
     precision.check_attention_backend(model, example, example_split)
+    batch_size, accum_iter = plan_batches(args, model, train_split, precision, device)
     if args.compile:
         precision.check_compiler()
         model.compile()
+
+    loader, val_loader = build_loaders(
+        train_set,
+        val_set,
+        name=dataset,
+        batch_size=batch_size,
+        accum_iter=accum_iter,
+        seed=args.seed,
+        num_workers=args.num_workers,
+        device=device,
+    )
+    knn_loaders = build_knn_loaders(
+        train_set,
+        val_set,
+        every=args.knn_every,
+        batch_size=batch_size,
+        num_workers=args.num_workers,
+        device=device,
+    )
+    num_images, num_steps = loader.sampler.num_samples, loader.steps_per_epoch
+    lr, warmup_epochs, lr_at = make_schedule(args, batch_size, accum_iter, num_steps)
 
     # Where the run goes on, and whether it is still the same run.
     state = TrainState(
@@ -414,7 +427,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args,
         options,
         data={"--dataset": dataset, **train_set.identity()},
-        batch_size=batch_size,
+        batch_size=loader.effective_batch_size,
         lr=lr,
         warmup_epochs=warmup_epochs,
         amp=precision.amp,
@@ -452,7 +465,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if shown_set:
         num_shown = min(NUM_SHOWN, len(shown_set))
         shown_ids = [i * len(shown_set) // num_shown for i in range(num_shown)]
-        shown_images = torch.stack([shown_set[0, i].image for i in shown_ids]).to(device)
+        shown_images, _ = collate([shown_set[0, i] for i in shown_ids]).to(device)
         shown_split = heldout_split(shown_ids, **heldout)
     if knn_loaders and progress.step == 0:
         untrained = measure_knn(model.encoder, *knn_loaders, device=device, precision=precision)

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from PIL import Image
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -20,10 +20,11 @@ from engine_pretrain import draw_reconstructions, heldout_split
 from main_pretrain import load_model
 from util.arguments import Parser, natural_int, positive_int, ratio
 from util.errors import InputError
+from util.images import Sample, collate
 from util.masking import count_tokens, split_tokens
 from util.precision import Precision
 from util.run import run_main, start_run
-from util.transforms import eval_transform, to_rgb
+from util.transforms import eval_transform, read_pixels
 
 _logger = logging.getLogger(__name__)
 
@@ -47,15 +48,14 @@ def list_images(paths: Sequence[str], limit: int) -> list[Path]:
     return [files[i * len(files) // count] for i in range(count)]
 
 
-def read_image(path: Path) -> Image.Image:
-    """Read an image file as RGB.
+def read_image(path: Path) -> Tensor:
+    """Read an image file's pixels: uint8 (3, h, w).
 
     Raises:
         InputError: it cannot be read.
     """
     try:
-        with Image.open(path) as image:
-            return to_rgb(image)
+        return read_pixels(path.open("rb"))
     except (OSError, ValueError, SyntaxError) as error:
         raise InputError(f"{path} is no readable image: {error}") from error
 
@@ -82,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.to(device)
     mean, std, encoder = training["mean"], training["std"], model.encoder
     transform = eval_transform(encoder.img_size, mean, std)
-    images = torch.stack([transform(read_image(path)) for path in files]).to(device)
+    samples = [Sample(transform(read_image(path)), label=-1, broken=[]) for path in files]
+    images, _ = collate(samples).to(device)  # (B, 3, H, W)
     split = heldout_split(
         range(len(images)),
         lambda noise: split_tokens(

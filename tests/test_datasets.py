@@ -17,11 +17,12 @@ from torchvision.datasets import ImageFolder, cifar, places365
 from util.broken_images import BrokenImages
 from util.datasets import build_dataset, check_classes, open_heldout, open_pair
 from util.errors import InputError
-from util.images import IndexedImages
+from util.images import IndexedImages, collate
 from util.loaders import build_eval_loader, build_train_loader
-from util.transforms import eval_transform, pretrain_transform
+from util.transforms import Augmentation, eval_transform, pretrain_transform
 
 IDENTITY = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+CPU = torch.device("cpu")
 STILL = eval_transform((8, 8), *IDENTITY)
 RANDOM = pretrain_transform((8, 8), *IDENTITY)
 SEED = 5
@@ -77,7 +78,7 @@ def eval_loader(dataset, **options):
 
 
 def values_of(batches):
-    return [round(float(value) * 255) for b in batches for value in b.images[:, 0, 0, 0]]
+    return [round(float(value) * 255) for b in batches for value in b.to(CPU)[0][:, 0, 0, 0]]
 
 
 def all_values(dataset):
@@ -86,6 +87,10 @@ def all_values(dataset):
 
 def all_labels(dataset):
     return [int(label) for batch in eval_loader(dataset) for label in batch.labels]
+
+
+def pixels_of(sample):
+    return collate([sample]).to(CPU)[0]
 
 
 def flat(steps):
@@ -103,7 +108,7 @@ def sentence_of(loader):
 def assert_same(batches, others):
     assert len(batches) == len(others)
     for batch, other in zip(batches, others, strict=True):
-        assert torch.equal(batch.images, other.images)
+        assert torch.equal(batch.to(CPU)[0], other.to(CPU)[0])
         assert torch.equal(batch.labels, other.labels)
         assert batch.broken == other.broken
 
@@ -187,12 +192,26 @@ def test_tar(tmp_path, name):
     assert all_values(given) == [1, 2, 3]
 
 
+def test_tars_of_splits_are_found_unless_there_are_folders(tmp_path):
+    write_images(tmp_path, [9])
+    write_tar(tmp_path / "train.tar", {"cat/a.png": encoded(1), "dog/b.png": encoded(2)})
+    assert all_values(open_train("", tmp_path)) == [1, 2]
+    assert open_held_out("", tmp_path) is None
+    write_tar(tmp_path / "val.tar", {"cat/a.png": encoded(3)})
+    assert all_values(open_held_out("", tmp_path)) == [3]
+    write_images(tmp_path / "validation", [4])
+    assert all_values(open_held_out("", tmp_path)) == [4]
+    (tmp_path / "train.tar").unlink()
+    with pytest.raises(InputError, match="no train/: move the training images there"):
+        open_train("", tmp_path)
+
+
 def test_tar_read_here_first_and_then_by_workers(tmp_path):
     # Large enough that processes sharing a position in the file would get in each other's way.
     files = {f"{i:03d}.bmp": encoded(i, "BMP", side=80) for i in range(200)}
     write_tar(tmp_path / "images.tar", files)
     dataset = open_train("", tmp_path / "images.tar")
-    assert dataset[0, 7].image[0, 0, 0] * 255 == pytest.approx(7)
+    assert int(dataset[0, 7].crops.pixels[0][0, 0, 0]) == 7
     batches = list(eval_loader(dataset, num_workers=2))
     assert values_of(batches) == list(range(200))
     assert not any(batch.broken for batch in batches)
@@ -747,7 +766,7 @@ def test_a_file_that_disappears_is_broken(tmp_path):
 def test_a_mistake_in_the_transform_is_not_taken_for_a_broken_image(tmp_path):
     write_images(tmp_path, [1])
     with pytest.raises(ZeroDivisionError):
-        open_train("", tmp_path, transform=lambda image: 1 / 0)[0, 0]
+        open_train("", tmp_path, transform=Augmentation(lambda image: 1 / 0))[0, 0]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -827,11 +846,11 @@ def test_workers_change_nothing(tmp_path):
 def test_each_epoch_and_image_has_its_own_augmentation(tmp_path):
     write_noise(tmp_path, 1)
     dataset = open_train("", tmp_path, RANDOM)
-    first, second = dataset[0, 0].image, dataset[1, 0].image
+    first, second = pixels_of(dataset[0, 0]), pixels_of(dataset[1, 0])
     assert not torch.equal(first, second)
-    assert torch.equal(first, dataset[0, 0].image)
+    assert torch.equal(first, pixels_of(dataset[0, 0]))
     other_seed = build_dataset("", tmp_path, split="train", transform=RANDOM, seed=SEED + 1)
-    assert not torch.equal(first, other_seed[0, 0].image)
+    assert not torch.equal(first, pixels_of(other_seed[0, 0]))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -902,7 +921,8 @@ def test_a_batch_is_what_it_says(tmp_path):
     write_images(tmp_path / "cat", [1, 2, 3])
     (batch,) = eval_loader(open_train("", tmp_path))
     assert batch.images.shape == (3, 3, 8, 8)
-    assert batch.images.dtype == torch.float32
+    assert batch.images.dtype == torch.uint8
+    assert batch.to(CPU)[0].dtype == torch.float32
     assert batch.labels.dtype == torch.int64
     assert batch.broken == []
 

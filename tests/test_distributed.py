@@ -46,6 +46,7 @@ def run_lines(path):
 CASES = {
     "one image left": (41, ["--batch_size", "4"]),
     "three images left": (43, ["--batch_size", "2", "--accum_iter", "2"]),
+    "two crops of an image": (41, ["--batch_size", "4", "--repeated_aug", "2"]),
     "mae": (41, ["--batch_size", "4", "--model", "mae_vit_tiny_patch4"]),
 }
 MODEL = [*TINY, "--lr", "1e-3", "--eval_every", "1", "--max_broken", "0.5"]

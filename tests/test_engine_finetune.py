@@ -33,7 +33,7 @@ from util.checkpoint import (
     resume_run,
 )
 from util.errors import InputError, RunError
-from util.images import Batch, Digits
+from util.images import Batch, Digits, IndexedImages, collate
 from util.metrics import LOG_NAME, EpochMeters
 from util.optim import build_lars, build_layer_decay_adamw
 from util.precision import Precision
@@ -321,10 +321,9 @@ def test_the_host_waits_for_the_device_at_log_points_only(monkeypatch, mixup):
 
 
 def test_a_handful_of_digits_can_be_learned_by_heart():
-    digits = Digits("train")
     transform = eval_transform(SHAPE[1:], (0.5,) * 3, (0.5,) * 3)
-    images, labels = zip(*(digits[index] for index in range(64)), strict=True)
-    images, labels = torch.stack([transform(image) for image in images]), torch.tensor(labels)
+    dataset = IndexedImages(Digits("train"), transform, seed=0)
+    images, labels = collate([dataset[0, index] for index in range(64)]).to(CPU)
     batches = [Batch(images[i::2], labels[i::2], []) for i in range(2)]
     model = vit_nano()
     train(PreparedLoader([[batch] for batch in batches] * 60), make_state(model), lr=1e-2)

@@ -58,7 +58,7 @@ class Recorder:
     def start_epoch(self, epoch, step_in_epoch):
         self.started = (epoch, step_in_epoch)
 
-    def log_step(self, step, *, epoch, lr, num_images, stats):
+    def log_step(self, step, *, epoch, lr, num_images, data_seconds, stats):
         self.steps.append((step, epoch, lr, num_images))
         self.stats.append(stats)
 
@@ -87,6 +87,8 @@ def make_loader(images, **options):
 
 class PreparedLoader:
     """Steps of micro-batches that are there already."""
+
+    num_crops = 1
 
     def __init__(self, steps):
         self.prepared, self.steps_per_epoch = steps, len(steps)
@@ -219,6 +221,18 @@ def test_every_process_draws_its_rows_of_the_same_noise(monkeypatch):
         assert torch.equal(step_noise(num_images=7, **place), whole[rows])
     # With two images, the third process has noise for its stand-in.
     assert step_noise(num_images=2, **place).shape == (1, NUM_PATCHES)
+
+
+def test_an_images_crops_have_their_masks_on_the_process_that_reads_it(monkeypatch):
+    place = {"seed": 3, "step": 7, "num_patches": NUM_PATCHES, "device": CPU}
+    whole = step_noise(num_images=14, num_crops=2, **place)  # of seven images
+    assert torch.equal(whole, step_noise(num_images=14, **place))
+    monkeypatch.setattr(engine_pretrain, "world_size", lambda: 3)
+    for rank, images in enumerate(([0, 3, 6], [1, 4], [2, 5])):
+        monkeypatch.setattr(engine_pretrain, "rank", lambda rank=rank: rank)
+        rows = [2 * image + crop for image in images for crop in range(2)]
+        assert torch.equal(step_noise(num_images=14, num_crops=2, **place), whole[rows])
+    assert step_noise(num_images=4, num_crops=2, **place).shape == (2, NUM_PATCHES)  # a stand-in's
 
 
 def test_masks_differ_between_images_steps_and_seeds():
@@ -399,7 +413,7 @@ def restored(images):
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_evaluation_equals_the_formulas_written_out(images, build, norm_pix_loss):
     model = build(norm_pix_loss=norm_pix_loss)
-    all_images = torch.cat([batch.images for batch in make_eval_loader(images)])
+    all_images = torch.cat([batch.to(CPU)[0] for batch in make_eval_loader(images)])
     losses, psnrs = [], []
     for index, image in enumerate(all_images.unsqueeze(1)):
         split = heldout_split([index], SPLIT[None], num_patches=NUM_PATCHES, seed=0, device=CPU)
@@ -485,7 +499,7 @@ def test_pictures_decode_every_masked_patch(images, build, monkeypatch):
     model = build()
     if build is crossmae_nano:
         train(model, make_loader(images), make_state(model), gamma=0.25)
-    batch = next(iter(make_eval_loader(images, batch_size=3))).images
+    batch, _ = next(iter(make_eval_loader(images, batch_size=3))).to(CPU)
     split = heldout_split(range(3), SPLIT[None], num_patches=NUM_PATCHES, seed=0, device=CPU)
     seen = []
     panels = engine_pretrain.reconstruction_panels

@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from util import knn
 from util.broken_images import BrokenImages
 from util.errors import InputError
-from util.images import Batch, Digits, IndexedImages
+from util.images import Batch, Digits, IndexedImages, collate
 from util.knn import draw_shots, extract_features, knn_accuracy, knn_predict, logistic_accuracy
 from util.loaders import build_eval_loader
 from util.precision import Precision
@@ -178,7 +178,7 @@ def extract(loader, *, encode=encode, precision=FP32, max_broken=1.0):
 def test_features_come_in_order():
     loader = digits_loader(30)
     features, labels = extract(loader)
-    images = torch.stack([loader.dataset[0, i].image for i in range(30)])
+    images, _ = collate([loader.dataset[0, i] for i in range(30)]).to(CPU)
     assert features.dtype == torch.float32
     assert torch.equal(features, encode(images))
     assert labels.dtype == torch.int64

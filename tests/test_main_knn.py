@@ -29,6 +29,7 @@ import models_vit
 from models_vit import build_vit
 from util.checkpoint import list_checkpoints
 from util.datasets import build_dataset
+from util.images import collate
 from util.transforms import eval_transform
 from util.weights import load_encoder, read_encoder
 
@@ -109,10 +110,11 @@ def test_numbers_are_those_of_the_encoder_loaded_and_at_its_start(tmp_path, imag
 
     def features_of(split, model):
         samples = build_dataset("folder", images, split=split, transform=transform, seed=0)
-        pixels = torch.stack([samples[0, i].image for i in range(len(samples))])
+        batch = collate([samples[0, i] for i in range(len(samples))])
+        pixels, labels = batch.to(torch.device("cpu"))
         with torch.no_grad():
             features = model(pixels)
-        return features.double(), [samples[0, i].label for i in range(len(samples))]
+        return features.double(), labels.tolist()
 
     for name, model in {"pre-trained": pretrained, "untrained": untrained}.items():
         for k in (1, 7):

@@ -35,6 +35,7 @@ from main_linprobe import parse_args
 from models_vit import build_vit, make_linear_probe
 from util.checkpoint import BEST_NAME, list_checkpoints, read_checkpoint
 from util.datasets import build_dataset
+from util.images import collate
 from util.metrics import read_log
 from util.transforms import eval_transform
 from util.weights import read_encoder
@@ -150,8 +151,9 @@ def test_the_checkpoint_measures_as_logged(finished, images):
     size = tuple(options["img_size"])
     transform = eval_transform(size, checkpoint["mean"], checkpoint["std"], 224 / 256)
     samples = build_dataset("folder", images, split="validation", transform=transform, seed=0)
-    pixels, labels, _ = zip(*(samples[0, i] for i in range(len(samples))), strict=True)
-    logits, labels = model.eval()(torch.stack(pixels)), torch.tensor(labels)
+    batch = collate([samples[0, i] for i in range(len(samples))])
+    pixels, labels = batch.to(torch.device("cpu"))
+    logits = model.eval()(pixels)
     assert F.cross_entropy(logits, labels).item() == pytest.approx(line["val_loss"], rel=1e-5)
     top1 = (logits.argmax(dim=1) == labels).double().mean().item()
     assert 100 * top1 == pytest.approx(line["val_top1"])

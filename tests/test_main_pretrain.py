@@ -337,6 +337,28 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path, monkeypatch, images, nano
     assert figures[0] == figures[1]
 
 
+def test_a_stopped_run_with_several_crops_of_an_image_continues_bit_for_bit(
+    tmp_path, monkeypatch, images, capsys, nano
+):
+    argv = [*TINY, "--data_path", images, "--lr", 1e-3, "--epochs", 1, "--repeated_aug", 4]
+    run(*argv, "--output_dir", tmp_path / "whole")
+    num_images = len(list((images / "train").iterdir()))
+    out = capsys.readouterr().out
+    steps = -(-num_images // 2)  # of two images, four crops each
+    assert f"{num_images} images x 4 crops, {steps} steps an epoch" in out
+    assert "effective batch size 8 = 8 x 1" in out
+    stopped = tmp_path / "stopped"
+    run_until(7, monkeypatch, *argv, *EACH_STEP, "--output_dir", stopped)
+    run(*argv, "--num_workers", 1, "--output_dir", stopped)
+    assert_identical(state_of(stopped), state_of(tmp_path / "whole"))
+
+
+def test_the_crops_of_an_image_are_part_of_what_a_run_is(tmp_path, images, capsys, nano):
+    place = ["--data_path", images, "--output_dir", tmp_path / "run", "--epochs", 1]
+    run(*TINY, *place, "--repeated_aug", 2)
+    assert "--repeated_aug was 2 and is now None" in refusal(capsys, *TINY, *place)
+
+
 def kill_after_saving(num_times, words):
     """Start a command, and kill it right after it says that it saved so often."""
     with start(words) as process:
@@ -722,6 +744,10 @@ REFUSED = {
     "--blr 0": "0 is not above 0",
     "--clip_grad 0": "0 is not above 0",
     "--batch_size 0": "0 is not at least 1",
+    "--repeated_aug 0": "0 is not at least 1",
+    "--repeated_aug 3": "--batch_size 8 counts crops: make it a multiple of --repeated_aug 3",
+    "--decode gpu --device cpu": "--decode gpu needs a CUDA device, and this run is on cpu",
+    "--decode both": "invalid choice: 'both'",
     "--seed -1": "-1 is negative",
     "--seed 99999999999999999999": "--seed",
     "--amp int8": "invalid choice: 'int8'",

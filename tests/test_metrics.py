@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from util import metrics
 from util.errors import NonFiniteLossError
-from util.metrics import EpochMeters, RunLog, read_log
+from util.metrics import EpochMeters, RunLog, TimedIterator, read_log
 
 CPU = torch.device("cpu")
 
@@ -144,7 +144,9 @@ def log_epochs(folder, first, last):
         log.start_epoch(epoch - 1, 0)
         for step in (10 * epoch - 5, 10 * epoch):
             stats = {"loss": float(100 * first + epoch), "grad_norm": 1.0}
-            log.log_step(step, epoch=epoch - 1, lr=0.1, num_images=40, stats=stats)
+            log.log_step(
+                step, epoch=epoch - 1, lr=0.1, num_images=40, data_seconds=0.1, stats=stats
+            )
         log.log_image("picture", np.full((4, 4, 3), epoch, np.uint8), 10 * epoch)
         log.end_epoch({"loss": float(100 * first + epoch)}, epoch=epoch, step=10 * epoch)
     log.close()
@@ -185,7 +187,8 @@ def points(folder, tag):
 def test_tensorboard_has_scalars_and_pictures(tmp_path):
     log_epochs(tmp_path, 1, 2)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    expected = {"train/loss", "train/grad_norm", "train/lr", "train/images_per_s", "epoch/loss"}
+    expected = {"train/loss", "train/grad_norm", "train/lr", "epoch/loss"}
+    expected |= {"train/images_per_s", "train/data_share"}
     assert set(events.Tags()["scalars"]) == expected
     assert [picture.step for picture in events.Images("picture")] == [10, 20]
     assert points(tmp_path, "train/loss") == {5: 101, 10: 101, 15: 102, 20: 102}
@@ -203,6 +206,24 @@ def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path):
 # What is shown
 
 
+def test_waiting_is_counted_and_computing_is_not(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
+
+    def items():
+        nonlocal now
+        for item in range(3):
+            now += 2.0
+            yield item
+
+    timed, seen = TimedIterator(items()), []
+    for item in timed:
+        now += 10.0
+        seen.append((item, timed.seconds))
+        timed.seconds = 0.0
+    assert seen == [(0, 2.0), (1, 2.0), (2, 2.0)]
+
+
 def test_off_a_terminal_progress_is_a_line_at_a_log_point(tmp_path, caplog, capsys, monkeypatch):
     clock = iter([100.0, 100.0, 120.0, 130.0])  # made, epoch starts, first and second log point
     monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
@@ -210,14 +231,16 @@ def test_off_a_terminal_progress_is_a_line_at_a_log_point(tmp_path, caplog, caps
     with caplog.at_level(logging.INFO):
         log = open_log(tmp_path, epoch=1, step=12, num_epochs=3)
         log.start_epoch(1, 2)
-        log.log_step(16, epoch=1, lr=1e-4, num_images=640, stats=stats)
-        log.log_step(20, epoch=1, lr=1e-4, num_images=640, stats=stats)
+        log.log_step(16, epoch=1, lr=1e-4, num_images=640, data_seconds=5.0, stats=stats)
+        log.log_step(20, epoch=1, lr=1e-4, num_images=640, data_seconds=5.0, stats=stats)
     first, second = caplog.messages
     assert first.startswith("epoch 2/3 step 6/10: loss 0.5000, lr 1.00e-04, images/s 32, ")
     assert "ETA 0:01:10" in first  # 14 steps are left, and 4 took 20 seconds
+    assert "waiting for data 25%" in first
     assert "GiB" in first
     assert "step 10/10" in second
     assert "images/s 64" in second
+    assert "waiting for data 50%" in second
     assert "ETA 0:00:38" in second  # 10 steps, and 8 took 30 seconds
     assert capsys.readouterr().err == ""
 
@@ -228,7 +251,7 @@ def test_on_a_terminal_progress_is_a_bar(tmp_path, caplog, capsys, monkeypatch):
     with caplog.at_level(logging.INFO):
         log = open_log(tmp_path, step=2)
         log.start_epoch(0, 2)
-        log.log_step(6, epoch=0, lr=1e-4, num_images=640, stats=stats)
+        log.log_step(6, epoch=0, lr=1e-4, num_images=640, data_seconds=5.0, stats=stats)
         assert log.bar.n == 6
         log.bar.refresh()
         bar = capsys.readouterr().err

@@ -11,6 +11,7 @@ from torch.nn.utils import parameters_to_vector
 from models_crossmae import build_crossmae, crossmae_vit_base_patch16
 from models_mae import build_mae
 from models_vit import ModelSize, build_vit
+from tests.runs import TINY, log_without_time, run, use_nano_models, write_images
 from util.masking import count_tokens, random_split
 from util.recompute import set_memory
 
@@ -139,3 +140,12 @@ def test_the_model_still_compiles_to_one_graph(dtype, memory):
 def test_an_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="memory is one of"):
         set_memory(build_crossmae(SMALL, decoder_depth=2), "lowest")
+
+
+@pytest.mark.parametrize("memory", ["medium", "low"])
+def test_a_whole_run_is_the_same_to_the_bit(memory, tmp_path, monkeypatch):
+    use_nano_models(monkeypatch)
+    options = ["--data_path", write_images(tmp_path / "images", 24), *TINY]
+    for mode in ("high", memory):
+        run(*options, "--memory", mode, "--output_dir", tmp_path / mode)
+    assert log_without_time(tmp_path / "high") == log_without_time(tmp_path / memory)

@@ -92,6 +92,16 @@ def test_the_stand_in_of_a_process_without_images_weighs_nothing(monkeypatch):
         assert torch.equal(model[1].weight, before) != weighs
 
 
+def test_the_stand_in_of_a_process_weighs_nothing_however_many_crops_an_image_has(monkeypatch):
+    model, loader = make_model(), make_loader((4,))
+    loader.num_crops = 4  # of one image, which the first of two processes has
+    before = model[1].weight.detach().clone()
+    for rank, weighs in ((1, False), (0, True)):
+        monkeypatch.setattr(training, "rank", lambda rank=rank: rank)
+        train(model, loader, sgd_state(model))
+        assert torch.equal(model[1].weight, before) != weighs
+
+
 def test_the_moving_average_equals_its_formula():
     decay = 0.9
     model = make_model()

@@ -8,11 +8,13 @@ import math
 from collections.abc import Iterable
 from typing import NoReturn
 
+import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from util.errors import InputError
 from util.masking import MASK_SAMPLINGS
 from util.precision import AMP_DTYPES, ATTENTION_BACKENDS
+from util.recompute import MEMORY_MODES
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,6 +66,11 @@ def natural_int(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return value
+
+
+def batch_size_choice(text: str) -> int | str:
+    """A whole number from 1, or "auto"."""
+    return text if text == "auto" else positive_int(text)
 
 
 def seed_number(text: str) -> int:
@@ -159,7 +166,7 @@ def add_data_args(
     group.add_argument("--data_path", help="folder or tar of images, or the root of --dataset")
     group.add_argument(
         "--dataset",
-        help="digits, folder, tar, inat2019, or a name of timm's such as torch/cifar10, "
+        help="digits, folder, tar, packed, inat2019, or a name of timm's such as torch/cifar10, "
         "torch/places365, hfds/NAME or wds/NAME (folder with --data_path, else digits)",
     )
     group.add_argument(
@@ -206,6 +213,35 @@ def add_data_args(
         default=num_workers,
         help="loader processes for each process (%(default)s)",
     )
+
+
+def add_crop_args(parser: argparse.ArgumentParser) -> None:
+    """How many crops are taken of the images, and where they are decoded."""
+    group = parser.add_argument_group("crops")
+    group.add_argument(
+        "--repeated_aug",
+        type=positive_int,
+        default=1,
+        metavar="K",
+        help="crops of every image each time that it is read, which saves decoding. They share a "
+        "micro-batch, --batch_size counts them, and an epoch has K times as many steps: lower "
+        "--epochs (%(default)s)",
+    )
+    group.add_argument(
+        "--decode",
+        choices=("cpu", "gpu"),
+        default="cpu",
+        help="where JPEGs are decoded: by loader processes or, with somewhat other pixels, on the "
+        "CUDA device (%(default)s)",
+    )
+
+
+def check_crop_args(args: argparse.Namespace, device: torch.device) -> None:
+    """Refuse a device that does not decode."""
+    if args.decode == "gpu" and device.type != "cuda":
+        raise InputError(
+            f"--decode gpu needs a CUDA device, and this run is on {device}: use --decode cpu"
+        )
 
 
 def check_data_args(args: argparse.Namespace) -> None:
@@ -334,19 +370,29 @@ def add_optim_args(
     weight_decay: float,
     warmup_epochs: str = "EPOCHS / 20",
     min_lr: float = 0.0,
+    auto_batch_size: bool = False,
 ) -> None:
     """How weights are updated; `epochs` and `blr` of None depend on the model's size."""
     by_size = "by the model's size"
     group = parser.add_argument_group("optimization")
     group.add_argument(
         "--batch_size",
-        type=positive_int,
+        type=batch_size_choice if auto_batch_size else positive_int,
         default=batch_size,
-        help="images of a process and micro-step (%(default)s)",
+        help="images of a process and micro-step"
+        + (", auto for as many as the GPU holds" if auto_batch_size else "")
+        + " (%(default)s)",
     )
     group.add_argument(
         "--accum_iter", type=positive_int, default=1, help="micro-steps a step (%(default)s)"
     )
+    if auto_batch_size:
+        group.add_argument(
+            "--effective_batch_size",
+            type=positive_int,
+            metavar="N",
+            help="images of a step in all processes; sets --accum_iter (what the others give)",
+        )
     group.add_argument(
         "--epochs",
         type=positive_int,
@@ -374,6 +420,17 @@ def add_optim_args(
         "--weight_decay", type=natural_float, default=weight_decay, help="(%(default)s)"
     )
     group.add_argument("--clip_grad", type=positive_float, help="largest gradient norm (off)")
+
+
+def check_batch_args(args: argparse.Namespace) -> None:
+    """Refuse sizes of batches that leave a step's images open, or say them twice."""
+    if args.batch_size == "auto" and args.effective_batch_size is None:
+        raise InputError(
+            "--batch_size auto needs --effective_batch_size, such as 4096: the learning rate "
+            "follows from it"
+        )
+    if args.effective_batch_size is not None and args.accum_iter > 1:
+        raise InputError("--effective_batch_size sets --accum_iter: give only one of them")
 
 
 def check_warmup(warmup_epochs: float | None, epochs: int) -> None:
@@ -414,3 +471,15 @@ def add_precision_args(parser: argparse.ArgumentParser) -> None:
         help="PyTorch's attention kernel; a forced one runs or fails (%(default)s)",
     )
     group.add_argument("--compile", action="store_true", help="torch.compile the model (off)")
+
+
+def add_memory_args(parser: argparse.ArgumentParser) -> None:
+    """What a step keeps for its backward pass."""
+    group = parser.add_argument_group("memory")
+    group.add_argument(
+        "--memory",
+        choices=MEMORY_MODES,
+        default="high",
+        help="what a step keeps of an image: high is all of it and fastest; medium computes norms "
+        "and activations twice, low the MLPs as well, with the same results (%(default)s)",
+    )

@@ -1,9 +1,9 @@
 """From `--dataset` and `--data_path` to a data set that `util.loaders` reads.
 
 Sources carry timm's names (`timm.data.create_dataset`) and come in two kinds. Indexed sources
-(folders, .tar files, `torch/...`, `hfds/...`, `inat2019`, `digits`) know each image by its index,
-so that a run resumes at any step. Streams (`wds/...`, `hfids/...`, `tfds/...`) are read from front
-to back, so that a run resumes at the start of an epoch.
+(folders, .tar files, `packed`, `torch/...`, `hfds/...`, `inat2019`, `digits`) know each image by
+its index, so that a run resumes at any step. Streams (`wds/...`, `hfids/...`, `tfds/...`) are read
+from front to back, so that a run resumes at the start of an epoch.
 """
 
 import itertools
@@ -18,6 +18,7 @@ from typing import Literal
 
 import timm.data
 from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset
 
 from util.broken_images import reason_of
@@ -27,10 +28,11 @@ from util.images import (
     Digits,
     INat2019,
     IndexedImages,
-    Transform,
     class_names,
 )
+from util.packed import PackedImages, holds_packed
 from util.streams import StreamedImages, adapt_hub_reader
+from util.transforms import Transform
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +42,9 @@ HELD_OUT_SPLITS = (*HELD_OUT_FOLDERS, "test")
 MAX_LISTED = 3  # classes
 
 STREAMS = ("hfids", "tfds", "wds")
-FROM_FILES = ("folder", "inat2019", "torch", "wds")
-DATASET_NAME = r"(folder|tar|digits|inat2019)?|(torch|hfds|hfids|tfds)/.+|wds/.*"
+FROM_FILES = ("folder", "inat2019", "packed", "torch", "wds")
+CLASS_FOLDERS = (ReaderImageFolder, ReaderImageInTar, PackedImages)
+DATASET_NAME = r"(folder|tar|packed|digits|inat2019)?|(torch|hfds|hfids|tfds)/.+|wds/.*"
 ADVICE = {  # for a source of this kind that cannot be opened
     "folder": "give a folder or a .tar file that has images in it",
     "digits": "install the requirements",
@@ -67,13 +70,14 @@ def build_dataset(
     """Open a data set by its name.
 
     Args:
-        name: "", `folder` or `tar` for what `data_path` is, `digits`, `inat2019`, or one of
-            timm's names; of `torch/places365` the small version is read where it is. Without a
+        name: "" for what `data_path` is, `folder`, `tar`, `packed`, `digits`, `inat2019`, or one
+            of timm's names; of `torch/places365` the small version is read where it is. Without a
             pattern, `wds/` takes the training shards of `_info.json` in `data_path`.
         data_path: folder, .tar file, or for Hugging Face's data sets their cache.
-        split: in a folder, "train" is `train/` if there is one, else the folder itself. A folder
-            with `val/` but no `train/` is refused: training would read the held-out images.
-        transform: RGB image to float32 (3, H, W).
+        split: in a folder, "train" is `train/` or `train.tar` if there is one, else the folder
+            itself. A folder with `val/` or `val.tar` alone is refused: training would read the
+            held-out images.
+        transform: how images are read, and what is made of them.
         seed: the run's seed.
         num_samples: images in an epoch of a stream that does not know it.
         batch_size: of a micro-batch, a hint for timm's streams.
@@ -88,11 +92,12 @@ def build_dataset(
     """
     if not re.fullmatch(DATASET_NAME, name, re.IGNORECASE):
         raise InputError(
-            f"--dataset {name} is unknown: use folder, tar, digits, inat2019, torch/<name>, "
-            "hfds/<name>, hfids/<name>, tfds/<name> or wds/<pattern>.tar"
+            f"--dataset {name} is unknown: use folder, tar, packed, digits, inat2019, "
+            "torch/<name>, hfds/<name>, hfids/<name>, tfds/<name> or wds/<pattern>.tar"
         )
     kind, _, rest = name.partition("/")
-    kind = {"": "folder", "tar": "folder"}.get(kind.lower(), kind.lower())
+    kind = kind.lower() or _kind_of(data_path)
+    kind = "folder" if kind == "tar" else kind
     if num_samples is not None and kind not in STREAMS:
         raise InputError(f"--dataset {name} knows its length: drop --num_samples")
     root = _checked_path(data_path, required=kind in FROM_FILES)
@@ -105,13 +110,14 @@ def build_dataset(
         options["input_img_mode"] = "RGB" if kind == "tfds" else ""
         source = _open(name, root, rest if ".tar" in rest else split, seed=seed, **options)
         return StreamedImages(source, transform, seed=seed, name=name)
-    if search_split and (kind == "folder" or rest.lower() in ("folder", "image_folder")):
-        root = _folder_of_split(root, split)
+    in_folders = kind in ("folder", "packed") or rest.lower() in ("folder", "image_folder")
+    if search_split and in_folders:
+        root = _place_of_split(root, split, tars=kind == "folder")
         if root is None:
             return None
     splits = HELD_OUT_SPLITS if (kind, split) == ("hfds", "validation") else (split,)
     options = _places365_options(root, split) if name.lower() == "torch/places365" else {}
-    sources = (_open(name, root, split, **options) for split in splits)
+    sources = (_open(name or kind, root, split, **options) for split in splits)
     source = next((source for source in sources if source is not None), None)
     return None if source is None else IndexedImages(source, transform, seed=seed)
 
@@ -119,8 +125,8 @@ def build_dataset(
 def default_dataset(
     name: str | None, data_path: str | Path | None, val_path: str | Path | None
 ) -> str:
-    """The data set that is meant: by its name, else the folder of a path, else the digits."""
-    return name or ("folder" if data_path or val_path else "digits")
+    """The data set that is meant: by its name, else what a path holds, else the digits."""
+    return name or (_kind_of(data_path or val_path) if data_path or val_path else "digits")
 
 
 def open_heldout(
@@ -136,8 +142,8 @@ def open_heldout(
     Args:
         name: see `build_dataset`.
         data_path: see `build_dataset`; not looked at if there is a `val_path`.
-        val_path: a folder or .tar file of held-out images, taken as given.
-        transform: RGB image to float32 (3, H, W).
+        val_path: a folder, packed or not, or .tar file of held-out images, taken as given.
+        transform: how images are read, and what is made of them.
         seed: the run's seed.
 
     Returns:
@@ -148,7 +154,7 @@ def open_heldout(
     """
     options = {"split": "validation", "transform": transform, "seed": seed}
     if val_path:
-        return build_dataset("folder", val_path, search_split=False, **options)
+        return build_dataset("", val_path, search_split=False, **options)
     return build_dataset(name, data_path, **options)
 
 
@@ -267,14 +273,14 @@ def _checked_class_names(
             f"the {role} have one class only ({names[0]}): name a path that holds one folder per "
             "class"
         )
-    if isinstance(images.reader, ReaderImageFolder):
-        _check_folder_names(role, images.reader)
+    if isinstance(images.reader, CLASS_FOLDERS):
+        _check_folder_names(role, images)
     return names
 
 
-def _check_folder_names(role: str, reader: ReaderImageFolder) -> None:
+def _check_folder_names(role: str, images: IndexedImages) -> None:
     """Refuse two folders of one name: timm would make them one class without a word."""
-    folders = {path.rpartition(os.sep)[0] for path, _ in reader.samples}
+    folders = {images.name(index).rpartition(os.sep)[0] for index in range(len(images))}
     counts = Counter(folder.rpartition(os.sep)[2] for folder in folders)
     name, count = counts.most_common(1)[0]
     if count > 1:
@@ -330,11 +336,25 @@ def _checked_path(data_path: str | Path | None, *, required: bool) -> str | None
     return str(path)
 
 
-def _folder_of_split(root: str, split: str) -> str | None:
-    """The sub-folder of a split; timm's own search would validate on the training images."""
+def _kind_of(path: str | Path | None) -> str:
+    return "packed" if path and holds_packed(path) else "folder"
+
+
+def _place_of_split(root: str, split: str, *, tars: bool) -> str | None:
+    """The sub-folder, or the tar, of a split; timm's own search would validate on training images.
+
+    Args:
+        root: of the splits, or of the training images alone.
+        split: "train" or "validation".
+        tars: whether a .tar file of a split's name counts where there is no sub-folder.
+    """
 
     def existing(names: tuple[str, ...]) -> str | None:
-        return next((str(Path(root, name)) for name in names if Path(root, name).is_dir()), None)
+        places = [Path(root, name) for name in names]
+        found = [place for place in places if place.is_dir()]
+        if tars:
+            found += [tar for tar in (Path(f"{p}.tar") for p in places) if tar.is_file()]
+        return str(found[0]) if found else None
 
     train, held_out = existing(TRAIN_FOLDERS), existing(HELD_OUT_FOLDERS)
     if split == "validation":
@@ -352,6 +372,8 @@ def _open(name: str, root: str | None, split: str, **options: object) -> Dataset
     kind = name.partition("/")[0].lower()
     if kind == "inat2019":
         return INat2019(root, split)
+    if kind == "packed":
+        return PackedImages(root)
     if kind in ("", "folder", "tar"):
         name, kind = "", "folder"
         timm.data.add_img_extensions(IMAGE_SUFFIXES)

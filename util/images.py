@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
@@ -13,14 +13,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from util.broken_images import reason_of, too_many_broken
 from util.errors import InputError, RunError
-from util.seeding import seeded
-from util.transforms import read_rgb, to_rgb
-
-Transform = Callable[[Image.Image], Tensor]
+from util.transforms import Box, Crops, Normalization, Transform, resize_crop, to_rgb
 
 # By itself timm finds .png, .jpg and .jpeg only, and passes over the others without a word.
 IMAGE_SUFFIXES = (
@@ -31,28 +29,101 @@ MAX_BROKEN_IN_A_ROW = 100  # images in a row
 
 
 class Sample(NamedTuple):
-    """One image (3, H, W), its label, and the broken images met on the way to it."""
+    """One image's crops, its label, and the broken images met on the way to it."""
 
-    image: Tensor
+    crops: Crops
     label: int
     broken: list[tuple[str, str]]
 
 
-class Batch(NamedTuple):
-    """One micro-batch."""
+class EncodedCrops(NamedTuple):
+    """Crops of JPEG files, to be decoded on the device."""
 
-    images: Tensor  # (B, 3, H, W), float32
+    files: Tensor  # uint8 (bytes,), one after another
+    lengths: list[int]  # of each file, in bytes
+    boxes: list[Sequence[Box]]  # of each file
+    size: tuple[int, int]  # (height, width) of a crop
+    is_encoded: list[bool]  # of every crop of the batch: whether it is one of these
+
+    def decode(self, device: torch.device) -> list[Tensor]:
+        """The crops, each uint8 (3, H, W) on the device.
+
+        Raises:
+            RunError: it cannot decode one.
+        """
+        files = list(self.files.split(self.lengths))
+        try:
+            images = decode_jpeg(files, mode=ImageReadMode.RGB, device=device)
+        except RuntimeError as error:
+            raise RunError(
+                f"a JPEG cannot be decoded on {device}: use --decode cpu ({reason_of(error)})"
+            ) from error
+        pairs = zip(images, self.boxes, strict=True)
+        return [resize_crop(image, box, self.size) for image, boxes in pairs for box in boxes]
+
+
+class Batch(NamedTuple):
+    """One micro-batch, as it leaves a worker; `to` completes it."""
+
+    images: Tensor  # (B, 3, H, W): uint8, channels last in memory, or float32 and normalised
     labels: Tensor  # (B,), int64; -1 where the source has none
     broken: list[tuple[str, str]]  # (file name, reason) of a broken image, every time it is met
+    flips: Tensor | None = None  # (B,), bool; None for none
+    normalization: Normalization | None = None  # of uint8 images
+    encoded: EncodedCrops | None = None  # those that are not among `images`
+
+    def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W), float32 and normalised, and labels (B,), on the device.
+
+        The host does not wait for the device, unless that decodes.
+        """
+        images, labels = (t.to(device, non_blocking=True) for t in (self.images, self.labels))
+        if self.encoded is not None:
+            decoded, others = iter(self.encoded.decode(device)), iter(images)
+            images = torch.stack([next(decoded if e else others) for e in self.encoded.is_encoded])
+        if self.flips is not None:
+            flips = self.flips.to(device, non_blocking=True).view(-1, 1, 1, 1)
+            images = torch.where(flips, images.flip(3), images)
+        return images if self.normalization is None else self.normalization(images), labels
 
 
 def collate(samples: list[Sample | InputError | RunError]) -> Batch | InputError | RunError:
-    """Stack samples to a batch; an error among the samples takes the place of the batch."""
+    """Put samples into a batch; an error among the samples takes the place of the batch."""
     for sample in samples:
         if isinstance(sample, InputError | RunError):
             return sample
-    images, labels, broken = zip(*samples, strict=True)
-    return Batch(torch.stack(images), torch.tensor(labels), list(itertools.chain(*broken)))
+    crops = [sample.crops for sample in samples]
+    flips = list(itertools.chain.from_iterable(c.flips for c in crops))
+    return Batch(
+        images=_stack([pixels for c in crops for pixels in c.pixels]),
+        labels=torch.tensor([sample.label for sample in samples for _ in sample.crops.flips]),
+        broken=[entry for sample in samples for entry in sample.broken],
+        flips=torch.tensor(flips) if any(flips) else None,
+        normalization=crops[0].normalization,
+        encoded=_join_encoded(crops),
+    )
+
+
+def _stack(pixels: list[Tensor]) -> Tensor:
+    """(B, 3, H, W), in a worker in memory that is shared with the main process."""
+    if not pixels:
+        return torch.empty(0)
+    if pixels[0].dtype != torch.uint8:
+        return default_collate(pixels)
+    return default_collate([p.permute(1, 2, 0) for p in pixels]).permute(0, 3, 1, 2)
+
+
+def _join_encoded(crops: list[Crops]) -> EncodedCrops | None:
+    encoded = [c for c in crops if c.jpeg is not None]
+    if not encoded:
+        return None
+    return EncodedCrops(
+        files=torch.cat([c.jpeg for c in encoded]),
+        lengths=[len(c.jpeg) for c in encoded],
+        boxes=[c.boxes for c in encoded],
+        size=encoded[0].size,
+        is_encoded=[c.jpeg is not None for c in crops for _ in c.flips],
+    )
 
 
 class Digits(Dataset):
@@ -156,8 +227,7 @@ class IndexedImages(Dataset):
 
     Args:
         source: a data set of timm or torchvision, `Digits` or `INat2019`.
-        transform: RGB image to float32 (3, H, W), random by the global generators of torch (CPU),
-            numpy and random.
+        transform: how images are read, and what is made of them.
         seed: the run's seed; the augmentation is a function of (seed, epoch, index).
 
     Attributes:
@@ -220,14 +290,13 @@ class IndexedImages(Dataset):
         for offset in range(min(len(self), MAX_BROKEN_IN_A_ROW)):
             candidate = (index + offset) % len(self)
             try:
-                image, label = self.reader[candidate]
-                image = read_rgb(image)
+                record, label = self.reader[candidate]
+                image = self.transform.read(record)
             except Exception as error:  # decoders raise anything on broken files
                 broken.append((self.name(candidate), reason_of(error)))
                 continue
-            with seeded("augment", self.seed, epoch, index):
-                image = self.transform(image)
-            return Sample(image, label_of(label) if self.labelled else -1, broken)
+            crops = self.transform(image, "augment", self.seed, epoch, index)
+            return Sample(crops, label_of(label) if self.labelled else -1, broken)
         raise too_many_broken(broken)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[Sample | InputError]:

@@ -55,7 +55,7 @@ def extract_features(
     features, labels = [torch.empty(0, 0)], [torch.empty(0, dtype=torch.int64)]
     for batch in loader:
         broken.add(batch.broken)
-        images = batch.images.to(device, non_blocking=True)  # (B, C, H, W)
+        images, _ = batch.to(device)  # (B, C, H, W)
         with precision.autocast():
             features.append(encode(images).float().cpu())  # (B, D)
         labels.append(batch.labels)

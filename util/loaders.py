@@ -40,6 +40,10 @@ class StepLoader:
         dataset: what is read.
         sampler: which of it makes up the micro-batches and steps of this rank.
         workers: `num_workers` and `pin_memory` of the DataLoader.
+
+    Attributes:
+        num_crops: K, the crops of every image, side by side in one micro-batch. The sampler counts
+            images; this loader counts crops, each as an image.
     """
 
     resumes_mid_epoch = True
@@ -51,7 +55,8 @@ class StepLoader:
         self.sampler = sampler
         self.workers = workers
         self.steps_per_epoch = sampler.steps_per_epoch
-        self.effective_batch_size = sampler.effective_batch_size
+        self.num_crops = dataset.transform.num_crops
+        self.effective_batch_size = sampler.effective_batch_size * self.num_crops
 
     @cached_property
     def batches(self) -> Batches:
@@ -68,7 +73,7 @@ class StepLoader:
 
     def images_in_step(self, step: int) -> int:
         """Images that all ranks read together in this step of an epoch; fewer in the last."""
-        return self.sampler.images_in_step(step)
+        return self.sampler.images_in_step(step) * self.num_crops
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
         """This rank's micro-batches, step by step from `first_step` to the end of the epoch."""
@@ -114,11 +119,18 @@ def build_train_loader(
     num_workers: int,
     pin_memory: bool,
 ) -> StepLoader | StreamStepLoader:
-    """The loader of one rank; `batch_size` is that of a micro-batch on one process.
+    """The loader of one rank; `batch_size` is that of a micro-batch on one process, in crops.
 
     Raises:
-        InputError: a stream is too short for one step.
+        InputError: a stream is too short for one step, or an image's crops would be parted.
     """
+    num_crops = dataset.transform.num_crops
+    if batch_size % num_crops:
+        raise InputError(
+            f"--batch_size {batch_size} counts crops: make it a multiple of --repeated_aug "
+            f"{num_crops}, which stay together"
+        )
+    batch_size //= num_crops  # from here on, of images
     steps = {"batch_size": batch_size, "accum_iter": accum_iter, "seed": seed}
     make_sampler = partial(StepSampler, rank=rank, world_size=world_size, **steps)
     workers = {"num_workers": num_workers, "pin_memory": pin_memory}
@@ -221,9 +233,10 @@ def build_loaders(
         pin_memory=device.type == "cuda",
     )
     logger.info(
-        "%s: %d images, %d steps an epoch, %s images held out",
-        *(name, loader.sampler.num_samples, loader.steps_per_epoch),
-        len(val_set) if val_set else "no",
+        "%s: %d images%s, %d steps an epoch, %s images held out",
+        *(name, loader.sampler.num_samples),
+        f" x {loader.num_crops} crops" if loader.num_crops > 1 else "",
+        *(loader.steps_per_epoch, len(val_set) if val_set else "no"),
     )
     if val_set is None:
         return loader, None

@@ -6,8 +6,10 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +21,8 @@ from util.distributed import is_main_process, stack_over_processes
 from util.errors import InputError, NonFiniteLossError
 
 LOG_NAME = "log.jsonl"
+
+T = TypeVar("T")
 
 _logger = logging.getLogger(__name__)
 
@@ -106,6 +110,28 @@ def mean_metrics(sums: list[float], num_images: int) -> dict[str, float]:
     }
 
 
+class TimedIterator(Iterator[T]):
+    """Counts the seconds for which the next item is waited for.
+
+    Args:
+        items: what is passed on.
+
+    Attributes:
+        seconds: since the start, or since they were set.
+    """
+
+    def __init__(self, items: Iterable[T]) -> None:
+        self.items = iter(items)
+        self.seconds = 0.0
+
+    def __next__(self) -> T:
+        start = time.monotonic()
+        try:
+            return next(self.items)
+        finally:
+            self.seconds += time.monotonic() - start
+
+
 def peak_memory_gb(device: torch.device) -> float:
     """The most memory used so far, in GiB: allocated on a GPU, else resident in this process."""
     if device.type == "cuda":
@@ -178,7 +204,14 @@ class RunLog:
             )
 
     def log_step(
-        self, step: int, *, epoch: int, lr: float, num_images: int, stats: dict[str, float]
+        self,
+        step: int,
+        *,
+        epoch: int,
+        lr: float,
+        num_images: int,
+        data_seconds: float,
+        stats: dict[str, float],
     ) -> None:
         """Show where the run is.
 
@@ -187,18 +220,21 @@ class RunLog:
             epoch: the one under way, counted from 0.
             lr: of the last step.
             num_images: in all processes since the last call.
+            data_seconds: that this process waited for its loader since the last call.
             stats: means since the last call.
         """
         if not is_main_process():
             return
         now = time.monotonic()
-        images_per_s = num_images / max(1e-9, now - self.window_time)
+        seconds = max(1e-9, now - self.window_time)
+        images_per_s, data_share = num_images / seconds, data_seconds / seconds
         seconds_per_step = (now - self.start_time) / max(1, step - self.first_step)
         steps_left = self.num_epochs * self.steps_per_epoch - step
         shown = {
             "loss": f"{stats['loss']:.4f}",
             "lr": f"{lr:.2e}",
             "images/s": f"{images_per_s:.0f}",
+            "waiting for data": f"{data_share:.0%}",
             "ETA": str(timedelta(seconds=round(steps_left * seconds_per_step))),
             "memory": f"{peak_memory_gb(self.device):.1f} GiB",
         }
@@ -212,7 +248,8 @@ class RunLog:
                 "epoch %d/%d step %d/%d: %s",
                 *(epoch + 1, self.num_epochs, step_in_epoch, self.steps_per_epoch, text),
             )
-        self.log_scalars({**stats, "lr": lr, "images_per_s": images_per_s}, step, "train")
+        speed = {"images_per_s": images_per_s, "data_share": data_share}
+        self.log_scalars({**stats, "lr": lr, **speed}, step, "train")
         self.window_step, self.window_time = step, now
 
     def log_scalars(self, values: dict[str, float], step: int, group: str) -> None:

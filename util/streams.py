@@ -17,12 +17,11 @@ from util.images import (
     IMAGE_SUFFIXES,
     MAX_BROKEN_IN_A_ROW,
     Sample,
-    Transform,
     class_names,
     label_of,
 )
-from util.seeding import fold_seed, seeded
-from util.transforms import read_rgb
+from util.seeding import fold_seed
+from util.transforms import Transform
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ class StreamedImages(IterableDataset):
 
     Args:
         source: an iterable data set of timm that leaves its images unconverted.
-        transform: RGB image to float32 (3, H, W), random by torch's global generator.
+        transform: how images are read, and what is made of them.
         seed: the run's seed.
         name: the source's name, `wds/...` for instance.
     """
@@ -84,20 +83,19 @@ class StreamedImages(IterableDataset):
                 source = _read_shards(self.reader, place, share, num_shares, broken)
             else:
                 source = (("", image, label) for image, label in self.reader)
-            for name, image, label in source:
+            for name, record, label in source:
                 try:
-                    image = read_rgb(image)
+                    image = self.transform.read(record)
                 except Exception as error:  # decoders raise anything on broken files
                     if not name:  # a record of Hugging Face's, which may know its path
-                        name = image.get("path") or f"{self.name}: {fold_seed(repr(image)):x}"
+                        name = record.get("path") or f"{self.name}: {fold_seed(repr(record)):x}"
                     broken.append((name, reason_of(error)))
                     num_broken += 1
                     if num_broken == MAX_BROKEN_IN_A_ROW:
                         raise too_many_broken(broken) from error
                     continue
-                with seeded("augment", self.seed, self.epoch, share, num_images):
-                    image = self.transform(image)
-                yield Sample(image, label_of(label), broken.copy())
+                crops = self.transform(image, "augment", self.seed, self.epoch, share, num_images)
+                yield Sample(crops, label_of(label), broken.copy())
                 broken.clear()
                 num_broken, num_images = 0, num_images + 1
             if num_images == num_images_before and broken:

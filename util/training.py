@@ -10,7 +10,7 @@ from util.checkpoint import CheckpointWriter, TrainState
 from util.distributed import gradient_sync, rank, world_size
 from util.errors import InputError
 from util.loaders import StepLoader
-from util.metrics import RunLog
+from util.metrics import RunLog, TimedIterator
 from util.optim import set_lr
 
 LossOfImages = Callable[[Tensor, Tensor, int], Tensor]
@@ -56,22 +56,23 @@ def train_epoch(
     images_shown = meters.num_images
     model.train()
     run_log.start_epoch(progress.epoch, progress.step_in_epoch)
-    for micro_batches in loader.steps(progress.epoch, progress.step_in_epoch):
+    steps = TimedIterator(loader.steps(progress.epoch, progress.step_in_epoch))
+    for micro_batches in steps:
         lr = lr_at(progress.step)
         set_lr(state.optimizer, lr)
         num_images = loader.images_in_step(progress.step_in_epoch)
         loss_of = start_step(progress.step, num_images)
         # Gradients are averaged over processes: an image weighs the same wherever it is. The
         # stand-in of a process without one weighs nothing.
-        weight = world_size() / num_images if rank() < num_images else 0.0
+        has_images = rank() * loader.num_crops < num_images
+        weight = world_size() / num_images if has_images else 0.0
 
         step_loss = torch.zeros((), device=device)
         first = 0
         for micro_step, batch in enumerate(micro_batches, start=1):
             if num_classes is not None:
                 check_labels(batch.labels, num_classes)
-            images = batch.images.to(device, non_blocking=True)  # (B, C, H, W)
-            labels = batch.labels.to(device, non_blocking=True)  # (B,)
+            images, labels = batch.to(device)  # (B, C, H, W), (B,)
             # Gradients are reduced once a step, not once a micro-step.
             with gradient_sync(model, enabled=micro_step == len(micro_batches)):
                 with precision.autocast():
@@ -100,9 +101,10 @@ def train_epoch(
                 epoch=progress.epoch,
                 lr=lr,
                 num_images=meters.num_images - images_shown,
+                data_seconds=steps.seconds,
                 stats=stats,
             )
-            images_shown = meters.num_images
+            images_shown, steps.seconds = meters.num_images, 0.0
             if not end_of_epoch:
                 checkpoints.save_if_due()
     means = {**meters.means(), "lr": lr, "broken_images": state.broken.take_count()}

@@ -1,18 +1,25 @@
 """From an image file's pixels, whatever their mode, to the model's input and back."""
 
+import io
+import math
+import random
 import re
+import struct
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import BinaryIO
+from dataclasses import dataclass
+from functools import cache
+from typing import BinaryIO, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+import torch.nn.functional as F
+from PIL import ExifTags, Image, ImageOps
 from timm.data import create_transform
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from util.errors import InputError
+from util.seeding import fold_seed, seeded
 
 # timm passes over sections that it does not know, without a word.
 AUTO_AUGMENT = (
@@ -20,6 +27,7 @@ AUTO_AUGMENT = (
     r"|augmix(-(m|w|d|b)\d+|-(a|mstd)\d+(\.\d+)?)*"
     r"|(v0r?|originalr?|3a)(-mstd\d+(\.\d+)?)?"
 )
+SURELY_NO_BOMB = 2**24  # pixels; Pillow judges larger images
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -46,37 +54,282 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def read_rgb(image: Image.Image | BinaryIO | dict[str, object]) -> Image.Image:
-    """`to_rgb` of an image in memory, a `datasets` record, or an open file, which it closes."""
-    if isinstance(image, dict):
-        from datasets import Image as ImageColumn
+class Jpeg(NamedTuple):
+    """A JPEG file that has not been decoded."""
 
-        image = ImageColumn().decode_example(image)
-    with image:
-        return to_rgb(image if isinstance(image, Image.Image) else Image.open(image))
+    data: Tensor  # uint8 (bytes,)
+    shape: tuple[int, int, int]  # (3, h, w), of its pixels
+
+
+Record = Image.Image | BinaryIO | np.ndarray | dict[str, object]
+"""An image in memory, uint8 (h, w, 3) or Pillow's; an open file; a `datasets` record."""
+
+
+def read_rgb(record: Record) -> Image.Image:
+    """`to_rgb` of a record, which is closed if it is a file."""
+    if isinstance(record, np.ndarray):
+        return Image.fromarray(record)
+    if isinstance(record, dict):
+        if record.get("bytes") is None:
+            from datasets import Image as ImageColumn
+
+            record = ImageColumn().decode_example(record)
+        else:
+            record = io.BytesIO(record["bytes"])
+    with record:
+        return to_rgb(record if isinstance(record, Image.Image) else Image.open(record))
+
+
+def read_record(record: Record) -> Jpeg | Tensor:
+    """The file of an upright RGB or grey JPEG; the pixels of anything else, as `read_pixels`."""
+    if isinstance(record, np.ndarray):
+        array = record if record.flags.writeable else record.copy()  # torch has no read-only data
+        return torch.from_numpy(array).permute(2, 0, 1)  # (3, h, w)
+    if isinstance(record, dict | Image.Image):
+        return _pixels_of(read_rgb(record))
+    with record:
+        data = record.read()
+    size = _size_of_plain_jpeg(data) or _size_of_upright_jpeg(data)
+    if size is None:
+        return _pixels_of(read_rgb(io.BytesIO(data)))
+    return Jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), (3, *size))
+
+
+def read_pixels(record: Record) -> Tensor:
+    """The pixels of a record, as `to_rgb` gives them, but faster.
+
+    Returns:
+        uint8 (3, h, w), channels last in memory.
+
+    Raises:
+        OSError: the file is truncated.
+        ValueError: see `to_rgb`.
+    """
+    image = read_record(record)
+    return _decode(image) if isinstance(image, Jpeg) else image
+
+
+def read_for_device(record: Record) -> Jpeg | Tensor:
+    """`read_record`, but of a JPEG without its end the pixels, or what is wrong with it."""
+    image = read_record(record)
+    if isinstance(image, Jpeg) and image.data[-2:].tolist() != [0xFF, 0xD9]:
+        return _decode(image)
+    return image
+
+
+class Box(NamedTuple):
+    """A part of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def draw_box(rng: random.Random, height: int, width: int, min_area: float) -> Box:
+    """Draw the part of an image that is seen, distributed as torchvision's RandomResizedCrop.
+
+    The area is uniform in [min_area, 1] of the image's, the logarithm of width / height in that of
+    [3/4, 4/3]. What does not fit into the image is drawn again; after ten times, the box is the
+    largest in the centre that goes with the aspect ratios.
+
+    Args:
+        rng: where the numbers come from.
+        height, width: of the image.
+        min_area: share of its area, in (0, 1].
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(min_area, 1)
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < h <= height and 0 < w <= width:
+            return Box(rng.randint(0, height - h), rng.randint(0, width - w), h, w)
+    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def resize_crop(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
+    """Cut a box out and resize it, bicubic and antialiased: uint8 (3, h, w) to uint8 (3, H, W)."""
+    top, left, height, width = box
+    crop = image[None, :, top : top + height, left : left + width]
+    if image.device.type == "cpu":
+        # A copy with the channels last is what the fast kernel takes, and gives.
+        return _resize(crop.contiguous(memory_format=torch.channels_last), size)[0]
+    return _resize_in_float(crop, size)[0]
+
+
+def _resize(images: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(images, size, mode="bicubic", antialias=True)
+
+
+def _resize_in_float(images: Tensor, size: Sequence[int]) -> Tensor:
+    """`_resize` of uint8 images for GPUs, which have no kernel for whole numbers."""
+    return _resize(images.float(), size).round_().clamp_(0, 255).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """What is left to do with a batch of pixels.
+
+    Args:
+        mean: of each RGB channel, in [0, 1].
+        std: of each RGB channel, in units of the [0, 1] range.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normalise uint8 (B, 3, H, W) to float32, by torchvision's operations in their order."""
+        mean, std = (_channels(values, images.device) for values in (self.mean, self.std))
+        return images.to(torch.float32).mul_(1 / 255).sub_(mean).div_(std)
+
+
+@cache
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A number for each channel, (3, 1, 1); kept, so that the host never waits for the device."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
+
+
+class Crops(NamedTuple):
+    """What a worker makes of one image: K views of it, and what the device has to do with them."""
+
+    pixels: list[Tensor]  # K of (3, H, W): uint8, or float32 and normalised
+    flips: list[bool]  # K, to be done
+    normalization: Normalization | None  # to be done; None if it has been
+    jpeg: Tensor | None = None  # uint8 (bytes,), to be decoded, in place of `pixels`
+    boxes: Sequence[Box] = ()  # K, to be cut out of it and resized to `size`
+    size: tuple[int, int] = (0, 0)
+
+
+class Transform(Protocol):
+    """How images are read, and what workers make of them.
+
+    Attributes:
+        num_crops: K, views of every image.
+    """
+
+    num_crops: int
+
+    def read(self, record: Record) -> object:
+        """Whatever `__call__` takes; raises anything where the record is broken."""
+
+    def __call__(self, image: object, *place: int | str) -> Crops:
+        """Views of an image; all randomness follows from the place, see `fold_seed`."""
+
+
+@dataclass(frozen=True)
+class RandomCrops:
+    """Random crops of an image, half of them flipped; flips and normalisation are for the device.
+
+    Args:
+        size: (height, width) in pixels.
+        normalization: of the pixels.
+        min_area: of a crop, as a share of the image's.
+        num_crops: K, of every image. The k-th is the same for any larger K.
+        decode: where JPEGs are decoded, by the worker (cpu) or on the device (gpu).
+    """
+
+    size: tuple[int, int]
+    normalization: Normalization
+    min_area: float
+    num_crops: int = 1
+    decode: Literal["cpu", "gpu"] = "cpu"
+
+    def read(self, record: Record) -> Jpeg | Tensor:
+        """The pixels (3, h, w), or a file that the device decodes."""
+        return read_pixels(record) if self.decode == "cpu" else read_for_device(record)
+
+    def draw(self, height: int, width: int, *place: int | str) -> tuple[list[Box], list[bool]]:
+        """The crops' boxes in an image of this size, and which of them are flipped."""
+        rng, boxes, flips = random.Random(fold_seed(*place)), [], []
+        for _ in range(self.num_crops):
+            boxes.append(draw_box(rng, height, width, self.min_area))
+            flips.append(rng.random() < 0.5)
+        return boxes, flips
+
+    def __call__(self, image: Jpeg | Tensor, *place: int | str) -> Crops:
+        """Crops of an image; see `Transform`."""
+        boxes, flips = self.draw(*image.shape[1:], *place)
+        if isinstance(image, Jpeg):
+            return Crops([], flips, self.normalization, image.data, boxes, self.size)
+        pixels = [resize_crop(image, box, self.size) for box in boxes]
+        return Crops(pixels, flips, self.normalization)
+
+
+@dataclass(frozen=True)
+class CentreCrop:
+    """The centre of an image that was resized to cover; normalisation is for the device.
+
+    Args:
+        size: (height, width) of the crop.
+        cover_size: (height, width) of what the resized image covers.
+        normalization: of the pixels.
+    """
+
+    size: tuple[int, int]
+    cover_size: tuple[int, int]
+    normalization: Normalization
+    num_crops: ClassVar[int] = 1
+    read = staticmethod(read_pixels)
+
+    def __call__(self, image: Tensor, *_: int | str) -> Crops:
+        """The crop of an image (3, h, w); see `Transform`."""
+        _, height, width = image.shape
+        scale = max(self.cover_size[0] / height, self.cover_size[1] / width)
+        # Truncated, so that for square sizes this is torchvision's usual Resize of the short side.
+        cover = [max(self.cover_size[0], int(height * scale))]
+        cover.append(max(self.cover_size[1], int(width * scale)))
+        resized = resize_crop(image, Box(0, 0, height, width), cover)  # (3, *cover)
+        top, left = (round((c - s) / 2) for c, s in zip(cover, self.size, strict=True))
+        crop = resized[:, top : top + self.size[0], left : left + self.size[1]]
+        return Crops([crop], [False], self.normalization)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """An augmentation of Pillow images that draws from the global generators, such as timm's.
+
+    Args:
+        augment: RGB image to float32 (3, H, W), normalised.
+    """
+
+    augment: Callable[[Image.Image], Tensor]
+    num_crops: ClassVar[int] = 1
+    read = staticmethod(read_rgb)
+
+    def __call__(self, image: Image.Image, *place: int | str) -> Crops:
+        """The augmented image; see `Transform`."""
+        with seeded(*place):
+            return Crops([self.augment(image)], [False], None)
 
 
 def pretrain_transform(
-    img_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
-) -> Callable[[Image.Image], Tensor]:
+    img_size: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    num_crops: int = 1,
+    decode: Literal["cpu", "gpu"] = "cpu",
+) -> RandomCrops:
     """MAE's augmentation: a random crop of 20 to 100 % of the area, and a horizontal flip.
 
     Args:
         img_size: (height, width) in pixels.
         mean: of each RGB channel, in [0, 1].
         std: of each RGB channel, in units of the [0, 1] range.
-
-    Returns:
-        RGB image to float32 (3, H, W), normalised; random by torch's global generator.
+        num_crops: of every image.
+        decode: where JPEGs are decoded.
     """
-    return _crop_and_flip(img_size, mean, std, min_area=0.2)
+    normalization = Normalization(tuple(mean), tuple(std))
+    return RandomCrops(tuple(img_size), normalization, 0.2, num_crops, decode)
 
 
 def probe_transform(
-    img_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
-) -> Callable[[Image.Image], Tensor]:
+    img_size: Sequence[int], mean: Sequence[float], std: Sequence[float]
+) -> RandomCrops:
     """The augmentation of a linear probe: as `pretrain_transform`, from 8 % of the area on."""
-    return _crop_and_flip(img_size, mean, std, min_area=0.08)
+    return RandomCrops(tuple(img_size), Normalization(tuple(mean), tuple(std)), 0.08)
 
 
 def finetune_transform(
@@ -89,7 +342,7 @@ def finetune_transform(
     erase_prob: float,
     erase_mode: str,
     erase_count: int,
-) -> Callable[[Image.Image], Tensor]:
+) -> Augmentation:
     """timm's augmentation: crop of 8 to 100 % of the area, flip, RandAugment, random erasing.
 
     Args:
@@ -104,10 +357,6 @@ def finetune_transform(
         erase_mode: what replaces them: `const` (the mean), `rand` (a colour) or `pixel` (noise).
         erase_count: at most so many rectangles, which share the area of one.
 
-    Returns:
-        RGB image to float32 (3, H, W), normalised; random by the global generators of torch (CPU),
-        numpy and random.
-
     Raises:
         InputError: auto_augment is not in timm's language.
     """
@@ -116,7 +365,7 @@ def finetune_transform(
             f"--auto_augment '{auto_augment}' is not understood: write it as in "
             "rand-m9-mstd0.5-inc1, augmix-m5-w4-d2 or original-mstd0.5"
         )
-    return create_transform(
+    augment = create_transform(
         img_size,
         is_training=True,
         scale=(0.08, 1.0),
@@ -129,6 +378,7 @@ def finetune_transform(
         re_mode=erase_mode,
         re_count=erase_count,
     )
+    return Augmentation(augment)
 
 
 def default_crop_share(img_size: tuple[int, int]) -> float:
@@ -141,7 +391,7 @@ def eval_transform(
     mean: Sequence[float],
     std: Sequence[float],
     crop_share: float = 1.0,
-) -> Callable[[Image.Image], Tensor]:
+) -> CentreCrop:
     """Resize to cover `img_size / crop_share`, then cut `img_size` out of the centre.
 
     Args:
@@ -149,20 +399,11 @@ def eval_transform(
         mean: of each RGB channel, in [0, 1].
         std: of each RGB channel, in units of the [0, 1] range.
         crop_share: side of the crop over the side it is cut from, in (0, 1]; MAE's is 224 / 256.
-
-    Returns:
-        A deterministic function of an RGB image to float32 (3, H, W), normalised.
     """
     if not 0 < crop_share <= 1:
         raise ValueError(f"crop_share must lie in (0, 1], not {crop_share}")
     cover_size = tuple(round(side / crop_share) for side in img_size)
-    return v2.Compose(
-        [
-            partial(_resize_to_cover, size=cover_size),
-            v2.CenterCrop(img_size),
-            *_normalized_tensor(mean, std),
-        ]
-    )
+    return CentreCrop(tuple(img_size), cover_size, Normalization(tuple(mean), tuple(std)))
 
 
 def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -173,24 +414,43 @@ def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
     return images * std + mean
 
 
-def _crop_and_flip(
-    img_size: tuple[int, int], mean: Sequence[float], std: Sequence[float], *, min_area: float
-) -> v2.Compose:
-    crop = v2.RandomResizedCrop(
-        img_size, scale=(min_area, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True
-    )
-    return v2.Compose([crop, v2.RandomHorizontalFlip(), *_normalized_tensor(mean, std)])
+def _pixels_of(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, h, w)
 
 
-def _normalized_tensor(mean: Sequence[float], std: Sequence[float]) -> list[v2.Transform]:
-    return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+def _size_of_plain_jpeg(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of an RGB or grey JPEG without EXIF or XMP, which could turn it.
+
+    This walks through the segments of the header, which takes Pillow several times as long.
+    Pillow has the last word on whatever gives None here.
+    """
+    start = 2
+    while data[:2] == b"\xff\xd8" and start + 10 <= len(data) and data[start] == 0xFF:
+        marker, length = struct.unpack_from(">xBH", data, start)
+        if marker in (0xE1, 0xFF):  # EXIF or XMP; padding, behind which there may be some
+            break
+        if marker in (0xC0, 0xC2):  # the frame, baseline or progressive
+            depth, height, width, channels = struct.unpack_from(">BHHB", data, start + 4)
+            usual = depth == 8 and channels in (1, 3) and 0 < height * width < SURELY_NO_BOMB
+            return (height, width) if usual else None
+        start += 2 + length
+    return None
 
 
-def _resize_to_cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    height, width = size
-    scale = max(height / image.height, width / image.width)
-    # Truncated, so that for square sizes this is torchvision's usual Resize of the short side.
-    covering = [max(height, int(image.height * scale)), max(width, int(image.width * scale))]
-    return v2.functional.resize(
-        image, covering, interpolation=InterpolationMode.BICUBIC, antialias=True
-    )
+def _size_of_upright_jpeg(data: bytes) -> tuple[int, int] | None:
+    """As `_size_of_plain_jpeg`, also with EXIF and XMP.
+
+    Raises:
+        OSError: this is no image.
+    """
+    with Image.open(io.BytesIO(data)) as image:
+        usual = image.format == "JPEG" and image.mode in ("RGB", "L")
+        upright = usual and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        return (image.height, image.width) if upright else None
+
+
+def _decode(image: Jpeg) -> Tensor:
+    try:
+        return decode_jpeg(image.data, mode=ImageReadMode.RGB)  # (3, h, w)
+    except RuntimeError:  # Pillow is the judge of what is broken
+        return _pixels_of(read_rgb(io.BytesIO(image.data.numpy())))

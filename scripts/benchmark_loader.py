@@ -1,0 +1,288 @@
+"""Measure how many images a CPU core reads for pre-training, beside Pillow and torchvision.
+
+    python scripts/benchmark_loader.py --data_path FOLDER_OR_TAR [--also PREPARED] [--json F.json]
+
+Images per second of CPU time, that of this process and its loader workers, one thread each, in
+rounds that measure every loader once: medians, and the median of each round's ratio to the first.
+What is measured ends with a batch on the host. The reference has normalised it by then; this
+project leaves flips and normalisation to the device, where they cost a GPU next to nothing.
+
+Also checks that both make the same pixels of the same crops.
+"""
+
+import argparse
+import logging
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms as v1
+from torchvision.transforms import functional
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from util.arguments import Parser, natural_int, positive_int
+from util.datasets import build_dataset, default_dataset
+from util.errors import InputError, RunError
+from util.images import IndexedImages, Sample, collate
+from util.loaders import build_train_loader
+from util.run import run_main, start_logging, versions, write_json
+from util.transforms import denormalize, pretrain_transform
+
+REPEATED_AUG = 4
+NUM_COMPARED = 64  # images whose pixels are compared
+MAX_DIFFERENCE = 0.1  # of 255, in the mean
+NORMALIZATION = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+_logger = logging.getLogger(__name__)
+
+
+class Reference(Dataset):
+    """Pillow's decoding and torchvision's v1 transforms, as MAE's recipe is commonly written.
+
+    Args:
+        images: whose files are read.
+        size: (height, width) of the crops.
+    """
+
+    def __init__(self, images: IndexedImages, size: tuple[int, int]) -> None:
+        self.reader = images.reader
+        self.transform = v1.Compose(
+            [
+                v1.RandomResizedCrop(
+                    size, scale=(0.2, 1.0), interpolation=v1.InterpolationMode.BICUBIC
+                ),
+                v1.RandomHorizontalFlip(),
+                v1.ToTensor(),
+                v1.Normalize(*NORMALIZATION),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        file, label = self.reader[index]
+        with file:
+            return self.transform(Image.open(file).convert("RGB")), label
+
+
+def open_images(path: str, size: tuple[int, int], num_crops: int = 1) -> IndexedImages:
+    """The training images at a path, as pre-training opens them.
+
+    Raises:
+        InputError: there are none.
+    """
+    transform = pretrain_transform(size, *NORMALIZATION, num_crops=num_crops)
+    name = default_dataset(None, path, None)
+    return build_dataset(name, path, split="train", transform=transform, seed=0)
+
+
+def reference_epochs(args: argparse.Namespace, images: IndexedImages) -> Iterator[int]:
+    """The number of images of each batch, epoch by epoch; after an epoch comes a 0."""
+    loader = DataLoader(
+        Reference(images, (args.input_size,) * 2),
+        batch_size=args.batch_size,
+        shuffle=True,
+        num_workers=args.num_workers,
+        persistent_workers=args.num_workers > 0,
+    )
+    while True:
+        yield from (len(pixels) for pixels, _ in loader)
+        yield 0
+
+
+def own_epochs(args: argparse.Namespace, images: IndexedImages) -> Iterator[int]:
+    """As `reference_epochs`, of this project's loader; crops count as images."""
+    loader = build_train_loader(
+        images,
+        batch_size=args.batch_size,
+        accum_iter=1,
+        rank=0,
+        world_size=1,
+        seed=0,
+        num_workers=args.num_workers,
+        pin_memory=False,
+    )
+    epoch = 0
+    while True:
+        yield from (len(batch.labels) for step in loader.steps(epoch) for batch in step)
+        yield 0
+        epoch += 1
+
+
+def cpu_seconds() -> float:
+    """CPU time that this process and its workers have used."""
+    ticks = 0
+    for worker in multiprocessing.active_children():
+        fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # in user mode, and in the kernel
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def images_per_second(epochs: Iterator[int], num_images: int) -> float:
+    """Measure whole epochs until so many images are read; one epoch warms up."""
+    for size in epochs:
+        if size == 0:
+            break
+    count, start = 0, cpu_seconds()
+    for size in epochs:
+        count += size
+        if size == 0 and count >= num_images:
+            break
+    return count / (cpu_seconds() - start)
+
+
+def pixel_difference(images: IndexedImages, size: tuple[int, int]) -> float:
+    """The mean difference, of 255, between Pillow's and torchvision's crops and this project's."""
+    differences = []
+    for index in range(min(NUM_COMPARED, len(images))):
+        with images.reader[index][0] as file:
+            image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+        place = ("augment", 0, 0, index)
+        (box,), (flip,) = images.transform.draw(image.height, image.width, *place)
+        crop = functional.resized_crop(image, *box, size, v1.InterpolationMode.BICUBIC)
+        theirs = functional.to_tensor(functional.hflip(crop) if flip else crop)
+        crops = images.transform(images.transform.read(images.reader[index][0]), *place)
+        ours, _ = collate([Sample(crops, label=-1, broken=[])]).to(torch.device("cpu"))
+        difference = denormalize(ours, *NORMALIZATION)[0] - theirs
+        differences.append(255 * difference.abs().mean().item())
+    return statistics.mean(differences)
+
+
+def measure(
+    loaders: dict[str, Callable[[], Iterator[int]]], *, repeats: int, num_images: int
+) -> dict[str, list[float]]:
+    """Images per CPU second of every loader, in rounds of all."""
+    speeds = {name: [] for name in loaders}
+    for number in range(1, repeats + 1):
+        for name, epochs in loaders.items():
+            speeds[name].append(images_per_second(epochs(), num_images))
+        _logger.info("round %d of %d", number, repeats)
+    return speeds
+
+
+def summarize(speeds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Medians of the speeds, and of the ratios to the first loader's in the same round."""
+    first = next(iter(speeds.values()))
+    return {
+        name: {
+            "images_per_second": statistics.median(values),
+            "slowest": min(values),
+            "fastest": max(values),
+            "ratio": statistics.median(v / f for v, f in zip(values, first, strict=True)),
+        }
+        for name, values in speeds.items()
+    }
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """A Markdown table."""
+    lines = ["| loader | images/s per core | range | ratio |", "|---|--:|--:|--:|"]
+    lines += [
+        f"| {name} | {r['images_per_second']:.0f} | {r['slowest']:.0f} to {r['fastest']:.0f} "
+        f"| {r['ratio']:.2f} |"
+        for name, r in results.items()
+    ]
+    return "\n".join(lines)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line."""
+    parser = Parser(prog="benchmark_loader.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--data_path", required=True, help="folder or tar of images")
+    parser.add_argument(
+        "--also", nargs="+", default=[], metavar="PATH", help="other images, such as prepared ones"
+    )
+    parser.add_argument("--repeats", type=positive_int, default=7, help="rounds (%(default)s)")
+    parser.add_argument(
+        "--num_images",
+        type=positive_int,
+        default=1000,
+        help="read at least so many in each measurement, several times if need be (%(default)s)",
+    )
+    parser.add_argument(
+        "--num_workers", type=natural_int, default=1, help="loader processes (%(default)s)"
+    )
+    parser.add_argument(
+        "--batch_size", type=positive_int, default=64, help="images of a batch (%(default)s)"
+    )
+    parser.add_argument(
+        "--input_size", type=positive_int, default=224, help="side of a crop (%(default)s)"
+    )
+    parser.add_argument("--json", metavar="PATH", help="file for all numbers and the machine")
+    args = parser.parse_args(argv)
+    if args.num_workers and not Path("/proc/self/stat").exists():
+        raise InputError("the CPU time of workers is read from /proc: give --num_workers 0")
+    if args.batch_size % REPEATED_AUG:
+        raise InputError(
+            f"--batch_size {args.batch_size} is no multiple of {REPEATED_AUG}, the crops of an "
+            "image with --repeated_aug: round it"
+        )
+    if args.json and not Path(args.json).resolve().parent.is_dir():
+        raise InputError(f"cannot write --json {args.json}: its folder does not exist")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and compare."""
+    args = parse_args(argv)
+    start_logging()
+    torch.set_num_threads(1)
+    size = (args.input_size,) * 2
+    images = open_images(args.data_path, size)
+    if isinstance(images.reader[0][0], np.ndarray):
+        raise InputError(
+            f"--data_path {args.data_path} holds pixels, which the reference cannot read: name the "
+            "image files there, and these by --also"
+        )
+    repeated = open_images(args.data_path, size, num_crops=REPEATED_AUG)
+    loaders = {
+        "Pillow and torchvision v1": lambda: reference_epochs(args, images),
+        "this project": lambda: own_epochs(args, images),
+        f"this project, --repeated_aug {REPEATED_AUG}": lambda: own_epochs(args, repeated),
+    }
+    for path in args.also:
+        also = open_images(path, size)
+        loaders[f"this project, {path}"] = lambda also=also: own_epochs(args, also)
+
+    difference = pixel_difference(images, size)
+    _logger.info("the same crops differ by %.4f of 255 in the mean", difference)
+    if not difference < MAX_DIFFERENCE:
+        raise RunError(
+            f"the same crops differ by {difference:.3f} of 255 in the mean, which is not below "
+            f"{MAX_DIFFERENCE}: this project reads other pixels than Pillow and torchvision v1"
+        )
+    speeds = measure(loaders, repeats=args.repeats, num_images=args.num_images)
+    results = summarize(speeds)
+    print(table(results))
+    if args.json is None:
+        return
+    content = {
+        "machine": platform.platform(),
+        "cores": os.cpu_count(),
+        "versions": versions(),
+        "args": vars(args),
+        "pixel_difference": difference,
+        "results": results,
+        "rounds": speeds,
+    }
+    try:
+        write_json(Path(args.json), content)
+    except OSError as error:
+        raise InputError(f"cannot write --json {args.json}: {error}") from error
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,294 @@
+"""Resize a folder of images once and for all, so that training reads them faster.
+
+    python scripts/prepare_dataset.py --data_path IMAGES --output_dir OUT [--format uint8]
+    python scripts/prepare_dataset.py --verify OUT
+    python main_pretrain.py --data_path OUT ...
+
+jpeg: OUT/train.tar and OUT/val.tar with the folders and names of the files. uint8: OUT/train/ and
+OUT/val/ with pixels that need no decoding, about six times as large. Either is the same for any
+number of processes; OUT/prepared.json tells how it was made and what was left out.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import sys
+import tarfile
+from argparse import ArgumentTypeError
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode, v2
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from util.arguments import Parser, natural_float, natural_int, positive_int
+from util.broken_images import BrokenImages, reason_of
+from util.datasets import build_dataset
+from util.errors import InputError, RunError
+from util.images import IndexedImages, class_names
+from util.packed import write_packed
+from util.run import run_main, start_run
+from util.transforms import to_rgb
+from util.weight_files import write_new
+
+SPLITS = {"train": "train", "val": "validation"}  # by the names that they are written under
+RECORD, CHECKSUMS = "prepared.json", "checksums.txt"
+BLOCK = 1 << 20  # bytes
+
+_logger = logging.getLogger(__name__)
+
+
+class Prepared(NamedTuple):
+    """One image: its label, size in pixels, and a JPEG file or pixels (height, width, 3)."""
+
+    label: int
+    height: int
+    width: int
+    content: bytes
+
+
+class PreparedImages(Dataset):
+    """The images of a reader, prepared; in place of one that cannot be read, the reason.
+
+    Args:
+        reader: of open files and labels.
+        short_side: in pixels, of images larger than that.
+        quality: of JPEG, 1 to 100; None for pixels.
+    """
+
+    def __init__(self, reader: Dataset, *, short_side: int, quality: int | None) -> None:
+        self.reader = reader
+        self.short_side = short_side
+        self.quality = quality
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> Prepared | str:
+        try:
+            file, label = self.reader[index]
+            with file:
+                content = file.read()
+            with Image.open(io.BytesIO(content)) as original:
+                is_jpeg = original.format == "JPEG"
+                image = to_rgb(original)
+            is_small = min(image.size) <= self.short_side
+            if not is_small:
+                image = v2.functional.resize(
+                    image, [self.short_side], InterpolationMode.BICUBIC, antialias=True
+                )
+            if self.quality is None:
+                content = image.tobytes()
+            elif not (is_jpeg and is_small):
+                encoded = io.BytesIO()
+                image.save(encoded, "JPEG", quality=self.quality)
+                content = encoded.getvalue()
+        except Exception as error:  # decoders raise anything on broken files
+            return reason_of(error)
+        return Prepared(int(label), image.height, image.width, content)
+
+
+def readable(
+    images: IndexedImages, prepared: PreparedImages, broken: BrokenImages, num_workers: int
+) -> Iterator[tuple[int, Prepared]]:
+    """Prepare images in parallel; give those that can be read in their order, with their index.
+
+    Raises:
+        InputError: too many are broken, or all of a class, without which labels would shift.
+    """
+    classes = class_names(images.reader)
+    labels_left = set(range(len(classes)))
+    loader = DataLoader(prepared, batch_size=None, num_workers=num_workers)
+    for index, image in enumerate(tqdm(loader, unit=" images", disable=None)):
+        if isinstance(image, str):
+            name = images.name(index)
+            _logger.warning("Broken image, left out: %s (%s)", name, image)
+            broken.reasons[name] = image
+            broken.check()
+            continue
+        labels_left.discard(image.label)
+        yield index, image
+    if labels_left:
+        raise InputError(
+            f"no image of the class '{classes[min(labels_left)]}' can be read: repair them, or "
+            "remove the class"
+        )
+
+
+def write_tar(path: Path, images: Iterable[tuple[str, bytes]]) -> None:
+    """Write files by their names into a new .tar."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in images:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+            tar.members.clear()  # else it keeps an entry for every file
+
+
+def jpeg_quality(text: str) -> int:
+    """A quality of JPEG."""
+    value = int(text)
+    if not 1 <= value <= 100:
+        raise ArgumentTypeError(f"{text} does not lie in 1 to 100")
+    return value
+
+
+def jpeg_names(names: Sequence[str]) -> list[str]:
+    """File names with .jpg for their suffix, or behind it where two would become the same."""
+    stems = [os.path.splitext(name)[0] for name in names]  # noqa: PTH122, for a million of them
+    counts = Counter(stems)
+    return [
+        f"{stem if counts[stem] == 1 else name}.jpg"
+        for stem, name in zip(stems, names, strict=True)
+    ]
+
+
+def prepare(
+    splits: dict[str, IndexedImages],
+    folder: Path,
+    *,
+    short_side: int,
+    quality: int | None,
+    num_workers: int,
+    max_broken: float,
+) -> None:
+    """Write a new folder with the prepared images of all splits.
+
+    Args:
+        splits: images by the name of the split.
+        folder: to be made.
+        short_side, quality: see `PreparedImages`.
+        num_workers: processes.
+        max_broken: share of a split's images that may be left out.
+
+    Raises:
+        InputError: see `readable`.
+    """
+    folder.mkdir()
+    record = {"short_side": short_side, "quality": quality, "splits": {}}
+    for split, images in splits.items():
+        names = [images.reader.filename(index) for index in range(len(images))]
+        prepared = PreparedImages(images.reader, short_side=short_side, quality=quality)
+        broken = BrokenImages(len(images), max_broken)
+        kept = readable(images, prepared, broken, num_workers)
+        if quality is None:
+            rows = ((names[index], *image) for index, image in kept)
+            classes = class_names(images.reader)
+            write_packed(folder / split, rows, classes=classes, short_side=short_side)
+        else:
+            names = jpeg_names(names)
+            write_tar(folder / f"{split}.tar", ((names[i], image.content) for i, image in kept))
+        count = len(images) - len(broken.reasons)
+        record["splits"][split] = {"images": count, "left_out": broken.reasons}
+        _logger.info("%s: %d images, %d left out", split, count, len(broken.reasons))
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    write_checksums(folder)
+
+
+def checksums_of(paths: Sequence[Path]) -> Iterator[str]:
+    """The BLAKE2b digest of each file, in hexadecimal digits."""
+    size = sum(path.stat().st_size for path in paths)
+    with tqdm(desc="checksums", total=size, unit="B", unit_scale=True, disable=None) as bar:
+        for path in paths:
+            digest = hashlib.blake2b()
+            with path.open("rb") as file:
+                while block := file.read(BLOCK):
+                    digest.update(block)
+                    bar.update(len(block))
+            yield digest.hexdigest()
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the checksums of a folder's files as `b2sum --check` reads them, the record's last."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    paths = sorted(files, key=lambda path: (path.name == RECORD, path))
+    lines = [
+        f"{digest}  {path.relative_to(folder)}\n"
+        for path, digest in zip(paths, checksums_of(paths), strict=True)
+    ]
+    (folder / CHECKSUMS).write_text("".join(lines))
+
+
+def verify(folder: Path) -> None:
+    """Compare the files of a prepared folder with their checksums.
+
+    Raises:
+        InputError: the folder is not one of those.
+        RunError: a file differs or is missing.
+    """
+    try:
+        text = (folder / CHECKSUMS).read_text(errors="replace")
+    except OSError as error:
+        raise InputError(
+            f"{folder / CHECKSUMS} cannot be read ({error.strerror}): give a folder that this "
+            "script has written"
+        ) from error
+    parts = (line.partition("  ") for line in text.removesuffix("\n").split("\n"))
+    expected = {name: digest for digest, _, name in parts}
+    paths = [folder / name for name in expected]
+    try:
+        found = dict(zip(expected, checksums_of(paths), strict=True))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder} is damaged: prepare or copy it again ({error})") from error
+    differing = [name for name in expected if found[name] != expected[name]]
+    if differing or RECORD not in expected:
+        names = ", ".join(differing) or CHECKSUMS
+        raise RunError(f"{folder} is damaged in {names}: prepare or copy it again")
+    _logger.info("%s: all %d files are as they were written", folder, len(found))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prepare a data set, or verify one."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--data_path", help="images, perhaps in train/ and val/, or a .tar of them")
+    add("--output_dir", help="new folder for the prepared images")
+    side = "to which the short side of larger images is resized (%(default)s)"
+    add("--short_side", type=positive_int, default=256, metavar="PX", help=side)
+    kinds = "files, or pixels as they are (%(default)s)"
+    add("--format", choices=("jpeg", "uint8"), default="jpeg", help=kinds)
+    add("--quality", type=jpeg_quality, default=95, help="of JPEG, 1 to 100 (%(default)s)")
+    limit = "share of unreadable files above which it stops (%(default)s)"
+    add("--max_broken", type=natural_float, default=0.01, help=limit)
+    add(
+        "--num_workers",
+        type=natural_int,
+        default=os.cpu_count() or 1,
+        help="processes (%(default)s)",
+    )
+    add("--verify", metavar="OUT", help="instead, compare an earlier OUTPUT_DIR with its checksums")
+    args = parser.parse_args(argv)
+    start_run(device="cpu", seed=0)
+    if args.verify:
+        verify(Path(args.verify))
+        return
+    if not (args.data_path and args.output_dir):
+        raise InputError("give --data_path and --output_dir, or --verify alone")
+
+    splits = {
+        name: build_dataset("folder", args.data_path, split=split, transform=None, seed=0)
+        for name, split in SPLITS.items()
+    }
+    write = partial(
+        prepare,
+        {name: images for name, images in splits.items() if images is not None},
+        short_side=args.short_side,
+        quality=None if args.format == "uint8" else args.quality,
+        num_workers=args.num_workers,
+        max_broken=args.max_broken,
+    )
+    write_new(Path(args.output_dir), write)
+    _logger.info("wrote %s: read it by --data_path %s", args.output_dir, args.output_dir)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from tests.runs import TINY, log_without_time, refusal, run, use_nano_models, write_images
+from util import batch_size
+from util.batch_size import candidates, find_batch_size, largest_that_fits, split_batch
+from util.errors import InputError
+
+
+@pytest.fixture(params=[1, 4])
+def processes(request, monkeypatch):
+    monkeypatch.setattr(batch_size, "world_size", lambda: request.param)
+    return request.param
+
+
+def test_micro_batches_times_steps_times_processes_are_the_effective_batch(processes):
+    for size in candidates(4096, 1):
+        assert size * split_batch(4096, size) * processes == 4096
+    assert candidates(4096, 1)[-1] * processes == 4096
+
+
+def test_crops_of_an_image_stay_together(processes):
+    assert all(size % 3 == 0 for size in candidates(4 * 3 * 10, 3))
+    with pytest.raises(InputError, match="--effective_batch_size 4096 cannot be shared"):
+        candidates(4096, 3)
+
+
+def test_a_batch_that_cannot_be_reached_is_refused(processes):
+    with pytest.raises(InputError, match=f"--batch_size 100 x {processes} processes"):
+        split_batch(4096, 100)
+
+
+@pytest.mark.parametrize("limit", range(1, 65))
+def test_bisection_finds_the_largest_size_that_fits(limit):
+    sizes, tried = [1, 2, 3, 4, 6, 8, 12, 16, 24, 48], []
+
+    def fits(size):
+        tried.append(size)
+        return size <= limit
+
+    assert largest_that_fits(sizes, fits) == max(size for size in sizes if size <= limit)
+    assert len(tried) <= 5
+
+
+def test_a_model_of_which_no_image_fits_is_refused():
+    with pytest.raises(InputError, match="not even a batch of 1 fits"):
+        largest_that_fits([1, 2], lambda size: False)
+
+
+def test_a_cpu_is_refused():
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(InputError, match="--batch_size auto measures a GPU's memory"):
+        find_batch_size(lambda n: None, 8, model=model, device=torch.device("cpu"))
+
+
+# On the command line
+
+
+@pytest.fixture
+def options(tmp_path, monkeypatch):
+    use_nano_models(monkeypatch)
+    return ["--data_path", write_images(tmp_path / "images", 24), *TINY, "--epochs", 1]
+
+
+def test_the_effective_batch_size_sets_the_micro_steps(options, tmp_path):
+    run(*options, "--accum_iter", 3, "--output_dir", tmp_path / "a")
+    run(*options, "--effective_batch_size", 24, "--output_dir", tmp_path / "b")
+    assert log_without_time(tmp_path / "a") == log_without_time(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--batch_size", "auto"], "needs --effective_batch_size"),
+        (["--batch_size", "auto", "--effective_batch_size", 8], "measures a GPU's memory"),
+        (["--effective_batch_size", 20], "--effective_batch_size 20 is no multiple"),
+        (["--effective_batch_size", 16, "--accum_iter", 2], "give only one of them"),
+        (["--batch_size", "many"], "--batch_size"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(options, flags, sentence, tmp_path, capsys):
+    assert sentence in refusal(capsys, *options, *flags, "--output_dir", tmp_path / "run")
+    assert not (tmp_path / "run" / "log.jsonl").exists()

@@ -1,0 +1,218 @@
+"""What only a GPU can show. `bash scripts/gpu_suite.sh` runs these, or:
+
+CUDA_VISIBLE_DEVICES=0 bash scripts/test.sh -m gpu
+"""
+
+import gc
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn.utils import parameters_to_vector
+
+from engine_pretrain import step_noise
+from models_crossmae import build_crossmae
+from models_mae import build_mae
+from models_vit import ModelSize
+from tests.runs import TINY, log_without_time, run, run_until, write_images
+from util.batch_size import find_batch_size
+from util.errors import InputError
+from util.images import Batch, Sample, collate
+from util.masking import count_tokens, random_split
+from util.metrics import EpochMeters
+from util.optim import build_adamw, set_lr
+from util.precision import ATTENTION_BACKENDS, Precision
+from util.recompute import MEMORY_MODES, set_memory
+from util.transforms import Normalization, RandomCrops
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+CUDA = torch.device("cuda")
+# Heads of 64 in the encoder and 32 in the decoder, 50 visible tokens: ViT-B's, but fewer blocks.
+SIZE = ModelSize(16, 768, 2, 12, decoder_embed_dim=512, decoder_num_heads=16)
+COUNTS = count_tokens(196, 0.75, 0.25)
+MODELS = {
+    "CrossMAE": (partial(build_crossmae, SIZE, decoder_depth=2), COUNTS),
+    "MAE": (partial(build_mae, SIZE, decoder_depth=2), count_tokens(196, 0.75, None)),
+}
+every_model = pytest.mark.parametrize(("build", "counts"), MODELS.values(), ids=MODELS)
+
+
+@pytest.fixture(autouse=True)
+def _clean_device():
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def example(counts=COUNTS, batch_size=8, device=CUDA):
+    images = torch.randn(batch_size, 3, 224, 224)
+    split = random_split(torch.rand(batch_size, counts.patches), counts)
+    return images.to(device), type(split)(*(ids.to(device) for ids in split))
+
+
+def loss_and_gradients(model, precision, images, split):
+    model.zero_grad()
+    with precision.autocast():
+        loss = model(images, split)
+    loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    return loss.detach().cpu(), parameters_to_vector(gradients).detach().cpu()
+
+
+def relative_error(value, expected):
+    return ((value - expected).norm() / expected.norm()).item()
+
+
+@every_model
+def test_a_gpu_computes_what_a_cpu_does(build, counts):
+    model, inputs = build(), example(counts, device="cpu")
+    expected = loss_and_gradients(model, Precision("fp32", torch.device("cpu")), *inputs)
+    on_gpu = inputs[0].to(CUDA), type(inputs[1])(*(ids.to(CUDA) for ids in inputs[1]))
+    got = loss_and_gradients(model.to(CUDA), Precision("fp32", CUDA), *on_gpu)
+    assert relative_error(got[0], expected[0]) < 1e-5
+    assert relative_error(got[1], expected[1]) < 1e-4
+
+
+@every_model
+@pytest.mark.parametrize("memory", ["medium", "low"])
+def test_memory_modes_change_gradients_by_rounding_only(build, counts, memory):
+    model, inputs = build().to(CUDA), example(counts)
+    precision = Precision("bf16", CUDA)
+    expected = loss_and_gradients(model, precision, *inputs)
+    set_memory(model, memory)
+    got = loss_and_gradients(model, precision, *inputs)
+    assert relative_error(got[0], expected[0]) < 1e-3
+    assert relative_error(got[1], expected[1]) < 1e-2
+
+
+def test_memory_modes_lower_the_peak():
+    model, inputs = MODELS["CrossMAE"][0]().to(CUDA), example(batch_size=256)
+    precision, peaks = Precision("bf16", CUDA), []
+    for memory in MEMORY_MODES:
+        set_memory(model, memory)
+        model.zero_grad(set_to_none=True)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with precision.autocast():
+            model(*inputs).backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[0] > 1.2 * peaks[1] > 1.2 * peaks[2]
+
+
+@every_model
+@pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_an_attention_kernel_agrees_with_the_others_or_is_refused(build, counts, backend, amp):
+    model, inputs = build().to(CUDA), example(counts)
+    forced = Precision(amp, CUDA, attention_backend=backend)
+    try:
+        forced.check_attention_backend(model, *inputs)
+    except InputError as error:
+        pytest.skip(str(error))
+    expected = loss_and_gradients(model, Precision(amp, CUDA), *inputs)
+    got = loss_and_gradients(model, forced, *inputs)
+    assert relative_error(got[0], expected[0]) < 1e-3
+    assert relative_error(got[1], expected[1]) < 2e-2
+
+
+@pytest.mark.parametrize("memory", MEMORY_MODES)
+@pytest.mark.parametrize("amp", ["bf16", "fp16", "fp32"])
+def test_the_host_never_waits_for_the_device_within_a_step(amp, memory):
+    model = MODELS["CrossMAE"][0]().to(CUDA)
+    set_memory(model, memory)
+    optimizer = build_adamw(model, weight_decay=0.05, betas=(0.9, 0.95))
+    precision, meters = Precision(amp, CUDA, clip_grad=1.0), EpochMeters(CUDA)
+    pixels = torch.randint(0, 256, (8, 3, 224, 224), dtype=torch.uint8).pin_memory()
+    flips = torch.tensor([True, False] * 4).pin_memory()
+    labels = torch.zeros(8, dtype=torch.long).pin_memory()
+    batch = Batch(pixels, labels, [], flips, Normalization((0.5,) * 3, (0.5,) * 3))
+
+    def step(number):
+        set_lr(optimizer, 1e-4)
+        split = random_split(step_noise(0, number, 8, 196, CUDA), COUNTS)
+        images, _ = batch.to(CUDA)
+        with precision.autocast():
+            loss = model(images, split)
+        precision.backward(loss)
+        norm = precision.step(optimizer, model)
+        optimizer.zero_grad(set_to_none=True)
+        meters.update(loss=loss.detach(), grad_norm=norm, num_images=8, step=number)
+
+    for number in range(2):  # the first steps allocate, and fill caches
+        step(number)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(2, 5):
+            step(number)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert meters.read()["loss"] > 0
+
+
+def test_compiled_training_agrees_with_eager():
+    model, inputs = MODELS["CrossMAE"][0]().to(CUDA), example()
+    precision = Precision("bf16", CUDA)
+    precision.check_compiler()
+    expected = loss_and_gradients(model, precision, *inputs)
+    model.compile()
+    got = loss_and_gradients(model, precision, *inputs)
+    assert relative_error(got[0], expected[0]) < 1e-3
+    assert relative_error(got[1], expected[1]) < 2e-2
+
+
+def test_a_stopped_run_continues_to_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    images = write_images(tmp_path / "images", 37)
+    options = ["--data_path", images, *TINY, "--device", "cuda", "--log_every", 1]
+    options += ["--save_every_minutes", 0]
+    torch.use_deterministic_algorithms(True)
+    try:
+        run(*options, "--output_dir", tmp_path / "undisturbed")
+        run_until(7, monkeypatch, *options, "--output_dir", tmp_path / "stopped")
+        run(*options, "--output_dir", tmp_path / "stopped")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert log_without_time(tmp_path / "stopped") == log_without_time(tmp_path / "undisturbed")
+
+
+def test_the_largest_batch_that_fits_is_found():
+    model = MODELS["CrossMAE"][0]().to(CUDA)
+
+    def loss_of(num_images):
+        images, split = example(batch_size=num_images)
+        with Precision("bf16", CUDA).autocast():
+            return model(images, split)
+
+    find = partial(find_batch_size, loss_of, 4096, model=model, device=CUDA)
+    reserved = torch.cuda.memory_reserved()
+    total = torch.cuda.get_device_properties(CUDA).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (reserved + 2 * 2**30) / total))
+    try:
+        size = find()
+        assert 1 < size < 4096
+        loss_of(size).backward()  # the sizes above ran out of memory, this one does not
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert find() >= size
+
+
+def test_decoding_on_the_gpu_gives_nearly_the_same_pixels(tmp_path):
+    ramp = np.linspace(0, 255, 320)[None, :, None] + np.linspace(0, 60, 240)[:, None, None]
+    pixels = (ramp * np.array([1.0, 0.7, 0.4])).clip(0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.jpg", quality=95)
+    normalization = Normalization((0.0,) * 3, (1.0,) * 3)
+    images = []
+    for decode in ("cpu", "gpu"):
+        transform = RandomCrops((224, 224), normalization, 0.2, num_crops=2, decode=decode)
+        with (tmp_path / "image.jpg").open("rb") as file:
+            record = transform.read(file)
+        batch = collate([Sample(transform(record, "test", 0), 0, [])])
+        images.append(batch.to(CUDA)[0] * 255)
+    assert (images[0] - images[1]).abs().mean() < 2

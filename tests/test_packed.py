@@ -1,0 +1,158 @@
+"""Packed images: what was written is what is read, in every process, or is refused."""
+
+import json
+import pickle
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+import pytest
+
+from util.datasets import build_dataset, default_dataset, open_heldout
+from util.errors import InputError
+from util.packed import FIELDS, INDEX, PIXELS, RECORDS, PackedImages, holds_packed, write_packed
+
+SIZES = [(5, 7), (1, 9), (300, 2)]
+NAMES = ["cat/1.png", "cat/zwei und 2.webp", "ödnis/\udcff.jpg"]  # the last is no UTF-8
+LABELS = [0, 0, 1]
+CLASSES = ("cat", "ödnis")
+
+
+def make_pixels():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (*size, 3), np.uint8) for size in SIZES]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    parts = zip(NAMES, LABELS, make_pixels(), strict=True)
+    rows = ((name, label, *array.shape[:2], array.tobytes()) for name, label, array in parts)
+    write_packed(tmp_path / "train", rows, classes=CLASSES, short_side=2)
+    return tmp_path / "train"
+
+
+def test_what_was_written_is_read(folder):
+    images = PackedImages(folder)
+    assert len(images) == 3
+    assert images.classes == CLASSES
+    for index, pixels in enumerate(make_pixels()):
+        found, label = images[index]
+        assert type(found) is np.ndarray
+        assert found.dtype == np.uint8
+        np.testing.assert_array_equal(found, pixels)
+        assert label == LABELS[index]
+        assert images.filename(index) == NAMES[index]
+        assert images.filename(index, absolute=True) == f"{folder}/{NAMES[index]}"
+
+
+def test_changing_an_image_changes_neither_the_file_nor_the_next_reading(folder):
+    images = PackedImages(folder)
+    images[0][0][:] = 0
+    np.testing.assert_array_equal(images[0][0], make_pixels()[0])
+
+
+def read(images, index):
+    return images[index]
+
+
+def test_another_process_maps_the_file_by_itself(folder):
+    images = PackedImages(folder)
+    pixels, label = images[2]
+    assert len(pickle.dumps(images)) < pixels.nbytes  # nothing of the file is in it
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        found = pool.submit(read, images, 2).result()
+    np.testing.assert_array_equal(found[0], pixels)
+    assert found[1] == label
+
+
+def test_packed_folders_are_known_by_their_index(folder):
+    assert holds_packed(folder)
+    assert holds_packed(folder.parent)
+    assert not holds_packed(folder.parent.parent)
+    (folder / INDEX).unlink()
+    assert not holds_packed(folder.parent)
+
+
+def test_packed_images_are_a_data_set_found_by_name_or_by_themselves(folder):
+    shutil.copytree(folder, folder.parent / "val")
+    options = {"transform": None, "seed": 0}
+    assert default_dataset(None, folder.parent, None) == "packed"
+    assert default_dataset(None, None, folder) == "packed"
+    for name in ("", "packed", "Packed"):
+        for path in (folder, folder.parent):
+            images = build_dataset(name, path, split="train", **options)
+            assert (len(images), images.classes) == (3, CLASSES)
+            assert images.name(0) == f"{folder}/cat/1.png"
+        assert build_dataset(name, folder, split="validation", **options) is None
+        held_out = build_dataset(name, folder.parent, split="validation", **options)
+        assert held_out.reader.root == folder.parent / "val"
+    # Wherever a folder of images could be named.
+    held_out = open_heldout("digits", None, val_path=folder.parent / "val", **options)
+    assert held_out.reader.root == folder.parent / "val"
+
+
+@pytest.mark.parametrize(
+    ("path", "advice"),
+    [
+        (None, "name their place by --data_path"),
+        ("nowhere", "nowhere does not exist: correct --data_path"),
+        (".", "packed.json does not exist: name a folder that scripts/prepare_dataset.py has"),
+    ],
+)
+def test_a_wrong_place_is_refused_in_one_sentence(tmp_path, path, advice):
+    with pytest.raises(InputError) as error:
+        build_dataset("packed", path and tmp_path / path, split="train", transform=None, seed=0)
+    assert advice in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def change_index(folder, **changes):
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps({**index, **changes}))
+
+
+def change_record(folder, field, value):
+    records = np.load(folder / RECORDS)
+    records[field][1] = value
+    np.save(folder / RECORDS, records)
+
+
+def shorten(path, size):
+    with path.open("r+b") as file:
+        file.truncate(size)
+
+
+@pytest.mark.parametrize(
+    ("damage", "advice"),
+    [
+        (lambda f: shorten(f / PIXELS, 1000), "has 1000 bytes and not the 1932 of packed.json"),
+        (lambda f: shorten(f / RECORDS, 200), "prepare them again"),
+        (lambda f: shorten(f / RECORDS, 0), "prepare them again"),
+        (lambda f: np.save(f / RECORDS, np.load(f / RECORDS)[:2]), "has 2 records and not the 3"),
+        (lambda f: np.save(f / RECORDS, np.zeros(3)), "records.npy is damaged"),
+        (lambda f: np.save(f / RECORDS, np.array([{}] * 3)), "prepare them again"),
+        *(
+            (lambda f, field=field: change_record(f, field, 99), "records.npy is damaged")
+            for field, _ in FIELDS
+        ),
+        (lambda f: change_record(f, "height", -1), "records.npy is damaged"),
+        (lambda f: change_record(f, "label", -1), "records.npy is damaged"),
+        (lambda f: change_index(f, version=2), "has version 2 of the packed format"),
+        (lambda f: change_index(f, bytes=1), "has 1932 bytes and not the 1"),
+        (lambda f: change_index(f, images="3"), "has 3 records and not the 3"),
+        (lambda f: change_index(f, classes=["cat"]), "records.npy is damaged"),
+        (lambda f: (f / INDEX).write_text("{}"), "(KeyError: 'version')"),
+        (lambda f: (f / INDEX).write_text("[]"), "(TypeError"),
+        (lambda f: (f / INDEX).write_bytes(b"\xff"), "prepare them again"),
+        (lambda f: (f / PIXELS).unlink(), "pixels.bin does not exist: name a folder"),
+        (lambda f: (f / RECORDS).unlink(), "records.npy does not exist"),
+        (lambda f: shutil.rmtree(f), "packed.json does not exist"),
+    ],
+)
+def test_damaged_or_foreign_files_are_refused_at_opening(folder, damage, advice):
+    damage(folder)
+    with pytest.raises(InputError) as error:
+        PackedImages(folder)
+    assert advice in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,132 @@
+"""The largest micro-batch that a GPU's memory holds, for `--batch_size auto`."""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from util.distributed import list_over_processes, world_size
+from util.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+SHARE = 0.9  # of the memory that is free, the rest is for fragments and for loading ahead
+
+
+def split_batch(effective_batch_size: int, batch_size: int) -> int:
+    """The number of micro-steps in which processes reach an effective batch size.
+
+    Raises:
+        InputError: they cannot.
+    """
+    at_once = batch_size * world_size()
+    if effective_batch_size % at_once:
+        raise InputError(
+            f"--effective_batch_size {effective_batch_size} is no multiple of --batch_size "
+            f"{batch_size} x {world_size()} processes: change one of them"
+        )
+    return effective_batch_size // at_once
+
+
+def candidates(effective_batch_size: int, multiple_of: int) -> list[int]:
+    """The micro-batch sizes, ascending, that divide a process's share of an effective batch.
+
+    Args:
+        effective_batch_size: of all processes.
+        multiple_of: what each size is a multiple of, the crops of an image.
+
+    Raises:
+        InputError: there is none.
+    """
+    share, rest = divmod(effective_batch_size, world_size())
+    sizes = [n for n in range(multiple_of, share + 1, multiple_of) if share % n == 0]
+    if rest or not sizes:
+        raise InputError(
+            f"--effective_batch_size {effective_batch_size} cannot be shared by {world_size()} "
+            f"processes in multiples of {multiple_of}: change it"
+        )
+    return sizes
+
+
+def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
+    """The largest of ascending sizes that fits, found by bisection.
+
+    Raises:
+        InputError: the smallest does not fit.
+    """
+    if not fits(sizes[0]):
+        raise InputError(
+            f"not even a batch of {sizes[0]} fits into the GPU's memory: choose a smaller model, "
+            "or --memory low"
+        )
+    low, high = 0, len(sizes)  # sizes[low] fits, sizes[high] does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(sizes[middle]) else (low, middle)
+    return sizes[low]
+
+
+def step_fits(
+    loss_of: Callable[[int], Tensor], size: int, *, model: nn.Module, device: torch.device
+) -> bool:
+    """Whether a step on so many images leaves room for what a whole run needs besides.
+
+    That is AdamW's two moments of every trained weight and, with several processes, the buckets in
+    which gradients are averaged. Nothing is changed but the device's cache of free memory.
+
+    Args:
+        loss_of: number of images -> loss.
+        size: number of images.
+        model: whose gradients are computed, and dropped.
+        device: a CUDA device.
+    """
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    later = trained * (2 if world_size() == 1 else 3)
+    model.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device)
+    room = SHARE * (torch.cuda.mem_get_info(device)[0]) - later
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        loss_of(size).backward()
+        return torch.cuda.max_memory_allocated(device) - before <= room
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def find_batch_size(
+    loss_of: Callable[[int], Tensor],
+    effective_batch_size: int,
+    *,
+    model: nn.Module,
+    device: torch.device,
+    multiple_of: int = 1,
+) -> int:
+    """The largest micro-batch that fits on every process's GPU, and divides its share of a step.
+
+    Args:
+        loss_of: number of images -> loss of as many, computed as in training.
+        effective_batch_size: of all processes.
+        model: what is trained.
+        device: where it is.
+        multiple_of: what the size has to be a multiple of.
+
+    Raises:
+        InputError: the device is no GPU, or no size fits.
+    """
+    if device.type != "cuda":
+        raise InputError(
+            f"--batch_size auto measures a GPU's memory, and this run is on {device.type}: give a "
+            "number"
+        )
+    sizes = candidates(effective_batch_size, multiple_of)
+    size = largest_that_fits(sizes, lambda n: step_fits(loss_of, n, model=model, device=device))
+    size = min(list_over_processes([size]))
+    logger.info("the largest batch that fits is %d of a process's %d", size, sizes[-1])
+    return size

@@ -1,0 +1,146 @@
+"""Packed images: the raw pixels of a data set in one memory-mapped file, read without decoding.
+
+A folder holds them: `pixels.bin` has the rows (height, width, 3) of each image, one image behind
+the other, `records.npy` their places, sizes, labels and names, `packed.json` the rest.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from util.broken_images import reason_of
+from util.errors import InputError
+
+PIXELS, RECORDS, INDEX = "pixels.bin", "records.npy", "packed.json"
+VERSION = 1
+FIELDS = [("offset", "<i8"), ("height", "<i4"), ("width", "<i4"), ("label", "<i4")]
+
+
+def holds_packed(path: str | Path) -> bool:
+    """Whether a folder holds packed images, or those of a split in its train/ or val/."""
+    folder = Path(path).expanduser()
+    return any((folder / split / INDEX).is_file() for split in ("", "train", "val"))
+
+
+def write_packed(
+    folder: Path,
+    images: Iterable[tuple[str, int, int, int, bytes]],
+    *,
+    classes: Sequence[str],
+    short_side: int,
+) -> None:
+    """Write a new folder that `PackedImages` reads.
+
+    Args:
+        folder: to be made.
+        images: at least one (file name from the class folders on, label, height, width, pixels).
+        classes: their names in the order of labels.
+        short_side: to which larger images were resized; kept for the record.
+    """
+    folder.mkdir()
+    rows, offset = [], 0
+    with (folder / PIXELS).open("wb") as file:
+        for name, label, height, width, pixels in images:
+            rows.append((offset, height, width, label, os.fsencode(name)))
+            offset += file.write(pixels)
+    longest = max(len(row[-1]) for row in rows)
+    np.save(folder / RECORDS, np.array(rows, [*FIELDS, ("name", f"S{longest}")]))
+    sizes = {"images": len(rows), "bytes": offset, "short_side": short_side}
+    index = {"version": VERSION, **sizes, "classes": list(classes)}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _fit_together(records: np.ndarray, num_bytes: int, num_classes: int) -> bool:
+    """Whether the images of the records fill the file without a gap, and labels are classes."""
+    if records.dtype.names != (*(name for name, _ in FIELDS), "name"):
+        return False
+    offset, height, width, label = (records[name] for name, _ in FIELDS)
+    ends = np.cumsum(3 * height.astype(np.int64) * width)
+    return (
+        len(records) > 0
+        and min(height.min(), width.min()) > 0
+        and ends[-1] == num_bytes
+        and offset[0] == 0
+        and np.array_equal(offset[1:], ends[:-1])
+        and 0 <= label.min() <= label.max() < num_classes
+    )
+
+
+class PackedImages(Dataset):
+    """Packed images known by their index; each process maps the files by itself, when first read.
+
+    Args:
+        root: folder that `write_packed` has written.
+
+    Attributes:
+        classes: their names in the order of labels; one, "", where images have no labels.
+
+    Raises:
+        InputError: the files are missing, damaged, of different ages or of a newer version.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        path = self.root / INDEX
+        try:
+            index = json.loads(path.read_bytes())
+            if index["version"] > VERSION:
+                raise InputError(
+                    f"{path} has version {index['version']} of the packed format and this code "
+                    f"reads up to {VERSION}: update the code"
+                )
+            self.classes = tuple(index["classes"])
+            sizes = {PIXELS: index["bytes"], RECORDS: index["images"]}
+            found = {PIXELS: (self.root / PIXELS).stat().st_size, RECORDS: len(self.records)}
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{error.filename} does not exist: name a folder that scripts/prepare_dataset.py "
+                "has written, or its train/ or val/"
+            ) from error
+        except (EOFError, KeyError, OSError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{self.root} holds no packed images that can be read: prepare them again "
+                f"({reason_of(error)})"
+            ) from error
+        for name, size in sizes.items():
+            if found[name] != size:
+                unit = "bytes" if name == PIXELS else "records"
+                raise InputError(
+                    f"{self.root / name} has {found[name]} {unit} and not the {size} of {INDEX}: "
+                    "copy or prepare it again"
+                )
+        if not _fit_together(self.records, sizes[PIXELS], len(self.classes)):
+            raise InputError(f"{self.root / RECORDS} is damaged: copy or prepare it again")
+
+    @cached_property
+    def records(self) -> np.ndarray:
+        """One of FIELDS and name for each image, (N,)."""
+        return np.load(self.root / RECORDS, mmap_mode="r", allow_pickle=False)
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        """Of all images, uint8."""
+        return np.memmap(self.root / PIXELS, np.uint8, mode="r")
+
+    def __getstate__(self) -> dict:
+        """Without the maps: pickling one would copy the whole file."""
+        return {k: v for k, v in vars(self).items() if k not in ("records", "pixels")}
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def filename(self, index: int, *, absolute: bool = False) -> str:
+        """The image's file as it was called, from the class folders on or from `root` on."""
+        name = os.fsdecode(self.records[index]["name"])
+        return f"{self.root}/{name}" if absolute else name
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        """Pixels (h, w, 3) of uint8, a copy of one's own, and the label."""
+        offset, height, width, label = (int(self.records[index][name]) for name, _ in FIELDS)
+        pixels = self.pixels[offset : offset + 3 * height * width]
+        return np.array(pixels).reshape(height, width, 3), label
