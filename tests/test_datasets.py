@@ -206,6 +206,17 @@ def test_tars_of_splits_are_found_unless_there_are_folders(tmp_path):
         open_train("", tmp_path)
 
 
+def test_a_tar_that_was_cut_off_after_it_was_opened_breaks_its_last_images(tmp_path):
+    path = tmp_path / "images.tar"
+    write_tar(path, {f"cat/{i}.png": encoded(i) for i in range(3)})
+    reader = open_train("tar", path).reader
+    with path.open("r+b") as file:
+        file.truncate(reader.samples[2][0].offset_data + 10)
+    assert reader[1][0].read() == encoded(1)
+    with pytest.raises(OSError, match="ends within the image"):
+        reader[2]
+
+
 def test_tar_read_here_first_and_then_by_workers(tmp_path):
     # Large enough that processes sharing a position in the file would get in each other's way.
     files = {f"{i:03d}.bmp": encoded(i, "BMP", side=80) for i in range(200)}

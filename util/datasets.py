@@ -28,6 +28,7 @@ from util.images import (
     Digits,
     INat2019,
     IndexedImages,
+    TarImages,
     class_names,
 )
 from util.packed import PackedImages, holds_packed
@@ -379,12 +380,11 @@ def _open(name: str, root: str | None, split: str, **options: object) -> Dataset
         timm.data.add_img_extensions(IMAGE_SUFFIXES)
         if Path(root).is_dir():
             _report_ignored_files(root)
-        elif Path(root).suffix == ".tar":
-            # Processes forked from this one would share the position in a file that is kept open.
-            options["cache_tarfiles"] = False
     try:
         if kind == "digits":
             return Digits(split)
+        if kind == "folder" and Path(root).is_file() and Path(root).suffix == ".tar":
+            return TarImages(root)
         if kind == "wds":
             import_module("webdataset")  # timm goes on without it
         source = timm.data.create_dataset(name, root, split, search_split=False, **options)

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import io
 import itertools
 import json
 import numbers
@@ -12,6 +13,7 @@ from typing import BinaryIO, Literal, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torchvision.io import ImageReadMode, decode_jpeg
@@ -200,6 +202,28 @@ class INat2019(Dataset):
     def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
         path, label = self.samples[index]
         return Path(path).open("rb"), label
+
+
+class TarImages(ReaderImageInTar):
+    """timm's reader of a .tar file, but it goes straight to where an image lies.
+
+    timm's opens the archive for every image, or keeps it open, so that processes forked from this
+    one share the position in it.
+    """
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root, cache_tarfiles=False)
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        member, _, parent = self.samples[index]
+        if parent is not None:  # an archive within the archive
+            return super().__getitem__(index)
+        with Path(self.root).open("rb") as file:
+            file.seek(member.offset_data)
+            data = file.read(member.size)
+        if len(data) < member.size:
+            raise OSError("the archive ends within the image")
+        return io.BytesIO(data), self.targets[index]
 
 
 def class_names(reader: object) -> tuple[str, ...] | None:
