@@ -205,6 +205,8 @@ def check_args(args: argparse.Namespace) -> None:
             raise InputError(f"--against takes an existing program, not {args.against}")
         if args.table or args.figure or args.plot:
             raise InputError("--against goes without --table, --figure and --plot")
+        if args.quick and not args.models:
+            raise InputError("--quick --against needs --models, such as crossmae_vit_tiny_patch16")
         if not all(name in THEIR_MODELS for name in args.models or THEIR_MODELS):
             raise InputError(f"--against compares {', '.join(THEIR_MODELS)}: choose --models")
     for path in filter(None, (args.json, args.plot)):

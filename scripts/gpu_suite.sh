@@ -38,16 +38,19 @@ step() {
         --json "$parts/$name.json" "$@"
 }
 
-large=(--models crossmae_vit_large_patch16) high_resolution=(--input_sizes 448)
-[ -z "${QUICK:-}" ] || large=() high_resolution=(--input_sizes 32)
+base=() large=(--models crossmae_vit_large_patch16 --batch_size 512)
+high_resolution=(--input_sizes 448 --batch_size 256)
+if [ -n "${QUICK:-}" ]; then
+    base=(--models crossmae_vit_tiny_patch16 --input_sizes 64) large=() high_resolution=()
+fi
 
 part tests 150 $python -m pytest -q -m gpu tests/test_gpu.py
 step table4 70 --table 4 --memory high medium low
 step figure7 60 --figure 7 --rounds 3
 step compiled 60 --compile
-step large 45 "${large[@]}" --batch_size 512
-step high_resolution 45 "${high_resolution[@]}" --batch_size 256
-[ -z "${AGAINST:-}" ] || step against 60 --rounds 3 --memory high --against "$AGAINST"
+step large 45 "${large[@]}"
+step high_resolution 45 "${high_resolution[@]}"
+[ -z "${AGAINST:-}" ] || step against 60 "${base[@]}" --rounds 3 --memory high --against "$AGAINST"
 [ -z "${DATA:-}" ] || part loader 60 $python scripts/benchmark_loader.py --data_path "$DATA" \
     --repeats 3 --json "$parts/loader.json"
 

@@ -288,6 +288,7 @@ NO_SUCH = "/does/not/exist"
         (["--compile", "--decoder_depths", 1, 2, 3, 4, 5], "at most 4 rows"),
         (["--against", NO_SUCH], "existing program"),
         (["--table", 4, "--against", __file__], "goes without"),
+        (["--quick", "--against", __file__], "needs --models"),
         (["--models", "mae_vit_base_patch16", "--against", __file__], "choose --models"),
     ],
 )

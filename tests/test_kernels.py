@@ -29,6 +29,7 @@ def output_and_gradients(function, inputs, grad):
 @pytest.fixture
 def on_amd(monkeypatch):
     monkeypatch.setattr(kernels, "is_amd", lambda: True)
+    monkeypatch.setattr(kernels, "is_large", lambda *_: True)
 
 
 @needs_onednn
@@ -66,14 +67,17 @@ def test_onednn_takes_frozen_inputs(on_amd, frozen):
 def test_linear_is_pytorchs_elsewhere(monkeypatch):
     def check(amd, dtype):
         monkeypatch.setattr(kernels, "is_amd", lambda: amd)
-        inputs, _ = layer(dtype)
+        inputs, _ = layer(dtype, tokens=(8, 50))
         assert torch.equal(linear(*inputs), F.linear(*inputs))
 
+    monkeypatch.setattr(kernels, "is_large", lambda *_: True)
     check(amd=False, dtype=torch.float32)
     check(amd=True, dtype=torch.float64)
     check(amd=True, dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         check(amd=True, dtype=torch.float32)
+    monkeypatch.undo()
+    check(amd=True, dtype=torch.float32)  # a small layer
 
 
 # Attention

@@ -4,8 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn as nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parameters_to_vector
 
 from models_crossmae import build_crossmae, crossmae_vit_base_patch16
@@ -13,6 +11,7 @@ from models_mae import build_mae
 from models_vit import ModelSize, build_vit
 from tests.runs import TINY, log_without_time, run, use_nano_models, write_images
 from util.masking import count_tokens, random_split
+from util.measure import saved_bytes
 from util.recompute import set_memory
 
 SMALL = ModelSize(4, 32, 3, 2, decoder_embed_dim=16, decoder_num_heads=2, img_size=32)
@@ -46,19 +45,9 @@ def loss_and_gradients(model, dtype, *inputs):
     }
 
 
-def kept_bytes(run):
-    """Bytes of the distinct storages that `run` keeps for its backward pass, parameters not."""
-    kept = {}
-
-    def pack(tensor):
-        if not isinstance(tensor, nn.Parameter):
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        run().backward()
-    return sum(kept.values())
+def kept_bytes(model, *inputs):
+    with torch.autocast("cpu", torch.bfloat16):
+        return saved_bytes(lambda: model(*inputs), model.parameters())
 
 
 @pytest.mark.parametrize("memory", ["medium", "low"])
@@ -94,12 +83,8 @@ def test_drop_path_draws_the_same_branches(memory):
 def test_an_image_keeps_its_share_of_the_released_codes_bytes(memory, share):
     model = crossmae_vit_base_patch16()
     set_memory(model, memory)
-    kept = []
-    for batch_size in (2, 4):
-        inputs = example(model, batch_size)
-        with torch.autocast("cpu", torch.bfloat16):
-            kept.append(kept_bytes(lambda inputs=inputs: model(*inputs)))
-    assert (kept[1] - kept[0]) / 2 / 2**20 <= share * RELEASED_MIB
+    two, four = (kept_bytes(model, *example(model, batch_size)) for batch_size in (2, 4))
+    assert (four - two) / 2 / 2**20 <= share * RELEASED_MIB
 
 
 @pytest.mark.parametrize("memory", ["medium", "low"])
@@ -110,8 +95,7 @@ def test_weights_are_not_kept_in_a_second_precision(memory):
     kept = []
     for mode in ("high", memory):
         set_memory(model, mode)
-        with torch.autocast("cpu", torch.bfloat16):
-            kept.append(kept_bytes(lambda: model(*inputs)))
+        kept.append(kept_bytes(model, *inputs))
     assert kept[0] - kept[1] > 0.8 * weights
 
 
