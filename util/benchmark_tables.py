@@ -69,22 +69,31 @@ def against_table(rows: Sequence[dict]) -> str:
 
 
 def draw(results: Sequence[dict], path: Path) -> None:
-    """Draw decoder FLOPs and time, a point for each row, as Fig. 7 does with accuracy."""
+    """Draw decoder FLOPs and time, as Fig. 7 does with accuracy: a point for each depth."""
     from matplotlib.figure import Figure  # optional
 
     axes = (figure := Figure(figsize=(8, 6), layout="constrained")).add_subplot()
     series: dict[str, list[dict]] = {}
     for result in results:
         if not result["out_of_memory"]:
+            ratio = result["pred_ratio"] or result["mask_ratio"]
             name = "{model}, {input_size} px, {dtype}, {memory}".format_map(result)
-            series.setdefault(name, []).append(result)
-    for name, points in series.items():
+            series.setdefault(f"{name}, pred_ratio {ratio:g}", []).append(result)
+    for number, (name, points) in enumerate(series.items()):
         places = [(point["decoder_gflops"], point["ms_per_image"]) for point in points]
-        axes.scatter(*zip(*places, strict=True), label=name)
+        (line,) = axes.plot(*zip(*places, strict=True), "o-", label=name)
+        # Above one line and below the next, because points of several ratios lie close together.
+        offset = (0, 7) if number % 2 else (0, -14)
         for point, place in zip(points, places, strict=True):
-            offset = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 8}
-            axes.annotate(point["label"], place, **offset)
+            axes.annotate(
+                point["decoder_depth"],
+                place,
+                xytext=offset,
+                textcoords="offset points",
+                ha="center",
+                color=line.get_color(),
+            )
     axes.set(xlabel="decoder GFLOPs / image, forward", ylabel="ms / image, training step")
-    axes.margins(x=0.15)  # room for the last label
-    axes.legend(fontsize=8)
+    axes.set_xlim(left=0)
+    axes.legend(fontsize=8, title="numbers are decoder blocks")
     figure.savefig(path)
