@@ -12,7 +12,7 @@ import main_knn
 import main_linprobe
 import main_pretrain
 from main_pretrain import parse_args
-from scripts import export_encoder
+from scripts import benchmark_loader, benchmark_pretrain, export_encoder
 from util.checkpoint import BEST_NAME, list_checkpoints
 
 README = (ROOT / "README.md").read_text()
@@ -37,6 +37,7 @@ OTHER_MAINS = {
     "main_linprobe.py": main_linprobe,
     "main_knn.py": main_knn,
 }
+BENCHMARKS = {"steps": benchmark_pretrain, "loader": benchmark_loader}
 OTHER_RUNS = [words for words in IN_README if OTHER_MAINS.keys() & set(words)]
 EXPORTS = [words for words in IN_README if "scripts/export_encoder.py" in words]
 SNIPPETS = blocks("python")
@@ -75,10 +76,23 @@ def test_commands_of_pretraining_parse(words):
     assert args.output_dir.startswith("output/")
     if words[0] == "torchrun":  # at the effective batch size of Table 10
         processes = int(words[words.index("--nproc_per_node") + 1])
-        assert processes * args.batch_size * args.accum_iter == 4096
+        effective = args.effective_batch_size or processes * args.batch_size * args.accum_iter
+        assert effective == 4096
         assert args.epochs == 800
     if args.pred_ratio is not None:
         assert args.output_dir.endswith("g25") == (args.pred_ratio == 0.25)
+
+
+@pytest.mark.parametrize("script", BENCHMARKS.values(), ids=BENCHMARKS)
+def test_commands_of_the_benchmarks_parse(script):
+    pages = README, (ROOT / "docs" / "performance.md").read_text()
+    found = [c for page in pages for b in blocks("bash", page) for c in commands(b)]
+    name = f"scripts/{script.__name__.rpartition('.')[2]}.py"
+    runs = [words for words in found if name in words]
+    assert len(runs) >= 2
+    for words in runs:
+        words = [__file__ if word == "PROGRAM.py" else word for word in words]
+        arguments(words, name, script.parse_args)
 
 
 def test_no_two_different_runs_share_an_output_folder():
