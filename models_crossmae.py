@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 import torch.nn as nn
+from timm.layers import DropPath
 from torch import Tensor
 
 from models_vit import (
@@ -19,6 +20,7 @@ from models_vit import (
     TINY_PATCH4,
     TINY_PATCH16,
     Linear,
+    Mlp,
     ModelSize,
     ResidualBlock,
     SelfAttention,
@@ -165,7 +167,7 @@ class CrossAttentionBlock(ResidualBlock):
     def __init__(
         self, dim: int, context_dim: int, num_heads: int, *, self_attention: bool = False
     ) -> None:
-        super().__init__(dim)
+        super().__init__()
         if self_attention:
             self.norm0 = layer_norm(dim)
             self.self_attn = SelfAttention(dim, num_heads)
@@ -173,6 +175,9 @@ class CrossAttentionBlock(ResidualBlock):
             self.self_attn = None
         self.norm1 = layer_norm(dim)
         self.cross_attn = CrossAttention(dim, context_dim, num_heads)
+        self.norm2 = layer_norm(dim)
+        self.mlp = Mlp(dim)
+        self.drop_path = DropPath(0.0)
 
     def forward(self, x: Tensor, mix: Tensor, context_norm: Callable[[Tensor], Tensor]) -> Tensor:
         """Tokens x (B, P, E), a mix (B, 1+V, D) and what normalises it -> (B, P, E)."""

@@ -92,6 +92,7 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Start anew."""
+        super().reset_parameters()  # its draws are part of what a seed stands for
         nn.init.xavier_uniform_(self.weight)
         nn.init.zeros_(self.bias)
 
@@ -170,16 +171,13 @@ class Mlp(nn.Module):
 class ResidualBlock(Recomputing):
     """What the blocks of encoder and decoder have in common: the normalised MLP at their end.
 
-    Args:
-        dim: D.
-        drop_path: chance in training to leave a branch out for an image (stochastic depth).
+    They make `norm2`, `mlp` and `drop_path` themselves, each in its place among the parameters:
+    saved optimizers know parameters by their order.
     """
 
-    def __init__(self, dim: int, drop_path: float = 0.0) -> None:
-        super().__init__()
-        self.norm2 = layer_norm(dim)
-        self.mlp = Mlp(dim)
-        self.drop_path = DropPath(drop_path)
+    norm2: nn.LayerNorm
+    mlp: Mlp
+    drop_path: DropPath
 
     def add_branches(self, x: Tensor, attended: Tensor) -> Tensor:
         """Add the output of attention to the stream, then the MLP's; all (B, N, D)."""
@@ -207,9 +205,12 @@ class Block(ResidualBlock):
     """
 
     def __init__(self, dim: int, num_heads: int, drop_path: float = 0.0) -> None:
-        super().__init__(dim, drop_path)
+        super().__init__()
         self.norm1 = layer_norm(dim)
         self.attn = SelfAttention(dim, num_heads)
+        self.norm2 = layer_norm(dim)
+        self.mlp = Mlp(dim)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""

@@ -274,3 +274,11 @@ def test_a_linear_probe_trains_its_head_alone(pool):
     assert torch.equal(model.features(images), features)
     normalised = F.batch_norm(features, None, None, training=True, eps=1e-6)
     torch.testing.assert_close(model(images), F.linear(normalised, model.head[1].weight))
+
+
+def test_parameters_of_a_block_have_timms_order():
+    # Saved optimizers know parameters by their place alone.
+    theirs = timm_vit.Block(32, 2, qkv_bias=True)
+    assert [n for n, _ in Block(32, 2).named_parameters()] == [
+        n for n, _ in theirs.named_parameters()
+    ]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from signal import Signals
 
 import torch
 import torch.nn as nn
@@ -18,10 +19,11 @@ from timm.utils import ModelEmaV3
 from torch.optim import Optimizer
 
 from util.broken_images import BrokenImages
-from util.distributed import from_main_process, is_main_process
-from util.errors import InputError, RunError
+from util.distributed import from_main_process, is_main_process, list_over_processes
+from util.errors import InputError, RunError, StoppedError
 from util.metrics import EpochMeters
 from util.precision import Precision
+from util.stopping import stop_signal
 from util.weight_files import VERSION, check_format, read_weights_file
 
 NAME = re.compile(r"checkpoint-e(\d+)-s(\d+)\.pth")
@@ -286,10 +288,25 @@ class CheckpointWriter:
                 _logger.info("deleted %s, which an earlier start left unfinished", unfinished)
 
     def save_if_due(self) -> None:
-        """Save when `every_minutes` have passed; the main process's clock decides for all."""
+        """Save when `every_minutes` have passed, or when a process was sent a signal to stop.
+
+        The main process's clock decides for all. Every process has to call it.
+
+        Raises:
+            StoppedError: after a signal to any process, on all at once.
+        """
+        signals = [number for number in list_over_processes([stop_signal()]) if number]
         minutes = (time.monotonic() - self.last_save) / 60
-        if self.every_minutes is not None and from_main_process(minutes >= self.every_minutes):
+        is_time = self.every_minutes is not None and minutes >= self.every_minutes
+        if signals or from_main_process(is_time):
             self.save()
+        if signals:
+            progress = self.state.progress
+            raise StoppedError(
+                f"stopped by {Signals(signals[0]).name} after {progress.epoch} epochs and "
+                f"{progress.step_in_epoch} steps: start the same command again to continue",
+                signals[0],
+            )
 
     def save(self) -> Path | None:
         """Write a checkpoint named after its place in the run; return its path.

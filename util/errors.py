@@ -1,4 +1,4 @@
-"""The two ways in which a run ends early, and the exit codes they stand for."""
+"""The ways in which a run ends early, and the exit codes they stand for."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +20,21 @@ class RunError(Exception):
 
 class NonFiniteLossError(RunError):
     """The loss became NaN or infinite; the message names the step."""
+
+
+class StoppedError(Exception):
+    """A signal ended the run after its state was saved; the same command continues it.
+
+    A main prints the message and exits with the code by which shells know the signal.
+
+    Args:
+        message: where it stopped.
+        signal: number of the signal.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 @contextmanager

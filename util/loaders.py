@@ -13,6 +13,7 @@ from util.errors import InputError, RunError
 from util.images import Batch, IndexedImages, collate
 from util.sampler import StepSampler
 from util.seeding import generator_for
+from util.stopping import leave_signals_to_parent
 from util.streams import StreamedImages
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,10 @@ class Batches(DataLoader):
 
     def __init__(self, dataset: Dataset, **options: object) -> None:
         # Without a generator of its own it would draw from torch's global one.
-        super().__init__(dataset, collate_fn=collate, **{"generator": torch.Generator(), **options})
+        options = {"generator": torch.Generator(), **options}
+        super().__init__(
+            dataset, collate_fn=collate, worker_init_fn=leave_signals_to_parent, **options
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in super().__iter__():

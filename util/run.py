@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from util.checkpoint import CheckpointWriter, TrainState, resume_run
 from util.distributed import is_main_process, rank, start_processes, stop_processes
-from util.errors import InputError, RunError
+from util.errors import InputError, RunError, StoppedError
 from util.images import IndexedImages, names_hash
 from util.loaders import StepLoader
 from util.metrics import RunLog
+from util.stopping import signals_noted
 from util.streams import StreamedImages
 from util.weights import EncoderWeights
 
@@ -243,10 +244,17 @@ def open_run(
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:
-    """Run a main and exit: 0, or 2 with one sentence for wrong input, 1 for a failed run."""
+    """Run a main and exit: 0, or 2 with one sentence for wrong input, 1 for a failed run.
+
+    A signal that stopped the run gives its number and 128, as in a shell.
+    """
     code = 0
     try:
-        main()
+        with signals_noted():
+            main()
+    except StoppedError as error:
+        code = 128 + error.signal
+        _logger.info("%s", error)
     except (InputError, RunError, OSError) as error:
         code = 2 if isinstance(error, InputError) else 1
         program, message = Path(sys.argv[0]).name, str(error)

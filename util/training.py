@@ -12,6 +12,7 @@ from util.errors import InputError
 from util.loaders import StepLoader
 from util.metrics import RunLog, TimedIterator
 from util.optim import set_lr
+from util.stopping import stop_signal
 
 LossOfImages = Callable[[Tensor, Tensor, int], Tensor]
 """(images (B, C, H, W), labels (B,), how many images of the step came before) -> mean loss."""
@@ -51,6 +52,7 @@ def train_epoch(
     Raises:
         NonFiniteLossError: on all processes at once, before anything is saved.
         InputError: too many images cannot be read, or a label is no class.
+        StoppedError: a signal told the run to stop; it is saved.
     """
     progress, precision, meters = state.progress, state.precision, state.meters
     images_shown = meters.num_images
@@ -93,7 +95,9 @@ def train_epoch(
         progress.step_in_epoch += 1
 
         end_of_epoch = progress.step_in_epoch == loader.steps_per_epoch
-        if end_of_epoch or progress.step_in_epoch % log_every == 0:
+        # Told to stop, a single process does so at once, several where they meet anyway.
+        stops = world_size() == 1 and stop_signal() is not None
+        if end_of_epoch or progress.step_in_epoch % log_every == 0 or stops:
             stats = meters.read()  # the host waits for the device here, and nowhere else
             state.broken.check()
             run_log.log_step(
