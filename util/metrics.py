@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from util.distributed import is_main_process, stack_over_processes
 from util.errors import InputError, NonFiniteLossError
+from util.lock import FolderLock
 
 LOG_NAME = "log.jsonl"
 
@@ -161,6 +162,7 @@ class RunLog:
         epoch: whole epochs done; later lines of an interrupted run are dropped.
         step: steps done; later TensorBoard points of an interrupted run are hidden.
         device: whose memory is shown.
+        lock: of output_dir, released by `close`.
     """
 
     def __init__(
@@ -173,7 +175,9 @@ class RunLog:
         epoch: int,
         step: int,
         device: torch.device,
+        lock: FolderLock | None = None,
     ) -> None:
+        self.lock = lock
         self.num_epochs, self.steps_per_epoch, self.device = num_epochs, steps_per_epoch, device
         self.path = output_dir / LOG_NAME
         self.bar = None
@@ -289,3 +293,5 @@ class RunLog:
             self.bar.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
+        if self.lock is not None:
+            self.lock.release()

@@ -21,6 +21,7 @@ from util.distributed import is_main_process, rank, start_processes, stop_proces
 from util.errors import InputError, RunError, StoppedError
 from util.images import IndexedImages, names_hash
 from util.loaders import StepLoader
+from util.lock import lock_folder
 from util.metrics import RunLog
 from util.stopping import signals_noted
 from util.streams import StreamedImages
@@ -222,6 +223,7 @@ def open_run(
         recipe=recipe,
         resumes_mid_epoch=loader.resumes_mid_epoch,
     )
+    lock = lock_folder(output_dir)  # nothing has been written so far
     settings = {"identity": identity, "recipe": recipe, "args": args}
     checkpoints = CheckpointWriter(
         output_dir,
@@ -239,6 +241,7 @@ def open_run(
         epoch=state.progress.epoch,
         step=state.progress.step,
         device=state.precision.device,
+        lock=lock,
     )
     return checkpoints, run_log
 

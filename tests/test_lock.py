@@ -1,0 +1,67 @@
+import json
+import os
+import signal
+
+import pytest
+from runs import TINY, command, finish, run, start, write_images
+
+from util.errors import InputError
+from util.lock import LOCK_NAME, FolderLock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from util.lock import FolderLock
+lock = FolderLock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another process that has the folder."""
+    process = start([*command()[:1], "-c", HOLD, str(tmp_path / "run")], PYTHONPATH=".")
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_owner_is_refused_and_told_who_is_the_first(other, tmp_path):
+    with pytest.raises(InputError, match=rf"another run, process {other.pid} on \S+ since .*"):
+        FolderLock(tmp_path / "run")
+
+
+def test_the_lock_of_a_killed_process_is_free(other, tmp_path):
+    os.kill(other.pid, signal.SIGKILL)
+    other.wait()
+    lock = FolderLock(tmp_path / "run")
+    owner = json.loads((tmp_path / "run" / LOCK_NAME).read_bytes())
+    assert owner["process"] == os.getpid()
+    lock.release()
+    assert not (tmp_path / "run" / LOCK_NAME).exists()
+
+
+def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(tmp_path):
+    images = write_images(tmp_path / "images", 200)
+    words = command("main_pretrain.py", "--data_path", images, *TINY, "--log_every", 1)
+    words += ["--output_dir", str(tmp_path / "run"), "--epochs", "50"]
+    first = start(words)
+    for line in first.stdout:
+        if "step 2/25" in line:
+            break
+    args = (tmp_path / "run" / "args.json").read_bytes()
+    code, _, err = finish(start(words))
+    assert code == 2
+    assert err.startswith(f"main_pretrain.py: error: another run, process {first.pid} on ")
+    assert len(err.splitlines()) == 1
+    assert (tmp_path / "run" / "args.json").read_bytes() == args
+    first.send_signal(signal.SIGTERM)
+    assert finish(first)[0] == 128 + signal.SIGTERM
+
+
+def test_a_finished_run_leaves_no_lock(tmp_path):
+    images = write_images(tmp_path / "images", 16)
+    run("--data_path", images, *TINY, "--output_dir", tmp_path / "run", "--epochs", 1)
+    assert not (tmp_path / "run" / LOCK_NAME).exists()
