@@ -44,7 +44,7 @@ if [ -n "${QUICK:-}" ]; then
     base=(--models crossmae_vit_tiny_patch16 --input_sizes 64) large=() high_resolution=()
 fi
 
-part tests 150 $python -m pytest -q -m gpu tests/test_gpu.py
+part tests 120 $python -m pytest -q -m gpu tests/test_gpu.py
 step table4 70 --table 4 --memory high medium low
 step figure7 60 --figure 7 --rounds 3
 step compiled 60 --compile
