@@ -126,3 +126,11 @@ def test_signals_are_noted_and_handlers_put_back():
         assert stop_signal() == signal.SIGUSR1
     assert stop_signal() is None
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+@every_signal
+def test_a_program_that_does_not_train_is_ended_at_once(number):
+    program = "import signal; from util.run import run_main; "
+    program += f"run_main(lambda: signal.raise_signal({int(number)}))"
+    code, _, _ = finish(start([*command()[:1], "-c", program], PYTHONPATH="."))
+    assert code == -number

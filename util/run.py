@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -246,14 +247,18 @@ def open_run(
     return checkpoints, run_log
 
 
-def run_main(main: Callable[[], None]) -> NoReturn:
+def run_main(main: Callable[[], None], *, trains: bool = False) -> NoReturn:
     """Run a main and exit: 0, or 2 with one sentence for wrong input, 1 for a failed run.
 
     A signal that stopped the run gives its number and 128, as in a shell.
+
+    Args:
+        main: to run.
+        trains: whether it saves and ends when it finds a signal; others are ended by it at once.
     """
     code = 0
     try:
-        with signals_noted():
+        with signals_noted() if trains else nullcontext():
             main()
     except StoppedError as error:
         code = 128 + error.signal
