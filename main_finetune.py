@@ -312,7 +312,7 @@ def run_settings(
 def main(argv: Sequence[str] | None = None) -> None:
     """Fine-tune from the start, or from where the last start was stopped."""
     args = parse_args(argv)
-    device = start_run(device=args.device, seed=args.seed)
+    device = start_run(device=args.device, seed=args.seed, timeout_minutes=args.timeout_minutes)
     if args.eval:
         evaluate_only(args, device)
         return

@@ -67,7 +67,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Probe from the start, or from where the last start was stopped."""
     args = parse_args(argv)
-    device = start_run(device=args.device, seed=args.seed)
+    device = start_run(device=args.device, seed=args.seed, timeout_minutes=args.timeout_minutes)
     output_dir = Path(args.output_dir)
     log_dir = Path(args.log_dir or output_dir / "tensorboard")
 

@@ -367,7 +367,7 @@ def run_settings(
 def main(argv: Sequence[str] | None = None) -> None:
     """Pre-train from the start, or from where the last start was stopped."""
     args = parse_args(argv)
-    device = start_run(device=args.device, seed=args.seed)
+    device = start_run(device=args.device, seed=args.seed, timeout_minutes=args.timeout_minutes)
     check_crop_args(args, device)
     output_dir = Path(args.output_dir)
     log_dir = Path(args.log_dir or output_dir / "tensorboard")

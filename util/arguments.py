@@ -155,6 +155,12 @@ def add_run_args(parser: argparse.ArgumentParser, *, output_dir: str, save_every
     group.add_argument(
         "--log_every", type=positive_int, default=20, help="steps between log points (%(default)s)"
     )
+    group.add_argument(
+        "--timeout_minutes",
+        type=positive_float,
+        default=30.0,
+        help="a process that does nothing for so long ends those that wait for it (%(default)s)",
+    )
 
 
 def add_data_args(

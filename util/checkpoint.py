@@ -24,6 +24,7 @@ from util.errors import InputError, RunError, StoppedError
 from util.metrics import EpochMeters
 from util.precision import Precision
 from util.stopping import stop_signal
+from util.watchdog import doing
 from util.weight_files import VERSION, check_format, read_weights_file
 
 NAME = re.compile(r"checkpoint-e(\d+)-s(\d+)\.pth")
@@ -354,7 +355,8 @@ class CheckpointWriter:
                 "saved: lower the learning rate, then continue from the last checkpoint"
             )
         try:
-            write_atomically({**self.header, **state}, path)
+            with doing("saving"):
+                write_atomically({**self.header, **state}, path)
         except (OSError, RuntimeError) as error:
             _logger.warning("could not save %s: %s. Earlier checkpoints are intact", path, error)
             return None

@@ -1,7 +1,10 @@
 """The processes of a run, as torchrun starts them; every call also works in a single process."""
 
 import os
+import socket
+import time
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -9,10 +12,10 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from util.errors import InputError
+from util.errors import InputError, RunError
 
 
-def start_processes(device: str) -> torch.device:
+def start_processes(device: str, *, timeout_minutes: float | None = None) -> torch.device:
     """Join the other processes where torchrun started several; return this process's device.
 
     Only torchrun's variables count, so that a shell inside a SLURM job stays a single process.
@@ -20,9 +23,11 @@ def start_processes(device: str) -> torch.device:
     Args:
         device: "cuda", "cuda:1", "cpu", "mps", ...; several processes on GPUs each take the one
             of their local rank.
+        timeout_minutes: how long the processes wait for each other at most; None is PyTorch's.
 
     Raises:
         InputError: the device is not there.
+        RunError: not all processes came.
     """
     try:
         chosen = torch.device(device)
@@ -46,9 +51,51 @@ def start_processes(device: str) -> torch.device:
         torch.zeros(1, device=chosen).item()
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         raise InputError(f"--device {device} cannot compute here: try cuda or cpu") from error
-    if starts_several:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    if starts_several and not dist.is_initialized():
+        _join_processes("nccl" if chosen.type == "cuda" else "gloo", timeout_minutes or 30.0)
     return chosen
+
+
+def _join_processes(backend: str, timeout_minutes: float) -> None:
+    number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    # A minute more than the watchdog waits (util.watchdog), whose message says more.
+    timeout = timedelta(minutes=timeout_minutes + 1)
+    try:
+        store = _open_store(number, timeout)
+        group = {"store": store, "rank": number, "world_size": count}
+        dist.init_process_group(backend, timeout=timeout, **group)
+    except dist.DistError as error:
+        raise RunError(
+            f"process {number} did not find the {count} processes of the run at "
+            f"{os.environ['MASTER_ADDR']}: see whether all have started"
+        ) from error
+
+
+def _open_store(number: int, timeout: timedelta) -> dist.Store:
+    """Where processes leave their addresses for each other, kept by process 0.
+
+    torchrun has one as well, but keeps it over restarts, with the addresses of dead processes in it
+    (PyTorch's issue 135712). So process 0 only leaves the port of a new one there.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return dist.TCPStore(host, port, is_master=number == 0, timeout=timeout)
+    torchruns = dist.TCPStore(host, port, is_master=False, timeout=timeout)
+    if number == 0:
+        store = dist.TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
+        torchruns.set("port", str(store.port))
+        return store
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        port = int(torchruns.get("port"))  # waits for it, and may be a dead process's
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise dist.DistNetworkError(str(error)) from error
+            time.sleep(0.1)
+        else:
+            return dist.TCPStore(host, port, is_master=False, timeout=timeout)
 
 
 def stop_processes() -> None:

@@ -15,6 +15,7 @@ from util.sampler import StepSampler
 from util.seeding import generator_for
 from util.stopping import leave_signals_to_parent
 from util.streams import StreamedImages
+from util.watchdog import doing
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,12 @@ class Batches(DataLoader):
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        while True:
+            with doing("waiting for images"):
+                batch = next(batches, None)
+            if batch is None:
+                return
             if isinstance(batch, InputError | RunError):
                 # A copy: raised itself, it and this frame would keep each other and the workers.
                 raise type(batch)(*batch.args)

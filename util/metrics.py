@@ -73,13 +73,13 @@ class EpochMeters:
         """
         rows = stack_over_processes(torch.cat((self.sums, self.first_bad_step)))
         *sums, _ = rows.mean(dim=0).tolist()
-        bad_step = rows[:, -1].min().item()
+        bad_step, process = rows[:, -1].min(dim=0)
         if bad_step < math.inf:
+            where = f" on process {process}" if len(rows) > 1 else ""
             raise NonFiniteLossError(
-                f"the loss of step {int(bad_step) + 1} of the run is not finite, and nothing was "
-                "saved since: "
-                "lower the learning rate or use --amp bf16 or fp32, then continue from the last "
-                "checkpoint"
+                f"the loss of step {int(bad_step) + 1} of the run is not finite{where}, and "
+                "nothing was saved since: lower the learning rate or use --amp bf16 or fp32, then "
+                "continue from the last checkpoint"
             )
         window = [new - old for new, old in zip(sums, self.last_sums, strict=True)]
         num_images = self.num_images - self.last_num_images

@@ -26,6 +26,7 @@ from util.lock import lock_folder
 from util.metrics import RunLog
 from util.stopping import signals_noted
 from util.streams import StreamedImages
+from util.watchdog import first_to_tell, lost_process, start_watchdog, stop_watchdog
 from util.weights import EncoderWeights
 
 TIME_FORMAT = "%Y%m%d-%H%M%S"
@@ -79,18 +80,26 @@ def versions() -> dict[str, str]:
     }
 
 
-def start_run(*, device: str | None, seed: int) -> torch.device:
+def start_run(
+    *, device: str | None, seed: int, timeout_minutes: float | None = None
+) -> torch.device:
     """Start processes, logging and the random state of initialisation; return the device.
 
     Args:
         device: None takes the GPU where there is one, else the CPU.
         seed: of the run.
+        timeout_minutes: of several processes, before one that does nothing ends all; None lets
+            them wait.
 
     Raises:
         InputError: the device is not there.
     """
-    chosen = start_processes(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = start_processes(
+        device or ("cuda" if torch.cuda.is_available() else "cpu"), timeout_minutes=timeout_minutes
+    )
     start_logging()
+    if timeout_minutes is not None:
+        start_watchdog(timeout_minutes)
     torch.manual_seed(seed)
     if chosen.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
@@ -256,26 +265,44 @@ def run_main(main: Callable[[], None], *, trains: bool = False) -> NoReturn:
         main: to run.
         trains: whether it saves and ends when it finds a signal; others are ended by it at once.
     """
-    code = 0
     try:
+        # Noted until all is told, because torchrun ends all processes as soon as one has ended.
         with signals_noted() if trains else nullcontext():
-            main()
-    except StoppedError as error:
-        code = 128 + error.signal
-        _logger.info("%s", error)
-    except (InputError, RunError, OSError) as error:
-        code = 2 if isinstance(error, InputError) else 1
-        program, message = Path(sys.argv[0]).name, str(error)
-        if isinstance(error, OSError):
-            if error.errno not in DISK_FULL:
-                raise
-            message += ": make room and start the same command again"
-        if not is_main_process():
-            # If the main process fails too, it says so, and torchrun ends this one meanwhile.
-            time.sleep(SECONDS_BEFORE_SPEAKING)
-            program += f" (process {rank()})"
-        sys.stdout.flush()
-        sys.stderr.write(f"{program}: error: {message}\n")
+            code = exit_code(main)
     finally:
+        stop_watchdog()
         stop_processes()
     sys.exit(code)
+
+
+def exit_code(main: Callable[[], None]) -> int:
+    """Run a main and tell how it ended; of several processes that fail, one tells why."""
+    try:
+        main()
+    except StoppedError as error:
+        _logger.info("%s", error)
+        return 128 + error.signal
+    except Exception as error:
+        message = failure(error)
+        if message is None:
+            first_to_tell()  # the traceback does
+            raise
+        program = Path(sys.argv[0]).name
+        if not is_main_process():
+            # If the main process fails too, it says so meanwhile.
+            time.sleep(SECONDS_BEFORE_SPEAKING)
+            program += f" (process {rank()})"
+        if first_to_tell():
+            sys.stdout.flush()
+            sys.stderr.write(f"{program}: error: {message}\n")
+        return 2 if isinstance(error, InputError) else 1
+    return 0
+
+
+def failure(error: Exception) -> str | None:
+    """The sentence for an error that is no fault of this code's; None for another."""
+    if isinstance(error, InputError | RunError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return f"{error}: make room and start the same command again"
+    return lost_process(error) if isinstance(error, RuntimeError) else None

@@ -13,6 +13,7 @@ from util.loaders import StepLoader
 from util.metrics import RunLog, TimedIterator
 from util.optim import set_lr
 from util.stopping import stop_signal
+from util.watchdog import enter_step
 
 LossOfImages = Callable[[Tensor, Tensor, int], Tensor]
 """(images (B, C, H, W), labels (B,), how many images of the step came before) -> mean loss."""
@@ -59,6 +60,7 @@ def train_epoch(
     model.train()
     run_log.start_epoch(progress.epoch, progress.step_in_epoch)
     steps = TimedIterator(loader.steps(progress.epoch, progress.step_in_epoch))
+    enter_step(progress.step)
     for micro_batches in steps:
         lr = lr_at(progress.step)
         set_lr(state.optimizer, lr)
@@ -93,6 +95,7 @@ def train_epoch(
         )
         progress.step += 1
         progress.step_in_epoch += 1
+        enter_step(progress.step)
 
         end_of_epoch = progress.step_in_epoch == loader.steps_per_epoch
         # Told to stop, a single process does so at once, several where they meet anyway.

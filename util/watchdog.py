@@ -1,0 +1,185 @@
+"""Ends a run of several processes when one of them is gone or stuck, and says which and where.
+
+Each process tells the others every second, from a thread, where it is. So a run also ends where the
+main threads of all wait for each other, which no exception in them would do.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from util.distributed import from_main_process, rank, world_size
+
+PERIOD = 1.0  # seconds between two signs of life
+GONE = 5.0  # seconds without one, where the connection to a process has broken
+SILENT = 60.0  # seconds without one, where nothing has broken
+DOINGS = ("saving", "waiting for images", "computing")  # in the order in which others overtake
+ADVICE = "start the same command again, which continues from the last checkpoint"
+
+
+@dataclass
+class Place:
+    """Where the main thread of this process is."""
+
+    step: int = 0
+    doing: str = "computing"
+    since: float = field(default_factory=time.monotonic)
+
+    def move(self, **change: int | str) -> None:
+        """Be somewhere else from now on."""
+        vars(self).update(change, since=time.monotonic())
+
+
+_place = Place()  # a process has only one main thread, so one will do
+_watchdog: "Watchdog | None" = None
+
+
+def enter_step(step: int) -> None:
+    """Note that this step of the run, counted from 0, begins."""
+    _place.move(step=step)
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Note what the main thread does inside, one of DOINGS."""
+    before = _place.doing
+    _place.move(doing=what)
+    try:
+        yield
+    finally:
+        _place.move(doing=before)
+
+
+class Watchdog:
+    """Watches the other processes of a run, and the main thread of this one.
+
+    Args:
+        timeout: seconds after which a main thread that does not move is stuck.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout, self.rank, self.signs = timeout, rank(), 0
+        self.store_is_gone = False
+        # A connection of its own, because the main thread's may be blocked in a call; to torchrun's
+        # store where there is one, which outlives process 0.
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=SILENT))
+        # A name for this start, because torchrun keeps a store over restarts.
+        self.store = dist.PrefixStore(from_main_process(f"{os.getpid()}-{time.time_ns()}"), store)
+        self.names = [f"process {number}" for number in range(world_size())]
+        self.tell()
+        dist.barrier()  # now all of them have told something
+        self.last_signs = self.store.multi_get(self.names)
+        self.heard = [time.monotonic()] * world_size()
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self.thread.start()
+
+    def tell(self) -> None:
+        """Give a sign of life."""
+        self.signs += 1
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "signs": self.signs}
+        self.store.set(f"process {self.rank}", json.dumps({**asdict(_place), **owner}))
+
+    def listen(self) -> None:
+        """Take in the others' signs of life."""
+        signs = self.store.multi_get(self.names)
+        for number, (old, new) in enumerate(zip(self.last_signs, signs, strict=True)):
+            if old != new:
+                self.heard[number] = time.monotonic()
+        self.last_signs = signs
+
+    def silent(self, seconds: float) -> list[int]:
+        """The other processes that have given no sign of life for so long."""
+        if self.store_is_gone:
+            return [0]
+        ages = [time.monotonic() - heard for heard in self.heard]
+        return [n for n, age in enumerate(ages) if age > seconds and n != self.rank]
+
+    def last(self) -> list[int]:
+        """The processes that the others wait for, as far as can be told."""
+        signs = [json.loads(sign) for sign in self.last_signs]
+        places = [(sign["step"], DOINGS.index(sign["doing"])) for sign in signs]
+        return [n for n, place in enumerate(places) if place == min(places)]
+
+    def describe(self, numbers: list[int], what: str) -> str:
+        """What has become of processes, where the others wait for them, and what to do."""
+        sign = json.loads(self.last_signs[numbers[0]])
+        names = ", ".join(self.names[n] for n in numbers)
+        return (
+            f"{names} (pid {sign['pid']} on {sign['host']}) {what} step {_place.step + 1} of "
+            f"the run: {ADVICE}"
+        )
+
+    def _watch(self) -> None:
+        while not self.stopped.wait(PERIOD):
+            try:
+                self.tell()
+                self.listen()
+            except dist.DistError:  # with process 0
+                self.store_is_gone = True
+            idle = time.monotonic() - _place.since
+            limit = min(SILENT, self.timeout)
+            if idle > limit and self.silent(limit):
+                self._end(self.describe(self.silent(limit), "does not answer any more in"))
+            elif idle > self.timeout:
+                what = json.loads(self.last_signs[self.last()[0]])["doing"]
+                self._end(self.describe(self.last(), f"has been {what} for {idle:.0f} s in"))
+
+    def _end(self, message: str) -> None:
+        if first_to_tell():
+            sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {message}\n")
+            sys.stderr.flush()
+        else:  # torchrun ends all as soon as one has ended: let the other speak
+            time.sleep(PERIOD)
+        os._exit(1)  # the main thread cannot be reached
+
+
+def start_watchdog(minutes: float) -> None:
+    """Watch from now on, where there are several processes; see Watchdog."""
+    global _watchdog
+    stop_watchdog()
+    if world_size() > 1:
+        _place.move()
+        _watchdog = Watchdog(60 * minutes)
+
+
+def stop_watchdog() -> None:
+    """Watch no longer."""
+    global _watchdog
+    if _watchdog is not None:
+        _watchdog.stopped.set()
+        _watchdog = None
+
+
+def first_to_tell() -> bool:
+    """Whether no process has told yet why the run ends; from now on one has."""
+    if _watchdog is None:
+        return True
+    try:
+        return _watchdog.store.add("told", 1) == 1
+    except dist.DistError:
+        return True
+
+
+def lost_process(error: RuntimeError) -> str | None:
+    """Which process is gone, where that made a connection fail; None for any other error."""
+    if _watchdog is None or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        return None
+    deadline = time.monotonic() + 2 * GONE
+    while time.monotonic() < deadline:
+        gone = _watchdog.silent(GONE)
+        if gone:
+            return _watchdog.describe(gone, "is gone since")
+        time.sleep(PERIOD / 2)
+    return None
