@@ -65,13 +65,15 @@ class Recipe(NamedTuple):
 
 
 SMALL_RECIPE = Recipe(epochs=100, blr=5e-4, layer_decay=0.65, drop_path=0.1)
+HUGE_RECIPE = Recipe(epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.3)
 RECIPES = {
     "tiny_patch4": SMALL_RECIPE,
     "tiny_patch16": SMALL_RECIPE,
     "small_patch16": SMALL_RECIPE,
     "base_patch16": SMALL_RECIPE,
     "large_patch16": Recipe(epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.2),
-    "huge_patch14": Recipe(epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.3),
+    "huge_patch14": HUGE_RECIPE,
+    "giant_patch14": HUGE_RECIPE,  # the paper has no ViT-g
 }
 WARMUP_EPOCHS = 5  # and at most a tenth of the run
 AUGMENTATION = (

@@ -192,8 +192,12 @@ def load_model(path: str | Path) -> tuple[MaskedAutoencoder, dict]:
         size = find_size(found["patch_size"], found["embed_dim"], found["depth"])
     except ValueError as error:
         raise InputError(f"{path} cannot be loaded: {error}") from error
-    model = build_model(f"{found['kind']}_vit_{size}", found["options"])
-    model.load_state_dict(from_released(state))
+    name = f"{found['kind']}_vit_{size}"
+    model = build_model(name, found["options"])
+    try:
+        model.load_state_dict(from_released(state))
+    except RuntimeError as error:
+        raise InputError(f"{path} cannot be loaded: its weights do not fit {name}") from error
     mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
     training = {"mean": mean, "std": std, "mask_ratio": 0.75, "mask_sampling": "random"}
     return model.eval(), training

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from models_vit import (
     BASE_PATCH16,
+    GIANT_PATCH14,
     HUGE_PATCH14,
     LARGE_PATCH16,
     SMALL_PATCH16,
@@ -347,6 +348,7 @@ def build_autoencoder(
         embed_dim=size.embed_dim,
         depth=size.depth,
         num_heads=size.num_heads,
+        mlp_dim=size.mlp_dim,
     )
     decoder = decoder_type(
         encoder,
@@ -383,3 +385,4 @@ crossmae_vit_small_patch16 = partial(build_crossmae, SMALL_PATCH16)
 crossmae_vit_base_patch16 = partial(build_crossmae, BASE_PATCH16)
 crossmae_vit_large_patch16 = partial(build_crossmae, LARGE_PATCH16)
 crossmae_vit_huge_patch14 = partial(build_crossmae, HUGE_PATCH14)
+crossmae_vit_giant_patch14 = partial(build_crossmae, GIANT_PATCH14)

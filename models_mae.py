@@ -10,6 +10,7 @@ from torch import Tensor
 from models_crossmae import MaskedAutoencoder, build_autoencoder, inter_block_attention
 from models_vit import (
     BASE_PATCH16,
+    GIANT_PATCH14,
     HUGE_PATCH14,
     LARGE_PATCH16,
     SMALL_PATCH16,
@@ -106,3 +107,4 @@ mae_vit_small_patch16 = partial(build_mae, SMALL_PATCH16)
 mae_vit_base_patch16 = partial(build_mae, BASE_PATCH16)
 mae_vit_large_patch16 = partial(build_mae, LARGE_PATCH16)
 mae_vit_huge_patch14 = partial(build_mae, HUGE_PATCH14)
+mae_vit_giant_patch14 = partial(build_mae, GIANT_PATCH14)

@@ -31,6 +31,8 @@ class ModelSize(NamedTuple):
     decoder_embed_dim: int
     decoder_num_heads: int
     img_size: int = 224
+    mlp_dim: int | None = None
+    """Of the encoder; None is 4 x embed_dim."""
 
 
 # The decoder's width is MAE's 512 except for small models; every decoder head is 32 wide.
@@ -40,6 +42,10 @@ SMALL_PATCH16 = ModelSize(16, 384, 12, 6, decoder_embed_dim=256, decoder_num_hea
 BASE_PATCH16 = ModelSize(16, 768, 12, 12, decoder_embed_dim=512, decoder_num_heads=16)
 LARGE_PATCH16 = ModelSize(16, 1024, 24, 16, decoder_embed_dim=512, decoder_num_heads=16)
 HUGE_PATCH14 = ModelSize(14, 1280, 32, 16, decoder_embed_dim=512, decoder_num_heads=16)
+# Not of the paper: Zhai et al., Scaling Vision Transformers, Table 2.
+GIANT_PATCH14 = ModelSize(
+    14, 1408, 40, 16, decoder_embed_dim=512, decoder_num_heads=16, mlp_dim=6144
+)
 SIZES = {
     "tiny_patch4": TINY_PATCH4,
     "tiny_patch16": TINY_PATCH16,
@@ -47,6 +53,7 @@ SIZES = {
     "base_patch16": BASE_PATCH16,
     "large_patch16": LARGE_PATCH16,
     "huge_patch14": HUGE_PATCH14,
+    "giant_patch14": GIANT_PATCH14,
 }
 POOLS = ("avg", "cls")
 
@@ -152,15 +159,16 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a GELU between, four times as wide inside."""
+    """Two linear layers with a GELU between, M = `mlp_dim` wide inside; None is four times D."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, mlp_dim: int | None = None) -> None:
         super().__init__()
-        self.fc1 = Linear(dim, 4 * dim)
-        self.fc2 = Linear(4 * dim, dim)
+        mlp_dim = mlp_dim or 4 * dim
+        self.fc1 = Linear(dim, mlp_dim)
+        self.fc2 = Linear(mlp_dim, dim)
 
     def contract(self, hidden: Tensor) -> Tensor:
-        """What `fc1` made of the tokens, (B, N, 4D) -> (B, N, D)."""
+        """What `fc1` made of the tokens, (B, N, M) -> (B, N, D)."""
         return self.fc2(F.gelu(hidden))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -186,7 +194,7 @@ class ResidualBlock(Recomputing):
             draws = self.drop_path.drop_prob > 0
             return self.recomputed(self.add_at_once, x, attended, draws=draws)
         x = x + attended
-        hidden = self.recomputed(lambda x: self.mlp.fc1(self.norm2(x)), x)  # (B, N, 4D)
+        hidden = self.recomputed(lambda x: self.mlp.fc1(self.norm2(x)), x)  # (B, N, M)
         return x + self.drop_path(self.recomputed(self.mlp.contract, hidden))
 
     def add_at_once(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -202,14 +210,17 @@ class Block(ResidualBlock):
         dim: D.
         num_heads: attention heads.
         drop_path: chance in training to leave a branch out for an image (stochastic depth).
+        mlp_dim: see Mlp.
     """
 
-    def __init__(self, dim: int, num_heads: int, drop_path: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, drop_path: float = 0.0, mlp_dim: int | None = None
+    ) -> None:
         super().__init__()
         self.norm1 = layer_norm(dim)
         self.attn = SelfAttention(dim, num_heads)
         self.norm2 = layer_norm(dim)
-        self.mlp = Mlp(dim)
+        self.mlp = Mlp(dim, mlp_dim)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -247,6 +258,7 @@ class ViTEncoder(nn.Module):
         depth: number of blocks.
         num_heads: attention heads of each block.
         drop_path: of the last block, see Block; it rises linearly from 0 in the first.
+        mlp_dim: of each block, see Mlp.
 
     Raises:
         ValueError: the patch side does not divide the image.
@@ -262,6 +274,7 @@ class ViTEncoder(nn.Module):
         depth: int,
         num_heads: int,
         drop_path: float = 0.0,
+        mlp_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.img_size, self.patch_size, self.in_chans = as_pair(img_size), patch_size, in_chans
@@ -274,7 +287,7 @@ class ViTEncoder(nn.Module):
         self.cls_token = learned_token(embed_dim)
         self.pos_embed = fixed_positions(embed_dim, self.grid_size)
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, rate) for rate in rates)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, rate, mlp_dim) for rate in rates)
 
     @property
     def num_patches(self) -> int:
@@ -411,6 +424,7 @@ def build_vit(
         embed_dim=size.embed_dim,
         depth=size.depth,
         num_heads=size.num_heads,
+        mlp_dim=size.mlp_dim,
         **{"in_chans": 3, **options},
     )
 

@@ -164,7 +164,7 @@ def vit_config(weights: EncoderWeights, size: str) -> dict:
         "hidden_size": embed_dim,
         "num_hidden_layers": depth,
         "num_attention_heads": SIZES[size].num_heads,
-        "intermediate_size": 4 * embed_dim,
+        "intermediate_size": weights.mlp_dim,
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,

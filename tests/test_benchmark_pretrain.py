@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -8,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from scripts.benchmark_pretrain import THEIR_MODELS, main
+from scripts.benchmark_pretrain import THEIR_MODELS, Config, build_hf, build_ours, main
 from tests.runs import crossmae_nano, refusal, run, use_nano_models
+from tests.test_flops import counted
 from util.benchmark_tables import follow_flops
 from util.masking import TokenCounts, random_split
 from util.measure import MeasuredStep, measure_in_turns, saved_bytes, time_calls
@@ -262,6 +264,26 @@ def test_the_mae_of_transformers_is_a_row(capsys):
     assert theirs["model"] == "hf_vitmae_tiny"
     assert (theirs["memory"], ours["memory"]) == ("high", "low")
     assert theirs["total"] == ours["total"]
+
+
+GIANT = Config("mae_vit_giant_patch14", None, 8, 224, "fp32", "high", 2, 0.75)
+
+
+@pytest.mark.parametrize("name", ["mae_vit_giant_patch14", "crossmae_vit_giant_patch14"])
+def test_flops_of_vit_g_are_what_pytorch_counts(name):
+    config = dataclasses.replace(GIANT, model=name)
+    with torch.device("meta"):
+        model = build_ours(config)
+    assert counted(model, config.count_tokens())[1] == config.count_flops()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="needs transformers")
+def test_the_vit_g_of_transformers_is_as_large_as_ours():
+    with torch.device("meta"):
+        ours = build_ours(GIANT)
+        theirs = build_hf(dataclasses.replace(GIANT, model="hf_vitmae_giant"))
+    ours, theirs = (sum(p.numel() for p in model.parameters()) for model in (ours, theirs))
+    assert theirs == ours
 
 
 def test_a_picture_is_drawn(tmp_path, monkeypatch):

@@ -34,10 +34,12 @@ from test_weights import (
 import models_vit
 from main_pretrain import load_model
 from models_crossmae import crossmae_vit_tiny_patch4
+from models_mae import build_mae
 from models_vit import make_linear_probe
 from scripts.export_encoder import main
+from util.errors import InputError
 from util.masking import TokenSplit
-from util.weights import read_encoder
+from util.weights import load_encoder, read_encoder
 
 NANO_IN_TIMM = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -242,6 +244,26 @@ def test_our_own_files_hold_what_was_trained(export, tmp_path, content):
 
 
 @pytest.mark.parametrize("form", ["timm", "hf"])
+def test_an_mlp_of_a_width_of_its_own_goes_there_and_back(export, monkeypatch, form):
+    size = NANO._replace(mlp_dim=96)
+    monkeypatch.setitem(models_vit.SIZES, "tiny_patch4", size)
+    model = randomized(models_vit.build_vit(size, pool="cls", num_classes=0))
+    path, log = export(model.state_dict(), form, "vit.pth" if form == "timm" else "vit")
+    x = images()
+    if form == "timm":
+        theirs = in_timm(log, **NANO_IN_TIMM, mlp_ratio=3)
+        assert_identical(dict(theirs.state_dict()), dict(model.state_dict()))
+        features = theirs.forward_features(x)
+    else:
+        theirs = from_pretrained("ViTModel", path, add_pooling_layer=False)
+        features = theirs(x).last_hidden_state
+    close(features[:, 0], model.features(x))
+    again = models_vit.build_vit(size, pool="cls", num_classes=0)
+    load_encoder(again, read_encoder(path), head=False)
+    assert_identical(dict(again.state_dict()), dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("form", ["timm", "hf"])
 def test_an_export_is_read_back_bit_for_bit(export, tmp_path, form):
     content = pretrained(randomized(mae_nano()))
     path, _ = export(content, form, "out.safetensors" if form == "timm" else "out")
@@ -286,6 +308,16 @@ def test_another_size_is_refused(tmp_path, capsys):
     path = stored(tmp_path / "checkpoint.pth", model.state_dict())
     words = ["--checkpoint", path, "--format", "timm", "--output", tmp_path / "out.pth"]
     assert "a ViT of 3 blocks, 32 wide" in refusal(capsys, *words, main=main)
+
+
+def test_an_mlp_that_the_size_does_not_have_is_refused(tmp_path, capsys):
+    model = build_mae(NANO._replace(mlp_dim=96), decoder_depth=2)
+    path = stored(tmp_path / "checkpoint.pth", released(model))
+    words = ["--checkpoint", path, "--format", "hf", "--output", tmp_path / "out"]
+    sentence = "has an MLP 96 wide and the model an MLP 128 wide"
+    assert sentence in refusal(capsys, *words, main=main)
+    with pytest.raises(InputError, match="its weights do not fit mae_vit_tiny_patch4"):
+        load_model(path)
 
 
 @pytest.mark.parametrize(

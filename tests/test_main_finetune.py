@@ -247,6 +247,7 @@ RELEASED = {
     "base_patch16": SMALL,
     "large_patch16": LARGE,
     "huge_patch14": LARGE._replace(drop_path=0.3),
+    "giant_patch14": LARGE._replace(drop_path=0.3),  # of ViT-H: the authors have no ViT-g
 }
 
 

@@ -404,6 +404,11 @@ def test_sizes_of_the_released_checkpoints(name, num_tensors, num_parameters):
     assert num_values(state.values()) == num_parameters
 
 
+def test_vit_g_has_the_1011_million_parameters_of_its_paper():
+    state = meta(FACTORIES["crossmae_vit_giant_patch14"]).encoder.state_dict()
+    assert num_values(state.values()) == 1_011_199_616
+
+
 def test_mae_has_as_many_tensors_as_the_released_one():
     assert len(meta(FACTORIES["mae_vit_base_patch16"]).state_dict()) == 254
 
@@ -417,6 +422,7 @@ def test_mae_has_as_many_tensors_as_the_released_one():
         ("vit_base_patch16", "vit_base_patch16_224", {}),
         ("vit_large_patch16", "vit_large_patch16_224", {}),
         ("vit_huge_patch14", "vit_huge_patch14_224", {}),
+        ("vit_giant_patch14", "vit_giant_patch14_224", {}),
     ],
 )
 @pytest.mark.parametrize("method", ["crossmae", "mae"])
@@ -445,8 +451,8 @@ def test_factories_give_a_loss(name):
     )
 
 
-def test_there_are_twelve_factories():
-    assert len(FACTORIES) == 12
+def test_there_are_fourteen_factories():
+    assert len(FACTORIES) == 14
 
 
 @every_model

@@ -664,6 +664,7 @@ def test_a_norm_or_head_that_goes_unused_is_named(tmp_path, caplog):
         ({}, {"patch_size": 8}, "patches of 4 px and the model patches of 8 px"),
         ({}, {"embed_dim": 64}, "a width of 32 and the model a width of 64"),
         ({}, {"depth": 3}, "2 blocks and the model 3 blocks"),
+        ({}, {"mlp_dim": 96}, "an MLP 128 wide and the model an MLP 96 wide"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_leaves_the_model_alone(tmp_path, options, size, reason):

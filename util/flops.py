@@ -42,9 +42,9 @@ def attention(queries: int, keys: int, dim: int) -> int:
     return 2 * product(queries, dim, keys)
 
 
-def mlp(tokens: int, dim: int) -> int:
-    """Two layers, four times as wide between them: 2 of tokens x dim x 4 dim."""
-    return 2 * product(tokens, dim, 4 * dim)
+def mlp(tokens: int, dim: int, mlp_dim: int | None = None) -> int:
+    """Two layers: 2 of tokens x dim x mlp_dim, which is 4 dim for None."""
+    return 2 * product(tokens, dim, mlp_dim or 4 * dim)
 
 
 def self_attention(tokens: int, dim: int) -> int:
@@ -61,7 +61,9 @@ def cross_attention(queries: int, keys: int, dim: int, context_dim: int) -> int:
     return projections + attention(queries, keys, dim)
 
 
-def encoder_flops(visible: int, *, dim: int, depth: int, patch_dim: int) -> int:
+def encoder_flops(
+    visible: int, *, dim: int, depth: int, patch_dim: int, mlp_dim: int | None = None
+) -> int:
     """The encoder on the visible patches (Sec. 3.1): embedding, then blocks on 1+V tokens.
 
     Args:
@@ -69,8 +71,9 @@ def encoder_flops(visible: int, *, dim: int, depth: int, patch_dim: int) -> int:
         dim: D.
         depth: number of blocks.
         patch_dim: p*p*C.
+        mlp_dim: width inside the MLPs, None for 4 D.
     """
-    block = self_attention(1 + visible, dim) + mlp(1 + visible, dim)
+    block = self_attention(1 + visible, dim) + mlp(1 + visible, dim, mlp_dim)
     return product(visible, patch_dim, dim) + depth * block
 
 

@@ -132,6 +132,11 @@ class EncoderWeights(NamedTuple):
         return patch_size, embed_dim, count_blocks(self.encoder)
 
     @property
+    def mlp_dim(self) -> int:
+        """Width inside the blocks' MLPs."""
+        return self.encoder["blocks.0.mlp.fc1.bias"].numel()
+
+    @property
     def in_chans(self) -> int:
         """C."""
         return self.encoder["patch_embed.proj.weight"].shape[1]
@@ -454,6 +459,7 @@ def _check_sizes(model: nn.Module, weights: EncoderWeights) -> None:
         ("{} channels", weights.in_chans, model.in_chans),
         ("a width of {}", embed_dim, model.embed_dim),
         ("{} blocks", depth, len(model.blocks)),
+        ("an MLP {} wide", weights.mlp_dim, model.blocks[0].mlp.fc1.out_features),
         ("{} attention heads", weights.num_heads, model.blocks[0].attn.num_heads),
     ]
     for text, theirs, ours in sizes:
