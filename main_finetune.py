@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,15 +27,19 @@ from util.arguments import (
     add_optim_args,
     add_precision_args,
     add_run_args,
+    check_batch_args,
     check_data_args,
+    check_sharding_args,
     check_warmup,
     natural_float,
     positive_int,
     schedule_settings,
     share,
 )
+from util.batch_size import micro_steps
 from util.broken_images import BrokenImages
 from util.checkpoint import (
+    EFFECTIVE_BATCH,
     Progress,
     TrainState,
     newest_good_checkpoint,
@@ -49,6 +54,7 @@ from util.precision import Precision
 from util.recompute import set_memory
 from util.run import describe_classifier, log_settings, open_run, run_main, start_run
 from util.schedule import lr_schedule, scaled_lr
+from util.sharding import shard, unsharded
 from util.transforms import default_crop_share, eval_transform, finetune_transform
 from util.weights import input_format, load_encoder, read_encoder
 
@@ -168,6 +174,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     check_data_args(args)
+    check_batch_args(args)
+    check_sharding_args(args)
+    if args.fsdp and args.ema is not None:
+        raise InputError("--ema does not go with --fsdp: leave one of them out")
     if args.smoothing == 1:
         raise InputError("--smoothing 1 would leave nothing of the labels: lower it")
     if args.ema == 1:
@@ -303,11 +313,13 @@ def run_settings(
         **{f"--{name}": getattr(args, name) for name in AUGMENTATION},
         "--ema": args.ema,
         "--seed": args.seed,
-        "effective batch size": batch_size,
+        EFFECTIVE_BATCH: batch_size,
     }
     may_change = schedule_settings(
         args, epochs=recipe.epochs, warmup_epochs=warmup_epochs, lr=lr, amp=amp
     )
+    if args.fsdp:
+        may_change["--fsdp"] = True
     return identity, may_change
 
 
@@ -363,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         val_set,
         name=dataset,
         batch_size=args.batch_size,
-        accum_iter=args.accum_iter,
+        accum_iter=micro_steps(args.batch_size, args.accum_iter, args.effective_batch_size),
         seed=args.seed,
         num_workers=args.num_workers,
         device=device,
@@ -377,10 +389,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "pool": pool,
         "drop_path": recipe.drop_path,
     }
-    model = build_model(size, **options).to(device)
+    model = build_model(size, **options)
     set_memory(model, args.memory)
     if weights is not None:
         load_encoder(model, weights, head=False)
+    if args.fsdp:
+        shard(model, model.blocks, device)
+    else:
+        model.to(device)
 
     batch_size = loader.effective_batch_size
     lr = args.lr or scaled_lr(recipe.blr, batch_size)
@@ -473,13 +489,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             checkpoints=checkpoints,
         )
         if val_loader:
-            stats |= evaluate(
-                model if ema is None else ema.module,
-                val_loader,
-                device=device,
-                precision=precision,
-                broken=BrokenImages(len(val_set), args.max_broken),
-            )
+            with unsharded(model, partial(build_model, size, **options)) as whole:
+                stats |= evaluate(
+                    whole if ema is None else ema.module,
+                    val_loader,
+                    device=device,
+                    precision=precision,
+                    broken=BrokenImages(len(val_set), args.max_broken),
+                )
         run_log.end_epoch(stats, epoch=progress.epoch, step=progress.step)
         checkpoints.save_if_best(stats, by="val_top1")
         if progress.epoch == recipe.epochs or progress.epoch % args.save_every == 0:

@@ -20,12 +20,14 @@ from util.arguments import (
     add_optim_args,
     add_precision_args,
     add_run_args,
+    check_batch_args,
     check_data_args,
     check_warmup,
     schedule_settings,
 )
+from util.batch_size import micro_steps
 from util.broken_images import BrokenImages
-from util.checkpoint import Progress, TrainState
+from util.checkpoint import EFFECTIVE_BATCH, Progress, TrainState
 from util.datasets import check_classes, default_dataset, open_pair
 from util.distributed import data_parallel, is_main_process, same_buffers
 from util.errors import value_errors_are_input_errors
@@ -60,6 +62,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_precision_args(parser)
     args = parser.parse_args(argv)
     check_data_args(args)
+    check_batch_args(args)
     check_warmup(args.warmup_epochs, args.epochs)
     return args
 
@@ -101,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         val_set,
         name=dataset,
         batch_size=args.batch_size,
-        accum_iter=args.accum_iter,
+        accum_iter=micro_steps(args.batch_size, args.accum_iter, args.effective_batch_size),
         seed=args.seed,
         num_workers=args.num_workers,
         device=device,
@@ -156,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     identity |= {
         "--weight_decay": args.weight_decay,
         "--seed": args.seed,
-        "effective batch size": batch_size,
+        EFFECTIVE_BATCH: batch_size,
     }
     recipe = schedule_settings(
         args, epochs=args.epochs, warmup_epochs=warmup_epochs, lr=lr, amp=precision.amp

@@ -44,14 +44,16 @@ from util.arguments import (
     check_crop_args,
     check_data_args,
     check_masking_args,
+    check_sharding_args,
     check_warmup,
     natural_int,
     positive_int,
     schedule_settings,
 )
-from util.batch_size import find_batch_size, split_batch
+from util.batch_size import find_batch_size, micro_steps
 from util.broken_images import BrokenImages
 from util.checkpoint import (
+    EFFECTIVE_BATCH,
     Progress,
     TrainState,
     last_checkpoint,
@@ -69,6 +71,7 @@ from util.recompute import set_memory
 from util.released import from_released, released_options
 from util.run import open_run, run_main, start_run
 from util.schedule import lr_schedule, scaled_lr
+from util.sharding import shard, unsharded
 from util.streams import StreamedImages
 from util.transforms import eval_transform, pretrain_transform
 from util.weight_files import check_format, read_weights_file
@@ -124,6 +127,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     check_data_args(args)
     check_masking_args(args)
     check_batch_args(args)
+    check_sharding_args(args)
     check_warmup(args.warmup_epochs, args.epochs)
     if args.model.startswith("mae_"):
         if args.pred_ratio not in (None, args.mask_ratio):
@@ -282,8 +286,6 @@ def plan_batches(
     Raises:
         InputError: the effective batch size cannot be reached.
     """
-    if args.effective_batch_size is None:
-        return args.batch_size, args.accum_iter
 
     def loss_of(num_images: int) -> Tensor:
         images = torch.zeros(num_images, 3, *model.encoder.img_size, device=device)
@@ -300,7 +302,7 @@ def plan_batches(
             device=device,
             multiple_of=args.repeated_aug,
         )
-    return batch_size, split_batch(args.effective_batch_size, batch_size)
+    return batch_size, micro_steps(batch_size, args.accum_iter, args.effective_batch_size)
 
 
 def make_schedule(
@@ -357,7 +359,7 @@ def run_settings(
         "--seed": args.seed,
         "--weight_decay": args.weight_decay,
         **data,
-        "effective batch size": batch_size,
+        EFFECTIVE_BATCH: batch_size,
         **({"--repeated_aug": args.repeated_aug} if args.repeated_aug > 1 else {}),
     }
     recipe = schedule_settings(
@@ -365,6 +367,8 @@ def run_settings(
     )
     if args.decode != "cpu":  # which gives slightly other pixels
         recipe["--decode"] = args.decode
+    if args.fsdp:
+        recipe["--fsdp"] = True
     return identity, recipe
 
 
@@ -381,8 +385,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = default_dataset(args.dataset, args.data_path, None)
     train_set, val_set, shown_set = open_datasets(args, dataset, options["img_size"])
 
-    model = build_model(args.model, options).to(device)
+    model = build_model(args.model, options)
     set_memory(model, args.memory)
+    if args.fsdp:
+        shard(model, [*model.encoder.blocks, *model.decoder.blocks], device)
+    else:
+        model.to(device)
     num_patches = model.encoder.num_patches
     train_split, full_split = make_splits(args, model.encoder)
     precision = Precision(
@@ -471,8 +479,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         shown_ids = [i * len(shown_set) // num_shown for i in range(num_shown)]
         shown_images, _ = collate([shown_set[0, i] for i in shown_ids]).to(device)
         shown_split = heldout_split(shown_ids, **heldout)
+    build = partial(build_model, args.model, options)
     if knn_loaders and progress.step == 0:
-        untrained = measure_knn(model.encoder, *knn_loaders, device=device, precision=precision)
+        with unsharded(model, build) as whole:
+            untrained = measure_knn(whole.encoder, *knn_loaders, device=device, precision=precision)
         run_log.log_scalars(untrained, 0, "epoch")
         _logger.info("untrained encoder: %s", describe_knn(untrained))
 
@@ -491,15 +501,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             checkpoints=checkpoints,
         )
         is_last = progress.epoch == args.epochs
-        if val_loader and (is_last or progress.epoch % args.eval_every == 0):
-            stats |= evaluate(model, val_loader, **heldout, **pixels)
-        if knn_loaders and (is_last or progress.epoch % (args.knn_every or KNN_EVERY) == 0):
-            stats |= measure_knn(model.encoder, *knn_loaders, device=device, precision=precision)
-        draws = is_main_process() and shown_set
-        if draws and (is_last or progress.epoch % args.visualize_every == 0):
-            figure = draw_reconstructions(model, shown_images, shown_split, **pixels)
-            run_log.log_image("reconstructions", figure, progress.step)
-            Image.fromarray(figure).save(output_dir / FIGURE)
+        with unsharded(model, build) as whole:
+            if val_loader and (is_last or progress.epoch % args.eval_every == 0):
+                stats |= evaluate(whole, val_loader, **heldout, **pixels)
+            if knn_loaders and (is_last or progress.epoch % (args.knn_every or KNN_EVERY) == 0):
+                stats |= measure_knn(
+                    whole.encoder, *knn_loaders, device=device, precision=precision
+                )
+            draws = is_main_process() and shown_set
+            if draws and (is_last or progress.epoch % args.visualize_every == 0):
+                figure = draw_reconstructions(whole, shown_images, shown_split, **pixels)
+                run_log.log_image("reconstructions", figure, progress.step)
+                Image.fromarray(figure).save(output_dir / FIGURE)
         run_log.end_epoch(stats, epoch=progress.epoch, step=progress.step)
         if is_last or progress.epoch % args.save_every == 0:
             checkpoints.save()

@@ -3,7 +3,7 @@ import torch
 
 from tests.runs import TINY, log_without_time, refusal, run, use_nano_models, write_images
 from util import batch_size
-from util.batch_size import candidates, find_batch_size, largest_that_fits, split_batch
+from util.batch_size import candidates, find_batch_size, largest_that_fits, micro_steps
 from util.errors import InputError
 
 
@@ -15,7 +15,7 @@ def processes(request, monkeypatch):
 
 def test_micro_batches_times_steps_times_processes_are_the_effective_batch(processes):
     for size in candidates(4096, 1):
-        assert size * split_batch(4096, size) * processes == 4096
+        assert size * micro_steps(size, 1, 4096) * processes == 4096
     assert candidates(4096, 1)[-1] * processes == 4096
 
 
@@ -27,7 +27,7 @@ def test_crops_of_an_image_stay_together(processes):
 
 def test_a_batch_that_cannot_be_reached_is_refused(processes):
     with pytest.raises(InputError, match=f"--batch_size 100 x {processes} processes"):
-        split_batch(4096, 100)
+        micro_steps(100, 1, 4096)
 
 
 @pytest.mark.parametrize("limit", range(1, 65))

@@ -5,6 +5,7 @@ As a script, this file is what torchrun starts: it runs main_pretrain.py for eve
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -49,6 +50,7 @@ CASES = {
     "mae": (41, ["--batch_size", "4", "--model", "mae_vit_tiny_patch4"]),
 }
 MODEL = [*TINY, "--lr", "1e-3", "--eval_every", "1", "--max_broken", "0.5"]
+MODEL += ["--log_every", "1", "--save_every_minutes", "0", "--keep_last", "0"]
 
 
 def read_by(process, num_images, batch_size, world_size=2):
@@ -97,6 +99,26 @@ def test_two_processes_equal_one_with_the_same_effective_batch(folders, case):
     # Adam makes a gradient of zero a step of either sign, so the weights agree in the mean.
     differences = [(two["model"][name] - w).abs().mean() for name, w in one["model"].items()]
     assert max(differences) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [2, 7])
+@pytest.mark.parametrize("case", ["one image left", "two crops of an image"])
+def test_a_run_goes_on_with_fewer_processes(folders, tmp_path, capsys, case, step):
+    one, two = folders[case]
+    for path in list_checkpoints(two):
+        if read_checkpoint(path, "pretrain")["progress"]["step"] <= step:
+            shutil.copy(path, tmp_path)
+    shutil.copy(two / "log.jsonl", tmp_path)
+    _, options = CASES[case]
+    argv = [*MODEL, *options, "--data_path", two.parent / f"images of {case}"]
+    run(*argv, "--effective_batch_size", "8", "--output_dir", tmp_path)
+    out = capsys.readouterr().out
+    assert "continuing on 1 processes instead of 2" in out
+    assert "the result is not the same to the bit" in out
+    for line, expected in zip(read_log(tmp_path), read_log(one), strict=True):
+        for key in ("step", "loss", "grad_norm", "val_loss"):
+            assert line[key] == pytest.approx(expected[key], rel=1e-4), key
 
 
 @pytest.mark.slow

@@ -54,14 +54,18 @@ def test_each_image_comes_up_once_whatever_the_split(
     seen = []
     for step, whole in enumerate(whole_steps):
         num_images = ranks[0].images_in_step(step)
-        own = [images_of(split_steps[rank][step]) for rank in range(world_size)]
-        assert all(len(batch) <= batch_size for rank in split_steps for batch in rank[step])
-        assert all(len(rank[step]) <= accum_iter for rank in split_steps)
-        assert all(own)  # every rank takes part in every step
-        stand_ins = own[num_images:]
-        for rank, images in enumerate(stand_ins, start=num_images):
-            assert images == own[rank % num_images][:1]
-        real = [index for images in own[:num_images] for index in images]
+        batches = [split_steps[rank][step] for rank in range(world_size)]
+        assert all(0 < len(batch) <= batch_size for rank in batches for batch in rank)
+        counts = {len(rank) for rank in batches}
+        assert len(counts) == 1 and counts.pop() <= accum_iter  # all take part in micro-steps
+        real = []
+        for rank in range(world_size):
+            images = images_of(batches[rank])
+            count = len(range(rank, num_images, world_size))
+            real += images[:count]
+            stand_ins = images[count:]
+            assert len(stand_ins) <= 1 and set(stand_ins) <= set(images_of(whole))
+            assert not stand_ins or len(batches[rank][-1]) == 1
         assert len(real) == num_images
         assert set(real) == set(images_of(whole))
         seen += real

@@ -11,6 +11,7 @@ from typing import NoReturn
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from util.distributed import world_size
 from util.errors import InputError
 from util.masking import MASK_SAMPLINGS
 from util.precision import AMP_DTYPES, ATTENTION_BACKENDS
@@ -392,13 +393,13 @@ def add_optim_args(
     group.add_argument(
         "--accum_iter", type=positive_int, default=1, help="micro-steps a step (%(default)s)"
     )
-    if auto_batch_size:
-        group.add_argument(
-            "--effective_batch_size",
-            type=positive_int,
-            metavar="N",
-            help="images of a step in all processes; sets --accum_iter (what the others give)",
-        )
+    group.add_argument(
+        "--effective_batch_size",
+        type=positive_int,
+        metavar="N",
+        help="images of a step in all processes, however many there are; sets --accum_iter (what "
+        "the others give)",
+    )
     group.add_argument(
         "--epochs",
         type=positive_int,
@@ -461,6 +462,7 @@ def schedule_settings(
         "--amp": amp,
         "--data_path": args.data_path,
         "--val_path": args.val_path,
+        "processes": world_size(),
     }
 
 
@@ -489,3 +491,19 @@ def add_memory_args(parser: argparse.ArgumentParser) -> None:
         help="what a step keeps of an image: high is all of it and fastest; medium computes norms "
         "and activations twice, low the MLPs as well, with the same results (%(default)s)",
     )
+    group.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="spread weights, gradients and optimizer over the processes, for models that one GPU "
+        "does not hold (off)",
+    )
+
+
+def check_sharding_args(args: argparse.Namespace) -> None:
+    """Refuse what does not go with --fsdp."""
+    if args.fsdp and args.compile:
+        raise InputError("--compile does not go with --fsdp: leave one of them out")
+    if args.fsdp and args.amp == "fp16":
+        raise InputError("--amp fp16 does not go with --fsdp: use bf16 or fp32")
+    if args.fsdp and args.batch_size == "auto":
+        raise InputError("--batch_size auto does not go with --fsdp: give a number")

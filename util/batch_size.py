@@ -15,12 +15,19 @@ logger = logging.getLogger(__name__)
 SHARE = 0.9  # of the memory that is free, the rest is for fragments and for loading ahead
 
 
-def split_batch(effective_batch_size: int, batch_size: int) -> int:
-    """The number of micro-steps in which processes reach an effective batch size.
+def micro_steps(batch_size: int, accum_iter: int, effective_batch_size: int | None) -> int:
+    """The micro-steps of a step: those that are given, or what an effective batch size needs.
+
+    Args:
+        batch_size: images of a process and micro-step.
+        accum_iter: what is given, where no effective batch size is.
+        effective_batch_size: images of a step in all processes.
 
     Raises:
-        InputError: they cannot.
+        InputError: the effective batch size cannot be reached.
     """
+    if effective_batch_size is None:
+        return accum_iter
     at_once = batch_size * world_size()
     if effective_batch_size % at_once:
         raise InputError(

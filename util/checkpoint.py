@@ -23,12 +23,14 @@ from util.distributed import from_main_process, is_main_process, list_over_proce
 from util.errors import InputError, RunError, StoppedError
 from util.metrics import EpochMeters
 from util.precision import Precision
+from util.sharding import gathered, load_model_state, load_optimizer_state
 from util.stopping import stop_signal
 from util.watchdog import doing
 from util.weight_files import VERSION, check_format, read_weights_file
 
 NAME = re.compile(r"checkpoint-e(\d+)-s(\d+)\.pth")
 BEST_NAME = "checkpoint-best.pth"
+EFFECTIVE_BATCH = "effective batch size"  # among what makes a run the run it is
 
 _logger = logging.getLogger(__name__)
 
@@ -73,10 +75,10 @@ class TrainState:
 
     def load_state_dict(self, content: dict) -> None:
         """Continue where a checkpoint was written."""
-        self.model.load_state_dict(content["model"])
+        load_model_state(self.model, content["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(content["ema"])
-        self.optimizer.load_state_dict(content["optimizer"])
+        load_optimizer_state(self.optimizer, content["optimizer"])
         if self.precision.scaler.is_enabled() and content["scaler"]:
             self.precision.scaler.load_state_dict(content["scaler"])
         vars(self.progress).update(content["progress"])
@@ -337,7 +339,8 @@ class CheckpointWriter:
         before = progress.best
         if by in stats and (before is None or stats[by] > before[by]):
             progress.best = {"epoch": progress.epoch, **stats}
-            if is_main_process() and not self._write(self.folder / BEST_NAME, self._weights):
+            written = self._write(self.folder / BEST_NAME, self._weights)
+            if not from_main_process(bool(written)):
                 progress.best = before  # so that the next good epoch is kept
 
     def _weights(self) -> dict:
@@ -345,9 +348,9 @@ class CheckpointWriter:
         return {name: state[name] for name in ("model", "ema", "progress")}
 
     def _write(self, path: Path, take_state: Callable[[], dict]) -> Path | None:
+        state = gathered(take_state())
         if not is_main_process():
             return None
-        state = take_state()
         bad = next(not_finite(state), None)
         if bad:
             raise RunError(
@@ -420,9 +423,13 @@ def check_same_run(checkpoint: dict, identity: dict, recipe: dict, path: Path) -
     """
     different = changes(checkpoint["identity"], identity)
     if different:
+        size = checkpoint["identity"].get(EFFECTIVE_BATCH)
+        advice = "Give it the same arguments"
+        if identity.get(EFFECTIVE_BATCH) != size:
+            advice += f" (--effective_batch_size {size} holds on any number of processes)"
         raise InputError(
-            f"{path} was written by another run: {'; '.join(different)}. Give it the same "
-            "arguments, or start anew in another --output_dir"
+            f"{path} was written by another run: {'; '.join(different)}. {advice}, or start anew "
+            "in another --output_dir"
         )
     done, epochs, before = checkpoint["progress"]["epoch"], recipe["--epochs"], checkpoint["recipe"]
     if epochs < before["--epochs"]:
@@ -438,7 +445,15 @@ def check_same_run(checkpoint: dict, identity: dict, recipe: dict, path: Path) -
             "schedule, so the run differs from one started with %d epochs",
             *(before["--epochs"], epochs, done, epochs),
         )
-    for change in changes({**before, "--epochs": epochs}, recipe):
+    processes = recipe.get("processes")
+    if before.get("processes", processes) != processes:
+        _logger.warning(
+            "continuing on %s processes instead of %s: steps have the same images and masks as "
+            "before, but sums are rounded in another order, and drop path and mixup, where there "
+            "are any, draw other numbers, so the result is not the same to the bit",
+            *(processes, before["processes"]),
+        )
+    for change in changes({**before, "--epochs": epochs, "processes": processes}, recipe):
         _logger.warning("continuing with a change: %s", change)
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from util.errors import InputError, RunError
@@ -147,8 +148,11 @@ def from_main_process(value: object) -> object:
 
 
 def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """Wrap the model so that gradients are averaged over processes; unchanged for one process."""
-    if not dist.is_initialized():
+    """Wrap the model so that gradients are averaged over processes, unless one does without.
+
+    That is a single process, and a sharded model, which averages by itself.
+    """
+    if not dist.is_initialized() or isinstance(model, FSDPModule):
         return model
     device_ids = [device] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from util.errors import InputError
+from util.sharding import whole
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ATTENTION_BACKENDS = {
@@ -112,4 +113,4 @@ class Precision:
             nn.utils.clip_grads_with_norm_(model.parameters(), self.clip_grad, norm)
         self.scaler.step(optimizer)
         self.scaler.update()
-        return norm
+        return whole(norm)

@@ -14,12 +14,13 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 
     The order of an epoch is a function of (seed, epoch). Step s takes the next R images of it, an
     effective batch or what is left in the last step; rank r takes every `world_size`-th of them
-    from the r-th on, and reads them in order in micro-batches of at most `batch_size`. So the
-    images of a step do not depend on the number of processes and micro-batches they are split
-    into, and every image comes up once an epoch.
+    from the r-th on, and reads them in order in micro-batches of at most `batch_size`, as many as
+    the others. So the images of a step do not depend on the number of processes and micro-batches
+    they are split into, and every image comes up once an epoch.
 
-    One exception: when R < world_size, each rank r >= R gets image r % R of the step as a
-    stand-in, because every rank has to take part in the step. The caller gives it the weight zero.
+    One exception: a rank without an image for its last micro-batch gets one that has come up in the
+    step already as a stand-in, because every rank has to take part in every micro-step. The caller
+    gives it the weight zero.
     """
 
     def __init__(
@@ -53,9 +54,8 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         return min(self.effective_batch_size, self.num_samples - step * self.effective_batch_size)
 
     def micro_batches_in_step(self, step: int) -> int:
-        """Micro-batches of this rank in this step of an epoch; ranks may differ in the last one."""
-        own_images = len(range(self.rank, self.images_in_step(step), self.world_size))
-        return math.ceil(max(own_images, 1) / self.batch_size)
+        """Micro-batches of every rank in this step of an epoch."""
+        return math.ceil(self.images_in_step(step) / (self.world_size * self.batch_size))
 
     def set_position(self, epoch: int, step: int) -> None:
         """Start the next iteration at this step of this epoch."""
@@ -73,8 +73,13 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             start = step * self.effective_batch_size
             images = order[start : start + self.effective_batch_size].tolist()
             own = images[self.rank :: self.world_size] or [images[self.rank % len(images)]]
-            for first in range(0, len(own), self.batch_size):
-                yield [(epoch, index) for index in own[first : first + self.batch_size]]
+            size = self.batch_size
+            batches = [own[first : first + size] for first in range(0, len(own), size)]
+            if len(batches) < self.micro_batches_in_step(step):  # by one, with an image less
+                last = batches.pop()
+                batches += [last[:-1] or last, last[-1:]]
+            for batch in batches:
+                yield [(epoch, index) for index in batch]
 
     def __len__(self) -> int:
         """The micro-batches left on this rank from the position on."""

@@ -66,10 +66,10 @@ def train_epoch(
         set_lr(state.optimizer, lr)
         num_images = loader.images_in_step(progress.step_in_epoch)
         loss_of = start_step(progress.step, num_images)
-        # Gradients are averaged over processes: an image weighs the same wherever it is. The
-        # stand-in of a process without one weighs nothing.
-        has_images = rank() * loader.num_crops < num_images
-        weight = world_size() / num_images if has_images else 0.0
+        # Gradients are averaged over processes: an image weighs the same wherever it is.
+        weight = world_size() / num_images
+        own_images = len(range(rank(), num_images // loader.num_crops, world_size()))
+        own_images *= loader.num_crops
 
         step_loss = torch.zeros((), device=device)
         first = 0
@@ -77,14 +77,17 @@ def train_epoch(
             if num_classes is not None:
                 check_labels(batch.labels, num_classes)
             images, labels = batch.to(device)  # (B, C, H, W), (B,)
+            stands_in = first == own_images  # for another process's image: weighs nothing
             # Gradients are reduced once a step, not once a micro-step.
             with gradient_sync(model, enabled=micro_step == len(micro_batches)):
                 with precision.autocast():
-                    loss = loss_of(images, labels, first) * (len(images) * weight)
+                    loss = loss_of(images, labels, 0 if stands_in else first)
+                    loss = loss * (0.0 if stands_in else len(images) * weight)
                 precision.backward(loss)
             step_loss += loss.detach()
-            first += len(images)
-            state.broken.add(batch.broken)
+            if not stands_in:
+                first += len(images)
+                state.broken.add(batch.broken)
 
         grad_norm = precision.step(state.optimizer, model)
         state.optimizer.zero_grad(set_to_none=True)
