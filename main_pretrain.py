@@ -63,7 +63,7 @@ from util.distributed import data_parallel, is_main_process, world_size
 from util.errors import InputError
 from util.images import IndexedImages, collate
 from util.loaders import build_loaders
-from util.masking import TokenSplit, check_grid, count_tokens, split_tokens
+from util.masking import MASK_SAMPLINGS, TokenSplit, check_grid, count_tokens, split_tokens
 from util.metrics import EpochMeters, read_log
 from util.optim import build_adamw
 from util.precision import Precision
@@ -74,7 +74,8 @@ from util.schedule import lr_schedule, scaled_lr
 from util.sharding import shard, unsharded
 from util.streams import StreamedImages
 from util.transforms import eval_transform, pretrain_transform
-from util.weight_files import check_format, read_weights_file
+from util.weight_files import check_format, read_weights_file, strange_content_is_input_error
+from util.weights import checked_colours
 
 MODELS: dict[str, Callable[..., MaskedAutoencoder]] = {
     **{f"crossmae_vit_{s}": getattr(models_crossmae, f"crossmae_vit_{s}") for s in SIZES},
@@ -184,26 +185,38 @@ def load_model(path: str | Path) -> tuple[MaskedAutoencoder, dict]:
         InputError: the file is missing, damaged or holds no masked autoencoder.
     """
     content = read_weights_file(path)
+    with strange_content_is_input_error(path):
+        return _load_model(content, path)
+
+
+def _load_model(content: dict, path: str | Path) -> tuple[MaskedAutoencoder, dict]:
     if "format" in content:
         checkpoint = check_format(content, path, "pretrain")
-        model = build_model(checkpoint["model_name"], checkpoint["model_options"])
-        model.load_state_dict(checkpoint["model"])
-        return model.eval(), checkpoint
-    state = content.get("model", content)
-    args = vars(content["args"]) if "args" in content else {}
-    found = released_options(state, args)
-    try:
-        size = find_size(found["patch_size"], found["embed_dim"], found["depth"])
-    except ValueError as error:
-        raise InputError(f"{path} cannot be loaded: {error}") from error
-    name = f"{found['kind']}_vit_{size}"
-    model = build_model(name, found["options"])
-    try:
-        model.load_state_dict(from_released(state))
-    except RuntimeError as error:
-        raise InputError(f"{path} cannot be loaded: its weights do not fit {name}") from error
-    mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
-    training = {"mean": mean, "std": std, "mask_ratio": 0.75, "mask_sampling": "random"}
+        mean, std = checked_colours(checkpoint["mean"], checkpoint["std"])
+        ratio, sampling = checkpoint["mask_ratio"], checkpoint["mask_sampling"]
+        if not 0 < ratio < 1 or sampling not in MASK_SAMPLINGS:
+            raise InputError(f"{path} tells of masks that there are none of: use another file")
+        name, options = checkpoint["model_name"], checkpoint["model_options"]
+        state = checkpoint["model"]
+    else:
+        released = content.get("model", content)
+        args = vars(content["args"]) if "args" in content else {}
+        found = released_options(released, args)
+        mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
+        ratio, sampling = 0.75, "random"
+        try:
+            size = find_size(found["patch_size"], found["embed_dim"], found["depth"])
+        except ValueError as error:
+            raise InputError(f"{path} cannot be loaded: {error}") from error
+        name, options = f"{found['kind']}_vit_{size}", found["options"]
+        state = from_released(released)
+    with torch.device("meta"):  # a file can tell of a model that is larger than the memory
+        expected = build_model(name, options).state_dict()
+    if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in expected.items()}:
+        raise InputError(f"{path} does not hold the weights of the {name} that it tells of")
+    model = build_model(name, options)
+    model.load_state_dict(state)
+    training = {"mean": mean, "std": std, "mask_ratio": ratio, "mask_sampling": sampling}
     return model.eval(), training
 
 

@@ -110,7 +110,7 @@ class Linear(nn.Linear):
 
 def check_heads(dim: int, num_heads: int) -> None:
     """Raise ValueError where a width cannot be split into so many heads."""
-    if dim % num_heads:
+    if num_heads < 1 or dim % num_heads:
         raise ValueError(f"{num_heads} attention heads do not divide a width of {dim}")
 
 

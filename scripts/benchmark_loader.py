@@ -32,7 +32,7 @@ from torchvision.transforms import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from util.arguments import Parser, natural_int, positive_int
+from util.arguments import Parser, positive_int, process_count
 from util.datasets import build_dataset, default_dataset
 from util.errors import InputError, RunError
 from util.images import IndexedImages, Sample, collate
@@ -213,7 +213,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="read at least so many in each measurement, several times if need be (%(default)s)",
     )
     parser.add_argument(
-        "--num_workers", type=natural_int, default=1, help="loader processes (%(default)s)"
+        "--num_workers", type=process_count, default=1, help="loader processes (%(default)s)"
     )
     parser.add_argument(
         "--batch_size", type=positive_int, default=64, help="images of a batch (%(default)s)"

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from util.arguments import Parser, natural_float, natural_int, positive_int
+from util.arguments import Parser, natural_float, positive_int, process_count
 from util.broken_images import BrokenImages, reason_of
 from util.datasets import build_dataset
 from util.errors import InputError, RunError
@@ -261,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--max_broken", type=natural_float, default=0.01, help=limit)
     add(
         "--num_workers",
-        type=natural_int,
+        type=process_count,
         default=os.cpu_count() or 1,
         help="processes (%(default)s)",
     )

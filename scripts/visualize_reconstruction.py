@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine_pretrain import draw_reconstructions, heldout_split
 from main_pretrain import load_model
-from util.arguments import Parser, natural_int, positive_int, ratio
+from util.arguments import Parser, positive_int, ratio, seed_number
 from util.errors import InputError
 from util.images import Sample, collate
 from util.masking import count_tokens, split_tokens
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--num_images", type=positive_int, default=8, help="at most so many (%(default)s)"
     )
     parser.add_argument("--mask_ratio", type=ratio, help="share of patches hidden (as trained)")
-    parser.add_argument("--seed", type=natural_int, default=0, help="of the masks (%(default)s)")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of the masks (%(default)s)")
     parser.add_argument("--device", help="such as cuda or cpu (cuda where there is one)")
     args = parser.parse_args(argv)
     device = start_run(device=args.device, seed=args.seed)

@@ -316,7 +316,7 @@ def test_an_mlp_that_the_size_does_not_have_is_refused(tmp_path, capsys):
     words = ["--checkpoint", path, "--format", "hf", "--output", tmp_path / "out"]
     sentence = "has an MLP 96 wide and the model an MLP 128 wide"
     assert sentence in refusal(capsys, *words, main=main)
-    with pytest.raises(InputError, match="its weights do not fit mae_vit_tiny_patch4"):
+    with pytest.raises(InputError, match="does not hold the weights of the mae_vit_tiny_patch4"):
         load_model(path)
 
 

@@ -748,7 +748,7 @@ REFUSED = {
     "--reprob 2": "2 does not lie in 0 to 1",
     "--remode noise": "invalid choice: 'noise'",
     "--recount 0": "0 is not at least 1",
-    "--crop_share 0": "0 is not above 0",
+    "--crop_share 0": "0 does not lie in 0.1 to 1",
     "--warmup_epochs 2": "--warmup_epochs 2 is not below --epochs 2",
     "--epochs 0": "0 is not at least 1",
     "--lr 0": "0 is not above 0",

@@ -165,7 +165,7 @@ REFUSED = {
     "--dataset wds/a.tar --num_samples 9": "stream",
     "--input_size 18": "patches of 4 px do not divide 18 x 18 px",
     "--std 0 1 1": "--std must be above 0",
-    "--crop_share 0": "0 is not above 0",
+    "--crop_share 0": "0 does not lie in 0.1 to 1",
     "--crop_share 2": "--crop_share",
     "--k 0": "0 is not at least 1",
     "--temperature 0": "0 is not above 0",

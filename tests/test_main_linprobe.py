@@ -338,7 +338,7 @@ REFUSED = {
     "--data_path nowhere": "nowhere does not exist",
     "--num_samples 10": "drop --num_samples",
     "--std 0 1 1": "--std must be above 0",
-    "--crop_share 2": "2 does not lie in 0 to 1",
+    "--crop_share 2": "2 does not lie in 0.1 to 1",
     "--warmup_epochs 2": "--warmup_epochs 2 is not below --epochs 2",
     "--epochs 0": "0 is not at least 1",
     "--blr 0": "0 is not above 0",

@@ -5,28 +5,40 @@ A group is a pair: `add_X_args` declares, `check_X_args` refuses what cannot wor
 
 import argparse
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from util.distributed import world_size
-from util.errors import InputError
+from util.errors import InputError, one_line
 from util.masking import MASK_SAMPLINGS
 from util.precision import AMP_DTYPES, ATTENTION_BACKENDS
 from util.recompute import MEMORY_MODES
 
+MAX_COUNT = 10**9  # above it, the products of two no longer fit what they are computed in
+MAX_WORKERS = 1000  # processes
+MIN_CROP_SHARE = 0.1  # below it, resized images take more than a hundred times a crop's memory
+
 
 class Parser(argparse.ArgumentParser):
-    """Takes no abbreviations, and answers mistakes in one line."""
+    """Takes no abbreviations and no empty words, and answers mistakes in one line."""
 
     def __init__(self, **options: object) -> None:
         super().__init__(allow_abbrev=False, **options)
 
+    def parse_args(self, *args: Sequence[str] | None) -> argparse.Namespace:
+        """As in argparse, but an empty word, as an unset shell variable leaves it, is refused."""
+        parsed = super().parse_args(*args)
+        for name, value in vars(parsed).items():
+            if value == "" or (isinstance(value, list) and "" in value):
+                self.error(f"--{name} is empty: give it a value, or leave it out")
+        return parsed
+
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def ratio(text: str) -> float:
@@ -45,28 +57,39 @@ def share(text: str) -> float:
     return value
 
 
-def positive_share(text: str) -> float:
-    """A number above 0, up to 1."""
-    value = share(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("0 is not above 0")
+def crop_share(text: str) -> float:
+    """A number from MIN_CROP_SHARE to 1."""
+    value = float(text)
+    if not MIN_CROP_SHARE <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} does not lie in {MIN_CROP_SHARE} to 1")
+    return value
+
+
+def whole_number(text: str, limit: int) -> int:
+    """A whole number from 0 to a limit."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    if value > limit:
+        raise argparse.ArgumentTypeError(f"{text} is above {limit}")
     return value
 
 
 def positive_int(text: str) -> int:
-    """A whole number from 1."""
-    value = int(text)
-    if value < 1:
+    """A whole number from 1 to MAX_COUNT."""
+    if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+    return whole_number(text, MAX_COUNT)
 
 
 def natural_int(text: str) -> int:
-    """A whole number from 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
+    """A whole number from 0 to MAX_COUNT."""
+    return whole_number(text, MAX_COUNT)
+
+
+def process_count(text: str) -> int:
+    """A number of processes; a mistyped one would start them until the machine stands still."""
+    return whole_number(text, MAX_WORKERS)
 
 
 def batch_size_choice(text: str) -> int | str:
@@ -76,10 +99,7 @@ def batch_size_choice(text: str) -> int | str:
 
 def seed_number(text: str) -> int:
     """A whole number that PyTorch takes as a seed."""
-    value = natural_int(text)
-    if value >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not below 2**63")
-    return value
+    return whole_number(text, 2**63 - 1)
 
 
 def finite_float(text: str) -> float:
@@ -205,7 +225,7 @@ def add_data_args(
     if input_size is None:
         group.add_argument(
             "--crop_share",
-            type=positive_share,
+            type=crop_share,
             help="of the side of held-out images that is seen (224 / 256 up to 224 px, 1 above)",
         )
     group.add_argument(
@@ -216,7 +236,7 @@ def add_data_args(
     )
     group.add_argument(
         "--num_workers",
-        type=natural_int,
+        type=process_count,
         default=num_workers,
         help="loader processes for each process (%(default)s)",
     )

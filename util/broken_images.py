@@ -2,7 +2,7 @@
 
 import logging
 
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from util.distributed import is_main_process, list_over_processes
 from util.errors import InputError
@@ -16,6 +16,8 @@ def reason_of(error: Exception) -> str:
     """Why an image is broken, in one line that is the same every time."""
     if isinstance(error, UnidentifiedImageError):  # its own text holds an address in memory
         return "empty, or not an image that Pillow can read"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"{str(error).partition(', could')[0]}: resize it"
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
@@ -84,5 +86,5 @@ class BrokenImages:
 
     def load_state_dict(self, state: dict[str, int | dict[str, str]]) -> None:
         """Continue from the values of `state_dict`."""
-        self.count = state["count"] if is_main_process() else 0
-        self.reasons = dict(state["reasons"])
+        self.count = int(state["count"]) if is_main_process() else 0
+        self.reasons = {str(name): str(reason) for name, reason in state["reasons"].items()}

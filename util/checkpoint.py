@@ -26,7 +26,12 @@ from util.precision import Precision
 from util.sharding import gathered, load_model_state, load_optimizer_state
 from util.stopping import stop_signal
 from util.watchdog import doing
-from util.weight_files import VERSION, check_format, read_weights_file
+from util.weight_files import (
+    VERSION,
+    check_format,
+    read_weights_file,
+    strange_content_is_input_error,
+)
 
 NAME = re.compile(r"checkpoint-e(\d+)-s(\d+)\.pth")
 BEST_NAME = "checkpoint-best.pth"
@@ -74,14 +79,32 @@ class TrainState:
         }
 
     def load_state_dict(self, content: dict) -> None:
-        """Continue where a checkpoint was written."""
+        """Continue where a checkpoint was written.
+
+        Raises:
+            AttributeError, LookupError, RuntimeError, TypeError, ValueError: it is of another
+                model, or was not written by `state_dict`.
+        """
         load_model_state(self.model, content["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(content["ema"])
+        groups = self.optimizer.param_groups
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         load_optimizer_state(self.optimizer, content["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)  # of the same run, so that a file cannot bring others
+        for parameter, state in self.optimizer.state.items():
+            if any(t.ndim and t.shape != parameter.shape for t in state.values()):
+                raise ValueError("the optimizer's state is not of the shape of the weights")
         if self.precision.scaler.is_enabled() and content["scaler"]:
             self.precision.scaler.load_state_dict(content["scaler"])
-        vars(self.progress).update(content["progress"])
+        progress = asdict(Progress(**content["progress"]))
+        places = [number for name, number in progress.items() if name != "best"]
+        best = (progress["best"] or {}).values()
+        numbers_fit = all(isinstance(n, int) and 0 <= n < 2**53 for n in places)
+        if not numbers_fit or not all(isinstance(n, int | float) for n in best):
+            raise ValueError(f"progress of {progress}")
+        vars(self.progress).update(progress)
         self.meters.load_state_dict(content["meters"])
         self.broken.load_state_dict(content["broken"])
 
@@ -226,10 +249,11 @@ def resume_run(
             f"{path} holds the weights of the best epoch, which training cannot go on from: resume "
             "another checkpoint, or start anew from these by --finetune"
         )
-    check_same_run(checkpoint, identity, recipe, path)
-    state.load_state_dict(checkpoint)
+    with strange_content_is_input_error(path):
+        check_same_run(checkpoint, identity, recipe, path)
+        state.load_state_dict(checkpoint)
     progress, epochs = state.progress, recipe["--epochs"]
-    if progress.epoch == epochs and path.resolve().parent != folder.resolve():
+    if progress.epoch >= epochs and path.resolve().parent != folder.resolve():
         raise InputError(f"{path} has all {epochs} epochs done: raise --epochs")
     if not resumes_mid_epoch:
         state.rewind_epoch()

@@ -37,6 +37,11 @@ class StoppedError(Exception):
         self.signal = signal
 
 
+def one_line(message: str) -> str:
+    """A message without the line breaks and broken characters that a name in it may hold."""
+    return " ".join(message.splitlines()).encode(errors="backslashreplace").decode()
+
+
 @contextmanager
 def value_errors_are_input_errors(what: str) -> Iterator[None]:
     """Turn a ValueError of a model or another pure function into wrong input.

@@ -243,7 +243,9 @@ def names_hash(names: Sequence[str] | None) -> str | None:
     """A short digest of names in their order; None for none."""
     if names is None:
         return None
-    return hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(
+        "\n".join(names).encode(errors="surrogateescape"), digest_size=8
+    ).hexdigest()
 
 
 class IndexedImages(Dataset):

@@ -97,7 +97,8 @@ class EpochMeters:
     def load_state_dict(self, state: dict) -> None:
         """Continue an epoch."""
         self.reset()
-        self.last_sums, self.last_num_images = list(state["sums"]), state["num_images"]
+        self.last_sums = [float(value) for value in state["sums"]]
+        self.last_num_images = int(state["num_images"])
         self.sums += torch.tensor(self.last_sums, dtype=self.dtype, device=self.device)
         self.num_images = self.last_num_images
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from util.checkpoint import CheckpointWriter, TrainState, resume_run
 from util.distributed import is_main_process, rank, start_processes, stop_processes
-from util.errors import InputError, RunError, StoppedError
+from util.errors import InputError, RunError, StoppedError, one_line
 from util.images import IndexedImages, names_hash
 from util.loaders import StepLoader
 from util.lock import lock_folder
@@ -32,6 +32,7 @@ from util.weights import EncoderWeights
 TIME_FORMAT = "%Y%m%d-%H%M%S"
 SECONDS_BEFORE_SPEAKING = 5
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+BAD_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM)
 
 _logger = logging.getLogger(__name__)
 
@@ -41,7 +42,9 @@ class TerminalHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one line."""
-        tqdm.write(self.format(record), file=sys.stdout)
+        encoding = sys.stdout.encoding or "utf-8"
+        line = self.format(record).encode(encoding, "backslashreplace")  # of any file name
+        tqdm.write(line.decode(encoding), file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -233,7 +236,12 @@ def open_run(
         recipe=recipe,
         resumes_mid_epoch=loader.resumes_mid_epoch,
     )
-    lock = lock_folder(output_dir)  # nothing has been written so far
+    if output_dir not in log_dir.parents:
+        try:
+            log_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot write to --log_dir {log_dir}: {error}") from error
+    lock = lock_folder(output_dir)  # nothing has been written there so far
     settings = {"identity": identity, "recipe": recipe, "args": args}
     checkpoints = CheckpointWriter(
         output_dir,
@@ -294,8 +302,9 @@ def exit_code(main: Callable[[], None]) -> int:
             program += f" (process {rank()})"
         if first_to_tell():
             sys.stdout.flush()
-            sys.stderr.write(f"{program}: error: {message}\n")
-        return 2 if isinstance(error, InputError) else 1
+            sys.stderr.write(f"{program}: error: {one_line(message)}\n")
+        wrong_input = isinstance(error, InputError) or getattr(error, "errno", None) in BAD_PATH
+        return 2 if wrong_input else 1
     return 0
 
 
@@ -305,4 +314,6 @@ def failure(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return f"{error}: make room and start the same command again"
+    if isinstance(error, OSError) and error.errno in BAD_PATH:
+        return f"{error}: correct this path, or who may read and write there"
     return lost_process(error) if isinstance(error, RuntimeError) else None

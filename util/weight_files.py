@@ -2,10 +2,13 @@
 
 import argparse
 import pickle
+import pickletools
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -15,6 +18,9 @@ from torch import Tensor
 from util.errors import InputError
 
 VERSION = 1  # of this project's checkpoints
+MAX_PICKLE = 2**23  # bytes of a file that are not tensors; a ViT-H's checkpoint has 2**19
+MAX_TUPLES = 100_000  # a ViT-H's has 13,000; Python crashes where many more lie in each other
+MAX_SHARED = 4  # tensors may share their bytes, but not so often that a small file fills the memory
 KINDS = {"pretrain": "pre-training", "finetune": "fine-tuning", "linprobe": "linear-probing"}
 
 
@@ -23,10 +29,12 @@ def read_weights_file(path: str | Path) -> dict:
 
     Of a file written by `torch.save`, plain values, tensors and the argparse.Namespace of released
     checkpoints are read; one that refers to anything else is refused. Files in the zip format are
-    checked against their checksums first. A .safetensors file becomes {"model", "metadata"}.
+    checked against their checksums first. What is read takes memory in proportion to the file. A
+    .safetensors file becomes {"model", "metadata"}.
 
     Raises:
-        InputError: the file is missing, damaged, no weights file, or would run code.
+        InputError: the file is missing, damaged, no weights file, would run code, or unfolds to
+            more than it has bytes.
     """
     path = Path(path)
     if not path.is_file():
@@ -46,6 +54,7 @@ def read_weights_file(path: str | Path) -> dict:
         ) from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not the weights of a model")
+    _check_content(content, path)
     return content
 
 
@@ -56,17 +65,108 @@ def _load_checked(path: Path) -> object:
             state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             return {"model": state, "metadata": file.metadata() or {}}
     with torch.serialization.safe_globals([argparse.Namespace]):
-        if zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"  # which is how torch.load tells
+            if not is_zip:
+                file.seek(0)
+                _check_pickles(file, path)
+        if is_zip:
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise InputError(f"{path} is damaged: {damaged} fails its checksum")
+                _check_archive(archive, path)
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             if foreign:
                 raise InputError(
                     f"{path} is refused: loading it would run code ({', '.join(foreign)})"
                 )
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _check_archive(archive: zipfile.ZipFile, path: Path) -> None:
+    """Refuse what torch.save does not write: it neither compresses nor lets records overlap."""
+    records = archive.infolist()
+    plain = all(r.compress_type == zipfile.ZIP_STORED and not r.flag_bits & 1 for r in records)
+    claimed = [r.file_size for r in records]
+    if not plain or claimed != [r.compress_size for r in records]:
+        raise InputError(
+            f"{path} is refused: it is compressed or encrypted, which torch.save never does, so "
+            "that it could unfold to any size"
+        )
+    if sum(claimed) > path.stat().st_size:
+        raise InputError(f"{path} is refused: its records claim more bytes than the file has")
+    damaged = archive.testzip()
+    if damaged is not None:
+        raise InputError(f"{path} is damaged: {damaged} fails its checksum")
+    for record in records:
+        if record.filename.endswith(".pkl"):
+            with archive.open(record) as file:
+                _check_pickles(file, path, record.file_size)
+
+
+def _check_pickles(file: BinaryIO, path: Path, size: int = 0) -> None:
+    """Refuse pickles that are long, or that make bytes out of a number; torch.load sees the rest.
+
+    Args:
+        file: holds the pickles one after another, at most as many as torch.save writes into one.
+        path: for the message.
+        size: of the pickles in bytes, as far as it is known.
+    """
+    num_tuples = 0
+    with suppress(ValueError):  # the end, or no pickle
+        for _ in range(5):
+            for opcode, argument, position in pickletools.genops(file):
+                num_tuples += opcode.name.startswith("TUPLE")
+                if max(position, size) > MAX_PICKLE or num_tuples > MAX_TUPLES:
+                    raise InputError(
+                        f"{path} is refused: it has more beside its tensors than a checkpoint has"
+                    )
+                if isinstance(argument, str) and argument.endswith(" bytearray"):
+                    raise InputError(f"{path} is refused: it holds a bytearray, as no weights do")
+
+
+def _check_content(content: dict, path: Path) -> None:
+    """Refuse tensors other than plain ones, and what unfolds to far more than the file has bytes.
+
+    A few bytes can stand for a tensor of any size, if its strides are 0, and for any number of
+    values, if lists hold the same lists several times.
+    """
+    num_bytes = path.stat().st_size
+    num_values, num_tensor_bytes, todo = 0, 0, [content]
+    while todo:
+        value = todo.pop()
+        num_values += 1
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+                raise InputError(f"{path} is refused: it holds tensors that are no plain numbers")
+            num_tensor_bytes += value.numel() * value.element_size()
+        elif isinstance(value, dict):
+            todo += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set):
+            todo += value
+        elif isinstance(value, argparse.Namespace):
+            todo.append(vars(value))
+        if num_values > num_bytes or num_tensor_bytes > MAX_SHARED * num_bytes:
+            raise InputError(
+                f"{path} is refused: its {num_bytes} bytes would unfold to many times as many"
+            )
+
+
+@contextmanager
+def strange_content_is_input_error(path: str | Path) -> Iterator[None]:
+    """Turn what code raises that meets values of other types and names into wrong input."""
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise InputError(
+            f"{path} is damaged, or written by a program that this one does not know "
+            f"({type(error).__name__}): use another file"
+        ) from error
 
 
 def check_format(content: dict, path: str | Path, kind: str) -> dict:
@@ -82,6 +182,8 @@ def check_format(content: dict, path: str | Path, kind: str) -> dict:
     """
     if content.get("format") != f"crossmae-{kind}":
         raise InputError(f"{path} is no {KINDS[kind]} checkpoint of this project")
+    if not isinstance(content.get("version"), int):
+        raise InputError(f"{path} does not tell the version of its format: use another file")
     if content["version"] > VERSION:
         raise InputError(
             f"{path} has version {content['version']} of the checkpoint format and this code reads "

@@ -20,7 +20,13 @@ from timm.models import clean_state_dict
 from torch import Tensor
 
 from util.errors import InputError
-from util.weight_files import KINDS, check_format, read_weights_file, save_safetensors
+from util.weight_files import (
+    KINDS,
+    check_format,
+    read_weights_file,
+    save_safetensors,
+    strange_content_is_input_error,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -184,20 +190,8 @@ def read_encoder(path: str | Path) -> EncoderWeights:
     """
     file = _file_of(Path(path))
     content = read_weights_file(file)
-    try:
+    with strange_content_is_input_error(path):
         weights = _read_encoder(content, file)
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise InputError(
-            f"{path} is damaged, or written by a program that this one does not know "
-            f"({type(error).__name__}): use another file"
-        ) from error
     if weights.left_out:
         groups = sorted({re.split(r"\.", name)[0] for name in weights.left_out})
         _logger.info(
@@ -243,14 +237,16 @@ def _read_encoder(content: dict, path: Path) -> EncoderWeights:
         raise InputError(f"{path} has patches of {patch_height} x {patch_size} px; ours are square")
     _, num_positions, _ = encoder["pos_embed"].shape
     img_size = _image_size(num_positions - 1, patch_size, told, path)
+    mean, std = checked_colours(told.get("mean"), told.get("std"))
+    _check_told(told)
     pool = "avg" if "fc_norm.weight" in behind else "cls" if "norm.weight" in behind else None
     return EncoderWeights(
         encoder,
         behind,
         img_size,
         kind=told.get("kind") or names.kind,
-        mean=told.get("mean") and [float(x) for x in told["mean"]],
-        std=told.get("std") and [float(x) for x in told["std"]],
+        mean=mean,
+        std=std,
         classes=told.get("classes") if has_head else None,
         pool=told.get("pool") or (pool if has_head else None),
         crop_share=told.get("crop_share"),
@@ -301,7 +297,7 @@ def _check_complete(encoder: dict[str, Tensor], behind: dict[str, Tensor], path:
         *EMBEDDING_NAMES,
         *(
             f"blocks.{i}.{part}.{kind}"
-            for i in range(max(1, count_blocks(encoder)))
+            for i in range(max(1, min(count_blocks(encoder), len(encoder))))
             for part in BLOCK_PARTS
             for kind in ("weight", "bias")
         ),
@@ -335,6 +331,34 @@ def _told_by_file(content: dict, path: Path) -> dict:
         "classes": content.get("classes"),
         "crop_share": content.get("crop_share"),
     }
+
+
+def checked_colours(
+    mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[list[float] | None, list[float] | None]:
+    """The mean and standard deviation of RGB channels, as a file tells them, or None.
+
+    Raises:
+        TypeError, ValueError: they are not three finite numbers each, std above 0.
+    """
+    checked = [None if v is None else [float(x) for x in v] for v in (mean, std)]
+    for values in filter(None, checked):
+        if len(values) != 3 or not all(map(math.isfinite, values)):
+            raise ValueError(f"{values} are not three finite numbers")
+    if std is not None and min(checked[1]) <= 0:
+        raise ValueError(f"a std of {std} is not above 0")
+    return tuple(checked)
+
+
+def _check_told(told: dict) -> None:
+    """Raise TypeError or ValueError where a file tells settings that mean nothing."""
+    classes, pool, share = (told.get(name) for name in ("classes", "pool", "crop_share"))
+    if not all(isinstance(name, str) for name in classes or []):
+        raise TypeError("classes are called by strings")
+    if pool not in (None, "avg", "cls") or not 0 < (1 if share is None else share) <= 1:
+        raise ValueError(f"pool {pool}, crop_share {share}")
+    if not 0 <= (told.get("norm_eps") or 0) < 1:
+        raise ValueError(f"layer_norm_eps {told['norm_eps']}")
 
 
 def _told_by_hugging_face(folder: Path) -> dict:
@@ -373,9 +397,9 @@ def _read_json(path: Path) -> dict:
 def _image_size(num_patches: int, patch_size: int, told: dict, path: Path) -> tuple[int, int]:
     """Height and width: as the file tells them, else a square; whole patches."""
     size = told.get("img_size") or math.isqrt(num_patches) * patch_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = map(int, (size, size) if isinstance(size, int) else size)
     rows, columns = height // patch_size, width // patch_size
-    if rows * columns != num_patches:
+    if rows * columns != num_patches or rows < 1:
         raise InputError(
             f"{path} has positions for {num_patches} patches beside the class token, which are not "
             f"the {rows} x {columns} patches of images of {height} x {width}: use another file"
