@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
@@ -82,7 +81,7 @@ MODELS: dict[str, Callable[..., MaskedAutoencoder]] = {
     **{f"mae_vit_{s}": getattr(models_mae, f"mae_vit_{s}") for s in SIZES},
 }
 NUM_SHOWN = 8  # images in the pictures of reconstructions
-FIGURE = "reconstructions.png"
+FIGURE = "reconstructions"
 
 _logger = logging.getLogger(__name__)
 
@@ -261,8 +260,9 @@ def summarize(output_dir: Path, log_dir: Path) -> None:
         _logger.info("pre-trained encoder: %s", describe_knn(last))
     _logger.info("checkpoint: %s", path)
     _logger.info("TensorBoard: %s", log_dir)
-    if (output_dir / FIGURE).exists():
-        _logger.info("figure: %s", output_dir / FIGURE)
+    figure = output_dir / f"{FIGURE}.png"
+    if figure.exists():
+        _logger.info("figure: %s", figure)
 
 
 def make_splits(
@@ -524,8 +524,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             draws = is_main_process() and shown_set
             if draws and (is_last or progress.epoch % args.visualize_every == 0):
                 figure = draw_reconstructions(whole, shown_images, shown_split, **pixels)
-                run_log.log_image("reconstructions", figure, progress.step)
-                Image.fromarray(figure).save(output_dir / FIGURE)
+                run_log.log_image(FIGURE, figure, progress.step)
         run_log.end_epoch(stats, epoch=progress.epoch, step=progress.step)
         if is_last or progress.epoch % args.save_every == 0:
             checkpoints.save()

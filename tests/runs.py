@@ -19,6 +19,7 @@ import models_vit
 from models_crossmae import build_crossmae
 from models_mae import build_mae
 from models_vit import ModelSize
+from util.checkpoint import list_checkpoints, read_checkpoint
 from util.metrics import RunLog, read_log
 from util.run import run_main
 
@@ -125,6 +126,17 @@ def run_until(step, monkeypatch, *argv, main=main_pretrain.main):
 def log_without_time(folder):
     """The log of a run, as far as it has to repeat."""
     return [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(folder)]
+
+
+def last_checkpoint(folder):
+    return read_checkpoint(list_checkpoints(folder)[-1], "pretrain")
+
+
+def state_of(folder):
+    """Everything that a run's last checkpoint would continue from, and its log."""
+    keys = ("model", "optimizer", "scaler", "progress", "meters", "broken")
+    checkpoint = last_checkpoint(folder)
+    return {key: checkpoint[key] for key in keys} | {"log": log_without_time(folder)}
 
 
 def command(*argv, processes=None):

@@ -18,10 +18,12 @@ from runs import (
     copied,
     files_in,
     finish,
+    last_checkpoint,
     refusal,
     run,
     run_until,
     start,
+    state_of,
     use_nano_models,
     write_images,
 )
@@ -34,7 +36,7 @@ from main_pretrain import MODELS, load_model, parse_args
 from models_vit import SIZES
 from util.checkpoint import list_checkpoints, read_checkpoint
 from util.errors import InputError
-from util.metrics import RunLog, read_log
+from util.metrics import read_log
 
 EACH_STEP = ["--save_every_minutes", "0", "--log_every", "1", "--keep_last", "0"]
 MAE = ["--model", "mae_vit_tiny_patch4"]
@@ -63,18 +65,6 @@ def finished(images, tmp_path_factory):
         argv = [*TINY, "--data_path", images, "--save_every", 1]
         run(*argv, "--output_dir", folder)
     return folder, argv
-
-
-def last_checkpoint(folder):
-    return read_checkpoint(list_checkpoints(folder)[-1], "pretrain")
-
-
-def state_of(folder):
-    """Everything that a run's last checkpoint would continue from, and its log."""
-    keys = ("model", "optimizer", "scaler", "progress", "meters", "broken")
-    checkpoint = last_checkpoint(folder)
-    log = [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(folder)]
-    return {key: checkpoint[key] for key in keys} | {"log": log}
 
 
 def is_finite(content):
@@ -560,21 +550,6 @@ def test_a_shorter_run_is_refused(tmp_path, finished, capsys, nano):
 
 
 @pytest.mark.faults
-def test_a_damaged_newest_checkpoint_costs_only_what_came_after_the_one_before(
-    tmp_path, finished, capsys, nano
-):
-    before, argv = finished
-    folder = copied(before, tmp_path / "damaged")
-    newest = list_checkpoints(folder)[-1]
-    newest.write_bytes(newest.read_bytes()[:-1000])
-    run(*argv, "--output_dir", folder)
-    out = capsys.readouterr().out
-    assert f"{newest} is truncated" in out
-    assert f"continuing {folder}/checkpoint-e0001-s000000.pth" in out
-    assert_identical(state_of(folder), state_of(before))
-
-
-@pytest.mark.faults
 def test_damaged_checkpoints_alone_are_refused(tmp_path, finished, capsys, nano):
     before, argv = finished
     folder = copied(before, tmp_path / "damaged")
@@ -606,18 +581,6 @@ def fail_saving(monkeypatch, *numbers):
         save(content, file)
 
     monkeypatch.setattr(torch, "save", save_or_fail)
-
-
-@pytest.mark.faults
-def test_a_disk_too_full_for_the_log_ends_the_run_with_one_sentence(
-    tmp_path, images, monkeypatch, capsys, nano
-):
-    def full(*args, **options):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(RunLog, "end_epoch", full)
-    sentence = refusal(capsys, *TINY, "--data_path", images, "--output_dir", tmp_path, code=1)
-    assert "No space left on device: make room and start the same command again" in sentence
 
 
 @pytest.mark.faults

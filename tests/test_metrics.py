@@ -134,6 +134,7 @@ def open_log(folder, epoch=0, step=0, num_epochs=4):
         epoch=epoch,
         step=step,
         device=CPU,
+        unwritten=[],
     )
 
 

@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from signal import Signals
 
@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from util.broken_images import BrokenImages
 from util.distributed import from_main_process, is_main_process, list_over_processes
 from util.errors import InputError, RunError, StoppedError
+from util.loaders import dead_loader
 from util.metrics import EpochMeters
 from util.precision import Precision
 from util.sharding import gathered, load_model_state, load_optimizer_state
@@ -65,6 +66,8 @@ class TrainState:
     meters: EpochMeters
     broken: BrokenImages
     ema: ModelEmaV3 | None = None
+    unwritten: list[dict] = field(default_factory=list)
+    """Lines that `log.jsonl` had no room for so far."""
 
     def state_dict(self) -> dict:
         """Tensors and plain values, for a checkpoint."""
@@ -76,6 +79,7 @@ class TrainState:
             "progress": asdict(self.progress),
             "meters": self.meters.state_dict(),
             "broken": self.broken.state_dict(),
+            "unwritten": list(self.unwritten),
         }
 
     def load_state_dict(self, content: dict) -> None:
@@ -107,6 +111,7 @@ class TrainState:
         vars(self.progress).update(progress)
         self.meters.load_state_dict(content["meters"])
         self.broken.load_state_dict(content["broken"])
+        self.unwritten[:] = content.get("unwritten", [])
 
     def rewind_epoch(self) -> None:
         """Go back to the start of the epoch under way, for data that cannot start within one."""
@@ -385,6 +390,10 @@ class CheckpointWriter:
             with doing("saving"):
                 write_atomically({**self.header, **state}, path)
         except (OSError, RuntimeError) as error:
+            if dead_loader(error):
+                raise
+            while error.__context__:  # torch's own errors hide that of the file
+                error = error.__context__
             _logger.warning("could not save %s: %s. Earlier checkpoints are intact", path, error)
             return None
         _logger.info("saved %s", path)

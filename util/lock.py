@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,7 +35,7 @@ class FolderLock:
         self.path = folder / LOCK_NAME
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("a+b")
+            self.file = self.path.open("a+b", buffering=0)
         except OSError as error:
             raise InputError(
                 f"cannot write {self.path} ({error}): choose another --output_dir"
@@ -53,8 +54,8 @@ class FolderLock:
         owner = {"process": os.getpid(), "host": socket.gethostname()}
         owner["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
         self.file.truncate(0)
-        self.file.write(json.dumps(owner).encode())
-        self.file.flush()
+        with suppress(OSError):  # only for the message to others
+            self.file.write(json.dumps(owner).encode())
 
     def release(self) -> None:
         """Leave the folder to others."""

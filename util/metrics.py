@@ -7,18 +7,20 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from util.distributed import is_main_process, stack_over_processes
-from util.errors import InputError, NonFiniteLossError
+from util.errors import InputError, NonFiniteLossError, RunError
 from util.lock import FolderLock
 
 LOG_NAME = "log.jsonl"
@@ -153,16 +155,18 @@ class RunLog:
     """Shows a run and keeps its numbers: progress, TensorBoard and `log.jsonl`.
 
     On a terminal the progress is a bar, elsewhere a line at every log point. Only the main
-    process shows and writes anything.
+    process shows and writes anything. A full disk ends no run: the lines of `log.jsonl` wait for
+    room, TensorBoard and pictures are given up.
 
     Args:
-        output_dir: gets `log.jsonl`, one line an epoch.
+        output_dir: gets `log.jsonl`, one line an epoch, and the last of each picture.
         log_dir: of TensorBoard.
         num_epochs: of the whole run.
         steps_per_epoch: optimizer steps.
         epoch: whole epochs done; later lines of an interrupted run are dropped.
         step: steps done; later TensorBoard points of an interrupted run are hidden.
         device: whose memory is shown.
+        unwritten: lines that wait for room in `log.jsonl`, kept by checkpoints meanwhile.
         lock: of output_dir, released by `close`.
     """
 
@@ -176,11 +180,12 @@ class RunLog:
         epoch: int,
         step: int,
         device: torch.device,
+        unwritten: list[dict],
         lock: FolderLock | None = None,
     ) -> None:
-        self.lock = lock
+        self.unwritten, self.lock = unwritten, lock
         self.num_epochs, self.steps_per_epoch, self.device = num_epochs, steps_per_epoch, device
-        self.path = output_dir / LOG_NAME
+        self.output_dir, self.path = output_dir, output_dir / LOG_NAME
         self.bar = None
         self.first_step, self.start_time = step, time.monotonic()
         self.window_step, self.window_time = step, self.start_time
@@ -190,10 +195,14 @@ class RunLog:
                 self.tensorboard = SummaryWriter(log_dir, purge_step=step + 1)
             except OSError as error:
                 raise InputError(f"cannot write to --log_dir {log_dir}: {error}") from error
-            kept = [line for line in read_log(output_dir) if line["epoch"] <= epoch]
+            # What waited when the checkpoint was saved may have been written since.
+            lines = {line["epoch"]: line for line in [*unwritten, *read_log(output_dir)]}
+            kept = [line for number, line in sorted(lines.items()) if number <= epoch]
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             temporary.replace(self.path)
+            unwritten.clear()
+            self.size = self.path.stat().st_size
 
     def start_epoch(self, epoch: int, step_in_epoch: int) -> None:
         """Open the bar of an epoch, counted from 0; a resumed one starts within."""
@@ -259,14 +268,36 @@ class RunLog:
 
     def log_scalars(self, values: dict[str, float], step: int, group: str) -> None:
         """Add TensorBoard scalars at a step of the run."""
-        if self.tensorboard is not None:
-            for name, value in values.items():
-                self.tensorboard.add_scalar(f"{group}/{name}", value, step)
+        with self._writing_tensorboard() as tensorboard:
+            for name, value in values.items() if tensorboard else ():
+                tensorboard.add_scalar(f"{group}/{name}", value, step)
 
     def log_image(self, name: str, image: np.ndarray, step: int) -> None:
-        """Add a TensorBoard image, uint8 (H, W, 3)."""
-        if self.tensorboard is not None:
-            self.tensorboard.add_image(name, image, step, dataformats="HWC")
+        """Add an image, uint8 (H, W, 3), to TensorBoard, and keep the last one as `<name>.png`."""
+        if not is_main_process():
+            return
+        with self._writing_tensorboard() as tensorboard:
+            if tensorboard:
+                tensorboard.add_image(name, image, step, dataformats="HWC")
+        path = self.output_dir / f"{name}.png"
+        temporary = path.with_suffix(".tmp")
+        try:
+            Image.fromarray(image).save(temporary, format="PNG")
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            _logger.warning("could not save %s: %s", path, error)
+
+    @contextmanager
+    def _writing_tensorboard(self) -> Iterator[SummaryWriter | None]:
+        # Its writer has a thread, which ends at its first error; later calls raise that error.
+        try:
+            yield self.tensorboard
+        except OSError as error:
+            self.tensorboard = None
+            _logger.warning(
+                "cannot write to --log_dir (%s): TensorBoard gets nothing more of this start", error
+            )
 
     def end_epoch(self, values: dict[str, float | int], *, epoch: int, step: int) -> None:
         """Close the bar; keep the epoch's numbers in `log.jsonl`, TensorBoard and the log.
@@ -282,17 +313,44 @@ class RunLog:
         if is_main_process():
             seconds = round(time.monotonic() - self.start_time, 1)  # since this start
             line = {"epoch": epoch, "step": step, **values, "seconds": seconds}
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            self.unwritten.append(line)
+            self._write_lines()
             numbers = ", ".join(f"{name} {value:.5g}" for name, value in values.items())
             _logger.info("epoch %d/%d done: %s", epoch, self.num_epochs, numbers)
             self.log_scalars(values, step, "epoch")
 
     def close(self) -> None:
-        """Finish writing."""
+        """Finish writing.
+
+        Raises:
+            RunError: `log.jsonl` lacks lines. The last checkpoint has them.
+        """
         if self.bar is not None:
             self.bar.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        with self._writing_tensorboard() as tensorboard:
+            if tensorboard:
+                tensorboard.close()
+        if self.unwritten:
+            self._write_lines()
         if self.lock is not None:
             self.lock.release()
+        if self.unwritten:
+            raise RunError(
+                f"{self.path} lacks the lines of {len(self.unwritten)} epochs, see above: make "
+                "room and start the same command again"
+            )
+
+    def _write_lines(self) -> None:
+        try:
+            with self.path.open("a") as file:
+                # Off with a line that an earlier attempt left half-written.
+                file.truncate(min(file.tell(), self.size))
+                file.writelines(json.dumps(line) + "\n" for line in self.unwritten)
+        except OSError as error:
+            _logger.warning(
+                "could not write %s: %s. %d lines wait for room",
+                *(self.path, error, len(self.unwritten)),
+            )
+        else:
+            self.size = self.path.stat().st_size
+            self.unwritten.clear()

@@ -3,12 +3,13 @@
 import errno
 import json
 import logging
+import os
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,11 +18,17 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from util.checkpoint import CheckpointWriter, TrainState, resume_run
-from util.distributed import is_main_process, rank, start_processes, stop_processes
+from util.checkpoint import CheckpointWriter, TrainState, list_checkpoints, resume_run
+from util.distributed import (
+    from_main_process,
+    is_main_process,
+    rank,
+    start_processes,
+    stop_processes,
+)
 from util.errors import InputError, RunError, StoppedError, one_line
 from util.images import IndexedImages, names_hash
-from util.loaders import StepLoader
+from util.loaders import StepLoader, dead_loader, end_loaders
 from util.lock import lock_folder
 from util.metrics import RunLog
 from util.stopping import signals_noted
@@ -44,8 +51,9 @@ class TerminalHandler(logging.Handler):
         """Print one line."""
         encoding = sys.stdout.encoding or "utf-8"
         line = self.format(record).encode(encoding, "backslashreplace")  # of any file name
-        tqdm.write(line.decode(encoding), file=sys.stdout)
-        sys.stdout.flush()
+        with suppress(OSError):  # stdout may be a file on a full disk, which ends no run
+            tqdm.write(line.decode(encoding), file=sys.stdout)
+            sys.stdout.flush()
 
 
 def start_logging() -> None:
@@ -227,6 +235,7 @@ def open_run(
     Raises:
         InputError: the run cannot be continued, or nothing can be written.
     """
+    found = list_checkpoints(output_dir)
     resume_run(
         state,
         output_dir,
@@ -242,6 +251,10 @@ def open_run(
         except OSError as error:
             raise InputError(f"cannot write to --log_dir {log_dir}: {error}") from error
     lock = lock_folder(output_dir)  # nothing has been written there so far
+    if from_main_process(list_checkpoints(output_dir) != found):
+        raise InputError(
+            f"another run has written to {output_dir} meanwhile: start the same command again"
+        )
     settings = {"identity": identity, "recipe": recipe, "args": args}
     checkpoints = CheckpointWriter(
         output_dir,
@@ -259,6 +272,7 @@ def open_run(
         epoch=state.progress.epoch,
         step=state.progress.step,
         device=state.precision.device,
+        unwritten=state.unwritten,
         lock=lock,
     )
     return checkpoints, run_log
@@ -278,6 +292,7 @@ def run_main(main: Callable[[], None], *, trains: bool = False) -> NoReturn:
         with signals_noted() if trains else nullcontext():
             code = exit_code(main)
     finally:
+        end_loaders()
         stop_watchdog()
         stop_processes()
     sys.exit(code)
@@ -292,28 +307,35 @@ def exit_code(main: Callable[[], None]) -> int:
         return 128 + error.signal
     except Exception as error:
         message = failure(error)
+        death = None if message else dead_loader(error, seconds=1)
+        message = message or death or lost_process(error)
         if message is None:
             first_to_tell()  # the traceback does
             raise
+        wrong_input = isinstance(error, InputError) or getattr(error, "errno", None) in BAD_PATH
         program = Path(sys.argv[0]).name
         if not is_main_process():
             # If the main process fails too, it says so meanwhile.
             time.sleep(SECONDS_BEFORE_SPEAKING)
             program += f" (process {rank()})"
         if first_to_tell():
-            sys.stdout.flush()
+            with suppress(OSError):
+                sys.stdout.flush()
             sys.stderr.write(f"{program}: error: {one_line(message)}\n")
-        wrong_input = isinstance(error, InputError) or getattr(error, "errno", None) in BAD_PATH
+            sys.stderr.flush()
+        if death:  # cleaning up after it may wait for a lock that it held
+            end_loaders()
+            os._exit(1)
         return 2 if wrong_input else 1
     return 0
 
 
 def failure(error: Exception) -> str | None:
-    """The sentence for an error that is no fault of this code's; None for another."""
+    """What an error tells the user; None for one that may be a fault of the program."""
     if isinstance(error, InputError | RunError):
         return str(error)
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return f"{error}: make room and start the same command again"
     if isinstance(error, OSError) and error.errno in BAD_PATH:
         return f"{error}: correct this path, or who may read and write there"
-    return lost_process(error) if isinstance(error, RuntimeError) else None
+    return None

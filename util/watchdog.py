@@ -172,9 +172,10 @@ def first_to_tell() -> bool:
         return True
 
 
-def lost_process(error: RuntimeError) -> str | None:
+def lost_process(error: Exception) -> str | None:
     """Which process is gone, where that made a connection fail; None for any other error."""
-    if _watchdog is None or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+    broken = isinstance(error, RuntimeError) and "gloo" in str(error)
+    if _watchdog is None or not (broken or isinstance(error, dist.DistError)):
         return None
     deadline = time.monotonic() + 2 * GONE
     while time.monotonic() < deadline:
