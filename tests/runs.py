@@ -2,10 +2,13 @@
 
 import logging
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -189,3 +192,67 @@ def files_in(folder):
 def copied(folder, place):
     """A copy of a folder, for a test that changes it."""
     return Path(shutil.copytree(folder, place))
+
+
+def assert_same_run(folder, expected):
+    """The last checkpoints and the logs of two runs are the same, as far as they have to repeat."""
+    states = [read_checkpoint(list_checkpoints(f)[-1], "pretrain") for f in (folder, expected)]
+    for key in ("model", "optimizer", "progress"):
+        assert_identical(*(state[key] for state in states), key)
+    assert log_without_time(folder) == log_without_time(expected)
+
+
+def wait_until(condition, what, seconds=90):
+    """Wait for a condition; return its first value that is true."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.05)
+    return pytest.fail(f"waited {seconds} s for {what}")
+
+
+def tasks_of(folder):
+    """The processes of a run that a launcher has started into this folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (path / "cmdline").read_text().split("\0")
+            if words[1:2] == ["-u"] and "main_" in words[2] and str(folder) in words:
+                found.append(int(path.name))
+    return found
+
+
+def stands_still(pid, number=None):
+    """Whether a process is stopped and, if so asked, has not been sent a signal meanwhile."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    pending = int(re.search(r"ShdPnd:\s*(\w+)", status)[1], 16)
+    return "State:\tT" in status and not (number and pending >> (number - 1) & 1)
+
+
+def interrupt(log, text, folder, *, number, send=lambda: None):
+    """Have a run find a signal right behind a line of its log, however fast it is.
+
+    Args:
+        log: a file.
+        text: in a line of it.
+        folder: that the run writes to.
+        number: of the signal.
+        send: sends it; by itself it comes from elsewhere.
+    """
+    wait_until(lambda: log.exists() and text in log.read_text(), f"{text!r} in {log}")
+    tasks = tasks_of(folder)
+    assert tasks, "the run had ended before it could be interrupted"
+    for pid in tasks:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_until(lambda: all(map(stands_still, tasks)), "processes to stop")
+        send()
+        wait_until(lambda: not any(stands_still(p, number) for p in tasks), f"signal {number}")
+    finally:
+        for pid in tasks:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)

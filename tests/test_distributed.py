@@ -177,7 +177,8 @@ def test_an_error_that_all_processes_meet_is_told_once(tmp_path):
 
 def test_without_torchrun_there_is_one_process(monkeypatch):
     # Inside a SLURM job, or with a variable left over, it stays one.
-    for name, value in {"WORLD_SIZE": "4", "RANK": "1", "SLURM_NTASKS": "8"}.items():
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
+    for name, value in {"WORLD_SIZE": "4", "RANK": "1", **slurm}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert start_processes("cpu") == CPU

@@ -12,7 +12,7 @@ import main_knn
 import main_linprobe
 import main_pretrain
 from main_pretrain import parse_args
-from scripts import benchmark_loader, benchmark_pretrain, export_encoder
+from scripts import benchmark_loader, benchmark_pretrain, export_encoder, launch_slurm
 from util.checkpoint import BEST_NAME, list_checkpoints
 
 README = (ROOT / "README.md").read_text()
@@ -40,6 +40,7 @@ OTHER_MAINS = {
 BENCHMARKS = {"steps": benchmark_pretrain, "loader": benchmark_loader}
 OTHER_RUNS = [words for words in IN_README if OTHER_MAINS.keys() & set(words)]
 EXPORTS = [words for words in IN_README if "scripts/export_encoder.py" in words]
+LAUNCHES = [words for words in IN_README if "scripts/launch_slurm.py" in words]
 SNIPPETS = blocks("python")
 
 
@@ -52,6 +53,7 @@ def test_every_kind_of_command_is_found():
     assert {"bash", "python", "torchrun", "source"} <= programs
     assert len(RUNS) >= 5
     assert len(EXPORTS) == len(SNIPPETS) == 3
+    assert LAUNCHES
     assert {main for main in OTHER_MAINS for words in OTHER_RUNS if main in words} == set(
         OTHER_MAINS
     )
@@ -81,6 +83,16 @@ def test_commands_of_pretraining_parse(words):
         assert args.epochs == 800
     if args.pred_ratio is not None:
         assert args.output_dir.endswith("g25") == (args.pred_ratio == 0.25)
+
+
+@pytest.mark.parametrize("words", LAUNCHES, ids=" ".join)
+def test_commands_of_the_launcher_parse(words):
+    name = "scripts/launch_slurm.py"
+    args, main_argv = arguments(words, name, launch_slurm.parse_args)
+    assert args.main == "pretrain"
+    main_args = parse_args(main_argv)
+    assert main_args.effective_batch_size == 4096
+    assert 4096 % (args.nodes * args.gpus_per_node * main_args.batch_size) == 0
 
 
 @pytest.mark.parametrize("script", BENCHMARKS.values(), ids=BENCHMARKS)
@@ -119,6 +131,8 @@ def test_flags_that_are_named_exist():
     known = set().union(
         *(vars(main.parse_args(["--finetune", "x"] * (main != main_pretrain))) for main in mains)
     )
+    launcher, _ = launch_slurm.parse_args(["--main", "pretrain", "--"])
+    known |= vars(launcher).keys() | {"slurm_X"}
     assert flags <= known
 
 

@@ -14,6 +14,7 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 from main_finetune import Recipe
+from scripts import launch_slurm
 from util.broken_images import BrokenImages
 from util.checkpoint import CheckpointWriter, Progress, TrainState
 from util.metrics import EpochMeters
@@ -243,6 +244,39 @@ def test_mistakes_are_answered_in_one_sentence(start, words, variables, sentence
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
     assert sentence in done.stderr
+
+
+HARDWARE = {"hardware_1gpu": 1, "hardware_4xa100": 4, "hardware_2x8": 16, "hardware_cpu": 1}
+
+
+@pytest.mark.parametrize(("script", "processes"), HARDWARE.items())
+def test_hardware_recipes_parse_and_open_with_time_and_memory(start, place, script, processes):
+    text = (RECIPES / f"{script}.sh").read_text()
+    assert os.access(RECIPES / f"{script}.sh", os.X_OK)
+    opening = text[: text.index("set -euo")]
+    assert re.search(r"^# Time: ", opening, re.M) and re.search(r"^# Memory.*: ", opening, re.M)
+    assert ("not measured" in opening) == (script != "hardware_cpu")
+    done = start(script, *(["--"] if script == "hardware_2x8" else []), "--save_every", "7")
+    assert (done.returncode, done.stderr) == (0, "")
+    words = shlex.split(done.stdout)
+    if script == "hardware_2x8":
+        launched, main_argv = launch_slurm.parse_args(words[words.index("--main") :])
+        assert (launched.main, launched.cluster) == ("pretrain", "slurm")
+        assert launched.nodes * launched.gpus_per_node == processes
+    else:
+        main_argv = words[words.index("main_pretrain.py") + 1 :]
+    args = main_pretrain.parse_args(main_argv)
+    assert (args.data_path, args.save_every) == (str(place / "data"), 7)
+    assert args.output_dir == str(place / "output" / script)
+    assert (args.mask_ratio, args.pred_ratio) == (0.75, 0.25)
+    if script != "hardware_cpu":
+        assert (args.model, args.epochs) == ("crossmae_vit_base_patch16", 800)
+        assert args.effective_batch_size == 4096
+        assert args.batch_size == "auto" or 4096 % (processes * args.batch_size) == 0
+
+
+def test_without_data_the_cpu_recipe_takes_the_digits(start):
+    assert "--dataset digits" in start("hardware_cpu", DATA="").stdout
 
 
 @pytest.mark.parametrize("code", [0, 1])

@@ -333,6 +333,7 @@ class CheckpointWriter:
         if signals or from_main_process(is_time):
             self.save()
         if signals:
+            from_main_process(None)  # one that ends has launchers end the others: await the save
             progress = self.state.progress
             raise StoppedError(
                 f"stopped by {Signals(signals[0]).name} after {progress.epoch} epochs and "

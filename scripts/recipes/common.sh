@@ -1,4 +1,5 @@
-# What the recipes have in common; they source it in the root of the repository. Environment:
+# What the recipes have in common; they source it in the root of the repository. Environment, of which
+# hardware_*.sh, whose GPUs are in their names, use DATA, OUTPUT and DRY_RUN:
 #   DATA        folder of the images, ImageNet with train/ and val/ unless the recipe says otherwise
 #   GPUS        of this machine, a process each (8)
 #   BATCH_SIZE  most images that a GPU takes at once (what should fit into 80 GB, not measured)
@@ -23,6 +24,8 @@ GPUS=${GPUS:-8}
 need_count GPUS "$GPUS"
 [ -z "${BATCH_SIZE:-}" ] || need_count BATCH_SIZE "$BATCH_SIZE"
 
+python=python
+[ ! -x .venv/bin/python ] || python=.venv/bin/python
 folder=${OUTPUT:-output}/$(basename "$0" .sh)
 images_per_gpu=512 # of ViT-S and ViT-B, in pre-training, which encodes a quarter of each
 
@@ -52,20 +55,23 @@ split_arguments() {
     finetune_args=("${@:2}")
 }
 
+show_and_run() {
+    printf '%q ' "$@"
+    echo
+    [ -n "${DRY_RUN:-}" ] || "$@"
+}
+
 # train EFFECTIVE MOST MAIN ARGUMENT...: MOST is how many images a GPU takes at once.
 train() {
-    local most=${BATCH_SIZE:-$2} python=python
+    local most=${BATCH_SIZE:-$2}
     local each=$(($1 / GPUS))
     local size=$((each < most ? each : most))
     ((size > 0 && GPUS * size * (each / size) == $1)) ||
         fail "$GPUS GPUs with up to $most images each cannot make up a batch of $1:" \
             "set GPUS and BATCH_SIZE to powers of two"
-    [ ! -x .venv/bin/python ] || python=.venv/bin/python
     local command=("$python" -m torch.distributed.run --standalone --nproc_per_node "$GPUS" "$3")
     command+=(--data_path "$DATA" --batch_size "$size" --accum_iter "$((each / size))" "${@:4}")
-    printf '%q ' "${command[@]}"
-    echo
-    [ -n "${DRY_RUN:-}" ] || "${command[@]}"
+    show_and_run "${command[@]}"
 }
 
 # pretrain EPOCHS ARGUMENT...: sets `checkpoint` to what comes out. Nothing is done twice.

@@ -1,0 +1,239 @@
+"""Start a main on this machine or on a SLURM cluster, by one command.
+
+    python scripts/launch_slurm.py --main pretrain --nodes 2 --gpus_per_node 8 --partition P \\
+        --time 3-00:00:00 -- --data_path IMAGES --output_dir output/base
+
+Flags behind `--` are the main's, and are checked before anything starts. A job has one process for
+each GPU, which gets torchrun's variables. After SIGUSR1, which SLURM sends before the time limit, a
+job saves, takes its turn again and goes on from there; after SIGTERM it saves and ends.
+"""
+
+import argparse
+import importlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from submitit import SlurmExecutor
+from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths
+from submitit.helpers import TorchDistributedEnvironment
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from util.arguments import Parser, natural_int, positive_int
+from util.errors import InputError
+from util.run import run_main
+
+ROOT = Path(__file__).resolve().parents[1]
+MAINS = ("pretrain", "finetune", "linprobe", "knn")
+SBATCH_FLAGS = ("partition", "time", "account", "qos", "constraint", "mem", "cpus_per_task")
+# A task that ends by SIGUSR1 has saved, or had not begun to train. The job is queued again once all
+# have ended, so that none is cut off; where SLURM does not allow that, the job fails visibly.
+REQUEUE = f"""code=$?
+[ $code -ne {128 + signal.SIGUSR1} ] || scontrol requeue $SLURM_JOB_ID
+exit $code"""
+
+
+def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Read the command line: the launcher's flags, with `sbatch` as a dict, and the main's.
+
+    Raises:
+        InputError: they cannot work; the main's are checked by itself.
+    """
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--main", choices=MAINS, required=True, help="main_NAME.py is started")
+    parser.add_argument(
+        "--cluster",
+        choices=("auto", "slurm", "local", "debug"),
+        default="auto",
+        help="local is this machine, in the background; debug is this very process; auto is slurm "
+        "where there is sbatch, else local (%(default)s)",
+    )
+    parser.add_argument("--nodes", type=positive_int, default=1, help="(%(default)s)")
+    parser.add_argument(
+        "--gpus_per_node",
+        type=natural_int,
+        help="with a process each; 0 computes on the CPU (1, or 0 with --tasks_per_node)",
+    )
+    parser.add_argument("--tasks_per_node", type=positive_int, help="processes on CPUs (1)")
+    parser.add_argument(
+        "--job_dir",
+        help="folder of the logs; %%j in it is the job's number (OUTPUT_DIR of the main/jobs)",
+    )
+    group = parser.add_argument_group(
+        "sbatch", "--slurm_X=Y stands for any other --X=Y of sbatch's"
+    )
+    for name in SBATCH_FLAGS:
+        group.add_argument(f"--{name}", help=f"sbatch's --{name.replace('_', '-')}")
+    group.add_argument(
+        "--signal_seconds",
+        type=positive_int,
+        default=120,
+        help="how long before the time limit the job begins to save (%(default)s)",
+    )
+    own, main_argv = list(argv), []
+    if "--" in own:
+        place = own.index("--")
+        own, main_argv = own[:place], own[place + 1 :]
+    args, others = parser.parse_known_args(own)
+    if len(own) == len(argv):
+        raise InputError(f"the flags of main_{args.main}.py go behind a --, and that is missing")
+
+    args.sbatch = {name: getattr(args, name) for name in SBATCH_FLAGS if getattr(args, name)}
+    for word in others:
+        found = re.fullmatch(r"--slurm_([\w-]+)(?:=(.*))?", word)
+        if not found:
+            raise InputError(
+                f"{word} is no flag of the launcher: write sbatch's flags --slurm_NAME=VALUE, and "
+                f"those of main_{args.main}.py behind the --"
+            )
+        args.sbatch[found[1].replace("-", "_")] = True if found[2] is None else found[2]
+    if args.gpus_per_node and args.tasks_per_node not in (None, args.gpus_per_node):
+        raise InputError(
+            f"--tasks_per_node {args.tasks_per_node} does not go with --gpus_per_node "
+            f"{args.gpus_per_node}: every GPU has one process, so leave it out"
+        )
+    if args.gpus_per_node is None:
+        args.gpus_per_node = 0 if args.tasks_per_node else 1
+    if args.cluster == "auto":
+        args.cluster = "slurm" if shutil.which("sbatch") else "local"
+    return args, main_argv
+
+
+def check_machine(args: argparse.Namespace, job_dir: Path) -> None:
+    """Refuse what this machine cannot start.
+
+    Raises:
+        InputError: sbatch, nodes, GPUs or a folder to write to are missing.
+    """
+    if args.cluster == "slurm":
+        for program in ("sbatch", "srun"):
+            if not shutil.which(program):
+                raise InputError(
+                    f"--cluster slurm needs {program}, which is not there: start this on a machine "
+                    "of the cluster, or with --cluster local"
+                )
+    elif args.nodes > 1:
+        raise InputError(
+            f"--nodes {args.nodes} needs --cluster slurm: --cluster {args.cluster} is one node"
+        )
+    elif args.gpus_per_node > max(torch.cuda.device_count(), 1):  # a single process can do without
+        raise InputError(
+            f"--gpus_per_node {args.gpus_per_node}, and {torch.cuda.device_count()} are there: "
+            "lower it, 0 computes on the CPU"
+        )
+    if args.cluster == "debug":
+        return
+    folder = JobPaths.get_first_id_independent_folder(job_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write to {folder} ({error}): choose another --job_dir") from error
+
+
+def start_task(words: list[str]) -> NoReturn:
+    """Become the main, as torchrun would start it; nothing of submitit stays in the process."""
+    TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    # When a task fails or is done first, srun sends SIGTERM to the others, which are then to end in
+    # their own way and with their own exit code. While a main trains it has a handler of its own.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.execv(words[0], words)
+
+
+def submit(args: argparse.Namespace, words: list[str], job_dir: Path, num_tasks: int) -> JobPaths:
+    """Submit a job; return its number and paths.
+
+    Raises:
+        InputError: sbatch refuses it, with what sbatch says.
+    """
+    srun_args = ["--kill-on-bad-exit=1"]
+    if "cpus_per_task" in args.sbatch:  # which srun no longer takes from sbatch
+        srun_args.append(f"--cpus-per-task={args.sbatch['cpus_per_task']}")
+    executor = SlurmExecutor(job_dir)
+    executor.update_parameters(
+        job_name=args.main,
+        nodes=args.nodes,
+        ntasks_per_node=num_tasks,
+        gpus_per_node=args.gpus_per_node or None,  # 0 is refused by clusters that have none
+        time=None,  # the partition's, unless sbatch is told otherwise
+        wckey=None,
+        stderr_to_stdout=True,
+        setup=None if args.gpus_per_node else ["export CUDA_VISIBLE_DEVICES="],
+        teardown=[REQUEUE],
+        srun_args=srun_args,
+        additional_parameters={
+            "requeue": True,
+            "signal": f"USR1@{args.signal_seconds}",
+            **args.sbatch,
+        },
+    )
+    try:
+        with redirect_stderr(StringIO()):  # submitit prints there what the error says, too
+            return executor.submit(start_task, words).paths
+    except (FailedJobError, FailedSubmissionError) as error:
+        reason = " ".join(str(error).replace("sbatch: error: ", "").split())
+        raise InputError(f"sbatch does not take the job: {reason}") from error
+
+
+def start_here(words: list[str], job_dir: Path, num_tasks: int) -> JobPaths:
+    """Start a job in the background of this machine; return its number and paths."""
+    program = [sys.executable, str(ROOT / "scripts" / "local_job.py")]
+    job = subprocess.Popen(
+        [*program, str(JobPaths(job_dir).stdout), str(num_tasks), *words],
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,  # it outlives the terminal
+    )
+    return JobPaths(job_dir, str(job.pid))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Check everything, start the job, and say how to watch and to stop it."""
+    args, main_argv = parse_args(sys.argv[1:] if argv is None else argv)
+    main_args = importlib.import_module(f"main_{args.main}").parse_args(main_argv)
+    job_dir = Path(args.job_dir or Path(main_args.output_dir, "jobs")).absolute()
+    check_machine(args, job_dir)
+    if args.cluster != "slurm" and args.sbatch:
+        unused = ", ".join(f"--{name}" for name in args.sbatch)
+        print(f"left out, since they are sbatch's: {unused}")
+
+    words = [sys.executable, "-u", str(ROOT / f"main_{args.main}.py"), *main_argv]
+    num_tasks = args.tasks_per_node or args.gpus_per_node or 1
+    if args.gpus_per_node == 0:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if args.cluster == "debug":
+        if num_tasks > 1:
+            raise InputError("--cluster debug is one process: use --cluster local for several")
+        sys.stdout.flush()
+        os.execv(words[0], words)
+    if args.cluster == "slurm":
+        paths = submit(args, words, job_dir, num_tasks)
+        number = paths.job_id
+        again, end = f"scancel --signal=USR1 {number}", f"scancel {number}"
+        watch = f"squeue -j {number}; "
+    else:
+        paths = start_here(words, job_dir, num_tasks)
+        number, watch = paths.job_id, ""
+        again, end = f"kill -USR1 {number}", f"kill {number}"
+    print(f"job {number}: main_{args.main}.py, nodes: {args.nodes}, tasks on each: {num_tasks}")
+    print(f"log of task 0: {paths.stdout}")
+    print(f"folder of all logs: {paths.folder}")
+    print(f"follow it: {watch}tail -F {shlex.quote(str(paths.stdout))}")
+    print(f"save, and start again from there: {again}")
+    print(f"save, and end: {end}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,86 @@
+"""The processes of a job on this machine, as torchrun's, started again after SIGUSR1.
+
+    python scripts/local_job.py LOG NUM_TASKS COMMAND...
+
+LOG is a path in which %j is the number of this process and %t that of a task. SIGUSR1 and SIGTERM
+are passed on. Tasks that end by SIGUSR1 have saved and start again, all together; anything else
+ends the job, with the code of the first task that failed. scripts/launch_slurm.py starts it.
+"""
+
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SECONDS_TO_END = 30  # for the other tasks once one has ended, as under SLURM
+
+
+def free_port() -> int:
+    """A port that no process of this machine listens on."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def run_tasks(words: list[str], logs: list[Path], received: list[int]) -> list[int]:
+    """Run a task for each log until all have ended; return their exit codes as a shell's.
+
+    Args:
+        words: the command of every task.
+        logs: appended to.
+        received: signals to pass on, which may become more meanwhile.
+    """
+    shared = {
+        **os.environ,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(len(logs)),
+        "LOCAL_WORLD_SIZE": str(len(logs)),
+    }
+    # Each would otherwise take all cores for itself.
+    shared.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // len(logs), 1)))
+    tasks = []
+    for rank, log in enumerate(logs):
+        env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with log.open("ab") as file:
+            tasks.append(subprocess.Popen(words, stdout=file, stderr=file, env=env))
+
+    passed_on, deadline = 0, math.inf
+    while None in (codes := [task.poll() for task in tasks]):
+        for number in received[passed_on:]:
+            passed_on += 1
+            for task in tasks:
+                task.send_signal(number)
+        if any(codes):
+            deadline = min(deadline, time.monotonic() + SECONDS_TO_END)
+        if time.monotonic() > deadline:
+            for task in tasks:
+                task.kill()
+        time.sleep(0.1)
+    return [code if code >= 0 else 128 - code for code in codes]
+
+
+def main(pattern: str, num_tasks: str, *words: str) -> int:
+    """Run a job; return its exit code."""
+    received = []
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: received.append(number))
+    pattern = pattern.replace("%j", str(os.getpid()))
+    logs = [Path(pattern.replace("%t", str(rank))) for rank in range(int(num_tasks))]
+    logs[0].parent.mkdir(parents=True, exist_ok=True)
+    with logs[0].open("ab") as file:  # nothing of the starter's stays open
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    while True:
+        codes = run_tasks(list(words), logs, received)
+        if 128 + signal.SIGUSR1 not in codes or signal.SIGTERM in received:
+            return next(filter(None, codes), 0)
+        received.clear()
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
