@@ -38,12 +38,7 @@ from util.arguments import (
 )
 from util.batch_size import micro_steps
 from util.broken_images import BrokenImages
-from util.checkpoint import (
-    EFFECTIVE_BATCH,
-    Progress,
-    TrainState,
-    newest_good_checkpoint,
-)
+from util.checkpoint import Progress, TrainState
 from util.datasets import check_classes, default_dataset, open_heldout, open_pair
 from util.distributed import data_parallel, is_main_process
 from util.errors import InputError, value_errors_are_input_errors
@@ -52,6 +47,7 @@ from util.metrics import EpochMeters
 from util.optim import build_layer_decay_adamw
 from util.precision import Precision
 from util.recompute import set_memory
+from util.resume import EFFECTIVE_BATCH, newest_good_checkpoint
 from util.run import describe_classifier, log_settings, open_run, run_main, start_run
 from util.schedule import lr_schedule, scaled_lr
 from util.sharding import shard, unsharded

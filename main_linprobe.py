@@ -27,7 +27,7 @@ from util.arguments import (
 )
 from util.batch_size import micro_steps
 from util.broken_images import BrokenImages
-from util.checkpoint import EFFECTIVE_BATCH, Progress, TrainState
+from util.checkpoint import Progress, TrainState
 from util.datasets import check_classes, default_dataset, open_pair
 from util.distributed import data_parallel, is_main_process, same_buffers
 from util.errors import value_errors_are_input_errors
@@ -35,6 +35,7 @@ from util.loaders import build_loaders
 from util.metrics import EpochMeters
 from util.optim import build_lars
 from util.precision import Precision
+from util.resume import EFFECTIVE_BATCH
 from util.run import describe_classifier, log_settings, open_run, run_main, start_run
 from util.schedule import lr_schedule, scaled_lr
 from util.transforms import default_crop_share, eval_transform, probe_transform

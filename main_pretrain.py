@@ -51,12 +51,7 @@ from util.arguments import (
 )
 from util.batch_size import find_batch_size, micro_steps
 from util.broken_images import BrokenImages
-from util.checkpoint import (
-    EFFECTIVE_BATCH,
-    Progress,
-    TrainState,
-    last_checkpoint,
-)
+from util.checkpoint import Progress, TrainState, last_checkpoint
 from util.datasets import default_dataset, open_pair
 from util.distributed import data_parallel, is_main_process, world_size
 from util.errors import InputError
@@ -68,6 +63,7 @@ from util.optim import build_adamw
 from util.precision import Precision
 from util.recompute import set_memory
 from util.released import from_released, released_options
+from util.resume import EFFECTIVE_BATCH
 from util.run import open_run, run_main, start_run
 from util.schedule import lr_schedule, scaled_lr
 from util.sharding import shard, unsharded

@@ -28,15 +28,14 @@ from util.checkpoint import (
     Progress,
     TrainState,
     list_checkpoints,
-    newest_good_checkpoint,
     read_checkpoint,
-    resume_run,
 )
 from util.errors import InputError, RunError
 from util.images import Batch, Digits, IndexedImages, collate
 from util.metrics import LOG_NAME, EpochMeters
 from util.optim import build_lars, build_layer_decay_adamw
 from util.precision import Precision
+from util.resume import newest_good_checkpoint, resume_run
 from util.seeding import seed_everything
 from util.transforms import eval_transform
 

@@ -33,13 +33,9 @@ from runs import (
 
 import main_pretrain
 from util import run as run_module
-from util.checkpoint import (
-    checkpoint_place,
-    list_checkpoints,
-    newest_good_checkpoint,
-    read_checkpoint,
-)
+from util.checkpoint import checkpoint_place, list_checkpoints, read_checkpoint
 from util.metrics import RunLog
+from util.resume import newest_good_checkpoint
 from util.run import run_main
 
 pytestmark = [pytest.mark.faults]

@@ -18,7 +18,7 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from util.checkpoint import CheckpointWriter, TrainState, list_checkpoints, resume_run
+from util.checkpoint import CheckpointWriter, TrainState, list_checkpoints
 from util.distributed import (
     from_main_process,
     is_main_process,
@@ -31,6 +31,7 @@ from util.images import IndexedImages, names_hash
 from util.loaders import StepLoader, dead_loader, end_loaders
 from util.lock import lock_folder
 from util.metrics import RunLog
+from util.resume import resume_run
 from util.stopping import signals_noted
 from util.streams import StreamedImages
 from util.watchdog import first_to_tell, lost_process, start_watchdog, stop_watchdog
