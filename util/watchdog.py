@@ -19,11 +19,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from util.distributed import from_main_process, rank, world_size
+from util.stopping import stop_signal
 
 PERIOD = 1.0  # seconds between two signs of life
 GONE = 5.0  # seconds without one, where the connection to a process has broken
 SILENT = 60.0  # seconds without one, where nothing has broken
 DOINGS = ("saving", "waiting for images", "computing")  # in the order in which others overtake
+NOT_THERE = "is gone, or stands still, since"
 ADVICE = "start the same command again, which continues from the last checkpoint"
 
 
@@ -129,9 +131,10 @@ class Watchdog:
             except dist.DistError:  # with process 0
                 self.store_is_gone = True
             idle = time.monotonic() - _place.since
-            limit = min(SILENT, self.timeout)
-            if idle > limit and self.silent(limit):
-                self._end(self.describe(self.silent(limit), "does not answer any more in"))
+            # torchrun sends SIGTERM when a process has died, and SIGKILL half a minute later.
+            patience = min(SILENT if stop_signal() is None else GONE, self.timeout)
+            if idle > patience and self.silent(patience):
+                self._end(self.describe(self.silent(patience), NOT_THERE))
             elif idle > self.timeout:
                 what = json.loads(self.last_signs[self.last()[0]])["doing"]
                 self._end(self.describe(self.last(), f"has been {what} for {idle:.0f} s in"))
@@ -181,6 +184,6 @@ def lost_process(error: Exception) -> str | None:
     while time.monotonic() < deadline:
         gone = _watchdog.silent(GONE)
         if gone:
-            return _watchdog.describe(gone, "is gone since")
+            return _watchdog.describe(gone, NOT_THERE)
         time.sleep(PERIOD / 2)
     return None
