@@ -194,6 +194,15 @@ def test_without_torchrun_there_is_one_process(monkeypatch):
     assert model.weight.grad is not None
 
 
+def test_incomplete_variables_are_refused(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(InputError, match="MASTER_ADDR, MASTER_PORT is not set"):
+        start_processes("cpu")
+
+
 @pytest.mark.parametrize("device", ["abacus", "meta", "cuda:x"])
 def test_devices_that_cannot_compute_are_refused(device):
     with pytest.raises(InputError, match=f"--device {device}") as caught:

@@ -27,7 +27,7 @@ def start_processes(device: str, *, timeout_minutes: float | None = None) -> tor
         timeout_minutes: how long the processes wait for each other at most; None is PyTorch's.
 
     Raises:
-        InputError: the device is not there.
+        InputError: the device is not there, or torchrun's variables are not complete.
         RunError: not all processes came.
     """
     try:
@@ -58,6 +58,12 @@ def start_processes(device: str, *, timeout_minutes: float | None = None) -> tor
 
 
 def _join_processes(backend: str, timeout_minutes: float) -> None:
+    missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
+    if missing:
+        raise InputError(
+            f"WORLD_SIZE asks for several processes, and {', '.join(missing)} is not set: start "
+            "them by torchrun, or unset WORLD_SIZE"
+        )
     number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # A minute more than the watchdog waits (util.watchdog), whose message says more.
     timeout = timedelta(minutes=timeout_minutes + 1)
