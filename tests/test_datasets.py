@@ -217,6 +217,17 @@ def test_a_tar_that_was_cut_off_after_it_was_opened_breaks_its_last_images(tmp_p
         reader[2]
 
 
+def test_a_tar_that_was_cut_off_between_two_images_is_told(tmp_path, caplog):
+    path = tmp_path / "images.tar"
+    write_tar(path, {f"cat/{i}.png": encoded(i) for i in range(3)})
+    reader = open_train("tar", path).reader
+    assert "lacks the zeros" not in caplog.text
+    with path.open("r+b") as file:
+        file.truncate(reader.samples[2][0].offset)
+    assert len(open_train("tar", path)) == 2
+    assert "images.tar lacks the zeros at its end" in caplog.text
+
+
 def test_tar_read_here_first_and_then_by_workers(tmp_path):
     # Large enough that processes sharing a position in the file would get in each other's way.
     files = {f"{i:03d}.bmp": encoded(i, "BMP", side=80) for i in range(200)}

@@ -46,6 +46,7 @@ def run_lines(path):
 CASES = {
     "one image left": (41, ["--batch_size", "4"]),
     "three images left": (43, ["--batch_size", "2", "--accum_iter", "2"]),
+    "three images left, one at a time": (43, ["--batch_size", "1", "--accum_iter", "4"]),
     "two crops of an image": (41, ["--batch_size", "4", "--repeated_aug", "2"]),
     "mae": (41, ["--batch_size", "4", "--model", "mae_vit_tiny_patch4"]),
 }
@@ -114,7 +115,7 @@ def test_a_run_goes_on_with_fewer_processes(folders, tmp_path, capsys, case, ste
     argv = [*MODEL, *options, "--data_path", two.parent / f"images of {case}"]
     run(*argv, "--effective_batch_size", "8", "--output_dir", tmp_path)
     out = capsys.readouterr().out
-    assert "continuing on 1 processes instead of 2" in out
+    assert "the number of processes was 2 and is now 1" in out
     assert "the result is not the same to the bit" in out
     for line, expected in zip(read_log(tmp_path), read_log(one), strict=True):
         for key in ("step", "loss", "grad_norm", "val_loss"):

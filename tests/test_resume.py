@@ -160,7 +160,7 @@ def test_another_number_of_processes_is_told(caplog):
     before = CHECKPOINT | {"recipe": RECIPE | {"processes": 8}}
     check_same_run(before, IDENTITY, RECIPE | {"processes": 4}, PATH)
     (message,) = caplog.messages
-    assert message.startswith("continuing on 4 processes instead of 8")
+    assert message.startswith("the number of processes was 8 and is now 4")
     check_same_run(CHECKPOINT, IDENTITY, RECIPE | {"processes": 4}, PATH)  # of an older version
     assert len(caplog.messages) == 1
 

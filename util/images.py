@@ -5,6 +5,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import numbers
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ IMAGE_SUFFIXES = (
     *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
 )
 MAX_BROKEN_IN_A_ROW = 100  # images in a row
+
+logger = logging.getLogger(__name__)
 
 
 class Sample(NamedTuple):
@@ -204,6 +207,13 @@ class INat2019(Dataset):
         return Path(path).open("rb"), label
 
 
+def _has_tar_end(path: Path) -> bool:
+    """Whether an archive ends as tar ends it, by two blocks of zeros."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 1024))
+        return not any(file.read())
+
+
 class TarImages(ReaderImageInTar):
     """timm's reader of a .tar file, but it goes straight to where an image lies.
 
@@ -213,6 +223,11 @@ class TarImages(ReaderImageInTar):
 
     def __init__(self, root: str) -> None:
         super().__init__(root, cache_tarfiles=False)
+        archive = Path(root)
+        if archive.is_file() and not _has_tar_end(archive):
+            logger.warning(
+                "%s lacks the zeros at its end: it may have been cut off between two images", root
+            )
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
         member, _, parent = self.samples[index]

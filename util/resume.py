@@ -179,10 +179,10 @@ def check_same_run(checkpoint: dict, identity: dict, recipe: dict, path: Path) -
     processes = recipe.get("processes")
     if before.get("processes", processes) != processes:
         _logger.warning(
-            "continuing on %s processes instead of %s: steps have the same images and masks as "
+            "the number of processes was %s and is now %s: steps have the same images and masks as "
             "before, but sums are rounded in another order, and drop path and mixup, where there "
             "are any, draw other numbers, so the result is not the same to the bit",
-            *(processes, before["processes"]),
+            *(before["processes"], processes),
         )
     for change in changes({**before, "--epochs": epochs, "processes": processes}, recipe):
         _logger.warning("continuing with a change: %s", change)
