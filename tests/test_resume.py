@@ -4,11 +4,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import assert_identical
 from test_checkpoint import save_at, truncate
 
 from util.checkpoint import read_checkpoint
 from util.errors import InputError
-from util.resume import EFFECTIVE_BATCH, check_same_run, find_resume, newest_good_checkpoint
+from util.resume import EFFECTIVE_BATCH, check_same_run, newest_good_checkpoint, read_resume
+
+
+def find_resume(folder, resume):
+    """The path of the checkpoint that a run continues from."""
+    found = read_resume(folder, resume, "pretrain")
+    if found is None:
+        return None
+    path, content = found
+    assert_identical(content, read_checkpoint(path, "pretrain"))
+    return path
 
 
 def flip(path):
@@ -38,23 +49,23 @@ def test_broken_checkpoints_alone_are_refused(tmp_path):
     for path in save_at(tmp_path, (1, 0), (2, 0)):
         truncate(path)
     with pytest.raises(InputError, match=r"none of the 2 checkpoints in .* can be read"):
-        find_resume(tmp_path, "auto", "pretrain")
+        find_resume(tmp_path, "auto")
 
 
 def test_auto_starts_anew_where_there_is_nothing(tmp_path):
-    assert find_resume(tmp_path, "auto", "pretrain") is None
-    assert find_resume(tmp_path / "nowhere", "auto", "pretrain") is None
+    assert find_resume(tmp_path, "auto") is None
+    assert find_resume(tmp_path / "nowhere", "auto") is None
     save_at(tmp_path, (1, 0))
     (tmp_path / "checkpoint-e0002-s000000.pth.tmp").write_bytes(b"half of it")
-    assert find_resume(tmp_path, "auto", "pretrain") == tmp_path / "checkpoint-e0001-s000000.pth"
+    assert find_resume(tmp_path, "auto") == tmp_path / "checkpoint-e0001-s000000.pth"
 
 
 def test_none_starts_anew_but_overwrites_nothing(tmp_path):
     (tmp_path / "notes.txt").touch()
-    assert find_resume(tmp_path, "none", "pretrain") is None
+    assert find_resume(tmp_path, "none") is None
     save_at(tmp_path, (1, 0))
     with pytest.raises(InputError, match="would overwrite"):
-        find_resume(tmp_path, "none", "pretrain")
+        find_resume(tmp_path, "none")
 
 
 def test_a_path_elsewhere_is_where_a_run_starts_and_not_where_it_goes_on(tmp_path):
@@ -62,19 +73,19 @@ def test_a_path_elsewhere_is_where_a_run_starts_and_not_where_it_goes_on(tmp_pat
     own.mkdir()
     other.mkdir()
     path = save_at(other, (5, 0))[0]
-    assert find_resume(own, str(path), "pretrain") == path
+    assert find_resume(own, str(path)) == path
     mine = save_at(own, (1, 0))[0]
-    assert find_resume(own, str(path), "pretrain") == mine
+    assert find_resume(own, str(path)) == mine
 
 
 def test_a_path_inside_is_taken_unless_newer_ones_would_be_overwritten(tmp_path):
     first, second, third = save_at(tmp_path, (1, 0), (1, 7), (2, 0))
-    assert find_resume(tmp_path, str(third), "pretrain") == third
+    assert find_resume(tmp_path, str(third)) == third
     with pytest.raises(InputError, match=r"newer than .*e0001-s000000.*\(.*e0001-s000007"):
-        find_resume(tmp_path, str(first), "pretrain")
+        find_resume(tmp_path, str(first))
     second.unlink()
     third.unlink()
-    assert find_resume(tmp_path, str(first), "pretrain") == first
+    assert find_resume(tmp_path, str(first)) == first
 
 
 def test_a_path_inside_under_another_name_is_refused_where_newer_ones_would_be_overwritten(
@@ -83,14 +94,12 @@ def test_a_path_inside_under_another_name_is_refused_where_newer_ones_would_be_o
     first, *_ = save_at(tmp_path, (1, 0), (2, 0))
     first.rename(tmp_path / "best.pth")
     with pytest.raises(InputError, match="newer"):
-        find_resume(tmp_path, str(tmp_path / "best.pth"), "pretrain")
+        find_resume(tmp_path, str(tmp_path / "best.pth"))
 
 
 def test_a_path_that_is_missing_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.pth is no file"):
-        read_checkpoint(
-            find_resume(tmp_path, str(tmp_path / "nowhere.pth"), "pretrain"), "pretrain"
-        )
+        find_resume(tmp_path, str(tmp_path / "nowhere.pth"))
 
 
 def change(path, **changes):
@@ -108,7 +117,7 @@ def test_an_older_checkpoint_does_not_stand_in_for_one_of_a_newer_version(tmp_pa
     _, newer = save_at(tmp_path, (1, 0), (2, 0))
     change(newer, version=2)
     with pytest.raises(InputError, match=r"version 2 .* update the code"):
-        find_resume(tmp_path, "auto", "pretrain")
+        find_resume(tmp_path, "auto")
 
 
 def test_a_file_of_another_program_is_refused(tmp_path):

@@ -18,15 +18,25 @@ EFFECTIVE_BATCH = "effective batch size"  # among what makes a run the run it is
 _logger = logging.getLogger(__name__)
 
 
-def is_good_checkpoint(path: Path, kind: str) -> bool:
-    """Whether a checkpoint can be read; the log says why not."""
+def _read_good(path: Path, kind: str) -> dict | None:
     try:
         content = read_weights_file(path)
     except InputError as error:
         _logger.warning("%s; trying the checkpoint before it", error)
-        return False
-    check_format(content, path, kind)
-    return True
+        return None
+    return check_format(content, path, kind)
+
+
+def _read_newest_good(folder: Path, kind: str) -> tuple[Path, dict] | None:
+    paths = list_checkpoints(folder)
+    contents = ((path, _read_good(path, kind)) for path in reversed(paths))
+    found = next(((path, content) for path, content in contents if content is not None), None)
+    if paths and found is None:
+        raise InputError(
+            f"none of the {len(paths)} checkpoints in {folder} can be read: choose another "
+            "--output_dir, or move them away to start again"
+        )
+    return found
 
 
 def newest_good_checkpoint(folder: Path, kind: str) -> Path | None:
@@ -35,18 +45,12 @@ def newest_good_checkpoint(folder: Path, kind: str) -> Path | None:
     Raises:
         InputError: there are checkpoints and none can be read.
     """
-    paths = list_checkpoints(folder)
-    good = next((path for path in reversed(paths) if is_good_checkpoint(path, kind)), None)
-    if paths and good is None:
-        raise InputError(
-            f"none of the {len(paths)} checkpoints in {folder} can be read: choose another "
-            "--output_dir, or move them away to start again"
-        )
-    return good
+    found = _read_newest_good(folder, kind)
+    return found and found[0]
 
 
-def find_resume(folder: Path, resume: str, kind: str) -> Path | None:
-    """Which checkpoint a run continues from; every process gets the same answer.
+def read_resume(folder: Path, resume: str, kind: str) -> tuple[Path, dict] | None:
+    """The checkpoint that a run continues from, the same on every process, and its content.
 
     A run's own checkpoints come first, so that a restarted job with `--resume PATH` of another
     run goes on where it was.
@@ -59,21 +63,24 @@ def find_resume(folder: Path, resume: str, kind: str) -> Path | None:
     Raises:
         InputError: nothing can be read, or the choice would overwrite checkpoints.
     """
-    answer = None
+    answer = found = None
     if is_main_process():
         try:
-            answer = _find_resume(folder, resume, kind)
+            found = _read_resume(folder, resume, kind)
+            answer = found and found[0]
         except InputError as error:
             answer = error
     answer = from_main_process(answer)
     if isinstance(answer, InputError):
         raise answer
-    return answer
+    if answer is None or found is not None:
+        return found
+    return answer, read_checkpoint(answer, kind)
 
 
-def _find_resume(folder: Path, resume: str, kind: str) -> Path | None:
+def _read_resume(folder: Path, resume: str, kind: str) -> tuple[Path, dict] | None:
     if resume == "auto":
-        return newest_good_checkpoint(folder, kind)
+        return _read_newest_good(folder, kind)
     own = list_checkpoints(folder)
     if resume == "none":
         if own:
@@ -83,16 +90,18 @@ def _find_resume(folder: Path, resume: str, kind: str) -> Path | None:
             )
         return None
     path = Path(resume)
+    found = None
     if path.resolve().parent != folder.resolve():
-        return newest_good_checkpoint(folder, kind) or path
-    place = checkpoint_place(path)
-    newer = [other for other in own if place is None or checkpoint_place(other) > place]
-    if newer:
-        raise InputError(
-            f"{folder} holds checkpoints newer than {path.name}, which would be overwritten: move "
-            f"them away ({newer[0].name} and later), or choose another --output_dir"
-        )
-    return path
+        found = _read_newest_good(folder, kind)
+    else:
+        place = checkpoint_place(path)
+        newer = [other for other in own if place is None or checkpoint_place(other) > place]
+        if newer:
+            raise InputError(
+                f"{folder} holds checkpoints newer than {path.name}, which would be overwritten: "
+                f"move them away ({newer[0].name} and later), or choose another --output_dir"
+            )
+    return found or (path, read_checkpoint(path, kind))
 
 
 def resume_run(
@@ -109,17 +118,17 @@ def resume_run(
 
     Args:
         state: of a run that starts.
-        folder, resume, kind: see `find_resume`.
+        folder, resume, kind: see `read_resume`.
         identity, recipe: see `check_same_run`; the recipe has "--epochs".
         resumes_mid_epoch: False goes back to the start of the epoch under way.
 
     Raises:
         InputError: the checkpoint cannot be read, is of another run, or has nothing left to do.
     """
-    path = find_resume(folder, resume, kind)
-    if path is None:
+    found = read_resume(folder, resume, kind)
+    if found is None:
         return
-    checkpoint = read_checkpoint(path, kind)
+    path, checkpoint = found
     if "optimizer" not in checkpoint:
         raise InputError(
             f"{path} holds the weights of the best epoch, which training cannot go on from: resume "

@@ -225,7 +225,7 @@ def open_run(
         kind: one of util.checkpoint.KINDS.
         output_dir: of checkpoints, `log.jsonl` and `args.json`.
         log_dir: of TensorBoard.
-        resume: see `find_resume`.
+        resume: see `read_resume`.
         identity: see `check_same_run`.
         recipe: the same; it has "--epochs".
         header: what else every checkpoint keeps: the model's name and options, mean, std.
