@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from util.distributed import (
 from util.errors import InputError
 from util.metrics import read_log
 from util.sampler import StepSampler
+from util.watchdog import stop_watchdog
 
 CPU = torch.device("cpu")
 
@@ -232,4 +234,7 @@ def test_gpus_that_are_not_there_are_refused(
 
 if __name__ == "__main__":
     run_lines(sys.argv[1])
+    stop_watchdog()
+    # With the thread there, Python would abort now and then when it ends.
+    assert "watchdog" not in {thread.name for thread in threading.enumerate()}
     dist.destroy_process_group()

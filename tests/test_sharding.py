@@ -31,6 +31,7 @@ import main_pretrain
 from util.checkpoint import list_checkpoints
 from util.distributed import is_main_process, start_processes
 from util.sharding import gathered, shard, unsharded
+from util.watchdog import stop_watchdog
 
 CPU = torch.device("cpu")
 MAINS = {"pretrain": main_pretrain.main, "finetune": main_finetune.main}
@@ -174,4 +175,5 @@ def test_a_moving_average_does_not_go_with_shards(capsys):
 
 if __name__ == "__main__":
     work(Path(sys.argv[1]))
+    stop_watchdog()
     dist.destroy_process_group()

@@ -27,11 +27,7 @@ from util.precision import Precision
 from util.sharding import gathered, load_model_state, load_optimizer_state
 from util.stopping import stop_signal
 from util.watchdog import doing
-from util.weight_files import (
-    VERSION,
-    check_format,
-    read_weights_file,
-)
+from util.weight_files import VERSION, check_format, read_weights_file
 
 NAME = re.compile(r"checkpoint-e(\d+)-s(\d+)\.pth")
 BEST_NAME = "checkpoint-best.pth"

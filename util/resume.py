@@ -3,12 +3,7 @@
 import logging
 from pathlib import Path
 
-from util.checkpoint import (
-    TrainState,
-    checkpoint_place,
-    list_checkpoints,
-    read_checkpoint,
-)
+from util.checkpoint import TrainState, checkpoint_place, list_checkpoints, read_checkpoint
 from util.distributed import from_main_process, is_main_process
 from util.errors import InputError
 from util.weight_files import check_format, read_weights_file, strange_content_is_input_error

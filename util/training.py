@@ -68,8 +68,9 @@ def train_epoch(
         loss_of = start_step(progress.step, num_images)
         # Gradients are averaged over processes: an image weighs the same wherever it is.
         weight = world_size() / num_images
-        own_images = len(range(rank(), num_images // loader.num_crops, world_size()))
-        own_images *= loader.num_crops
+        own_images = loader.num_crops * len(
+            range(rank(), num_images // loader.num_crops, world_size())
+        )
 
         step_loss = torch.zeros((), device=device)
         first = 0
@@ -77,16 +78,17 @@ def train_epoch(
             if num_classes is not None:
                 check_labels(batch.labels, num_classes)
             images, labels = batch.to(device)  # (B, C, H, W), (B,)
-            stands_in = first == own_images  # for another process's image: weighs nothing
+            # What stands in for another process's image weighs nothing.
+            num_counted = len(images) if first < own_images else 0
             # Gradients are reduced once a step, not once a micro-step.
             with gradient_sync(model, enabled=micro_step == len(micro_batches)):
                 with precision.autocast():
-                    loss = loss_of(images, labels, 0 if stands_in else first)
-                    loss = loss * (0.0 if stands_in else len(images) * weight)
+                    loss = loss_of(images, labels, first if num_counted else 0)
+                    loss = loss * (num_counted * weight)
                 precision.backward(loss)
             step_loss += loss.detach()
-            if not stands_in:
-                first += len(images)
+            first += num_counted
+            if num_counted:
                 state.broken.add(batch.broken)
 
         grad_norm = precision.step(state.optimizer, model)

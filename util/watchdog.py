@@ -162,6 +162,8 @@ def stop_watchdog() -> None:
     global _watchdog
     if _watchdog is not None:
         _watchdog.stopped.set()
+        # Python aborts when it ends while a thread is in a call of the store.
+        _watchdog.thread.join(SILENT)
         _watchdog = None
 
 
