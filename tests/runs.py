@@ -194,9 +194,23 @@ def copied(folder, place):
     return Path(shutil.copytree(folder, place))
 
 
+def six_epochs(images, folder):
+    """The arguments of a run for launchers, long enough to be interrupted."""
+    argv = ["--data_path", images, *TINY, "--epochs", 6, "--log_every", 1]
+    return [*argv, "--output_dir", folder]
+
+
+def run_two_processes(images, folder):
+    """A run of `six_epochs` by torchrun; return its folder."""
+    words = command("main_pretrain.py", *six_epochs(images, folder), processes=2)
+    code, _, err = finish(start(words))
+    assert code == 0, err
+    return folder
+
+
 def assert_same_run(folder, expected):
     """The last checkpoints and the logs of two runs are the same, as far as they have to repeat."""
-    states = [read_checkpoint(list_checkpoints(f)[-1], "pretrain") for f in (folder, expected)]
+    states = [last_checkpoint(f) for f in (folder, expected)]
     for key in ("model", "optimizer", "progress"):
         assert_identical(*(state[key] for state in states), key)
     assert log_without_time(folder) == log_without_time(expected)

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from runs import (
     ROOT,
-    TINY,
     assert_same_run,
     command,
     finish,
     interrupt,
     refusal,
+    run_two_processes,
+    six_epochs,
     start,
     tasks_of,
     wait_until,
@@ -205,18 +206,9 @@ def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("images"), 96)
 
 
-def options(images, folder):
-    argv = ["--data_path", images, *TINY, "--epochs", 6, "--log_every", 1]
-    return [*argv, "--output_dir", folder]
-
-
 @pytest.fixture(scope="module")
 def undisturbed(images, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    words = command("main_pretrain.py", *options(images, folder), processes=2)
-    code, _, err = finish(start(words))
-    assert code == 0, err
-    return folder
+    return run_two_processes(images, tmp_path_factory.mktemp("undisturbed"))
 
 
 TWO = ["--cluster", "local", "--tasks_per_node", 2]
@@ -225,7 +217,7 @@ TWO = ["--cluster", "local", "--tasks_per_node", 2]
 @pytest.mark.slow
 def test_two_local_tasks_equal_two_of_torchrun(images, undisturbed, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    argv = options(images.relative_to(tmp_path.parent), "here")
+    argv = six_epochs(images.relative_to(tmp_path.parent), "here")
     folder = tmp_path.parent / "here"
     flags = ["--partition", "P", "--slurm_x=y"]
     number, log, out = launch(*TWO, *flags, main_flags=argv, cwd=tmp_path.parent)
@@ -239,7 +231,7 @@ def test_two_local_tasks_equal_two_of_torchrun(images, undisturbed, tmp_path, mo
 @pytest.mark.slow
 def test_a_local_job_starts_again_after_sigusr1(images, undisturbed, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    number, log, out = launch(*TWO, main_flags=options(images, tmp_path))
+    number, log, out = launch(*TWO, main_flags=six_epochs(images, tmp_path))
     again, end = re.findall(r"(kill.*)$", out, re.M)
     assert (again, end) == (f"kill -USR1 {number}", f"kill {number}")
     interrupt(
@@ -257,7 +249,7 @@ def test_a_local_job_starts_again_after_sigusr1(images, undisturbed, tmp_path, m
 
 @pytest.mark.slow
 def test_a_local_job_saves_and_ends_after_sigterm(images, tmp_path):
-    number, log, out = launch(*TWO, main_flags=options(images, tmp_path))
+    number, log, out = launch(*TWO, main_flags=six_epochs(images, tmp_path))
     end = out.splitlines()[-1].partition(": ")[2]
     interrupt(
         log,
@@ -273,7 +265,7 @@ def test_a_local_job_saves_and_ends_after_sigterm(images, tmp_path):
 
 
 def test_debug_is_the_main_itself(images, tmp_path):
-    argv = [*options(images, tmp_path), "--lr", 1e30]
+    argv = [*six_epochs(images, tmp_path), "--lr", 1e30]
     words = command(LAUNCHER, "--main", "pretrain", "--cluster", "debug", "--", *argv)
     code, out, err = finish(start(words))
     assert (code, err.count("main_pretrain.py: error: ")) == (1, 1)

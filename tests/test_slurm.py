@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 from runs import (
-    TINY,
     assert_same_run,
     command,
     finish,
     interrupt,
+    run_two_processes,
+    six_epochs,
     start,
     tasks_of,
     wait_until,
@@ -111,18 +112,9 @@ def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("images"), 96)
 
 
-def options(images, folder):
-    argv = ["--data_path", images, *TINY, "--epochs", 6, "--log_every", 1]
-    return [*argv, "--output_dir", folder]
-
-
 @pytest.fixture(scope="module")
 def undisturbed(images, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    words = command("main_pretrain.py", *options(images, folder), processes=2)
-    code, _, err = finish(start(words))
-    assert code == 0, err
-    return folder
+    return run_two_processes(images, tmp_path_factory.mktemp("undisturbed"))
 
 
 def submit(*flags, main_flags):
@@ -152,7 +144,7 @@ def state_at_end(number):
 
 
 def test_a_job_that_is_told_to_goes_on_after_its_requeue(images, undisturbed, tmp_path):
-    number, log = submit(main_flags=options(images, tmp_path))
+    number, log = submit(main_flags=six_epochs(images, tmp_path))
     again = ["scancel", "--signal=USR1", number]
     interrupt(log, "epoch 2/6 step 2", tmp_path, number=signal.SIGUSR1, send=lambda: said(*again))
     assert state_at_end(number) == ("COMPLETED", "0:0", 1), log.read_text()
@@ -164,7 +156,7 @@ def test_a_job_that_is_told_to_goes_on_after_its_requeue(images, undisturbed, tm
 def test_a_job_whose_time_ends_goes_on_after_its_requeue(images, undisturbed, tmp_path):
     # SLURM looks twice a minute, and sends the signal up to half a minute before it is due.
     limit = ["--time", "00:01:00", "--signal_seconds", 15]
-    number, log = submit(*limit, main_flags=options(images, tmp_path))
+    number, log = submit(*limit, main_flags=six_epochs(images, tmp_path))
     interrupt(log, "epoch 2/6 step 2", tmp_path, number=signal.SIGUSR1)
     state, code, restarts = state_at_end(number)
     assert (state, code) == ("COMPLETED", "0:0"), log.read_text()
@@ -174,7 +166,7 @@ def test_a_job_whose_time_ends_goes_on_after_its_requeue(images, undisturbed, tm
 
 
 def test_a_signal_before_the_run_begins_does_not_lose_it(images, undisturbed, tmp_path):
-    number, log = submit(main_flags=options(images, tmp_path))
+    number, log = submit(main_flags=six_epochs(images, tmp_path))
     wait_until(lambda: log.exists() and "submitit INFO" in log.read_text(), "the first process")
     said("scancel", "--signal=USR1", number)
     assert state_at_end(number) == ("COMPLETED", "0:0", 1), log.read_text()
@@ -183,7 +175,7 @@ def test_a_signal_before_the_run_begins_does_not_lose_it(images, undisturbed, tm
 
 
 def test_a_job_that_is_cancelled_saves_and_ends(images, tmp_path):
-    number, log = submit(main_flags=options(images, tmp_path))
+    number, log = submit(main_flags=six_epochs(images, tmp_path))
     cancel = ["scancel", number]
     interrupt(log, "epoch 2/6 step 2", tmp_path, number=signal.SIGTERM, send=lambda: said(*cancel))
     state, _, restarts = state_at_end(number)
@@ -194,8 +186,8 @@ def test_a_job_that_is_cancelled_saves_and_ends(images, tmp_path):
 
 @pytest.mark.faults
 def test_a_job_that_fails_is_failed_with_the_exit_code_of_the_main(images, tmp_path):
-    wrong = options(tmp_path / "nowhere", tmp_path / "wrong")
-    diverges = [*options(images, tmp_path / "diverges"), "--lr", 1e30]
+    wrong = six_epochs(tmp_path / "nowhere", tmp_path / "wrong")
+    diverges = [*six_epochs(images, tmp_path / "diverges"), "--lr", 1e30]
     jobs = [submit(main_flags=flags) for flags in (wrong, diverges)]
     for (number, log), code in zip(jobs, ("2:0", "1:0"), strict=True):
         assert state_at_end(number) == ("FAILED", code, 0), log.read_text()
@@ -204,7 +196,7 @@ def test_a_job_that_fails_is_failed_with_the_exit_code_of_the_main(images, tmp_p
 
 @pytest.mark.faults
 def test_a_task_that_dies_takes_the_others_along(images, tmp_path):
-    number, log = submit(main_flags=options(images, tmp_path))
+    number, log = submit(main_flags=six_epochs(images, tmp_path))
     first, second = wait_until(lambda: len(t := tasks_of(tmp_path)) == 2 and t, "two processes")
     os.kill(second, signal.SIGKILL)
     os.kill(first, signal.SIGSTOP)  # as if it waited for the other one
@@ -214,7 +206,7 @@ def test_a_task_that_dies_takes_the_others_along(images, tmp_path):
 @pytest.mark.faults
 def test_what_sbatch_refuses_is_told_in_one_sentence(images, tmp_path):
     words = ["scripts/launch_slurm.py", "--main", "pretrain", "--cluster", "slurm"]
-    words += ["--tasks_per_node", 2, "--slurm_partition=none", "--", *options(images, tmp_path)]
+    words += ["--tasks_per_node", 2, "--slurm_partition=none", "--", *six_epochs(images, tmp_path)]
     code, out, err = finish(start(command(*words)))
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1

@@ -6,10 +6,20 @@ import signal
 from pathlib import Path
 
 import pytest
-from runs import TINY, assert_identical, command, finish, log_without_time, run, start, write_images
+from runs import (
+    TINY,
+    assert_identical,
+    command,
+    finish,
+    last_checkpoint,
+    log_without_time,
+    run,
+    start,
+    write_images,
+)
 
 from util import checkpoint
-from util.checkpoint import list_checkpoints, read_checkpoint
+from util.checkpoint import list_checkpoints
 from util.errors import StoppedError
 from util.stopping import SIGNALS, signals_noted, stop_signal
 
@@ -27,7 +37,7 @@ def options(images, folder):
 
 
 def final_state(folder):
-    state = read_checkpoint(list_checkpoints(folder)[-1], "pretrain")
+    state = last_checkpoint(folder)
     return state["model"], state["optimizer"], state["progress"]
 
 

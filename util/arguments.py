@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from util.distributed import world_size
+from util.distributed import TIMEOUT_MINUTES, world_size
 from util.errors import InputError, one_line
 from util.masking import MASK_SAMPLINGS
 from util.precision import AMP_DTYPES, ATTENTION_BACKENDS
@@ -179,7 +179,7 @@ def add_run_args(parser: argparse.ArgumentParser, *, output_dir: str, save_every
     group.add_argument(
         "--timeout_minutes",
         type=positive_float,
-        default=30.0,
+        default=TIMEOUT_MINUTES,
         help="a process that does nothing for so long ends those that wait for it (%(default)s)",
     )
 

@@ -15,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from util.errors import InputError, RunError
 
+TIMEOUT_MINUTES = 30.0  # that processes wait for each other, unless they are told otherwise
+
 
 def start_processes(device: str, *, timeout_minutes: float | None = None) -> torch.device:
     """Join the other processes where torchrun started several; return this process's device.
@@ -24,7 +26,8 @@ def start_processes(device: str, *, timeout_minutes: float | None = None) -> tor
     Args:
         device: "cuda", "cuda:1", "cpu", "mps", ...; several processes on GPUs each take the one
             of their local rank.
-        timeout_minutes: how long the processes wait for each other at most; None is PyTorch's.
+        timeout_minutes: how long the processes wait for each other at most; None is
+            TIMEOUT_MINUTES.
 
     Raises:
         InputError: the device is not there, or torchrun's variables are not complete.
@@ -53,7 +56,8 @@ def start_processes(device: str, *, timeout_minutes: float | None = None) -> tor
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         raise InputError(f"--device {device} cannot compute here: try cuda or cpu") from error
     if starts_several and not dist.is_initialized():
-        _join_processes("nccl" if chosen.type == "cuda" else "gloo", timeout_minutes or 30.0)
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        _join_processes(backend, timeout_minutes or TIMEOUT_MINUTES)
     return chosen
 
 
