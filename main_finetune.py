@@ -39,6 +39,7 @@ from util.arguments import (
 from util.batch_size import micro_steps
 from util.broken_images import BrokenImages
 from util.checkpoint import Progress, TrainState
+from util.compiling import compile_model
 from util.datasets import check_classes, default_dataset, open_heldout, open_pair
 from util.distributed import data_parallel, is_main_process
 from util.errors import InputError, value_errors_are_input_errors
@@ -412,9 +413,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     precision.check_attention_backend(model, torch.zeros(1, 3, *img_size, device=device))
     ema = None if args.ema is None else ModelEmaV3(model, decay=args.ema)
-    if args.compile:
-        precision.check_compiler()
-        model.compile()
+    compile_model(model, args.compile, device=device)
 
     # Where the run goes on, and whether it is still the same run.
     state = TrainState(

@@ -25,6 +25,7 @@ from util.arguments import (
     seed_number,
 )
 from util.broken_images import BrokenImages
+from util.compiling import compile_model
 from util.datasets import check_classes, default_dataset, open_pair
 from util.distributed import is_main_process
 from util.errors import InputError, value_errors_are_input_errors
@@ -207,9 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = model.to(device).eval()
     precision = Precision(args.amp, device, attention_backend=args.attention_backend)
     precision.check_attention_backend(model, torch.zeros(1, 3, *img_size, device=device))
-    if args.compile:
-        precision.check_compiler()
-        model.compile()
+    compile_model(model, args.compile, device=device)
     versions = write_args(output_dir, vars(args))
 
     def features_of(images: IndexedImages) -> Labelled:

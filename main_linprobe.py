@@ -28,6 +28,7 @@ from util.arguments import (
 from util.batch_size import micro_steps
 from util.broken_images import BrokenImages
 from util.checkpoint import Progress, TrainState
+from util.compiling import compile_model
 from util.datasets import check_classes, default_dataset, open_pair
 from util.distributed import data_parallel, is_main_process, same_buffers
 from util.errors import value_errors_are_input_errors
@@ -134,9 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.amp, device, clip_grad=args.clip_grad, attention_backend=args.attention_backend
     )
     precision.check_attention_backend(model, torch.zeros(1, 3, *img_size, device=device))
-    if args.compile:
-        precision.check_compiler()
-        model.compile()
+    compile_model(model, args.compile, device=device)
 
     state = TrainState(
         model=model,

@@ -52,6 +52,7 @@ from util.arguments import (
 from util.batch_size import find_batch_size, micro_steps
 from util.broken_images import BrokenImages
 from util.checkpoint import Progress, TrainState, last_checkpoint
+from util.compiling import COMPILE_MODES, compile_model
 from util.datasets import default_dataset, open_pair
 from util.distributed import data_parallel, is_main_process, world_size
 from util.errors import InputError
@@ -98,7 +99,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         weight_decay=0.05,
         auto_batch_size=True,
     )
-    add_precision_args(parser)
+    add_precision_args(parser, compile_modes=COMPILE_MODES)
     add_memory_args(parser)
     group = parser.add_argument_group("evaluation")
     group.add_argument(
@@ -397,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = build_model(args.model, options)
     set_memory(model, args.memory)
     if args.fsdp:
-        shard(model, [*model.encoder.blocks, *model.decoder.blocks], device)
+        shard(model, model.blocks, device)
     else:
         model.to(device)
     num_patches = model.encoder.num_patches
@@ -409,9 +410,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     example_split = train_split(example.new_zeros(1, num_patches))
     precision.check_attention_backend(model, example, example_split)
     batch_size, accum_iter = plan_batches(args, model, train_split, precision, device)
-    if args.compile:
-        precision.check_compiler()
-        model.compile()
+    compile_model(model, args.compile, device=device, blocks=model.blocks)
 
     loader, val_loader = build_loaders(
         train_set,

@@ -278,6 +278,11 @@ class MaskedAutoencoder(nn.Module):
         self.decoder = decoder
         self.norm_pix_loss = norm_pix_loss
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks, in the order in which they compute."""
+        return [*self.encoder.blocks, *self.decoder.blocks]
+
     def predict(self, images: Tensor, split: TokenSplit) -> Tensor:
         """Predict (B, P, p*p*C) in target space for images (B, C, H, W), see `forward`."""
         return self.decoder(self.encoder(images, split), split)

@@ -152,16 +152,3 @@ def test_the_choice_of_pytorch_needs_no_trial():
         raise AssertionError("called")
 
     Precision("fp32", CPU).check_attention_backend(fails, IMAGES)
-
-
-# The compiler
-
-
-def test_a_compiler_that_fails_is_refused_in_one_sentence(monkeypatch):
-    def broken_compile(function):
-        raise OSError("no compiler\nat all")
-
-    monkeypatch.setattr(torch, "compile", broken_compile)
-    with pytest.raises(InputError, match="--compile does not work") as caught:
-        Precision("fp32", CPU).check_compiler()
-    assert "\n" not in str(caught.value)

@@ -486,7 +486,9 @@ def schedule_settings(
     }
 
 
-def add_precision_args(parser: argparse.ArgumentParser) -> None:
+def add_precision_args(
+    parser: argparse.ArgumentParser, *, compile_modes: Sequence[str] = ("whole",)
+) -> None:
     """In which numbers and by which kernels a step is computed."""
     group = parser.add_argument_group("precision and kernels")
     group.add_argument(
@@ -498,7 +500,14 @@ def add_precision_args(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="PyTorch's attention kernel; a forced one runs or fails (%(default)s)",
     )
-    group.add_argument("--compile", action="store_true", help="torch.compile the model (off)")
+    by_blocks = " or, within seconds, block by block" if "blocks" in compile_modes else ""
+    group.add_argument(
+        "--compile",
+        nargs="?",
+        const="whole",
+        choices=compile_modes,
+        help=f"torch.compile the model as a whole{by_blocks} (off)",
+    )
 
 
 def add_memory_args(parser: argparse.ArgumentParser) -> None:

@@ -86,20 +86,6 @@ class Precision:
             ) from error
         model.zero_grad(set_to_none=True)
 
-    def check_compiler(self) -> None:
-        """Compile a line of code.
-
-        Raises:
-            InputError: torch.compile does not work on this machine.
-        """
-        try:
-            torch.compile(lambda x: x + 1)(torch.zeros(2, device=self.device))
-        except Exception as error:  # compilers fail in many ways
-            raise InputError(
-                f"--compile does not work on this machine ({type(error).__name__}): install a C++ "
-                "compiler and PyTorch's own Triton, or leave it out"
-            ) from error
-
     def backward(self, loss: Tensor) -> None:
         """Backpropagate a loss, scaled in fp16."""
         self.scaler.scale(loss).backward()
