@@ -7,7 +7,6 @@ python main_finetune.py --eval --finetune FINETUNED --data_path IMAGES
 
 import argparse
 import logging
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -55,6 +54,8 @@ from util.sharding import shard, unsharded
 from util.transforms import default_crop_share, eval_transform, finetune_transform
 from util.weights import input_format, load_encoder, read_encoder
 
+MEMORY_ADVICE = "lower --batch_size and raise --accum_iter, or use --memory medium or low"
+
 _logger = logging.getLogger(__name__)
 
 
@@ -92,7 +93,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description="Fine-tune an encoder, train one from scratch, or evaluate a classifier.",
     )
     add_run_args(parser, output_dir="output/finetune", save_every=1)
-    add_data_args(parser, input_size=None, num_workers=min(10, os.cpu_count() or 1))
+    add_data_args(parser, input_size=None)
     add_encoder_args(parser, models=[f"vit_{size}" for size in SIZES], pools=POOLS, pool="avg")
     add_optim_args(
         parser,
@@ -250,7 +251,9 @@ def evaluate_only(args: argparse.Namespace, device: torch.device) -> None:
     load_encoder(model, weights, head=True)
     model.to(device)
     precision = Precision(args.amp, device, attention_backend=args.attention_backend)
-    precision.check_attention_backend(model, torch.zeros(1, 3, *img_size, device=device))
+    precision.check_attention_backend(
+        model, lambda count: (torch.zeros(count, 3, *img_size, device=device),), args.batch_size
+    )
     stats = evaluate(
         model,
         build_own_eval_loader(
@@ -411,7 +414,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     precision = Precision(
         args.amp, device, clip_grad=args.clip_grad, attention_backend=args.attention_backend
     )
-    precision.check_attention_backend(model, torch.zeros(1, 3, *img_size, device=device))
+    precision.check_attention_backend(
+        model, lambda count: (torch.zeros(count, 3, *img_size, device=device),), args.batch_size
+    )
     ema = None if args.ema is None else ModelEmaV3(model, decay=args.ema)
     compile_model(model, args.compile, device=device)
 
@@ -505,4 +510,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, trains=True)
+    run_main(main, trains=True, memory_advice=MEMORY_ADVICE)

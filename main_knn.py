@@ -7,7 +7,6 @@ torchrun --nproc_per_node 8 main_knn.py --finetune PRETRAINED --data_path IMAGES
 
 import argparse
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,6 +39,7 @@ from util.transforms import default_crop_share, eval_transform
 from util.weights import input_format, load_encoder, read_encoder
 
 REPORT = "knn.json"
+MEMORY_ADVICE = "lower --batch_size"
 
 _logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--batch_size", type=positive_int, default=256, help="images of a process (%(default)s)"
     )
-    add_data_args(parser, input_size=None, num_workers=min(10, os.cpu_count() or 1))
+    add_data_args(parser, input_size=None)
     group = parser.add_argument_group("encoder")
     group.add_argument(
         "--finetune",
@@ -207,7 +207,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = build_vit(SIZES[size], img_size=img_size, num_classes=0, pool=args.pool)
     model = model.to(device).eval()
     precision = Precision(args.amp, device, attention_backend=args.attention_backend)
-    precision.check_attention_backend(model, torch.zeros(1, 3, *img_size, device=device))
+    precision.check_attention_backend(
+        model, lambda count: (torch.zeros(count, 3, *img_size, device=device),), args.batch_size
+    )
     compile_model(model, args.compile, device=device)
     versions = write_args(output_dir, vars(args))
 
@@ -261,4 +263,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, memory_advice=MEMORY_ADVICE)

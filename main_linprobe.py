@@ -5,7 +5,6 @@ torchrun --nproc_per_node 8 main_linprobe.py --finetune PRETRAINED --data_path I
 """
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,6 +42,7 @@ from util.transforms import default_crop_share, eval_transform, probe_transform
 from util.weights import input_format, load_encoder, read_encoder
 
 WARMUP_SHARE = 1 / 9  # of the run: 10 of 90 epochs
+MEMORY_ADVICE = "lower --batch_size and raise --accum_iter"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -51,7 +51,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="main_linprobe.py", description="Train a linear classifier on frozen features."
     )
     add_run_args(parser, output_dir="output/linprobe", save_every=1)
-    add_data_args(parser, input_size=None, num_workers=min(10, os.cpu_count() or 1))
+    add_data_args(parser, input_size=None)
     add_encoder_args(parser, models=[f"vit_{size}" for size in SIZES], pools=POOLS, pool="cls")
     add_optim_args(
         parser,
@@ -134,7 +134,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     precision = Precision(
         args.amp, device, clip_grad=args.clip_grad, attention_backend=args.attention_backend
     )
-    precision.check_attention_backend(model, torch.zeros(1, 3, *img_size, device=device))
+    precision.check_attention_backend(
+        model, lambda count: (torch.zeros(count, 3, *img_size, device=device),), args.batch_size
+    )
     compile_model(model, args.compile, device=device)
 
     state = TrainState(
@@ -218,4 +220,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, trains=True)
+    run_main(main, trains=True, memory_advice=MEMORY_ADVICE)

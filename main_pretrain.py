@@ -6,7 +6,6 @@ torchrun --nproc_per_node 8 main_pretrain.py --data_path IMAGES --pred_ratio 0.2
 
 import argparse
 import logging
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -79,6 +78,10 @@ MODELS: dict[str, Callable[..., MaskedAutoencoder]] = {
 }
 NUM_SHOWN = 8  # images in the pictures of reconstructions
 FIGURE = "reconstructions"
+MEMORY_ADVICE = (
+    "lower --batch_size and raise --accum_iter, let --batch_size auto choose both on a GPU, or use "
+    "--memory medium or low"
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -87,7 +90,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read and check the command line; defaults are the paper's (Table 10, App. A.6)."""
     parser = Parser(prog="main_pretrain.py", description="Pre-train CrossMAE or MAE.")
     add_run_args(parser, output_dir="output/pretrain")
-    add_data_args(parser, input_size=224, num_workers=min(10, os.cpu_count() or 1))
+    add_data_args(parser, input_size=224)
     add_crop_args(parser)
     add_model_args(parser, models=MODELS, model="crossmae_vit_base_patch16")
     add_masking_args(parser, mask_ratio=0.75)
@@ -294,15 +297,19 @@ def plan_batches(
     """The images of a micro-step on this process, and the micro-steps of a step.
 
     Raises:
-        InputError: the effective batch size cannot be reached.
+        InputError: the effective batch size cannot be reached, or the chosen attention kernel
+            cannot run.
     """
 
-    def loss_of(num_images: int) -> Tensor:
+    def example(num_images: int) -> tuple[Tensor, TokenSplit]:
         images = torch.zeros(num_images, 3, *model.encoder.img_size, device=device)
-        split = split_tokens(images.new_zeros(num_images, model.encoder.num_patches))
-        with precision.autocast():
-            return model(images, split)
+        return images, split_tokens(images.new_zeros(num_images, model.encoder.num_patches))
 
+    def loss_of(num_images: int) -> Tensor:
+        with precision.autocast():
+            return model(*example(num_images))
+
+    precision.check_attention_backend(model, example)
     batch_size = args.batch_size
     if batch_size == "auto":
         batch_size = find_batch_size(
@@ -312,7 +319,9 @@ def plan_batches(
             device=device,
             multiple_of=args.repeated_aug,
         )
-    return batch_size, micro_steps(batch_size, args.accum_iter, args.effective_batch_size)
+    steps = micro_steps(batch_size, args.accum_iter, args.effective_batch_size)
+    precision.check_attention_backend(model, example, batch_size)
+    return batch_size, steps
 
 
 def make_schedule(
@@ -406,9 +415,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     precision = Precision(
         args.amp, device, clip_grad=args.clip_grad, attention_backend=args.attention_backend
     )
-    example = torch.zeros(1, 3, *options["img_size"], device=device)
-    example_split = train_split(example.new_zeros(1, num_patches))
-    precision.check_attention_backend(model, example, example_split)
     batch_size, accum_iter = plan_batches(args, model, train_split, precision, device)
     compile_model(model, args.compile, device=device, blocks=model.blocks)
 
@@ -532,4 +538,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, trains=True)
+    run_main(main, trains=True, memory_advice=MEMORY_ADVICE)

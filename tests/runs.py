@@ -95,11 +95,11 @@ def run(*argv, main=main_pretrain.main):
         main([str(word) for word in argv])
 
 
-def refusal(capsys, *argv, main=main_pretrain.main, code=2):
+def refusal(capsys, *argv, main=main_pretrain.main, code=2, advice=""):
     """The one sentence on stderr with which a main ends."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught, logging_restored():
-        run_main(lambda: main([str(word) for word in argv]))
+        run_main(lambda: main([str(word) for word in argv]), memory_advice=advice)
     assert caught.value.code == code
     message = capsys.readouterr().err
     assert len(message.splitlines()) == 1, message

@@ -1,10 +1,12 @@
 import pytest
 import torch
 
+from main_pretrain import MEMORY_ADVICE
+from models_crossmae import MaskedAutoencoder
 from tests.runs import TINY, log_without_time, refusal, run, use_nano_models, write_images
 from util import batch_size
 from util.batch_size import candidates, find_batch_size, largest_that_fits, micro_steps
-from util.errors import InputError
+from util.errors import InputError, is_out_of_memory
 
 
 @pytest.fixture(params=[1, 4])
@@ -53,7 +55,66 @@ def test_a_cpu_is_refused():
         find_batch_size(lambda n: None, 8, model=model, device=torch.device("cpu"))
 
 
+NO_ROOM = {
+    "PyTorch": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 ..."),
+    "CUDA": RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasGemmEx(`"),
+    "cuBLAS's handle": RuntimeError(
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"
+    ),
+    "cuDNN": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    "cuDNN 9": RuntimeError("CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    "NCCL": RuntimeError("NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'"),
+    "CPU": RuntimeError(
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."
+    ),
+    "Python": MemoryError(),
+}
+
+
+@pytest.mark.parametrize("error", NO_ROOM.values(), ids=NO_ROOM)
+def test_running_out_of_memory_is_known_by_every_name(error):
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), ValueError("out of memory")],
+)
+def test_other_errors_are_not_taken_for_a_lack_of_memory(error):
+    assert not is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("name", ["PyTorch", "cuBLAS", "cuDNN"])
+def test_a_size_of_which_a_library_finds_no_room_does_not_fit(name, monkeypatch):
+    for function in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, function, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2**40, 2**40))
+
+    def loss_of(num_images):
+        raise NO_ROOM[name]
+
+    model = torch.nn.Linear(2, 2)
+    assert not batch_size.step_fits(loss_of, 8, model=model, device=torch.device("cuda"))
+
+
 # On the command line
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("PyTorch", "(tried to allocate 2.50 GiB)"), ("cuBLAS", "memory: lower")]
+)
+def test_a_batch_that_the_device_cannot_hold_ends_in_advice(
+    name, size, options, tmp_path, monkeypatch, capsys
+):
+    def forward(*_):
+        raise NO_ROOM[name]
+
+    monkeypatch.setattr(MaskedAutoencoder, "forward", forward)
+    sentence = refusal(capsys, *options, "--output_dir", tmp_path / "run", advice=MEMORY_ADVICE)
+    assert sentence.startswith("the device ran out of memory") and size in sentence
+    assert "--batch_size auto" in sentence and "--memory medium" in sentence
 
 
 @pytest.fixture

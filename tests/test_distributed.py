@@ -16,9 +16,11 @@ import torch.distributed as dist
 from runs import ROOT, TINY, command, finish, run, start, write_images
 
 import main_pretrain
+from util import distributed
 from util.checkpoint import list_checkpoints, read_checkpoint
 from util.distributed import (
     data_parallel,
+    default_workers,
     from_main_process,
     gradient_sync,
     is_main_process,
@@ -204,6 +206,29 @@ def test_incomplete_variables_are_refused(monkeypatch):
     monkeypatch.delenv("MASTER_PORT", raising=False)
     with pytest.raises(InputError, match="MASTER_ADDR, MASTER_PORT is not set"):
         start_processes("cpu")
+
+
+def test_nccl_is_told_which_gpu_is_a_process_s_own(monkeypatch):
+    variables = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost"}
+    for name, value in {**variables, "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    zeros, asked = torch.zeros, {}
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: zeros(*size))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(distributed, "_open_store", lambda *_: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **options: asked.update(options))
+    assert start_processes("cuda") == asked["device_id"] == torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "workers"),
+    [(1, 1, 1), (2, 1, 1), (4, 1, 3), (16, 1, 14), (128, 8, 14), (2, 4, 1), (256, 1, 32)],
+)
+def test_workers_leave_a_process_cores_of_its_own(cores, processes, workers, monkeypatch):
+    monkeypatch.setattr(distributed, "available_cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert default_workers() == workers
 
 
 @pytest.mark.parametrize("device", ["abacus", "meta", "cuda:x"])

@@ -1,8 +1,11 @@
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tests.runs import TINY, refusal, run, use_nano_models, write_images
 from util import kernels
 from util.kernels import attention, linear
 
@@ -27,14 +30,14 @@ def output_and_gradients(function, inputs, grad):
 
 
 @pytest.fixture
-def on_amd(monkeypatch):
-    monkeypatch.setattr(kernels, "is_amd", lambda: True)
+def by_onednn(monkeypatch):
+    monkeypatch.setattr(kernels, "cpu_linear", lambda: "onednn")
     monkeypatch.setattr(kernels, "is_large", lambda *_: True)
 
 
 @needs_onednn
 @pytest.mark.parametrize("tokens", [(3, 7), (5,), (2, 3, 4), (1, 1)])
-def test_onednn_gives_the_output_and_gradients_of_a_linear_layer(on_amd, tokens):
+def test_onednn_gives_the_output_and_gradients_of_a_linear_layer(by_onednn, tokens):
     inputs, grad = layer(tokens=tokens)
     got = output_and_gradients(linear, inputs, grad)
     exact = output_and_gradients(
@@ -46,7 +49,7 @@ def test_onednn_gives_the_output_and_gradients_of_a_linear_layer(on_amd, tokens)
 
 
 @needs_onednn
-def test_onednn_takes_transposed_inputs_and_gradients(on_amd):
+def test_onednn_takes_transposed_inputs_and_gradients(by_onednn):
     inputs, grad = layer()
     views = [inputs[0].detach().mT.contiguous().mT.requires_grad_(), *inputs[1:]]
     got = output_and_gradients(linear, views, grad.mT.contiguous().mT)
@@ -56,7 +59,7 @@ def test_onednn_takes_transposed_inputs_and_gradients(on_amd):
 
 @needs_onednn
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (1, 2), (0, 1)])
-def test_onednn_takes_frozen_inputs(on_amd, frozen):
+def test_onednn_takes_frozen_inputs(by_onednn, frozen):
     inputs, grad = layer()
     for i in frozen:
         inputs[i].requires_grad_(False)
@@ -65,19 +68,70 @@ def test_onednn_takes_frozen_inputs(on_amd, frozen):
 
 
 def test_linear_is_pytorchs_elsewhere(monkeypatch):
-    def check(amd, dtype):
-        monkeypatch.setattr(kernels, "is_amd", lambda: amd)
+    def check(kernel, dtype):
+        monkeypatch.setattr(kernels, "cpu_linear", lambda: kernel)
         inputs, _ = layer(dtype, tokens=(8, 50))
         assert torch.equal(linear(*inputs), F.linear(*inputs))
 
     monkeypatch.setattr(kernels, "is_large", lambda *_: True)
-    check(amd=False, dtype=torch.float32)
-    check(amd=True, dtype=torch.float64)
-    check(amd=True, dtype=torch.bfloat16)
+    check("pytorch", dtype=torch.float32)
+    check("onednn", dtype=torch.float64)
+    check("onednn", dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        check(amd=True, dtype=torch.float32)
+        check("onednn", dtype=torch.float32)
     monkeypatch.undo()
-    check(amd=True, dtype=torch.float32)  # a small layer
+    check("onednn", dtype=torch.float32)  # a small layer
+
+
+@pytest.fixture
+def processor(monkeypatch):
+    """A function that makes the processor one with these vectors."""
+    kernels.cpu_linear.cache_clear()
+    monkeypatch.delenv(kernels.CPU_LINEAR, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    yield lambda name: monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: name)
+    kernels.cpu_linear.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernel"),
+    [("AVX512", "onednn"), ("AVX2", "pytorch"), ("DEFAULT", "pytorch"), ("SVE256", "pytorch")],
+)
+def test_what_a_processor_can_do_decides_not_who_made_it(capability, kernel, processor):
+    processor(capability)
+    assert kernels.cpu_linear() == kernel
+
+
+@pytest.mark.parametrize("kernel", kernels.CPU_LINEARS)
+@pytest.mark.parametrize("capability", ["AVX512", "AVX2"])
+def test_the_environment_overrides_the_choice(kernel, capability, processor, monkeypatch):
+    processor(capability)
+    monkeypatch.setenv(kernels.CPU_LINEAR, kernel)
+    assert kernels.cpu_linear() == kernel
+
+
+def test_a_pytorch_without_onednn_computes_by_itself(processor, monkeypatch):
+    processor("AVX512")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert kernels.cpu_linear() == "pytorch"
+
+
+def test_a_run_says_and_keeps_what_computes_it(processor, tmp_path, monkeypatch, capsys):
+    processor("AVX2")
+    use_nano_models(monkeypatch)
+    images = write_images(tmp_path / "images", 8)
+    run("--data_path", images, *TINY, "--device", "cpu", "--output_dir", tmp_path / "run")
+    first = capsys.readouterr().out.splitlines()[0]
+    assert "CPU with AVX2" in first and "float32 layers by pytorch" in first
+    versions = json.loads((tmp_path / "run" / "args.json").read_text())["versions"]
+    assert (versions["cpu_capability"], versions["cpu_linear"]) == ("AVX2", "pytorch")
+
+
+def test_an_unknown_kernel_is_refused_in_one_sentence(processor, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv(kernels.CPU_LINEAR, "mkl")
+    sentence = refusal(capsys, "--output_dir", tmp_path / "run")
+    assert "CROSSMAE_CPU_LINEAR must be onednn or pytorch, not 'mkl'" in sentence
+    assert not (tmp_path / "run").exists()
 
 
 # Attention

@@ -81,7 +81,7 @@ def test_digits_from_start_to_end(tmp_path, weights, capsys):
     assert report["num_classes"] == 10
     assert report["weights"] == report["args"]["finetune"] == str(weights)
     assert report["model"] == "vit_tiny_patch4"
-    assert {"commit", "python", "torch", "torchvision", "timm"} == set(report["versions"])
+    assert {"commit", "python", "torch", "torchvision", "timm"} < set(report["versions"])
     for column in report["results"].values():
         assert column["10-NN"] > 40  # 10 by chance
         few, all_images = column[rows[3]], column[rows[2]]

@@ -83,7 +83,7 @@ def assert_complete(folder, num_epochs, *, held_out):
     """A folder has all that a run leaves."""
     records = json.loads((folder / "args.json").read_text())
     assert records["args"]["output_dir"] == str(folder)
-    assert {"commit", "python", "torch", "torchvision", "timm"} == set(records["versions"])
+    assert {"commit", "python", "torch", "torchvision", "timm"} < set(records["versions"])
     assert re.fullmatch(r"[0-9a-f]{40}\+?|unknown", records["versions"]["commit"])
     log = read_log(folder)
     assert [line["epoch"] for line in log] == list(range(1, num_epochs + 1))

@@ -1,5 +1,7 @@
 """Number formats, loss scaling, clipping and the choice of the attention kernel."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn as nn
@@ -114,7 +116,7 @@ def test_clipping_shortens_the_step_and_reports_the_norm_before_it(amp, clip_gra
 def test_a_kernel_that_cannot_run_is_refused_in_one_sentence(amp):
     precision = Precision(amp, CPU, attention_backend="cudnn")
     with pytest.raises(InputError, match="--attention_backend cudnn cannot run") as caught:
-        precision.check_attention_backend(crossmae_nano(), IMAGES, SPLIT)
+        precision.check_attention_backend(crossmae_nano(), lambda _: (IMAGES, SPLIT))
     assert amp in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -122,7 +124,7 @@ def test_a_kernel_that_cannot_run_is_refused_in_one_sentence(amp):
 def test_a_kernel_that_runs_passes_and_leaves_no_gradients():
     model = crossmae_nano()
     precision = Precision("fp32", CPU, attention_backend="math")
-    precision.check_attention_backend(model, IMAGES, SPLIT)
+    precision.check_attention_backend(model, lambda _: (IMAGES, SPLIT))
     assert all(parameter.grad is None for parameter in model.parameters())
     with precision.autocast():
         forced = model(IMAGES, SPLIT)
@@ -147,8 +149,33 @@ def test_only_the_forced_kernel_is_allowed(backend):
     assert enabled_backends() == before
 
 
+def test_cudnn_is_never_pytorchs_choice_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **options: nullcontext())
+    with Precision("bf16", torch.device("cuda")).autocast():
+        assert enabled_backends() == {name: name != "cudnn" for name in ATTENTION_BACKENDS}
+
+
+def test_a_gpu_tries_a_forced_kernel_with_the_batch_it_will_get(monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **options: nullcontext())
+    precision, tried = Precision("bf16", torch.device("cuda"), attention_backend="math"), []
+    precision.check_attention_backend(
+        nn.Linear(4, 1), lambda count: (tried.append(count) or torch.ones(count, 4),), 8
+    )
+    assert sorted(tried) == [1, 8]
+
+
+def test_a_lack_of_memory_is_not_blamed_on_the_kernel():
+    def example(_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Precision("fp32", CPU, attention_backend="math").check_attention_backend(
+            nn.Linear(4, 1), example
+        )
+
+
 def test_the_choice_of_pytorch_needs_no_trial():
     def fails(*inputs):
         raise AssertionError("called")
 
-    Precision("fp32", CPU).check_attention_backend(fails, IMAGES)
+    Precision("fp32", CPU).check_attention_backend(nn.Linear(1, 1), fails)

@@ -29,7 +29,8 @@ from torch.distributed.tensor import DTensor
 import main_finetune
 import main_pretrain
 from util.checkpoint import list_checkpoints
-from util.distributed import is_main_process, start_processes
+from util.distributed import gradient_sync, is_main_process, start_processes
+from util.masking import count_tokens, random_split
 from util.sharding import gathered, shard, unsharded
 from util.watchdog import stop_watchdog
 
@@ -89,6 +90,14 @@ def work(folder):
         if is_main_process():  # alone
             assert_identical(copy.encoder(images), whole.encoder(images))
     assert all(parameter.is_meta for parameter in copy.parameters())
+
+    # Gradients are reduced, and so shared out, in the last micro-step alone.
+    split = random_split(torch.rand(2, 16), count_tokens(16, 0.75, 0.25))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for is_last in (False, False, True):
+        with gradient_sync(model, enabled=is_last):
+            model(images, split).backward()
+        assert [parameter.grad is not None for parameter in trained] == [is_last] * len(trained)
 
 
 @pytest.fixture(scope="module")

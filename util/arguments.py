@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from util.distributed import TIMEOUT_MINUTES, world_size
+from util.distributed import TIMEOUT_MINUTES, default_workers, world_size
 from util.errors import InputError, one_line
 from util.masking import MASK_SAMPLINGS
 from util.precision import AMP_DTYPES, ATTENTION_BACKENDS
@@ -184,9 +184,7 @@ def add_run_args(parser: argparse.ArgumentParser, *, output_dir: str, save_every
     )
 
 
-def add_data_args(
-    parser: argparse.ArgumentParser, *, input_size: int | None, num_workers: int
-) -> None:
+def add_data_args(parser: argparse.ArgumentParser, *, input_size: int | None) -> None:
     """Which images, and how they are read; without `input_size`, as the weights were trained."""
     inherited = "" if input_size else "those of --finetune's file, else "
     group = parser.add_argument_group("data")
@@ -237,8 +235,9 @@ def add_data_args(
     group.add_argument(
         "--num_workers",
         type=process_count,
-        default=num_workers,
-        help="loader processes for each process (%(default)s)",
+        default=default_workers(),
+        help="loader processes for each process (its share of the cores, less an eighth: "
+        "%(default)s here)",
     )
 
 

@@ -8,7 +8,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from util.distributed import list_over_processes, world_size
-from util.errors import InputError
+from util.errors import InputError, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,9 @@ def step_fits(
     try:
         loss_of(size).backward()
         return torch.cuda.max_memory_allocated(device) - before <= room
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return False
     finally:
         model.zero_grad(set_to_none=True)

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from util.errors import InputError, RunError
 
+MAX_DEFAULT_WORKERS = 32  # of a process: more would feed no GPU faster, and each takes memory
 TIMEOUT_MINUTES = 30.0  # that processes wait for each other, unless they are told otherwise
 
 
@@ -57,11 +58,13 @@ def start_processes(device: str, *, timeout_minutes: float | None = None) -> tor
         raise InputError(f"--device {device} cannot compute here: try cuda or cpu") from error
     if starts_several and not dist.is_initialized():
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        _join_processes(backend, timeout_minutes or TIMEOUT_MINUTES)
+        # NCCL would otherwise guess which GPU is a process's own.
+        device_id = chosen if chosen.type == "cuda" else None
+        _join_processes(backend, timeout_minutes or TIMEOUT_MINUTES, device_id)
     return chosen
 
 
-def _join_processes(backend: str, timeout_minutes: float) -> None:
+def _join_processes(backend: str, timeout_minutes: float, device_id: torch.device | None) -> None:
     missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
     if missing:
         raise InputError(
@@ -73,7 +76,7 @@ def _join_processes(backend: str, timeout_minutes: float) -> None:
     timeout = timedelta(minutes=timeout_minutes + 1)
     try:
         store = _open_store(number, timeout)
-        group = {"store": store, "rank": number, "world_size": count}
+        group = {"store": store, "rank": number, "world_size": count, "device_id": device_id}
         dist.init_process_group(backend, timeout=timeout, **group)
     except dist.DistError as error:
         raise RunError(
@@ -107,6 +110,22 @@ def _open_store(number: int, timeout: timedelta) -> dist.Store:
             time.sleep(0.1)
         else:
             return dist.TCPStore(host, port, is_master=False, timeout=timeout)
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def default_workers() -> int:
+    """Loader processes that suit this machine: a process's share of the cores, less an eighth.
+
+    At least one core is left for the process itself, which launches kernels and copies batches.
+    """
+    share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(MAX_DEFAULT_WORKERS, max(1, share - max(1, share // 8)))
 
 
 def stop_processes() -> None:
@@ -169,10 +188,16 @@ def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def gradient_sync(model: nn.Module, *, enabled: bool) -> AbstractContextManager:
-    """Context in which backward reduces gradients over processes, or leaves that for later."""
-    if enabled or not isinstance(model, DistributedDataParallel):
-        return nullcontext()
-    return model.no_sync()
+    """Context in which backward reduces gradients over processes, or leaves that for later.
+
+    A sharded model then keeps whole gradients from one micro-step to the next: four bytes for each
+    parameter, for one reduction a step instead of one a micro-step.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
+    elif isinstance(model, DistributedDataParallel) and not enabled:
+        return model.no_sync()
+    return nullcontext()
 
 
 def same_buffers(model: nn.Module) -> None:

@@ -1,7 +1,20 @@
 """The ways in which a run ends early, and the exit codes they stand for."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
+
+# How libraries below PyTorch say that memory ran out, in errors that are not OutOfMemoryError.
+OUT_OF_MEMORY = (
+    "out of memory",  # CUDA itself, NCCL, MPS
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",  # no room for its workspace
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "ALLOCATION_FAILED",  # cuDNN 9
+    "allocate memory",  # a CPU
+)
 
 
 class InputError(Exception):
@@ -35,6 +48,25 @@ class StoppedError(Exception):
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.signal = signal
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU, in one of its libraries, or on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
+    )
+
+
+def out_of_memory_message(error: BaseException, advice: str) -> str:
+    """A sentence for the user, with the size that was asked for where the error names one.
+
+    Args:
+        error: see `is_out_of_memory`.
+        advice: what to change.
+    """
+    size = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+    asked_for = f" ({size[0][0].lower() + size[0][1:]})" if size else ""
+    return f"the device ran out of memory{asked_for}: {advice}"
 
 
 def one_line(message: str) -> str:

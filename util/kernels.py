@@ -1,22 +1,40 @@
 """Matrix products and attention by the fastest kernel that PyTorch has for the device.
 
-Gains are of a training step of ViT-B, γ = .25, on one core of an AMD EPYC (docs/performance.md).
+docs/performance.md has each rule, and the processors on which it was measured.
 """
 
+import os
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from util.errors import InputError
+
+CPU_LINEAR = "CROSSMAE_CPU_LINEAR"  # the environment variable that overrides the choice
+CPU_LINEARS = ("onednn", "pytorch")
+
 
 @cache
-def is_amd() -> bool:
-    """Whether the processor is AMD's, as far as Linux tells."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
+def cpu_linear() -> str:
+    """What computes large float32 linear layers on this CPU, one of CPU_LINEARS.
+
+    oneDNN where the processor has AVX-512, whoever made it: MKL, PyTorch's choice, leaves the wide
+    vectors out on some and then takes twice the time. On processors with AVX2 alone MKL is the
+    faster one.
+
+    Raises:
+        InputError: the environment asks for something else.
+    """
+    chosen = os.environ.get(CPU_LINEAR)
+    if chosen is not None:
+        if chosen not in CPU_LINEARS:
+            raise InputError(f"{CPU_LINEAR} must be {' or '.join(CPU_LINEARS)}, not {chosen!r}")
+        return chosen
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return "onednn" if has_avx512 and torch.backends.mkldnn.is_available() else "pytorch"
 
 
 def is_large(x: Tensor, weight: Tensor) -> bool:
@@ -28,16 +46,14 @@ def is_large(x: Tensor, weight: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`F.linear`, x (..., in) with weight (out, in) and bias (out,) -> (..., out).
 
-    In float32 on AMD processors oneDNN computes large ones: MKL, PyTorch's choice, takes twice the
-    time there because it leaves out the wide vectors (the step: 1.8 x faster).
+    On a CPU, what computes large ones in float32 depends on the processor, see `cpu_linear`.
     """
     if (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and torch.backends.mkldnn.is_available()
-        and is_amd()
+        and cpu_linear() == "onednn"
         and is_large(x, weight)
     ):
         output = OneDNNLinear.apply(x, weight, bias)
@@ -76,9 +92,10 @@ class OneDNNLinear(torch.autograd.Function):
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention, q (B, h, N, d), k and v (B, h, M, d) -> (B, h, N, d).
 
-    PyTorch chooses the kernel, FlashAttention-2 among them (App. A.7), but on a CPU in reduced
-    precision: the backward pass of its flash kernel there takes six times as long as plain matrix
-    products (the step: 1.2 x faster). A kernel that was forced (`sdpa_kernel`) stays.
+    PyTorch chooses the kernel among those that `sdpa_kernel` allows: FlashAttention-2 on a GPU
+    (App. A.7), unless the caller says otherwise. On a CPU in reduced precision these are plain
+    matrix products, because the backward pass of PyTorch's flash kernel takes six times as long
+    there; a kernel that was forced stays.
     """
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and not is_forced():
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, h, N, M)

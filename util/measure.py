@@ -1,6 +1,5 @@
 """Measuring time and memory of training steps."""
 
-import os
 import platform
 import statistics
 import time
@@ -14,12 +13,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from util.distributed import available_cores
+from util.errors import is_out_of_memory
 from util.flops import ForwardFlops
 from util.kernels import linear
 from util.precision import Precision
 from util.recompute import set_memory
 
 MIB = 2**20
+VECTORS = ("avx", "amx", "sse4", "sve", "asimd")  # how their flags begin
 MATMUL_SIDE = {"cuda": 8192, "cpu": 2048}
 # Of a step, see MeasuredStep.results.
 MEASURED = (
@@ -120,11 +122,6 @@ def build_matmul(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[],
     return multiply, 2 * side**3
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed, on a GPU or a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-
-
 class MeasuredStep:
     """A step of training, and what has been measured of it.
 
@@ -197,7 +194,9 @@ class MeasuredStep:
 
     def warm_up(self, warmup: int) -> None:
         """Measure memory; the peak after a step at least, which makes the optimizer's state."""
-        self.precision.check_attention_backend(self.model, self.images[:1])
+        self.precision.check_attention_backend(
+            self.model, lambda count: (self.images[:count],), len(self.images)
+        )
         parameters = list(self.model.parameters())
         self.saved = saved_bytes(lambda: self.forward(self.images), parameters)
         for _ in range(max(1, warmup)):
@@ -290,18 +289,32 @@ def measure_in_turns(
 
 def describe_machine(device: torch.device) -> dict[str, object]:
     """What a measurement depends on beside the code."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "device": str(device),
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        **describe_cpu(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "cuda": torch.version.cuda if gpu else None,
         "clock": clock_of(device),
+    }
+
+
+def describe_cpu() -> dict[str, object]:
+    """The processor's name, family and model, its vector instructions, and how many cores are ours.
+
+    The name alone says little: processors of one name differ in what they can do.
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().partition("\n\n")[0].splitlines() if cpuinfo.exists() else []
+    known = {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
+    }
+    flags = known.get("flags", known.get("Features", "")).split()
+    return {
+        "cpu": known.get("model name") or platform.processor() or platform.machine(),
+        "cpu_family": known.get("cpu family"),
+        "cpu_model": known.get("model"),
+        "vectors": [flag for flag in flags if flag.startswith(VECTORS)],
+        "cores": available_cores(),
     }

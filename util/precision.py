@@ -1,6 +1,6 @@
 """In which numbers a step is computed, and by which attention kernel."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -9,10 +9,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
-from util.errors import InputError
+from util.errors import InputError, is_out_of_memory
 from util.sharding import whole
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Without cuDNN's, which PyTorch would prefer on recent GPUs: where it has no plan for a shape, it
+# ends the run instead of leaving the shape to another kernel.
+AUTO_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 ATTENTION_BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -38,7 +41,8 @@ class Precision:
         amp: "bf16", "fp16" (with loss scaling) or "fp32"; None takes bf16 where the device has it.
         device: where the model runs.
         clip_grad: largest gradient norm, None for no clipping.
-        attention_backend: one of ATTENTION_BACKENDS, or "auto" for PyTorch's choice.
+        attention_backend: one of ATTENTION_BACKENDS, or "auto" for PyTorch's choice, on a GPU
+            among AUTO_BACKENDS.
     """
 
     def __init__(
@@ -60,31 +64,44 @@ class Precision:
     def autocast(self) -> Iterator[None]:
         """Context for a forward pass."""
         enabled = self.dtype is not torch.float32
-        if self.attention_backend == "auto":
-            kernel = nullcontext()
-        else:
+        if self.attention_backend != "auto":
             kernel = sdpa_kernel(ATTENTION_BACKENDS[self.attention_backend])
+        elif self.device.type == "cuda":
+            kernel = sdpa_kernel(AUTO_BACKENDS)
+        else:
+            kernel = nullcontext()
         with kernel, torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled):
             yield
 
-    def check_attention_backend(self, model: nn.Module, *inputs: object) -> None:
+    def check_attention_backend(
+        self, model: nn.Module, example: Callable[[int], tuple], batch_size: int = 1
+    ) -> None:
         """Try the forced attention kernel on a model, forward and backward.
+
+        Args:
+            model: whose output has a sum.
+            example: number of images -> inputs of the model.
+            batch_size: images of a micro-step. A GPU is tried with as many, since cuDNN plans for
+                each number anew.
 
         Raises:
             InputError: it cannot run.
         """
         if self.attention_backend == "auto":
             return
-        try:
-            with self.autocast():
-                output = model(*inputs)
-            output.sum().backward()
-        except RuntimeError as error:
-            raise InputError(
-                f"--attention_backend {self.attention_backend} cannot run this model on "
-                f"{self.device.type} in {self.amp}: choose another, or auto"
-            ) from error
-        model.zero_grad(set_to_none=True)
+        for num_images in {1, batch_size} if self.device.type == "cuda" else {1}:
+            try:
+                with self.autocast():
+                    output = model(*example(num_images))
+                output.sum().backward()
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                raise InputError(
+                    f"--attention_backend {self.attention_backend} cannot run this model on "
+                    f"{self.device.type} in {self.amp}: choose another, or auto"
+                ) from error
+            model.zero_grad(set_to_none=True)
 
     def backward(self, loss: Tensor) -> None:
         """Backpropagate a loss, scaled in fp16."""

@@ -26,8 +26,16 @@ from util.distributed import (
     start_processes,
     stop_processes,
 )
-from util.errors import InputError, RunError, StoppedError, one_line
+from util.errors import (
+    InputError,
+    RunError,
+    StoppedError,
+    is_out_of_memory,
+    one_line,
+    out_of_memory_message,
+)
 from util.images import IndexedImages, names_hash
+from util.kernels import cpu_linear
 from util.loaders import StepLoader, dead_loader, end_loaders
 from util.lock import lock_folder
 from util.metrics import RunLog
@@ -67,7 +75,12 @@ def start_logging() -> None:
 
 
 def git_commit() -> str:
-    """The commit this code is at, with "+" for local changes; "unknown" outside a repository."""
+    """The commit this code is at, with "+" for local changes; "unknown" if nothing says.
+
+    The environment's COMMIT comes first: a copy of the code may have no repository beside it.
+    """
+    if given := os.environ.get("COMMIT"):
+        return given
     folder = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -82,13 +95,19 @@ def git_commit() -> str:
 
 
 def versions() -> dict[str, str]:
-    """What a result depends on beside its arguments."""
+    """What a result depends on beside its arguments.
+
+    Raises:
+        InputError: the environment asks for kernels that do not exist.
+    """
     return {
         "commit": git_commit(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # by itself no plain value
         "torchvision": torchvision.__version__,
         "timm": timm.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_linear": cpu_linear(),
     }
 
 
@@ -104,7 +123,7 @@ def start_run(
             them wait.
 
     Raises:
-        InputError: the device is not there.
+        InputError: the device is not there, or the environment asks for kernels that do not exist.
     """
     chosen = start_processes(
         device or ("cuda" if torch.cuda.is_available() else "cpu"), timeout_minutes=timeout_minutes
@@ -115,6 +134,11 @@ def start_run(
     torch.manual_seed(seed)
     if chosen.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+    if chosen.type == "cpu":
+        _logger.info(
+            "CPU with %s, %d threads; large float32 layers by %s",
+            *(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), cpu_linear()),
+        )
     return chosen
 
 
@@ -279,7 +303,9 @@ def open_run(
     return checkpoints, run_log
 
 
-def run_main(main: Callable[[], None], *, trains: bool = False) -> NoReturn:
+def run_main(
+    main: Callable[[], None], *, trains: bool = False, memory_advice: str = "give it less at once"
+) -> NoReturn:
     """Run a main and exit: 0, or 2 with one sentence for wrong input, 1 for a failed run.
 
     A signal that stopped the run gives its number and 128, as in a shell.
@@ -287,11 +313,12 @@ def run_main(main: Callable[[], None], *, trains: bool = False) -> NoReturn:
     Args:
         main: to run.
         trains: whether it saves and ends when it finds a signal; others are ended by it at once.
+        memory_advice: what to change where the device runs out of memory.
     """
     try:
         # Noted until all is told, because torchrun ends all processes as soon as one has ended.
         with signals_noted() if trains else nullcontext():
-            code = exit_code(main)
+            code = exit_code(main, memory_advice)
     finally:
         end_loaders()
         stop_watchdog()
@@ -299,7 +326,7 @@ def run_main(main: Callable[[], None], *, trains: bool = False) -> NoReturn:
     sys.exit(code)
 
 
-def exit_code(main: Callable[[], None]) -> int:
+def exit_code(main: Callable[[], None], memory_advice: str) -> int:
     """Run a main and tell how it ended; of several processes that fail, one tells why."""
     try:
         main()
@@ -307,6 +334,8 @@ def exit_code(main: Callable[[], None]) -> int:
         _logger.info("%s", error)
         return 128 + error.signal
     except Exception as error:
+        if is_out_of_memory(error):
+            error = InputError(out_of_memory_message(error, memory_advice))
         message = failure(error)
         death = None if message else dead_loader(error, seconds=1)
         message = message or death or lost_process(error)
