@@ -305,15 +305,16 @@ def plan_batches(
         images = torch.zeros(num_images, 3, *model.encoder.img_size, device=device)
         return images, split_tokens(images.new_zeros(num_images, model.encoder.num_patches))
 
-    def loss_of(num_images: int) -> Tensor:
+    def train_on(num_images: int) -> None:
         with precision.autocast():
-            return model(*example(num_images))
+            loss = model(*example(num_images))
+        precision.backward(loss)
 
     precision.check_attention_backend(model, example)
     batch_size = args.batch_size
     if batch_size == "auto":
         batch_size = find_batch_size(
-            loss_of,
+            train_on,
             args.effective_batch_size,
             model=model,
             device=device,

@@ -92,11 +92,11 @@ def test_a_size_of_which_a_library_finds_no_room_does_not_fit(name, monkeypatch)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2**40, 2**40))
 
-    def loss_of(num_images):
+    def train_on(num_images):
         raise NO_ROOM[name]
 
     model = torch.nn.Linear(2, 2)
-    assert not batch_size.step_fits(loss_of, 8, model=model, device=torch.device("cuda"))
+    assert not batch_size.step_fits(train_on, 8, model=model, device=torch.device("cuda"))
 
 
 # On the command line

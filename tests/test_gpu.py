@@ -47,6 +47,7 @@ every_model = pytest.mark.parametrize(("build", "counts"), MODELS.values(), ids=
 @pytest.fixture(autouse=True)
 def _clean_device():
     torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as in a run
     yield
     gc.collect()
     torch.cuda.empty_cache()
@@ -62,7 +63,7 @@ def loss_and_gradients(model, precision, images, split):
     model.zero_grad()
     with precision.autocast():
         loss = model(images, split)
-    loss.backward()
+    precision.backward(loss / precision.scaler.get_scale())
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
     return loss.detach().cpu(), parameters_to_vector(gradients).detach().cpu()
 
@@ -102,7 +103,8 @@ def test_memory_modes_lower_the_peak():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         with precision.autocast():
-            model(*inputs).backward()
+            loss = model(*inputs)
+        precision.backward(loss)
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[0] > 1.2 * peaks[1] > 1.2 * peaks[2]
 
@@ -185,19 +187,20 @@ def test_a_stopped_run_continues_to_the_same_bits(tmp_path, monkeypatch):
 def test_the_largest_batch_that_fits_is_found():
     model = MODELS["CrossMAE"][0]().to(CUDA)
 
-    def loss_of(num_images):
+    def train_on(num_images):
         images, split = example(batch_size=num_images)
         with Precision("bf16", CUDA).autocast():
-            return model(images, split)
+            loss = model(images, split)
+        loss.backward()
 
-    find = partial(find_batch_size, loss_of, 4096, model=model, device=CUDA)
+    find = partial(find_batch_size, train_on, 4096, model=model, device=CUDA)
     reserved = torch.cuda.memory_reserved()
     total = torch.cuda.get_device_properties(CUDA).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, (reserved + 2 * 2**30) / total))
     try:
         size = find()
         assert 1 < size < 4096
-        loss_of(size).backward()  # the sizes above ran out of memory, this one does not
+        train_on(size)  # the sizes above ran out of memory, this one does not
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert find() >= size

@@ -5,11 +5,13 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn as nn
-from runs import crossmae_nano, mae_nano
+from runs import crossmae_nano, logging_restored, mae_nano
 
 from util.errors import InputError
 from util.masking import count_tokens, random_split
 from util.precision import ATTENTION_BACKENDS, Precision
+from util.recompute import set_memory
+from util.run import start_run
 
 CPU = torch.device("cpu")
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -149,10 +151,33 @@ def test_only_the_forced_kernel_is_allowed(backend):
     assert enabled_backends() == before
 
 
-def test_cudnn_is_never_pytorchs_choice_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch, "autocast", lambda *_, **options: nullcontext())
-    with Precision("bf16", torch.device("cuda")).autocast():
-        assert enabled_backends() == {name: name != "cudnn" for name in ATTENTION_BACKENDS}
+def test_cudnn_is_never_pytorchs_choice_in_a_run_on_a_gpu(monkeypatch):
+    monkeypatch.setattr("util.run.start_processes", lambda *_, **options: torch.device("cuda"))
+    before, matmul = enabled_backends(), torch.get_float32_matmul_precision()
+    try:
+        with logging_restored():
+            start_run(device="cuda", seed=0)
+        assert enabled_backends() == before | {"cudnn": False}
+        with Precision("bf16", CPU, attention_backend="cudnn").attention_kernel():
+            assert enabled_backends()["cudnn"]
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before["cudnn"])
+        torch.set_float32_matmul_precision(matmul)
+
+
+@pytest.mark.parametrize("memory", ["medium", "low"])
+@pytest.mark.parametrize("backend", ["flash", "math"])
+def test_a_forced_kernel_also_computes_what_is_computed_again(backend, memory):
+    model, precision = crossmae_nano(), Precision("bf16", CPU, attention_backend=backend)
+    gradients = []
+    for mode in ("high", memory):
+        set_memory(model, mode)
+        model.zero_grad()
+        with precision.autocast():
+            loss = model(IMAGES, SPLIT)
+        precision.backward(loss)
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(map(torch.equal, *gradients))
 
 
 def test_a_gpu_tries_a_forced_kernel_with_the_batch_it_will_get(monkeypatch):

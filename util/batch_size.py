@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
-from torch import Tensor
 
 from util.distributed import list_over_processes, world_size
 from util.errors import InputError, is_out_of_memory
@@ -76,7 +75,7 @@ def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
 
 
 def step_fits(
-    loss_of: Callable[[int], Tensor], size: int, *, model: nn.Module, device: torch.device
+    train_on: Callable[[int], None], size: int, *, model: nn.Module, device: torch.device
 ) -> bool:
     """Whether a step on so many images leaves room for what a whole run needs besides.
 
@@ -84,7 +83,7 @@ def step_fits(
     which gradients are averaged. Nothing is changed but the device's cache of free memory.
 
     Args:
-        loss_of: number of images -> loss.
+        train_on: goes forward and backward with so many images.
         size: number of images.
         model: whose gradients are computed, and dropped.
         device: a CUDA device.
@@ -97,7 +96,7 @@ def step_fits(
     room = SHARE * (torch.cuda.mem_get_info(device)[0]) - later
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        loss_of(size).backward()
+        train_on(size)
         return torch.cuda.max_memory_allocated(device) - before <= room
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -110,7 +109,7 @@ def step_fits(
 
 
 def find_batch_size(
-    loss_of: Callable[[int], Tensor],
+    train_on: Callable[[int], None],
     effective_batch_size: int,
     *,
     model: nn.Module,
@@ -120,7 +119,7 @@ def find_batch_size(
     """The largest micro-batch that fits on every process's GPU, and divides its share of a step.
 
     Args:
-        loss_of: number of images -> loss of as many, computed as in training.
+        train_on: goes forward and backward with so many images, as training does.
         effective_batch_size: of all processes.
         model: what is trained.
         device: where it is.
@@ -135,7 +134,7 @@ def find_batch_size(
             "number"
         )
     sizes = candidates(effective_batch_size, multiple_of)
-    size = largest_that_fits(sizes, lambda n: step_fits(loss_of, n, model=model, device=device))
+    size = largest_that_fits(sizes, lambda n: step_fits(train_on, n, model=model, device=device))
     size = min(list_over_processes([size]))
     logger.info("the largest batch that fits is %d of a process's %d", size, sizes[-1])
     return size

@@ -1,7 +1,7 @@
 """In which numbers a step is computed, and by which attention kernel."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn as nn
@@ -13,9 +13,6 @@ from util.errors import InputError, is_out_of_memory
 from util.sharding import whole
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Without cuDNN's, which PyTorch would prefer on recent GPUs: where it has no plan for a shape, it
-# ends the run instead of leaving the shape to another kernel.
-AUTO_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 ATTENTION_BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -41,8 +38,7 @@ class Precision:
         amp: "bf16", "fp16" (with loss scaling) or "fp32"; None takes bf16 where the device has it.
         device: where the model runs.
         clip_grad: largest gradient norm, None for no clipping.
-        attention_backend: one of ATTENTION_BACKENDS, or "auto" for PyTorch's choice, on a GPU
-            among AUTO_BACKENDS.
+        attention_backend: one of ATTENTION_BACKENDS, or "auto" for PyTorch's choice.
     """
 
     def __init__(
@@ -60,17 +56,19 @@ class Precision:
         self.attention_backend = attention_backend
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
 
+    def attention_kernel(self) -> AbstractContextManager:
+        """Context in which attention is computed by the chosen kernel."""
+        if self.attention_backend == "auto":
+            return nullcontext()
+        return sdpa_kernel(ATTENTION_BACKENDS[self.attention_backend])
+
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """Context for a forward pass."""
-        enabled = self.dtype is not torch.float32
-        if self.attention_backend != "auto":
-            kernel = sdpa_kernel(ATTENTION_BACKENDS[self.attention_backend])
-        elif self.device.type == "cuda":
-            kernel = sdpa_kernel(AUTO_BACKENDS)
-        else:
-            kernel = nullcontext()
-        with kernel, torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled):
+        autocast = torch.autocast(
+            self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32
+        )
+        with self.attention_kernel(), autocast:
             yield
 
     def check_attention_backend(
@@ -93,7 +91,7 @@ class Precision:
             try:
                 with self.autocast():
                     output = model(*example(num_images))
-                output.sum().backward()
+                self.backward(output.sum())
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
@@ -105,7 +103,8 @@ class Precision:
 
     def backward(self, loss: Tensor) -> None:
         """Backpropagate a loss, scaled in fp16."""
-        self.scaler.scale(loss).backward()
+        with self.attention_kernel():  # attention may be computed again, see util.recompute
+            self.scaler.scale(loss).backward()
 
     def step(self, optimizer: Optimizer, model: nn.Module) -> Tensor:
         """Update the parameters; return the gradient norm before clipping, on the device."""

@@ -134,6 +134,9 @@ def start_run(
     torch.manual_seed(seed)
     if chosen.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+        # PyTorch's first choice on recent GPUs. Where it has no plan for a shape, it ends the run
+        # instead of leaving the shape to FlashAttention. --attention_backend cudnn has it back.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if chosen.type == "cpu":
         _logger.info(
             "CPU with %s, %d threads; large float32 layers by %s",
