@@ -18,7 +18,7 @@ from util.loaders import StepLoader
 from util.metrics import read_log
 from util.precision import Precision
 from util.seeding import seed_everything
-from util.training import LossOfImages, check_labels, train_epoch
+from util.training import LossOfBatch, check_labels, train_epoch
 
 _logger = logging.getLogger(__name__)
 
@@ -79,10 +79,11 @@ def train_one_epoch(
         Mean metrics of the epoch.
     """
 
-    def start_step(step: int, _: int) -> LossOfImages:
+    def start_step(step: int, _: int) -> LossOfBatch:
         seed_everything("train", seed, step, rank())
 
-        def loss_of(images: Tensor, labels: Tensor, _: int) -> Tensor:
+        def loss_of(batch: Batch, _: int) -> Tensor:
+            images, labels = batch.to(device)  # (B, C, H, W), (B,)
             if mixup is not None:
                 images, labels = mix_images(mixup, images, labels, num_classes)
             return F.cross_entropy(model(images).float(), labels, label_smoothing=smoothing)

@@ -22,7 +22,7 @@ from util.patches import denormalize_patches
 from util.precision import Precision
 from util.seeding import generator_for
 from util.streams import StreamedImages
-from util.training import LossOfImages, train_epoch
+from util.training import LossOfBatch, train_epoch
 from util.transforms import denormalize
 
 KNN_EVERY = 20  # epochs
@@ -90,12 +90,13 @@ def train_one_epoch(
         Mean metrics of the epoch.
     """
 
-    def start_step(step: int, num_images: int) -> LossOfImages:
+    def start_step(step: int, num_images: int) -> LossOfBatch:
         noise = step_noise(  # (own images, L)
             seed, step, num_images, num_patches, device, num_crops=loader.num_crops
         )
 
-        def loss_of(images: Tensor, _: Tensor, first: int) -> Tensor:
+        def loss_of(batch: Batch, first: int) -> Tensor:
+            images = batch.raw(device)  # (B, C, H, W)
             split = split_tokens(noise[first : first + len(images)])  # visible (B, V), ...
             return model(images, split)
 

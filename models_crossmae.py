@@ -33,8 +33,9 @@ from models_vit import (
     learned_token,
     split_heads,
 )
+from util.kernels import stack_factors
 from util.masking import TokenSplit
-from util.patches import gather_patches, gather_tokens, patch_moments
+from util.patches import RawImages, gather_patches, gather_tokens, patch_moments
 from util.recompute import Recomputing
 
 IBA_INITS = ("normal", "xavier")
@@ -89,7 +90,7 @@ class InterBlockAttention(Recomputing):
         """Mix the K maps (B, N, D) that take part into (J, B, N, D)."""
         weight = self.weight.softmax(dim=1) if self.softmax else self.weight
         # Maps stacked in front leave each decoder block's mix contiguous.
-        stacked = torch.stack(maps)  # (K, B, N, D)
+        stacked = stack_factors(maps)  # (K, B, N, D)
         return (weight @ stacked.flatten(1)).unflatten(1, stacked.shape[1:])  # (J, B, N, D)
 
 
@@ -283,16 +284,16 @@ class MaskedAutoencoder(nn.Module):
         """The transformer blocks, in the order in which they compute."""
         return [*self.encoder.blocks, *self.decoder.blocks]
 
-    def predict(self, images: Tensor, split: TokenSplit) -> Tensor:
+    def predict(self, images: Tensor | RawImages, split: TokenSplit) -> Tensor:
         """Predict (B, P, p*p*C) in target space for images (B, C, H, W), see `forward`."""
         return self.decoder(self.encoder(images, split), split)
 
-    def predicted_patches(self, images: Tensor, split: TokenSplit) -> Tensor:
+    def predicted_patches(self, images: Tensor | RawImages, split: TokenSplit) -> Tensor:
         """The original pixels (B, P, p*p*C) of the predicted patches, in at least float32."""
         patches = gather_patches(images, split.predicted, self.encoder.patch_size)
         return patches.to(torch.promote_types(patches.dtype, torch.float32))
 
-    def target(self, images: Tensor, split: TokenSplit) -> Tensor:
+    def target(self, images: Tensor | RawImages, split: TokenSplit) -> Tensor:
         """What `predict` should return, (B, P, p*p*C) in at least float32."""
         patches = self.predicted_patches(images, split)
         if self.norm_pix_loss:
@@ -300,7 +301,7 @@ class MaskedAutoencoder(nn.Module):
             patches = (patches - mean) / std
         return patches  # (B, P, p*p*C)
 
-    def pixels(self, pred: Tensor, images: Tensor, split: TokenSplit) -> Tensor:
+    def pixels(self, pred: Tensor, images: Tensor | RawImages, split: TokenSplit) -> Tensor:
         """Take predictions (B, P, p*p*C) out of target space, for PSNR and pictures.
 
         With norm_pix_loss the model does not predict a patch's mean and standard deviation; they
@@ -311,11 +312,11 @@ class MaskedAutoencoder(nn.Module):
         mean, std = patch_moments(self.predicted_patches(images, split))
         return pred * std + mean
 
-    def forward(self, images: Tensor, split: TokenSplit) -> Tensor:
+    def forward(self, images: Tensor | RawImages, split: TokenSplit) -> Tensor:
         """Mean squared error over the predicted patches (Sec. 3.1), a scalar of at least float32.
 
         Args:
-            images: (B, C, H, W), normalised.
+            images: (B, C, H, W), normalised, or raw ones.
             split: `visible` (B, V) and `predicted` (B, P).
         """
         target = self.target(images, split)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from util.kernels import attention, linear
 from util.masking import TokenSplit
-from util.patches import gather_patches, gather_tokens, patchify
+from util.patches import RawImages, gather_patches, gather_tokens, patchify
 from util.pos_embed import sincos_table
 from util.recompute import Recomputing
 
@@ -294,7 +294,7 @@ class ViTEncoder(nn.Module):
         """L, patches per image."""
         return self.grid_size[0] * self.grid_size[1]
 
-    def tokens(self, images: Tensor, split: TokenSplit | None = None) -> Tensor:
+    def tokens(self, images: Tensor | RawImages, split: TokenSplit | None = None) -> Tensor:
         """Embed the visible patches, or all of them, behind the class token; see `forward`.
 
         Patches are picked before they are embedded, so that a masked patch costs nothing.
@@ -327,11 +327,11 @@ class ViTEncoder(nn.Module):
         """
         return F.layer_norm(self(images)[-1][:, 1:].mean(dim=1), (self.embed_dim,), eps=NORM_EPS)
 
-    def forward(self, images: Tensor, split: TokenSplit | None = None) -> list[Tensor]:
+    def forward(self, images: Tensor | RawImages, split: TokenSplit | None = None) -> list[Tensor]:
         """Encode the visible patches, or all of them.
 
         Args:
-            images: (B, C, H, W), normalised.
+            images: (B, C, H, W), normalised; with a split, raw ones too.
             split: `visible` is (B, V); None encodes every patch, for downstream use.
 
         Returns:

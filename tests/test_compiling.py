@@ -15,6 +15,7 @@ from util.compiling import compile_model
 from util.distributed import data_parallel
 from util.errors import InputError
 from util.masking import count_tokens, random_split
+from util.patches import RawImages
 from util.recompute import MEMORY_MODES, set_memory
 
 CPU = torch.device("cpu")
@@ -34,7 +35,8 @@ def _no_graphs_of_other_tests():
 
 
 def masked_loss(model, batch_size):
-    images = torch.randn(batch_size, 3, 32, 32)
+    pixels = torch.randint(0, 256, (batch_size, 3, 32, 32), dtype=torch.uint8)
+    images = RawImages(pixels, mean=torch.rand(3), std=torch.rand(3))
     split = random_split(torch.rand(batch_size, 64), count_tokens(64, 0.75, 0.25))
     return model(images, split)
 

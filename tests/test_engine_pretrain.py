@@ -31,7 +31,7 @@ from util.metrics import EpochMeters
 from util.optim import build_adamw
 from util.patches import patchify
 from util.precision import Precision
-from util.transforms import eval_transform, pretrain_transform
+from util.transforms import Normalization, eval_transform, pretrain_transform
 
 CPU = torch.device("cpu")
 IMG_SIZE, NUM_PATCHES = (16, 16), 16  # of the nano models, with patches of 4 pixels
@@ -528,3 +528,18 @@ def test_pictures_decode_every_masked_patch(images, build, monkeypatch):
         torch.testing.assert_close(
             reconstruction[i, split.predicted[i]], pred[i].clamp(0, 1).flatten(1)
         )
+
+
+def test_raw_images_train_as_normalised_ones_to_the_bit():
+    pixels = torch.randint(0, 256, (4, 16, 16, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    flips = torch.tensor([True, False, False, True])
+    normalization = Normalization((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+    batch = Batch(pixels, torch.zeros(4), [], flips, normalization)
+    split = random_split(torch.rand(4, 16), count_tokens(16, 0.75, 0.5))
+    model, results = crossmae_nano(), []
+    for images in (batch.to(CPU)[0], batch.raw(CPU)):
+        model.zero_grad()
+        loss = model(images, split)
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert all(map(torch.equal, *results))

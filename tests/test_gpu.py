@@ -20,7 +20,7 @@ from tests.runs import TINY, log_without_time, run, run_until, write_images
 from util.batch_size import find_batch_size
 from util.compiling import compile_model
 from util.errors import InputError
-from util.images import Batch, Sample, collate
+from util.images import Batch, CopyStream, Sample, collate
 from util.masking import count_tokens, random_split
 from util.metrics import EpochMeters
 from util.optim import build_adamw, set_lr
@@ -136,11 +136,12 @@ def test_the_host_never_waits_for_the_device_within_a_step(amp, memory):
     flips = torch.tensor([True, False] * 4).pin_memory()
     labels = torch.zeros(8, dtype=torch.long).pin_memory()
     batch = Batch(pixels, labels, [], flips, Normalization((0.5,) * 3, (0.5,) * 3))
+    copies = CopyStream(CUDA)
 
     def step(number):
         set_lr(optimizer, 1e-4)
         split = random_split(step_noise(0, number, 8, 196, CUDA), COUNTS)
-        images, _ = batch.to(CUDA)
+        images = copies.copy(batch).raw(CUDA)
         with precision.autocast():
             loss = model(images, split)
         precision.backward(loss)
@@ -157,6 +158,26 @@ def test_the_host_never_waits_for_the_device_within_a_step(amp, memory):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert meters.read()["loss"] > 0
+
+
+def test_batches_copied_beside_the_computing_arrive_whole():
+    batches = [
+        Batch(
+            torch.full((64, 3, 224, 224), number, dtype=torch.uint8).pin_memory(),
+            torch.full((64,), number).pin_memory(),
+            [],
+            torch.tensor([True, False] * 32).pin_memory(),
+            Normalization((0.0,) * 3, (1.0,) * 3),
+        )
+        for number in range(20)
+    ]
+    copies, found = CopyStream(CUDA), []
+    a = torch.randn(4096, 4096, device=CUDA)
+    for batch in batches:  # the device is far behind the host, and memory is used again
+        images, labels = copies.copy(batch).to(CUDA)
+        a = a @ a / a.norm()
+        found.append(((images * 255).mean() + labels.float().mean()) / 2)
+    assert torch.stack(found).tolist() == pytest.approx(range(20), abs=1e-3)
 
 
 def test_compiled_training_agrees_with_eager():

@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.runs import TINY, refusal, run, use_nano_models, write_images
 from util import kernels
-from util.kernels import attention, linear
+from util.kernels import attention, linear, stack_factors
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN"
@@ -132,6 +132,25 @@ def test_an_unknown_kernel_is_refused_in_one_sentence(processor, monkeypatch, ca
     sentence = refusal(capsys, "--output_dir", tmp_path / "run")
     assert "CROSSMAE_CPU_LINEAR must be onednn or pytorch, not 'mkl'" in sentence
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 3, (torch.float32, torch.bfloat16)])
+def test_factors_cast_before_they_are_stacked_give_the_same_bits(dtypes):
+    maps = [torch.randn(2, 5, 8).to(dtype).requires_grad_() for dtype in dtypes]
+    weight, grad = torch.randn(4, len(maps)), torch.randn(4, 80, dtype=torch.bfloat16)
+    results = []
+    for stack in (torch.stack, stack_factors):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = weight @ stack(maps).flatten(1)
+        results.append([output, *torch.autograd.grad(output, maps, grad)])
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_factors_stay_as_they_are_without_autocast(dtype):
+    maps = [torch.randn(2, 3, dtype=dtype) for _ in range(3)]
+    assert torch.equal(stack_factors(maps), torch.stack(maps))
+    assert stack_factors(maps).dtype is dtype
 
 
 # Attention

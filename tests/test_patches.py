@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from util.patches import (
+    RawImages,
     denormalize_patches,
     gather_patches,
     gather_tokens,
+    normalize,
     patch_moments,
     patchify,
     scatter_patches,
@@ -49,6 +51,29 @@ def test_unpatchify_undoes_patchify_and_back(shape):
     patches = patchify(images, p)
     assert torch.equal(unpatchify(patches, p, grid_size), images)
     assert torch.equal(patchify(unpatchify(patches, p, grid_size), p), patches)
+
+
+@shapes
+def test_the_order_of_channels_in_memory_changes_no_patch(shape):
+    images, ids = draw(shape, count=2)
+    last = images.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(patchify(last, shape[-1]), patchify(images, shape[-1]))
+    gathered = (gather_patches(x, ids, shape[-1]) for x in (last, images))
+    assert torch.equal(*gathered)
+
+
+@shapes
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_patches_of_raw_images_are_those_of_normalised_ones_to_the_bit(shape, memory_format):
+    C, H, W, p = shape
+    pixels = torch.randint(0, 256, (2, C, H, W), dtype=torch.uint8)
+    pixels = pixels.contiguous(memory_format=memory_format)
+    mean, std = torch.rand(C), 0.1 + torch.rand(C)
+    raw = RawImages(pixels, mean, std)
+    images = normalize(pixels, mean.view(-1, 1, 1), std.view(-1, 1, 1))
+    assert raw.shape == images.shape and len(raw) == len(images)
+    _, ids = draw(shape, count=2)
+    assert torch.equal(gather_patches(raw, ids, p), gather_patches(images, ids, p))
 
 
 @shapes

@@ -43,9 +43,9 @@ def train(model, loader, state, *, seen=None, num_classes=NUM_CLASSES, lr=0.1, *
     seen, recorder = [] if seen is None else seen, Recorder()
 
     def start_step(step, num_images):
-        def loss_of(images, labels, first):
-            seen.append((step, num_images, len(images), first))
-            return errors_of(model, Batch(images, labels, [])).mean()
+        def loss_of(batch, first):
+            seen.append((step, num_images, len(batch.images), first))
+            return errors_of(model, batch).mean()
 
         return loss_of
 

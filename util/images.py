@@ -21,6 +21,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from util.broken_images import reason_of, too_many_broken
 from util.errors import InputError, RunError
+from util.patches import RawImages
 from util.transforms import Box, Crops, Normalization, Transform, resize_crop, to_rgb
 
 # By itself timm finds .png, .jpg and .jpeg only, and passes over the others without a word.
@@ -68,7 +69,7 @@ class EncodedCrops(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One micro-batch, as it leaves a worker; `to` completes it."""
+    """One micro-batch, as it leaves a worker; `to`, or `raw`, completes it."""
 
     images: Tensor  # (B, 3, H, W): uint8, channels last in memory, or float32 and normalised
     labels: Tensor  # (B,), int64; -1 where the source has none
@@ -82,14 +83,52 @@ class Batch(NamedTuple):
 
         The host does not wait for the device, unless that decodes.
         """
-        images, labels = (t.to(device, non_blocking=True) for t in (self.images, self.labels))
+        images, labels = self._upright(device), self.labels.to(device, non_blocking=True)
+        return images if self.normalization is None else self.normalization(images), labels
+
+    def raw(self, device: torch.device) -> Tensor | RawImages:
+        """The images of `to`, normalised only where patches of them are read, if they are uint8."""
+        images = self._upright(device)
+        return images if self.normalization is None else self.normalization.later(images)
+
+    def _upright(self, device: torch.device) -> Tensor:
+        """Images (B, 3, H, W) on the device: decoded, and flipped where they are to be."""
+        images = self.images.to(device, non_blocking=True)
         if self.encoded is not None:
             decoded, others = iter(self.encoded.decode(device)), iter(images)
             images = torch.stack([next(decoded if e else others) for e in self.encoded.is_encoded])
         if self.flips is not None:
             flips = self.flips.to(device, non_blocking=True).view(-1, 1, 1, 1)
             images = torch.where(flips, images.flip(3), images)
-        return images if self.normalization is None else self.normalization(images), labels
+        return images
+
+
+class CopyStream:
+    """Copies batches to a GPU on a stream of its own, beside what the GPU computes.
+
+    The host is a step or so ahead of a GPU, so that the next batch is on its way while the one
+    before is computed.
+
+    Args:
+        device: where batches go; only a GPU has streams, and copies elsewhere are left to `Batch`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def copy(self, batch: Batch) -> Batch:
+        """The batch with its tensors on the GPU, for what is launched from now on."""
+        if self.stream is None:
+            return batch
+        names = [name for name in ("images", "labels", "flips") if getattr(batch, name) is not None]
+        with torch.cuda.stream(self.stream):
+            copies = {n: getattr(batch, n).to(self.device, non_blocking=True) for n in names}
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self.stream)
+        for tensor in copies.values():
+            tensor.record_stream(computing)  # its memory is free when that has read it
+        return batch._replace(**copies)
 
 
 def collate(samples: list[Sample | InputError | RunError]) -> Batch | InputError | RunError:

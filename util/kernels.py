@@ -4,6 +4,7 @@ docs/performance.md has each rule, and the processors on which it was measured.
 """
 
 import os
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -87,6 +88,18 @@ class OneDNNLinear(torch.autograd.Function):
             grads = torch.ops.aten.mkldnn_linear_backward_weights(grad, x.to_mkldnn(), weight, True)
             grad_weight, grad_bias = (g.to_dense() for g in grads)
         return grad_x, grad_weight, grad_bias
+
+
+def stack_factors(tensors: Sequence[Tensor]) -> Tensor:
+    """`torch.stack` of what goes into a matrix product, in the number format of that product.
+
+    Autocast would stack in float32 and cast the result: the same bits, and more bytes.
+    """
+    device = tensors[0].device.type
+    if device != "meta" and torch.is_autocast_enabled(device):  # which meta tensors do not know
+        dtype = torch.get_autocast_dtype(device)
+        tensors = [t.to(dtype) if t.dtype is torch.float32 else t for t in tensors]
+    return torch.stack(tensors)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

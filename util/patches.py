@@ -1,6 +1,7 @@
 """Images as sets of patches, and tokens picked by index."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,8 +9,46 @@ from torch import Tensor
 PATCH_EPS = 1e-6  # added to a patch's variance, as in MAE
 
 
+def normalize(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 pixels as float32 (x / 255 - mean) / std, by torchvision's operations in their order.
+
+    Args:
+        pixels: with a dimension of channels.
+        mean, std: of each channel, for pixels in [0, 1]; shaped to be broadcast.
+    """
+    return pixels.to(torch.float32).mul_(1 / 255).sub_(mean).div_(std)
+
+
+@dataclass(frozen=True)
+class RawImages:
+    """Images of which only those patches are normalised that are read.
+
+    Stands for the normalised images wherever patches are taken from them, to the bit.
+
+    Args:
+        pixels: uint8 (B, C, H, W), best with the channels last in memory.
+        mean, std: (C,), see `normalize`.
+    """
+
+    pixels: Tensor
+    mean: Tensor
+    std: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """(B, C, H, W)."""
+        return self.pixels.shape
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+
 def patch_grid(images: Tensor, patch_size: int) -> Tensor:
-    """View images as a grid of patches, (B, C, H, W) -> (B, H/p, W/p, p, p, C), without a copy."""
+    """View images as a grid of patches, (B, C, H, W) -> (B, H/p, W/p, p, p, C), without a copy.
+
+    Whatever the order of the channels in memory is: with the channels last, a patch's rows are
+    contiguous in the view.
+    """
     B, C, H, W = images.shape
     p = patch_size
     return images.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1)
@@ -25,7 +64,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     Returns:
         (B, L, p*p*C) with L = H/p * W/p.
     """
-    return patch_grid(images.contiguous(), patch_size).flatten(1, 2).flatten(2)
+    return patch_grid(images, patch_size).flatten(1, 2).flatten(2)
 
 
 def unpatchify(patches: Tensor, patch_size: int, grid_size: tuple[int, int]) -> Tensor:
@@ -36,21 +75,25 @@ def unpatchify(patches: Tensor, patch_size: int, grid_size: tuple[int, int]) -> 
     return grid.reshape(B, -1, down * p, across * p)  # (B, C, H, W)
 
 
-def gather_patches(images: Tensor, ids: Tensor, patch_size: int) -> Tensor:
+def gather_patches(images: Tensor | RawImages, ids: Tensor, patch_size: int) -> Tensor:
     """Copy only the chosen patches out of the images, as `patchify` lays them out.
 
     Args:
-        images: (B, C, H, W).
+        images: (B, C, H, W), or raw ones, whose patches come out normalised.
         ids: int64 (B, N), row-major patch indices.
         patch_size: p in pixels.
 
     Returns:
         (B, N, p*p*C).
     """
-    grid = patch_grid(images.contiguous(), patch_size)
+    raw = images if isinstance(images, RawImages) else None
+    grid = patch_grid(images if raw is None else raw.pixels, patch_size)
     rows, columns = ids // grid.shape[2], ids % grid.shape[2]
     batch = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1)
-    return grid[batch, rows, columns].flatten(2)  # (B, N, p*p*C)
+    patches = grid[batch, rows, columns]  # (B, N, p, p, C)
+    if raw is not None:
+        patches = normalize(patches, raw.mean, raw.std)
+    return patches.flatten(2)  # (B, N, p*p*C)
 
 
 def scatter_patches(images: Tensor, patches: Tensor, ids: Tensor, patch_size: int) -> Tensor:

@@ -7,16 +7,18 @@ import torch.nn as nn
 from torch import Tensor
 
 from util.checkpoint import CheckpointWriter, TrainState
+from util.contention import contention_watch
 from util.distributed import gradient_sync, rank, world_size
 from util.errors import InputError
+from util.images import Batch, CopyStream
 from util.loaders import StepLoader
 from util.metrics import RunLog, TimedIterator
 from util.optim import set_lr
 from util.stopping import stop_signal
 from util.watchdog import enter_step
 
-LossOfImages = Callable[[Tensor, Tensor, int], Tensor]
-"""(images (B, C, H, W), labels (B,), how many images of the step came before) -> mean loss."""
+LossOfBatch = Callable[[Batch, int], Tensor]
+"""(micro-batch, on the device, how many images of the step came before) -> mean loss."""
 
 
 def train_epoch(
@@ -24,7 +26,7 @@ def train_epoch(
     loader: StepLoader,
     state: TrainState,
     *,
-    start_step: Callable[[int, int], LossOfImages],
+    start_step: Callable[[int, int], LossOfBatch],
     lr_at: Callable[[int], float],
     device: torch.device,
     log_every: int,
@@ -57,11 +59,13 @@ def train_epoch(
     """
     progress, precision, meters = state.progress, state.precision, state.meters
     images_shown = meters.num_images
+    copies, contention = CopyStream(device), contention_watch(device)
     model.train()
     run_log.start_epoch(progress.epoch, progress.step_in_epoch)
     steps = TimedIterator(loader.steps(progress.epoch, progress.step_in_epoch))
     enter_step(progress.step)
     for micro_batches in steps:
+        contention.start_step()
         lr = lr_at(progress.step)
         set_lr(state.optimizer, lr)
         num_images = loader.images_in_step(progress.step_in_epoch)
@@ -77,13 +81,12 @@ def train_epoch(
         for micro_step, batch in enumerate(micro_batches, start=1):
             if num_classes is not None:
                 check_labels(batch.labels, num_classes)
-            images, labels = batch.to(device)  # (B, C, H, W), (B,)
             # What stands in for another process's image weighs nothing.
-            num_counted = len(images) if first < own_images else 0
+            num_counted = len(batch.labels) if first < own_images else 0
             # Gradients are reduced once a step, not once a micro-step.
             with gradient_sync(model, enabled=micro_step == len(micro_batches)):
                 with precision.autocast():
-                    loss = loss_of(images, labels, first if num_counted else 0)
+                    loss = loss_of(copies.copy(batch), first if num_counted else 0)
                     loss = loss * (num_counted * weight)
                 precision.backward(loss)
             step_loss += loss.detach()
@@ -98,6 +101,7 @@ def train_epoch(
         meters.update(
             loss=step_loss, grad_norm=grad_norm, num_images=num_images, step=progress.step
         )
+        contention.end_step()
         progress.step += 1
         progress.step_in_epoch += 1
         enter_step(progress.step)

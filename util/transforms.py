@@ -19,6 +19,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from util.errors import InputError
+from util.patches import RawImages, normalize
 from util.seeding import fold_seed, seeded
 
 # timm passes over sections that it does not know, without a word.
@@ -180,15 +181,19 @@ class Normalization:
     std: tuple[float, ...]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalise uint8 (B, 3, H, W) to float32, by torchvision's operations in their order."""
-        mean, std = (_channels(values, images.device) for values in (self.mean, self.std))
-        return images.to(torch.float32).mul_(1 / 255).sub_(mean).div_(std)
+        """Normalise uint8 (B, 3, H, W) to float32."""
+        raw = self.later(images)
+        return normalize(images, raw.mean.view(3, 1, 1), raw.std.view(3, 1, 1))
+
+    def later(self, images: Tensor) -> RawImages:
+        """Leave uint8 (B, 3, H, W) to be normalised patch by patch."""
+        return RawImages(images, *(_channels(v, images.device) for v in (self.mean, self.std)))
 
 
 @cache
 def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """A number for each channel, (3, 1, 1); kept, so that the host never waits for the device."""
-    return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
+    """A number for each channel, (3,); kept, so that the host never waits for the device."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 class Crops(NamedTuple):

@@ -1,0 +1,275 @@
+"""Count what a pre-training step costs a GPU, without one: operations, bytes, FLOPs, peak memory.
+
+    python scripts/count_operations.py
+    python scripts/count_operations.py --models mae_vit_base_patch16 --json mae.json
+
+A step, from the loader's batch to AdamW's update in bfloat16, runs on fake tensors, which have
+shapes but no content. Bytes are those that each operation reads and writes, one after another as
+PyTorch runs them eagerly; FLOPs are those of matrix products. At a GPU's rates of both they say
+what a step has to take, and where a measured step loses time.
+"""
+
+import argparse
+import sys
+import time
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from engine_pretrain import step_noise
+from main_pretrain import MODELS, build_model
+from models_crossmae import MaskedAutoencoder
+from util.arguments import Parser, positive_int, ratio
+from util.benchmark_tables import markdown
+from util.images import Batch
+from util.masking import TokenCounts, count_tokens, random_split
+from util.optim import build_adamw
+from util.precision import Precision
+from util.recompute import MEMORY_MODES, set_memory
+from util.run import run_main, start_logging, versions, write_json
+from util.transforms import Normalization
+
+GB, TFLOP, GIB = 1e9, 1e12, 2**30
+DEVICE = torch.device("cpu")
+NORMALIZATION = Normalization((0.5,) * 3, (0.25,) * 3)
+LINEAR, MIX, CAST = "linear layers", "inter-block attention", "casts"
+ADD, NORM, GELU = "residual adds, gradient accumulation", "LayerNorm", "GELU"
+BIAS, ATTENTION, CAT = "bias gradients", "attention", "cat, stack"
+OPTIMIZER, REST = "gradient norm, AdamW", "images, masks, targets, loss"
+CLASSES = {
+    "mm": LINEAR,
+    "addmm": LINEAR,
+    "_to_copy": CAST,
+    "add": ADD,
+    "native_layer_norm": NORM,
+    "native_layer_norm_backward": NORM,
+    "gelu": GELU,
+    "gelu_backward": GELU,
+    "sum": BIAS,
+    "_scaled_dot_product_flash_attention_for_cpu": ATTENTION,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": ATTENTION,
+    "cat": CAT,
+    "stack": CAT,
+    "linalg_vector_norm": OPTIMIZER,
+    "_foreach_add_": OPTIMIZER,
+    "_fused_adamw_": OPTIMIZER,
+}
+MOVES_NOTHING = ("empty", "new_empty", "new_empty_strided", "detach", "alias", "_unsafe_view")
+MAX_MAPS = 64  # above all numbers of feature maps and below all widths
+
+
+def tensors_in(*content: object) -> list[Tensor]:
+    """All tensors in nested containers."""
+    return [leaf for leaf in tree_leaves(content) if isinstance(leaf, Tensor)]
+
+
+def flops_of(name: str, args: Sequence[object]) -> int:
+    """Operations of a matrix product or of attention, 0 of anything else."""
+    if name in ("mm", "addmm"):
+        a, b = args[-2:]
+        return 2 * a.shape[0] * a.shape[1] * b.shape[1]
+    if CLASSES.get(name) == ATTENTION:
+        backward = name.endswith("_backward")
+        q, k = args[1:3] if backward else args[:2]
+        products = 5 if backward else 2  # the backward pass computes the scores again
+        return products * 2 * q.numel() * k.shape[2]
+    return 0
+
+
+def class_of(name: str, args: Sequence[object]) -> str:
+    """Which row of the table an operation belongs to."""
+    shapes = [t.shape for t in tensors_in(args)]
+    if name in ("mm", "addmm") and min(min(shape) for shape in shapes) < MAX_MAPS:
+        return MIX
+    if name == "_to_copy" and args[0].dtype is torch.uint8:
+        return REST
+    return CLASSES.get(name, REST)
+
+
+def as_cuda_autocasts(norm: nn.LayerNorm, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """CUDA's autocast computes LayerNorm in float32, a CPU's in the format of its input."""
+    return (inputs[0].float(),)
+
+
+@dataclass
+class Counts:
+    """What the operations of a class add up to."""
+
+    operations: int = 0
+    bytes: int = 0
+    flops: int = 0
+
+
+@dataclass
+class OperationCounter(TorchDispatchMode):
+    """Counts operations by class, and the bytes of tensors that are alive at once.
+
+    Args:
+        known: tensors whose storages do not count as alive: weights, optimizer, batch.
+    """
+
+    known: Sequence[Tensor]
+    classes: dict[str, Counts] = field(default_factory=dict)
+    peak: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.alive: Counter[int] = Counter()
+        self.uncounted = {tensor.untyped_storage()._cdata for tensor in self.known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        """Run an operation and count it."""
+        output = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if func.namespace == "aten" and not func.is_view and name not in MOVES_NOTHING:
+            read, written = tensors_in(args, kwargs), tensors_in(output)
+            counts = self.classes.setdefault(class_of(name, args), Counts())
+            counts.operations += 1
+            # What returns nothing, such as a fused optimizer, writes what it reads.
+            counts.bytes += sum(t.numel() * t.element_size() for t in read + (written or read))
+            counts.flops += flops_of(name, args)
+        for tensor in tensors_in(output):
+            self.watch(tensor)
+        return output
+
+    def watch(self, tensor: Tensor) -> None:
+        """Count a tensor's storage from now on until it is freed."""
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self.uncounted or address in self.alive:
+            return
+        self.alive[address] = storage.nbytes()
+        self.peak = max(self.peak, self.alive.total())
+        weakref.finalize(storage, self.alive.pop, address)
+
+
+def fake_batch(batch_size: int, img_size: tuple[int, int]) -> Batch:
+    """A batch as the loader hands it on: uint8, channels last, some images to be flipped."""
+    images = torch.zeros(batch_size, *img_size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    labels, flips = torch.zeros(batch_size, dtype=torch.long), torch.zeros(batch_size, dtype=bool)
+    return Batch(images, labels, [], flips, NORMALIZATION)
+
+
+def train_step(
+    model: MaskedAutoencoder,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision,
+    batch: Batch,
+    counts: TokenCounts,
+) -> None:
+    """A step as engine_pretrain.py makes it."""
+    noise = step_noise(0, 0, len(batch.labels), counts.patches, DEVICE)  # (B, L)
+    images = batch.raw(DEVICE)  # (B, 3, H, W)
+    with precision.autocast():
+        loss = model(images, random_split(noise, counts))
+    precision.backward(loss)
+    precision.step(optimizer, model)
+    optimizer.zero_grad(set_to_none=True)
+
+
+def count_step(
+    name: str,
+    *,
+    batch_size: int,
+    memory: str = "high",
+    img_size: int = 224,
+    mask_ratio: float = 0.75,
+    pred_ratio: float = 0.25,
+) -> OperationCounter:
+    """Count a step of a model of MODELS; an MAE predicts all masked patches.
+
+    Args:
+        name: of the model.
+        batch_size: images.
+        memory: one of MEMORY_MODES.
+        img_size: side in pixels.
+        mask_ratio, pred_ratio: p and γ.
+    """
+    precision = Precision("bf16", DEVICE, attention_backend="flash")
+    NORMALIZATION(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))  # keeps its numbers: let them be real
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = build_model(name, {"img_size": img_size}).train()
+        set_memory(model, memory)
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.register_forward_pre_hook(as_cuda_autocasts)
+        num_patches = model.encoder.num_patches
+        counts = count_tokens(
+            num_patches, mask_ratio, None if name.startswith("mae_") else pred_ratio
+        )
+        optimizer = build_adamw(model, weight_decay=0.05, betas=(0.9, 0.95))
+        step = model, optimizer, precision, fake_batch(batch_size, model.encoder.img_size), counts
+        train_step(*step)  # makes the optimizer's moments
+        states = [*model.parameters(), *model.buffers(), *optimizer.state.values()]
+        with OperationCounter(tensors_in(states, step[3])) as counter:
+            train_step(*step)
+    return counter
+
+
+def rows_of(counter: OperationCounter) -> list[dict[str, object]]:
+    """A row for each class, most bytes first, and their sum."""
+    classes = sorted(counter.classes.items(), key=lambda item: -item[1].bytes)
+    rows = [
+        {"class": name, "operations": c.operations, "gb": c.bytes / GB, "tflop": c.flops / TFLOP}
+        for name, c in classes
+    ]
+    keys = ("operations", "gb", "tflop")
+    return [*rows, {"class": "sum", **{key: sum(row[key] for row in rows) for key in keys}}]
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read and check the command line."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=MODELS,
+        default=["crossmae_vit_base_patch16"],
+        metavar="NAME",
+        help=f"{', '.join(MODELS)} (crossmae_vit_base_patch16)",
+    )
+    parser.add_argument("--batch_size", type=positive_int, default=1024, help="(%(default)s)")
+    parser.add_argument("--input_size", type=positive_int, default=224, help="(%(default)s)")
+    parser.add_argument("--mask_ratio", type=ratio, default=0.75, help="(%(default)s)")
+    parser.add_argument("--pred_ratio", type=ratio, default=0.25, help="(%(default)s)")
+    parser.add_argument(
+        "--memory", nargs="+", choices=MEMORY_MODES, default=MEMORY_MODES, help="(all)"
+    )
+    parser.add_argument("--json", type=Path, help="file for all the numbers")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Count, print tables, and write what was asked for."""
+    args = parse_args(argv)
+    start_logging()
+    step = {"batch_size": args.batch_size, "img_size": args.input_size}
+    step |= {"mask_ratio": args.mask_ratio, "pred_ratio": args.pred_ratio}
+    steps = []
+    for name in args.models:
+        for memory in args.memory:
+            counter = count_step(name, memory=memory, **step)
+            rows, peak = rows_of(counter), counter.peak / GIB
+            steps.append({"model": name, "memory": memory, "peak_gib": peak, "rows": rows})
+            print(f"\n{name}, --memory {memory}, {args.batch_size} images: peak {peak:.1f} GiB\n")
+            titles = ["what", "operations", "GB read and written", "TFLOP"]
+            print(markdown(titles, [list(row.values()) for row in rows]))
+    if args.json:
+        when = time.strftime("%Y-%m-%d %H:%M")
+        about = {**versions(), "command": sys.argv, "date": when}
+        write_json(args.json, {"about": about, **step, "steps": steps})
+
+
+if __name__ == "__main__":
+    run_main(main)
