@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from scripts.benchmark_pretrain import (
@@ -214,23 +215,25 @@ def test_rows_take_turns(monkeypatch):
     assert done == 3
 
 
-def test_a_compiled_model_sees_one_batch_size_and_its_first_step_counts_compilation():
-    sizes, cpu = [], torch.device("cpu")
+def test_a_model_compiles_once_and_in_its_first_step():
+    torch.compiler.reset()
+    backend = CompileCounterWithBackend("eager")
 
-    class Recorded(Mlp):
-        def forward(self, x):
-            time.sleep(0.1 * (not sizes))
-            sizes.append(len(x))
-            return super().forward(x)
+    def compile_slowly(*graph):
+        time.sleep(0.2)
+        return backend(*graph)
 
-    model = Recorded(False)
+    model = Mlp(False)
+    model.compile(dynamic=False, backend=compile_slowly)
     optimizer = build_adamw(model, weight_decay=0.0, betas=(0.9, 0.95))
-    precision = Precision("fp32", cpu, attention_backend="math")
+    precision = Precision("fp32", torch.device("cpu"), attention_backend="math")
     images = torch.randn(10, 8)
     step = MeasuredStep(model, optimizer, precision, images, memory="high", compiled=True)
-    step.prepare(warmup=1)
-    assert set(sizes) == {10}
-    assert step.first > 0.1 and step.saved > 0 and step.saved_slope is None
+    step.prepare(warmup=2)
+    step.take_turn(2)
+    assert backend.frame_count == 1
+    assert step.first > 0.2 > step.seconds[0]
+    assert step.saved > 0 and step.saved_slope is None
 
 
 def test_models_are_built_on_the_device(monkeypatch):

@@ -141,8 +141,8 @@ class MeasuredStep:
         images: (B, C, H, W), on the device.
         memory: one of util.recompute.MEMORY_MODES, set before every turn, since others may share
             the model.
-        compiled: the model compiles again for every batch size, so it sees no other than this:
-            what one image more would keep is not measured.
+        compiled: the model compiles anew for every batch size, so that what one image more would
+            keep is not measured.
     """
 
     def __init__(
@@ -204,9 +204,9 @@ class MeasuredStep:
 
     def warm_up(self, warmup: int) -> None:
         """Measure memory; the peak after a step at least, which makes the optimizer's state."""
+        with torch.compiler.set_stance("force_eager"):  # compiled, it would be for one image
+            self.precision.check_attention_backend(self.model, self.images[:1])
         start = time.perf_counter()
-        example = self.images if self.compiled else self.images[:1]
-        self.precision.check_attention_backend(self.model, example)
         self.step()
         if self.images.is_cuda:
             torch.cuda.synchronize(self.images.device)

@@ -31,7 +31,7 @@ step high_resolution 20 "${high_resolution[@]}" "${flags[@]}"
 images=$(mktemp -d)
 trap 'rm -rf "$images"' EXIT
 pretrain=("$PYTHON" scripts/gpu/pretrain.py "$OUT/main.json")
-auto=(--dataset digits --batch_size auto --effective_batch_size 4096 --epochs 1)
+auto=(--dataset digits --knn_every 0 --batch_size auto --effective_batch_size 4096 --epochs 1)
 if [ -n "${QUICK:-}" ]; then
     left_out auto "it needs a GPU's memory"
     train=(--model $model --input_size 16 --decoder_depth 1 --batch_size 8 --log_every 2)

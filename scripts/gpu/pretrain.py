@@ -55,7 +55,6 @@ def main() -> int:
     """Run, and add what was measured to the file under the run's name; the exit code."""
     path, name, seconds, *flags = sys.argv[1:]
     found: dict[str, object] = {"flags": flags}
-    record(Path(path), name, found)
     with tempfile.TemporaryDirectory() as folder:
         words = ["timeout", "--preserve-status", "-s", "TERM", seconds, sys.executable]
         words += [str(ROOT / "main_pretrain.py"), *ALWAYS, *flags, "--output_dir", folder]

@@ -28,7 +28,7 @@ def main() -> int:
     words = ["-m", "gpu", "-q", str(ROOT / "tests" / "test_gpu.py"), *sys.argv[1:]]
     code = pytest.main(words, plugins=[skipped])
     if skipped.count and not os.environ.get("QUICK"):
-        print(f"{skipped.count} tests were skipped, but on a GPU all of them have to run")
+        print(f"tests skipped: {skipped.count}; on a GPU all of them have to run")
         return 1
     return int(code)
 
