@@ -14,7 +14,7 @@ part device 10 "$PYTHON" scripts/gpu/device.py "$OUT/env.json"
 part tests 90 "$PYTHON" scripts/gpu/run_tests.py --durations=5
 part micro 35 "$PYTHON" scripts/gpu/micro.py "$OUT/micro.json"
 
-fastest=$(sed -n 's/.*"fastest_attention": "\(.*\)".*/\1/p' "$OUT/micro.json" || true)
+fastest=$(sed -n 's/.*"fastest_attention": "\(.*\)".*/\1/p' "$OUT/micro.json" 2>/dev/null || true)
 flags=(--attention_backend "${fastest:-auto}")
 profile=(--profile "$OUT/log.txt")
 step eager 50 --models $model $mae --batch_size $few $many "${flags[@]}" "${profile[@]}"

@@ -9,39 +9,41 @@ cd "$(dirname "$0")/../.."
 source scripts/gpu/common.sh
 start output/gpu-b
 
+COMPILE=${COMPILE-whole}
+flags=(${COMPILE:+--compile "$COMPILE"} --attention_backend "${ATTENTION:-auto}")
+if [ -n "${QUICK:-}" ]; then
+    large=(--models crossmae_vit_tiny_patch16 --input_sizes 32)
+    high_resolution=(--models $model --input_sizes 32)
+    train=(--model $model --input_size 16 --decoder_depth 1 --batch_size 8 --log_every 2)
+    num_images=32 seconds=15 num_workers=1
+else
+    large=(--models crossmae_vit_large_patch16 --batch_size 512)
+    high_resolution=(--models $model --batch_size 256 --input_sizes 448)
+    train=(--model $model --batch_size 1024 --log_every 11)
+    num_images=$((22 * 1024)) seconds=33 num_workers=$(($(nproc) < 16 ? $(nproc) : 14))
+fi
+images=$(mktemp -d)
+trap 'rm -rf "$images"' EXIT
+pretrain=("$PYTHON" scripts/gpu/pretrain.py "$OUT/main.json")
+train+=(--data_path "$images" --pred_ratio 0.25 --num_workers $num_workers "${flags[@]}")
+auto=(--dataset digits --knn_every 0 --batch_size auto --effective_batch_size 4096 --epochs 1)
+
 if [ -n "${TESTS:-}" ]; then
     part tests 30 "$PYTHON" scripts/gpu/run_tests.py $TESTS
 else
     left_out tests "TESTS names none"
 fi
 
-COMPILE=${COMPILE-whole}
-flags=(${COMPILE:+--compile "$COMPILE"} --attention_backend "${ATTENTION:-auto}")
-large=(--models crossmae_vit_large_patch16 --batch_size 512)
-high_resolution=(--models $model --batch_size 256 --input_sizes 448)
-if [ -n "${QUICK:-}" ]; then
-    large=(--models crossmae_vit_tiny_patch16 --input_sizes 32)
-    high_resolution=(--models $model --input_sizes 32)
-fi
 step table4 50 --table 4 "${flags[@]}"
 step memory 30 --models $model --memory medium low "${flags[@]}"
 step large 25 "${large[@]}" "${flags[@]}"
 step high_resolution 20 "${high_resolution[@]}" "${flags[@]}"
-
-images=$(mktemp -d)
-trap 'rm -rf "$images"' EXIT
-pretrain=("$PYTHON" scripts/gpu/pretrain.py "$OUT/main.json")
-auto=(--dataset digits --knn_every 0 --batch_size auto --effective_batch_size 4096 --epochs 1)
 if [ -n "${QUICK:-}" ]; then
-    left_out auto "it needs a GPU's memory"
-    train=(--model $model --input_size 16 --decoder_depth 1 --batch_size 8 --log_every 2)
-    num_images=32 seconds=15 num_workers=1
+    left_out auto "it measures a GPU's memory"
 else
-    part auto 15 "${pretrain[@]}" auto 12 "${auto[@]}"
-    train=(--model $model --batch_size 1024 --log_every 11)
-    num_images=$((22 * 1024)) seconds=33 num_workers=$(($(nproc) < 16 ? $(nproc) : 14))
+    part auto 15 "${pretrain[@]}" auto 9 "${auto[@]}"
 fi
-train+=(--data_path "$images" --pred_ratio 0.25 --num_workers $num_workers "${flags[@]}")
+
 if [ -n "${DATA:-}" ]; then
     part images 10 "$PYTHON" scripts/gpu/images.py "$DATA" "$images" $num_images
     if command -v nvidia-smi >/dev/null; then
@@ -52,8 +54,7 @@ if [ -n "${DATA:-}" ]; then
     part raw 40 "${pretrain[@]}" raw $seconds "${train[@]}"
     part repeated_aug 40 "${pretrain[@]}" repeated_aug $seconds "${train[@]}" --repeated_aug 2
 else
-    left_out raw "DATA names no images"
-    left_out repeated_aug "DATA names no images"
+    left_out "raw and repeated_aug" "DATA names no images"
 fi
 
 part resume 30 "$PYTHON" scripts/gpu/run_tests.py -k a_stopped_run_continues_to_the_same_bits

@@ -23,7 +23,7 @@ from util.measure import describe_machine
 from util.run import versions, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
-STOPPED = 143
+STOPPED, SECONDS_TO_SAVE = 143, "6"
 ALWAYS = ["--epochs", "1000", "--save_every", "1000", "--visualize_every", "1000"]
 
 
@@ -56,8 +56,9 @@ def main() -> int:
     path, name, seconds, *flags = sys.argv[1:]
     found: dict[str, object] = {"flags": flags}
     with tempfile.TemporaryDirectory() as folder:
-        words = ["timeout", "--preserve-status", "-s", "TERM", seconds, sys.executable]
-        words += [str(ROOT / "main_pretrain.py"), *ALWAYS, *flags, "--output_dir", folder]
+        words = ["timeout", "--preserve-status", "-s", "TERM", "-k", SECONDS_TO_SAVE, seconds]
+        words += [sys.executable, str(ROOT / "main_pretrain.py"), *ALWAYS, *flags]
+        words += ["--output_dir", folder]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         with subprocess.Popen(words, **pipes) as process:
             for line in process.stdout:

@@ -45,7 +45,8 @@ def micro_rows(_: str, content: dict) -> Iterable[Row]:
 def step_rows(name: str, content: dict) -> Iterable[Row]:
     """Training steps."""
     for row in content["rows"]:
-        what = "{model} {label}, {input_size} px, {batch_size} images, {memory}".format_map(row)
+        what = "{model} {label}, {input_size} px, {batch_size} images, {dtype}, {memory}"
+        what = what.format_map(row)
         if row["out_of_memory"]:
             yield f"{name}: {what}", None, "images/s (out of memory)"
             continue
