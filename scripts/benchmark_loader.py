@@ -14,7 +14,6 @@ import argparse
 import logging
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import time
@@ -37,6 +36,7 @@ from util.datasets import build_dataset, default_dataset
 from util.errors import InputError, RunError
 from util.images import IndexedImages, Sample, collate
 from util.loaders import build_train_loader
+from util.measure import describe_machine
 from util.run import run_main, start_logging, versions, write_json
 from util.transforms import denormalize, pretrain_transform
 
@@ -163,14 +163,14 @@ def pixel_difference(images: IndexedImages, size: tuple[int, int]) -> float:
 
 def measure(
     loaders: dict[str, Callable[[], Iterator[int]]], *, repeats: int, num_images: int
-) -> dict[str, list[float]]:
-    """Images per CPU second of every loader, in rounds of all."""
+) -> Iterator[dict[str, list[float]]]:
+    """Images per CPU second of every loader, in rounds of all; what is known after each."""
     speeds = {name: [] for name in loaders}
     for number in range(1, repeats + 1):
         for name, epochs in loaders.items():
             speeds[name].append(images_per_second(epochs(), num_images))
         _logger.info("round %d of %d", number, repeats)
-    return speeds
+        yield speeds
 
 
 def summarize(speeds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
@@ -264,24 +264,22 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"the same crops differ by {difference:.3f} of 255 in the mean, which is not below "
             f"{MAX_DIFFERENCE}: this project reads other pixels than Pillow and torchvision v1"
         )
-    speeds = measure(loaders, repeats=args.repeats, num_images=args.num_images)
-    results = summarize(speeds)
-    print(table(results))
-    if args.json is None:
-        return
     content = {
-        "machine": platform.platform(),
-        "cores": os.cpu_count(),
+        "machine": describe_machine(torch.device("cpu")),
         "versions": versions(),
         "args": vars(args),
         "pixel_difference": difference,
-        "results": results,
-        "rounds": speeds,
     }
-    try:
-        write_json(Path(args.json), content)
-    except OSError as error:
-        raise InputError(f"cannot write --json {args.json}: {error}") from error
+    found = measure(loaders, repeats=args.repeats, num_images=args.num_images)
+    for done, speeds in enumerate(found, start=1):
+        content |= {"rounds_done": done, "results": summarize(speeds), "rounds": speeds}
+        if args.json is None:
+            continue
+        try:  # what is stopped has lost only the round under way
+            write_json(Path(args.json), content, keep_earlier=done == 1)
+        except OSError as error:
+            raise InputError(f"cannot write --json {args.json}: {error}") from error
+    print(table(content["results"]))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,8 +32,15 @@ from main_pretrain import MODELS, build_model
 from models_crossmae import MaskedAutoencoder
 from models_vit import SIZES
 from util.arguments import Parser, natural_int, positive_int, ratio
-from util.benchmark_tables import against_table, draw, flops_table, follow_flops, main_table
-from util.compiling import COMPILE_MODES, compile_model
+from util.benchmark_tables import (
+    against_table,
+    draw,
+    flops_table,
+    follow_flops,
+    kernels_text,
+    main_table,
+)
+from util.compiling import COMPILE_MODES, RECOMPILE_LIMIT, compile_model
 from util.errors import InputError
 from util.flops import ForwardFlops, crossmae_decoder_flops, encoder_flops, mae_decoder_flops
 from util.masking import TokenCounts, count_tokens, random_split
@@ -53,7 +60,8 @@ AGAINST_NOTE = (
     "Times faster: theirs / ours, the median of the rounds' pairs. Bytes: ours / theirs, saved for "
     "each image of the batch, which may include weights, and for one image more; peak of a GPU."
 )
-MAX_COMPILED = 4  # rows; PyTorch compiles a function eight times in a process, then no more
+NUM_PROFILED, NUM_KEPT = 40, 25  # kernels in --profile's tables, and in the JSON file
+MAX_COMPILED = RECOMPILE_LIMIT // 2  # rows: one graph each, two where memory modes differ
 LAST_MAP, SELF_ATTENTION = {"feature_maps": "last"}, {"decoder_self_attention": True}
 # Rows of the paper as (kind of model, what differs from the defaults), and what it measured.
 PRESETS: dict[str, tuple[list[tuple[str, dict]], str]] = {
@@ -166,7 +174,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=MEMORY_MODES,
         help="what a step keeps and what it computes again; not of hf_ models (high)",
     )
-    parser.add_argument("--batch_size", type=positive_int, help="(GPU 1024 as the paper, CPU 8)")
+    parser.add_argument(
+        "--batch_size", nargs="+", type=positive_int, help="(GPU 1024 as the paper, CPU 8)"
+    )
     parser.add_argument(
         "--compile",
         nargs="?",
@@ -183,13 +193,23 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="such as cuda or cpu (cuda where there is one)")
     parser.add_argument("--threads", type=positive_int, default=1, help="on a CPU (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny models, just to see it run")
-    parser.add_argument("--json", type=Path, help="file for all the numbers")
+    parser.add_argument(
+        "--json", type=Path, help="file for all the numbers, written after every round"
+    )
+    parser.add_argument(
+        "--profile", type=Path, metavar="FILE", help="add each row's longest kernels to this file"
+    )
     parser.add_argument("--plot", type=Path, help="picture of decoder FLOPs and time, as in Fig. 7")
     parser.add_argument(
         "--against",
         metavar="PROGRAM.py",
         help="compare with another program, in turns, in each way of --memory and on a CPU in "
         "bf16 and fp32 unless told otherwise (protocol: util/yardstick.py)",
+    )
+    parser.add_argument(
+        "--against_dtype",
+        choices=AMP_DTYPES,
+        help="number format of the other program (the same as ours)",
     )
     args = parser.parse_args(argv)
     defaults = {"rounds": 2, "steps": 1, "warmup": 1} if args.quick else {}
@@ -215,13 +235,15 @@ def check_args(args: argparse.Namespace) -> None:
     if args.against:
         if not Path(args.against).is_file():
             raise InputError(f"--against takes an existing program, not {args.against}")
-        if args.table or args.figure or args.plot:
-            raise InputError("--against goes without --table, --figure and --plot")
+        if args.table or args.figure or args.plot or args.profile:
+            raise InputError("--against goes without --table, --figure, --plot and --profile")
         if args.quick and not args.models:
             raise InputError("--quick --against needs --models, such as crossmae_vit_tiny_patch16")
         if not all(name in THEIR_MODELS for name in args.models or THEIR_MODELS):
             raise InputError(f"--against compares {', '.join(THEIR_MODELS)}: choose --models")
-    for path in filter(None, (args.json, args.plot)):
+    elif args.against_dtype:
+        raise InputError("--against_dtype needs --against, the program that computes in it")
+    for path in filter(None, (args.json, args.plot, args.profile)):
         if not path.parent.is_dir():
             raise InputError(f"the folder of {path} does not exist: make it first")
     is_hf = any(name in HF_SIZES for name in args.models or [])
@@ -252,14 +274,14 @@ def list_configs(args: argparse.Namespace, device: torch.device) -> list[Config]
         names = args.models or [f"crossmae_vit_{size_name}"]
         grid = itertools.product(names, args.pred_ratios or [0.25], args.decoder_depths or [None])
         rows = [(name, {"pred_ratio": r, "decoder_depth": depth}) for name, r, depth in grid]
-    batch_size = args.batch_size or (2 if args.quick else 1024 if device.type == "cuda" else 8)
+    batch_sizes = args.batch_size or [2 if args.quick else 1024 if device.type == "cuda" else 8]
     fastest = Precision(None, device).amp
     everything = args.against and device.type == "cpu"
     dtypes = args.dtypes or ([fastest, "fp32"] if everything else [fastest])
     modes = args.memory or (MEMORY_MODES if args.against else ["high"])
     configs = []
-    for (name, options), pixels, dtype, memory in itertools.product(
-        rows, args.input_sizes or [input_size], dtypes, modes
+    for (name, options), pixels, batch_size, dtype, memory in itertools.product(
+        rows, args.input_sizes or [input_size], batch_sizes, dtypes, modes
     ):
         is_crossmae = name.startswith("crossmae")
         configs.append(
@@ -336,7 +358,8 @@ def build_steps(
     for config in configs:
         key = (config.model, config.decoder_depth, config.input_size, config.variant)
         if key not in models:
-            model = build_hf(config) if config.model in HF_SIZES else build_ours(config)
+            with device:  # where drawing the weights takes no time
+                model = build_hf(config) if config.model in HF_SIZES else build_ours(config)
             model.to(device).train()
             if compiled:
                 blocks = getattr(model, "blocks", [model])  # transformers' has no such list
@@ -355,7 +378,7 @@ def build_steps(
                 Precision(config.dtype, device, attention_backend=backend),
                 images[batch_size, pixels],
                 memory=config.memory,
-                more_images=not compiled,
+                compiled=bool(compiled),
             )
         )
     return steps
@@ -393,25 +416,70 @@ def run_ours(
 
 def compare(
     configs: Sequence[Config], args: argparse.Namespace, device: torch.device
-) -> list[dict[str, object]]:
-    """Run ours and the other program in turns; a row for each of ours."""
+) -> Iterator[dict[str, object]]:
+    """Run ours and the other program in turns; after every round, a row for each of ours."""
     groups: dict[Config, list[Config]] = {}  # rows that differ in memory only
     for config in configs:
         groups.setdefault(replace(config, memory=""), []).append(config)
     matches = []
     for config, group in groups.items():
-        names = ("batch_size", "decoder_depth", "mask_ratio", "pred_ratio", "dtype")
+        names = ("batch_size", "decoder_depth", "mask_ratio", "pred_ratio")
         flags = {"model": THEIR_MODELS[config.model], "img_size": config.input_size}
         flags |= {name: getattr(config, name) for name in names}
+        flags["dtype"] = args.against_dtype or config.dtype
         flags |= {"device": device, "steps": args.steps, "warmup": args.warmup}
         matches.append((partial(run_ours, group, args, device), flags))
     one_thread = device.type == "cpu" and args.threads == 1
-    return compare_in_turns(
+    for rows in compare_in_turns(
         args.against,
         matches,
         rounds=args.rounds,
         threads=args.threads,
         seconds="median_step_cpu_s" if one_thread else "median_step_s",
+    ):
+        for row in rows:
+            row["their_dtype"] = args.against_dtype or row["dtype"]
+        yield {"rounds_done": len(rows[0]["pairs"]), "against": rows}
+
+
+def measure(
+    configs: Sequence[Config], args: argparse.Namespace, device: torch.device
+) -> Iterator[dict[str, object]]:
+    """Measure every row; what is known after each round, and once more after a profile."""
+    steps = build_steps(configs, device, backend=args.attention_backend, compiled=args.compile)
+
+    def known(rates: dict[str, float], done: int) -> dict[str, object]:
+        rows = [
+            {**asdict(c), "label": c.label, **s.results(c.count_flops(), rates[c.dtype])}
+            for c, s in zip(configs, steps, strict=True)
+        ]
+        for row, step in zip(rows, steps, strict=True):
+            if step.kernels is not None:
+                row["kernels"] = step.kernels[:NUM_KEPT]
+        return {
+            "rounds_done": done,
+            "matmul_gflops_per_s": {dtype: rate / 1e9 for dtype, rate in rates.items()},
+            "rows": rows,
+            "time_follows_flops": follow_flops(rows),
+        }
+
+    turns = {"warmup": args.warmup, "rounds": args.rounds, "num_steps": args.steps}
+    for done, rates in enumerate(measure_in_turns(steps, device, **turns), start=1):
+        yield known(rates, done)
+    if args.profile:
+        for config, step in zip(configs, steps, strict=True):
+            step.profile()
+            if step.kernels is not None:
+                with args.profile.open("a") as file:
+                    file.write(kernels_text(title(config), step.kernels, num=NUM_PROFILED) + "\n")
+        yield known(rates, done)
+
+
+def title(config: Config) -> str:
+    """A row in words."""
+    return (
+        f"{config.model} {config.label}, {config.input_size} px, {config.batch_size} images, "
+        f"{config.dtype}, memory {config.memory}"
     )
 
 
@@ -443,26 +511,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     machine = {**describe_machine(device), **versions(), "command": sys.argv}
     machine["date"] = time.strftime("%Y-%m-%d %H:%M")
-    content: dict[str, object] = {"machine": machine}
+    content: dict[str, object] = {"machine": machine, "rounds": args.rounds}
+    found = (compare if args.against else measure)(configs, args, device)
+    for number, known in enumerate(found):
+        content |= known
+        if args.json:  # what is stopped has lost only the round under way
+            write_json(args.json, content, keep_earlier=number == 0)
     if args.against:
-        content["against"] = compare(configs, args, device)
         print(against_table(content["against"]), AGAINST_NOTE, sep="\n\n")
-    else:
-        steps = build_steps(configs, device, backend=args.attention_backend, compiled=args.compile)
-        turns = {"warmup": args.warmup, "rounds": args.rounds, "num_steps": args.steps}
-        rates = measure_in_turns(steps, device, **turns)
-        rows = [
-            {**asdict(c), "label": c.label, **s.results(c.count_flops(), rates[c.dtype])}
-            for c, s in zip(configs, steps, strict=True)
-        ]
-        content["matmul_gflops_per_s"] = {dtype: rate / 1e9 for dtype, rate in rates.items()}
-        content |= {"rows": rows, "time_follows_flops": follow_flops(rows)}
-        print(main_table(rows), flops_table(content["time_follows_flops"]), sep="\n\n")
-        print_notes(args, content)
-        if args.plot:
-            draw(rows, args.plot)
-    if args.json:
-        write_json(args.json, content)
+        return
+    rows = content["rows"]
+    print(main_table(rows), flops_table(content["time_follows_flops"]), sep="\n\n")
+    print_notes(args, content)
+    if args.plot:
+        draw(rows, args.plot)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,30 @@ def test_it_measures_every_loader(tmp_path, photos, capsys, num_workers):
     assert 0 <= report["pixel_difference"] < 0.1
     assert {"commit", "torch", "torchvision"} <= set(report["versions"])
     assert report["args"]["num_workers"] == num_workers
-    assert report["cores"] > 0
+    assert report["machine"]["cores"] > 0 and report["machine"]["cpu"]
+    assert report["rounds_done"] == 2
+
+
+@pytest.mark.faults
+def test_a_benchmark_that_is_stopped_leaves_the_rounds_it_has_measured(
+    tmp_path, photos, monkeypatch
+):
+    calls = []
+
+    def stop_or_measure(*_):
+        calls.append(0)
+        if len(calls) == 5:  # three loaders
+            raise KeyboardInterrupt
+        return float(len(calls))
+
+    monkeypatch.setattr(benchmark_loader, "images_per_second", stop_or_measure)
+    path = tmp_path / "report.json"
+    with pytest.raises(KeyboardInterrupt):
+        run("--data_path", photos, *QUICK, "--num_workers", 0, "--json", path, main=main)
+    report = json.loads(path.read_text())
+    assert report["rounds_done"] == 1
+    assert list(report["rounds"].values()) == [[1.0], [2.0], [3.0]]
+    assert [result["ratio"] for result in report["results"].values()] == [1, 2, 3]
 
 
 def test_ratios_are_taken_within_rounds():

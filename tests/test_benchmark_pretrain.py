@@ -3,13 +3,22 @@ import functools
 import importlib.util
 import json
 import sys
+import time
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from scripts.benchmark_pretrain import THEIR_MODELS, Config, build_hf, build_ours, main
+from scripts.benchmark_pretrain import (
+    THEIR_MODELS,
+    Config,
+    build_hf,
+    build_ours,
+    build_steps,
+    main,
+)
 from tests.runs import crossmae_nano, refusal, run, use_nano_models
 from tests.test_flops import counted
 from util.benchmark_tables import follow_flops
@@ -23,7 +32,14 @@ from util.yardstick import ROW, compare_pairs
 benchmark = functools.partial(run, main=main)
 refuse = functools.partial(refusal, main=main)
 QUICK = ["--quick", "--device", "cpu", "--dtypes", "fp32"]
-MEASURED = ["round_step_s", "median_step_s", "ms_per_image", "images_per_s", "spread_percent"]
+MEASURED = [
+    "round_step_s",
+    "first_step_s",
+    "median_step_s",
+    "ms_per_image",
+    "images_per_s",
+    "spread_percent",
+]
 MEASURED += ["utilisation_percent", "saved_mb_per_image", "saved_slope_mb_per_image"]
 MEASURED += ["encoder_gflops", "decoder_gflops", "total_gflops"]
 
@@ -192,9 +208,45 @@ def test_rows_take_turns(monkeypatch):
         Recorded(model, optimizer, Precision(amp, cpu), torch.randn(2, 8), memory="high")
         for amp in ("fp32", "bf16")
     )
-    rates = measure_in_turns([first, second], cpu, warmup=0, rounds=3, num_steps=5)
-    assert turns == [(first, 5), (second, 5)] * 3
-    assert rates.keys() == {"fp32", "bf16"}
+    found = measure_in_turns([first, second], cpu, warmup=0, rounds=3, num_steps=5)
+    for done, rates in enumerate(found, start=1):
+        assert turns == [(first, 5), (second, 5)] * done
+        assert rates.keys() == {"fp32", "bf16"}
+    assert done == 3
+
+
+def test_a_model_compiles_once_and_in_its_first_step():
+    torch.compiler.reset()
+    backend = CompileCounterWithBackend("eager")
+
+    def compile_slowly(*graph):
+        time.sleep(0.2)
+        return backend(*graph)
+
+    model = Mlp(False)
+    model.compile(dynamic=False, backend=compile_slowly)
+    optimizer = build_adamw(model, weight_decay=0.0, betas=(0.9, 0.95))
+    precision = Precision("fp32", torch.device("cpu"), attention_backend="math")
+    images = torch.randn(10, 8)
+    step = MeasuredStep(model, optimizer, precision, images, memory="high", compiled=True)
+    step.prepare(warmup=2)
+    step.take_turn(2)
+    assert backend.frame_count == 1
+    assert step.first > 0.2 > step.seconds[0]
+    assert step.saved > 0 and step.saved_slope is None
+
+
+def test_models_are_built_on_the_device(monkeypatch):
+    devices = []
+
+    def build(config):
+        devices.append(torch.empty(()).device)
+        return torch.nn.Linear(1, 1)
+
+    monkeypatch.setattr("scripts.benchmark_pretrain.build_ours", build)
+    meta = torch.device("meta")
+    build_steps([GIANT], meta, backend="auto", compiled=None)
+    assert devices == [meta]
 
 
 def test_time_follows_flops_is_relative_to_the_first_row_of_a_kind():
@@ -238,6 +290,60 @@ def test_quick_from_end_to_end(tmp_path, monkeypatch, capsys):
         assert len(row["round_step_s"]) == 2
     high, low = numbers["rows"][-2:]
     assert low["saved_slope_mb_per_image"] < high["saved_slope_mb_per_image"]
+
+
+def stop_in_round(number, monkeypatch):
+    """Let a benchmark end without warning before this round has been measured."""
+    take_turn = MeasuredStep.take_turn
+
+    def stop_or_measure(step, steps):
+        if len(step.seconds) == number - 1:
+            raise KeyboardInterrupt
+        take_turn(step, steps)
+
+    monkeypatch.setattr(MeasuredStep, "take_turn", stop_or_measure)
+
+
+@pytest.mark.faults
+def test_a_benchmark_that_is_stopped_leaves_the_rounds_it_has_measured(tmp_path, monkeypatch):
+    use_nano_models(monkeypatch)
+    path = tmp_path / "numbers.json"
+    path.write_text("{}")
+    stop_in_round(3, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(*QUICK, "--table", 4, "--rounds", 4, "--json", path)
+    numbers = json.loads(path.read_text())
+    assert (numbers["rounds_done"], numbers["rounds"]) == (2, 4)
+    assert len(numbers["rows"]) == len(numbers["time_follows_flops"]) == 3
+    assert all(row[key] for row in numbers["rows"] for key in MEASURED)
+    assert [len(row["round_step_s"]) for row in numbers["rows"]] == [2] * 3
+    earlier = [file.read_text() for file in tmp_path.iterdir() if file != path]
+    assert earlier == ["{}"]  # that of another start is kept, those of this one are replaced
+
+
+def test_batch_sizes_are_rows(tmp_path, monkeypatch, capsys):
+    use_nano_models(monkeypatch)
+    benchmark(*QUICK, "--batch_size", 1, 3, "--rounds", 1)
+    rows, _ = tables(capsys.readouterr().out)
+    assert [row["batch"] for row in rows] == ["1", "3"]
+
+
+def test_a_profile_lists_what_each_row_computes(tmp_path, monkeypatch):
+    use_nano_models(monkeypatch)
+    path, profile = tmp_path / "numbers.json", tmp_path / "kernels.txt"
+    profile.write_text("what was there before\n")
+    benchmark(*QUICK, "--table", 4, "--rounds", 1, "--json", path, "--profile", profile)
+    text = profile.read_text()
+    assert text.startswith("what was there before\nmae_vit_tiny_patch4 (0.75, 8), 16 px, 2 images")
+    for row in json.loads(path.read_text())["rows"]:
+        assert f"{row['model']} {row['label']}, 16 px" in text
+        kernels = row["kernels"]
+        assert len(kernels) == 25
+        assert [k["ms"] for k in kernels] == sorted((k["ms"] for k in kernels), reverse=True)
+        assert "aten::addmm" in {kernel["name"] for kernel in kernels}
+        assert all(kernel["calls"] > 0 for kernel in kernels)
+    tables_of_rows = text.split("\n\n")[:3]
+    assert [len(table.splitlines()) for table in tables_of_rows] == [43, 42, 42]
 
 
 @pytest.mark.parametrize(
@@ -307,9 +413,12 @@ NO_SUCH = "/does/not/exist"
         (["--input_sizes", 18], "no multiple of"),
         (["--json", f"{NO_SUCH}/a.json"], "make it first"),
         (["--device", "meta"], "--device meta"),
-        (["--compile", "--decoder_depths", 1, 2, 3, 4, 5], "at most 4 rows"),
+        (["--compile", "--decoder_depths", *range(1, 18)], "at most 16 rows"),
         (["--against", NO_SUCH], "existing program"),
         (["--table", 4, "--against", __file__], "goes without"),
+        (["--profile", "a.txt", "--against", __file__], "goes without"),
+        (["--profile", f"{NO_SUCH}/a.txt"], "make it first"),
+        (["--against_dtype", "fp16"], "needs --against"),
         (["--quick", "--against", __file__], "needs --models"),
         (["--models", "mae_vit_base_patch16", "--against", __file__], "choose --models"),
     ],
@@ -383,6 +492,41 @@ def test_against_another_program(tmp_path, capsys):
         assert row["saved_ratio"] == pytest.approx(ours["saved_mb_per_image"] / 8)
         assert row["saved_slope_ratio"] == pytest.approx(ours["saved_slope_mb_per_image"] / 4)
         assert line["peak"] == "n/a"
+
+
+def test_another_program_may_compute_in_another_number_format(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("scripts.benchmark_pretrain.run_ours", lambda *_: [OURS])
+    program, path = tmp_path / "theirs.py", tmp_path / "numbers.json"
+    program.write_text(GOOD)
+    flags = ["--memory", "high", "--against", program, "--against_dtype", "fp16"]
+    benchmark(*QUICK, *TINY, *flags, "--rounds", 1, "--json", path)
+    (line,) = tables(capsys.readouterr().out)[0]
+    assert (line["dtype"], line["their dtype"]) == ("fp32", "fp16")
+    (row,) = json.loads(path.read_text())["against"]
+    assert row["their_dtype"] == row["pairs"][0]["theirs"]["dtype"] == "fp16"
+
+
+@pytest.mark.faults
+def test_a_comparison_that_is_stopped_leaves_the_rounds_it_has_measured(tmp_path, monkeypatch):
+    starts = []
+
+    def run_ours(*_):
+        starts.append(0)
+        if len(starts) == 3:
+            raise KeyboardInterrupt
+        return [OURS]
+
+    monkeypatch.setattr("scripts.benchmark_pretrain.run_ours", run_ours)
+    program, path = tmp_path / "theirs.py", tmp_path / "numbers.json"
+    program.write_text(GOOD)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(
+            *QUICK, *TINY, "--memory", "high", "--against", program, "--json", path, "--rounds", 4
+        )
+    numbers = json.loads(path.read_text())
+    assert (numbers["rounds_done"], numbers["rounds"]) == (2, 4)
+    (row,) = numbers["against"]
+    assert len(row["pairs"]) == 2 and row["time_ratio"] > 0 and row["saved_slope_ratio"] is None
 
 
 OURS = {"median_step_s": 1.0, "saved_mb_per_image": 3.0, "saved_slope_mb_per_image": 2.0}

@@ -1,4 +1,4 @@
-"""What only a GPU can show. `bash scripts/gpu_suite.sh` runs these, or:
+"""What only a GPU can show. `bash scripts/gpu/a.sh` runs these, or:
 
 CUDA_VISIBLE_DEVICES=0 bash scripts/test.sh -m gpu
 """
@@ -118,7 +118,9 @@ def test_an_attention_kernel_agrees_with_the_others_or_is_refused(build, counts,
     try:
         forced.check_attention_backend(model, lambda _: inputs)
     except InputError as error:
-        pytest.skip(str(error))
+        assert backend != "flash", "PyTorch has it for both formats on every GPU we train on"
+        assert f"--attention_backend {backend} cannot run this model" in str(error)
+        return
     expected = loss_and_gradients(model, Precision(amp, CUDA), *inputs)
     got = loss_and_gradients(model, forced, *inputs)
     assert relative_error(got[0], expected[0]) < 1e-3

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+MAX_NAME = 120  # characters; templates of kernels have up to a thousand
+
 
 def markdown(titles: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
     """A table; numbers have four figures, and what is missing is n/a."""
@@ -62,10 +64,38 @@ def flops_table(rows: Sequence[dict]) -> str:
 def against_table(rows: Sequence[dict]) -> str:
     """Pairs of ours and another program's steps, see `util.yardstick.compare_pairs`."""
     titles = ["model", "(ratio, blocks)", "px", "dtype", "memory", "batch"]
-    titles += ["times faster", "slowest", "fastest", "saved bytes", "of one more image", "peak"]
-    keys = ["model", "label", "input_size", "dtype", "memory", "batch_size", "time_ratio"]
-    keys += ["time_ratio_min", "time_ratio_max", "saved_ratio", "saved_slope_ratio", "peak_ratio"]
+    titles += [
+        "their dtype",
+        "times faster",
+        "slowest",
+        "fastest",
+        "saved bytes",
+        "of one more image",
+        "peak",
+    ]
+    keys = ["model", "label", "input_size", "dtype", "memory", "batch_size"]
+    keys += [
+        "their_dtype",
+        "time_ratio",
+        "time_ratio_min",
+        "time_ratio_max",
+        "saved_ratio",
+        "saved_slope_ratio",
+        "peak_ratio",
+    ]
     return markdown(titles, [[row[key] for key in keys] for row in rows])
+
+
+def kernels_text(title: str, kernels: Sequence[dict], *, num: int) -> str:
+    """The longest kernels of a step as plain text, one a line."""
+    total = sum(kernel["ms"] for kernel in kernels)
+    lines = [title, f"{'ms a step':>10} {'share':>6} {'calls':>6}  name, of {total:.3f} ms in all"]
+    lines += [
+        f"{kernel['ms']:10.3f} {kernel['ms'] / total:6.1%} {kernel['calls']:6g}  "
+        f"{kernel['name'][:MAX_NAME]}"
+        for kernel in kernels[:num]
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def draw(results: Sequence[dict], path: Path) -> None:

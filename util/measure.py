@@ -3,14 +3,16 @@
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.optim import Optimizer
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from util.distributed import available_cores
@@ -23,9 +25,11 @@ from util.recompute import set_memory
 MIB = 2**20
 VECTORS = ("avx", "amx", "sse4", "sve", "asimd")  # how their flags begin
 MATMUL_SIDE = {"cuda": 8192, "cpu": 2048}
+PROFILED_STEPS = 2
 # Of a step, see MeasuredStep.results.
 MEASURED = (
     "round_step_s",
+    "first_step_s",
     "median_step_s",
     "ms_per_image",
     "images_per_s",
@@ -134,7 +138,8 @@ class MeasuredStep:
         images: (B, C, H, W), on the device.
         memory: one of util.recompute.MEMORY_MODES, set before every turn, since others may share
             the model.
-        more_images: measure what one image more would keep, too, by twice the batch.
+        compiled: the model compiles anew for every batch size, so that what one image more would
+            keep is not measured.
     """
 
     def __init__(
@@ -145,11 +150,13 @@ class MeasuredStep:
         images: Tensor,
         *,
         memory: str,
-        more_images: bool = True,
+        compiled: bool = False,
     ) -> None:
         self.model, self.optimizer, self.precision = model, optimizer, precision
-        self.images, self.memory, self.more_images = images, memory, more_images
+        self.images, self.memory, self.compiled = images, memory, compiled
         self.seconds: list[float] = []  # of a step, one median for each turn
+        self.first: float | None = None  # seconds on the clock, compilation included
+        self.kernels: list[dict] | None = None  # see profile
         self.peak: int | None = None  # bytes: weights, optimizer, images and what a step adds
         self.saved: int | None = None  # bytes for the batch, see saved_bytes
         self.saved_slope: float | None = None  # bytes for one image more
@@ -169,7 +176,7 @@ class MeasuredStep:
     def prepare(self, warmup: int) -> None:
         """Measure memory, and warm up with at least so many steps."""
         self.out_of_memory = not self.attempt(lambda: self.warm_up(warmup))
-        if self.more_images and not self.out_of_memory:
+        if not self.compiled and not self.out_of_memory:
             self.attempt(self.measure_slope)  # twice the batch may be too much, which is no fault
 
     def take_turn(self, steps: int) -> None:
@@ -194,12 +201,18 @@ class MeasuredStep:
 
     def warm_up(self, warmup: int) -> None:
         """Measure memory; the peak after a step at least, which makes the optimizer's state."""
-        self.precision.check_attention_backend(
-            self.model, lambda count: (self.images[:count],), len(self.images)
-        )
+        with torch.compiler.set_stance("force_eager"):  # compiled, it would be for one image
+            self.precision.check_attention_backend(
+                self.model, lambda count: (self.images[:count],), len(self.images)
+            )
+        start = time.perf_counter()
+        self.step()
+        if self.images.is_cuda:
+            torch.cuda.synchronize(self.images.device)
+        self.first = time.perf_counter() - start
         parameters = list(self.model.parameters())
         self.saved = saved_bytes(lambda: self.forward(self.images), parameters)
-        for _ in range(max(1, warmup)):
+        for _ in range(warmup - 1):
             self.step()
         self.peak = peak_bytes(self.step, self.images.device)
         if self.peak is not None:
@@ -217,6 +230,34 @@ class MeasuredStep:
         """Add a turn's median."""
         times = time_calls(self.step, steps, self.images.device)
         self.seconds.append(statistics.median(times))
+
+    def profile(self) -> None:
+        """List what a step computes, the longest first."""
+        if not self.out_of_memory:
+            self.out_of_memory = not self.attempt(self.list_kernels)
+
+    def list_kernels(self) -> None:
+        """Record PROFILED_STEPS."""
+        is_cuda = self.images.is_cuda
+        device = DeviceType.CUDA if is_cuda else DeviceType.CPU
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
+        with profile(activities=activities, acc_events=True) as profiler:
+            for _ in range(PROFILED_STEPS):
+                self.step()
+            if is_cuda:
+                torch.cuda.synchronize(self.images.device)
+        kernels = [
+            {
+                "name": event.key,
+                "calls": event.count / PROFILED_STEPS,
+                "ms": (event.self_device_time_total if is_cuda else event.self_cpu_time_total)
+                / 1000
+                / PROFILED_STEPS,
+            }
+            for event in profiler.key_averages()
+            if event.device_type == device and not event.is_user_annotation
+        ]
+        self.kernels = sorted(kernels, key=lambda kernel: -kernel["ms"])
 
     def results(self, flops: ForwardFlops, rate: float) -> dict[str, object]:
         """What was measured, as plain values; None for what could not be.
@@ -238,6 +279,7 @@ class MeasuredStep:
         slope = self.saved_slope
         measured = (
             self.seconds,
+            self.first,
             seconds,
             1000 * seconds / num_images,
             num_images / seconds,
@@ -257,7 +299,7 @@ def measure_in_turns(
     warmup: int,
     rounds: int,
     num_steps: int,
-) -> dict[str, float]:
+) -> Iterator[dict[str, float]]:
     """Give every step its turns, round by round, and a large matrix product in each dtype, too.
 
     Args:
@@ -267,8 +309,9 @@ def measure_in_turns(
         rounds: number of turns of each.
         num_steps: in a turn.
 
-    Returns:
-        The device's floating-point operations a second in each dtype, by Precision's names.
+    Yields:
+        After every round, the device's floating-point operations a second in each dtype, by
+        Precision's names.
     """
     progress = tqdm(total=(1 + rounds) * len(steps), disable=None, unit="turn", leave=False)
     for step in steps:
@@ -283,8 +326,9 @@ def measure_in_turns(
         for step in steps:
             step.take_turn(num_steps)
             progress.update()
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
+        yield {name: matmuls[name][1] / median for name, median in medians.items()}
     progress.close()
-    return {name: matmuls[name][1] / statistics.median(times) for name, times in seconds.items()}
 
 
 def describe_machine(device: torch.device) -> dict[str, object]:

@@ -165,18 +165,18 @@ def write_args(output_dir: Path, args: dict) -> dict[str, str]:
     return start["versions"]
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write a record; an earlier one is kept beside it under its own time.
+def write_json(path: Path, content: dict, *, keep_earlier: bool = True) -> None:
+    """Write a record; an earlier one is kept beside it under its own time, or replaced.
 
     Raises:
         OSError: it cannot be written; the earlier one is as it was.
     """
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
-    if path.exists():
+    if keep_earlier and path.exists():
         when = time.strftime(TIME_FORMAT, time.localtime(path.stat().st_mtime))
         path.rename(path.with_name(f"{path.stem}-{when}{path.suffix}"))
-    temporary.rename(path)
+    temporary.replace(path)
 
 
 def log_settings(settings: dict) -> None:

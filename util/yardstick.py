@@ -9,7 +9,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from tqdm import tqdm
 
@@ -133,8 +133,8 @@ def compare_in_turns(
     rounds: int,
     threads: int,
     seconds: str,
-) -> list[dict[str, object]]:
-    """Run ours, then a program, and so on, round by round; see `compare_pairs` for the rows.
+) -> Iterator[list[dict[str, object]]]:
+    """Run ours, then a program, and so on, round by round.
 
     Args:
         program: its path.
@@ -143,18 +143,29 @@ def compare_in_turns(
         threads: that the program may use.
         seconds: see `compare_pairs`.
 
+    Yields:
+        The rows so far, see `compare_pairs`: after every round, and at the end with the bytes of
+        one image more.
+
     Raises:
         InputError: one of the two fails.
     """
     pairs: list[list[tuple[list[dict], dict]]] = [[] for _ in matches]
+
+    def rows(saved_twice: Sequence[float | None]) -> list[dict[str, object]]:
+        return [
+            compare_pairs(
+                [(ours[place], theirs) for ours, theirs in found],
+                seconds=seconds,
+                saved_twice=twice,
+            )
+            for found, twice in zip(pairs, saved_twice, strict=True)
+            for place in range(len(found[0][0]))
+        ]
+
     for _ in tqdm(range(rounds), disable=None, unit="round", leave=False):
         for (run_ours, flags), found in zip(matches, pairs, strict=True):
             ours = run_ours()
             found.append((ours, run_yardstick(program, flags, threads)))
-    results = []
-    for (_, flags), found in zip(matches, pairs, strict=True):
-        twice = saved_by_twice(program, flags, threads)
-        for place in range(len(found[0][0])):
-            row_pairs = [(ours[place], theirs) for ours, theirs in found]
-            results.append(compare_pairs(row_pairs, seconds=seconds, saved_twice=twice))
-    return results
+        yield rows([None] * len(matches))
+    yield rows([saved_by_twice(program, flags, threads) for _, flags in matches])

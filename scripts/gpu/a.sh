@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# The first of two runs on a GPU, in 330 s at most: does everything work, and what is slow?
+#   [PYTHON=python3] [OUT=output/gpu-a] [AGAINST=program.py] bash scripts/gpu/a.sh
+# PYTHON imports torch, timm and pytest; nothing is installed. AGAINST is a program to compare a step
+# with (protocol: util/yardstick.py). COMMIT is recorded where there is no git. QUICK=1 tries it out
+# with tiny models, on a CPU too. Numbers are written to OUT as they come, tables of kernels to
+# OUT/log.txt. A part that fails is named at the end, and the others run.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source scripts/gpu/common.sh
+start output/gpu-a
+
+part device 10 "$PYTHON" scripts/gpu/device.py "$OUT/env.json"
+part tests 90 "$PYTHON" scripts/gpu/run_tests.py --durations=5
+part micro 35 "$PYTHON" scripts/gpu/micro.py "$OUT/micro.json"
+
+fastest=$(sed -n 's/.*"fastest_attention": "\(.*\)".*/\1/p' "$OUT/micro.json" 2>/dev/null || true)
+flags=(--attention_backend "${fastest:-auto}")
+profile=(--profile "$OUT/log.txt")
+step eager 50 --models $model $mae --batch_size $few $many "${flags[@]}" "${profile[@]}"
+
+began=$SECONDS
+flags+=(--models $model --batch_size $many)
+step blocks 40 --compile blocks "${flags[@]}" "${profile[@]}"
+step whole $((100 - SECONDS + began)) --compile whole "${flags[@]}" "${profile[@]}"
+
+if [ -n "${QUICK:-}" ]; then
+    flags=(--models crossmae_vit_tiny_patch16 --input_sizes 64)
+fi
+if [ -n "${AGAINST:-}" ]; then
+    step against 40 "${flags[@]}" --rounds 1 --memory high --dtypes bf16 --against_dtype fp16 \
+        --against "$AGAINST"
+else
+    left_out against "AGAINST names no program"
+fi
+
+finish env micro eager blocks whole against

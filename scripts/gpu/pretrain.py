@@ -1,0 +1,82 @@
+"""Run main_pretrain.py for a few seconds and record its speed.
+
+    python scripts/gpu/pretrain.py output/main.json NAME SECONDS FLAGS...
+
+After SECONDS it is told to stop, on which it saves and ends with code 143. Images a second and the
+share of time that it waited for data are what the run logged, without the first log point, before
+which it compiles and the loader starts.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from util.measure import describe_machine
+from util.run import versions, write_json
+
+ROOT = Path(__file__).resolve().parents[2]
+STOPPED, SECONDS_TO_SAVE = 143, "6"
+ALWAYS = ["--epochs", "1000", "--save_every", "1000", "--visualize_every", "1000"]
+
+
+def read_speed(log_dir: Path) -> dict[str, float | int]:
+    """Images a second and the share of waiting, over all steps after the first log point."""
+    log = EventAccumulator(str(log_dir)).Reload()
+    if "train/images_per_s" not in log.Tags()["scalars"]:
+        return {"steps": 0}
+    speeds, shares = (log.Scalars(f"train/{name}") for name in ("images_per_s", "data_share"))
+    seconds = waited = steps = 0.0
+    for before, speed, share in zip(speeds, speeds[1:], shares[1:], strict=False):
+        taken = (speed.step - before.step) / speed.value  # in units of a batch
+        seconds, waited = seconds + taken, waited + taken * share.value
+        steps += speed.step - before.step
+    if not steps:
+        return {"steps": 0}
+    return {"steps": int(steps), "images_per_s": steps / seconds, "data_share": waited / seconds}
+
+
+def record(path: Path, name: str, found: dict) -> None:
+    """Put what is known of a run into the file, which other runs share."""
+    content = json.loads(path.read_text()) if path.exists() else {}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    content["machine"] = {**describe_machine(device), **versions()}
+    write_json(path, {**content, name: found}, keep_earlier=False)
+
+
+def main() -> int:
+    """Run, and add what was measured to the file under the run's name; the exit code."""
+    path, name, seconds, *flags = sys.argv[1:]
+    found: dict[str, object] = {"flags": flags}
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["timeout", "--preserve-status", "-s", "TERM", "-k", SECONDS_TO_SAVE, seconds]
+        words += [sys.executable, str(ROOT / "main_pretrain.py"), *ALWAYS, *flags]
+        words += ["--output_dir", folder]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen(words, **pipes) as process:
+            for line in process.stdout:
+                print(line, end="")
+                if match := re.search(r"the largest batch that fits is (\d+)", line):
+                    found["largest_batch"] = int(match[1])
+                    record(Path(path), name, found)
+        if process.returncode in (0, STOPPED):
+            found |= read_speed(Path(folder) / "tensorboard")
+            record(Path(path), name, found)
+    if process.returncode not in (0, STOPPED):
+        print(f"main_pretrain.py ended with code {process.returncode}")
+        return 1
+    if not (found["steps"] or "largest_batch" in found):
+        print(f"main_pretrain.py did not reach its second log point in {seconds} s")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

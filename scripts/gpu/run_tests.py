@@ -1,0 +1,37 @@
+"""Run the GPU tests; words go to pytest. Without QUICK, a skipped test counts as failed.
+
+python scripts/gpu/run_tests.py -k resume
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Skipped:
+    """Counts the tests that were skipped, as a plugin of pytest."""
+
+    count = 0
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Take in how a test went."""
+        self.count += report.skipped
+
+
+def main() -> int:
+    """Run the tests and return the exit code."""
+    skipped = Skipped()
+    words = ["-m", "gpu", "-q", str(ROOT / "tests" / "test_gpu.py"), *sys.argv[1:]]
+    code = pytest.main(words, plugins=[skipped])
+    if skipped.count and not os.environ.get("QUICK"):
+        print(f"tests skipped: {skipped.count}; on a GPU all of them have to run")
+        return 1
+    return int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
