@@ -194,7 +194,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=positive_int, default=1, help="on a CPU (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny models, just to see it run")
     parser.add_argument(
-        "--json", type=Path, help="file for all the numbers, written after every round"
+        "--json", type=Path, help="file for all the numbers, written after every turn"
     )
     parser.add_argument(
         "--profile", type=Path, metavar="FILE", help="add each row's longest kernels to this file"
@@ -445,34 +445,33 @@ def compare(
 def measure(
     configs: Sequence[Config], args: argparse.Namespace, device: torch.device
 ) -> Iterator[dict[str, object]]:
-    """Measure every row; what is known after each round, and once more after a profile."""
+    """Measure every row; what is known after each turn, and once more after a profile."""
     steps = build_steps(configs, device, backend=args.attention_backend, compiled=args.compile)
 
-    def known(rates: dict[str, float], done: int) -> dict[str, object]:
-        rows = [
-            {**asdict(c), "label": c.label, **s.results(c.count_flops(), rates[c.dtype])}
-            for c, s in zip(configs, steps, strict=True)
-        ]
-        for row, step in zip(rows, steps, strict=True):
-            if step.kernels is not None:
-                row["kernels"] = step.kernels[:NUM_KEPT]
+    def known(rates: dict[str, float]) -> dict[str, object]:
+        rows = []
+        for config, step in zip(configs, steps, strict=True):
+            if step.seconds or step.out_of_memory:
+                results = step.results(config.count_flops(), rates[config.dtype])
+                rows.append({**asdict(config), "label": config.label, **results})
+                if step.kernels is not None:
+                    rows[-1]["kernels"] = step.kernels[:NUM_KEPT]
         return {
-            "rounds_done": done,
             "matmul_gflops_per_s": {dtype: rate / 1e9 for dtype, rate in rates.items()},
             "rows": rows,
             "time_follows_flops": follow_flops(rows),
         }
 
     turns = {"warmup": args.warmup, "rounds": args.rounds, "num_steps": args.steps}
-    for done, rates in enumerate(measure_in_turns(steps, device, **turns), start=1):
-        yield known(rates, done)
+    for rates in measure_in_turns(steps, device, **turns):
+        yield known(rates)
     if args.profile:
         for config, step in zip(configs, steps, strict=True):
             step.profile()
             if step.kernels is not None:
                 with args.profile.open("a") as file:
                     file.write(kernels_text(title(config), step.kernels, num=NUM_PROFILED) + "\n")
-        yield known(rates, done)
+        yield known(rates)
 
 
 def title(config: Config) -> str:
@@ -515,7 +514,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = (compare if args.against else measure)(configs, args, device)
     for number, known in enumerate(found):
         content |= known
-        if args.json:  # what is stopped has lost only the round under way
+        if args.json:  # what is stopped has lost only the turn under way
             write_json(args.json, content, keep_earlier=number == 0)
     if args.against:
         print(against_table(content["against"]), AGAINST_NOTE, sep="\n\n")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv, then runs every test: about 10 minutes on 2 CPU cores. Arguments go to pytest.
+# Sets up .venv, then runs every test: about 20 minutes on 2 CPU cores. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh

@@ -25,6 +25,7 @@ from util.distributed import (
     gradient_sync,
     is_main_process,
     rank,
+    share_of_cores,
     stack_over_processes,
     start_processes,
     world_size,
@@ -229,6 +230,27 @@ def test_workers_leave_a_process_cores_of_its_own(cores, processes, workers, mon
     monkeypatch.setattr(distributed, "available_cores", lambda: cores)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert default_workers() == workers
+
+
+@pytest.mark.parametrize(
+    ("tasks", "cpus_per_task", "cores"),
+    [
+        ("8(x2)", "16", 16),  # srun has started each process
+        ("8", "16", 16),
+        ("8", None, 1),
+        ("1(x2)", "128", 16),  # srun has started torchrun
+        (None, None, 16),  # torchrun without SLURM
+    ],
+)
+def test_a_task_of_slurm_has_cores_of_its_own(tasks, cpus_per_task, cores, monkeypatch):
+    monkeypatch.setattr(distributed, "available_cores", lambda: 128)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    variables = {"SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_CPUS_PER_TASK": cpus_per_task}
+    for name, value in variables.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert share_of_cores() == cores
 
 
 @pytest.mark.parametrize("device", ["abacus", "meta", "cuda:x"])

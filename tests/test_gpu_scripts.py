@@ -82,8 +82,8 @@ def test_the_first_run_measures_everything_and_names_a_part_that_fails(tmp_path)
         assert f"--attention_backend {found['micro']['fastest_attention']}" in " ".join(
             found[name]["machine"]["command"]
         )
-        assert found[name]["rounds_done"] == 3
         for row in found[name]["rows"]:
+            assert len(row["round_step_s"]) == 3
             assert row["images_per_s"] > 0 and row["first_step_s"] > 0 and len(row["kernels"]) == 25
     summary = (out / "summary.md").read_text()
     assert summary in done.stdout

@@ -37,6 +37,7 @@ from models_vit import SIZES
 from util.checkpoint import list_checkpoints, read_checkpoint
 from util.errors import InputError
 from util.metrics import read_log
+from util.run import versions
 
 EACH_STEP = ["--save_every_minutes", "0", "--log_every", "1", "--keep_last", "0"]
 MAE = ["--model", "mae_vit_tiny_patch4"]
@@ -74,6 +75,11 @@ def is_finite(content):
     if isinstance(content, torch.Tensor):
         return bool(content.isfinite().all())
     return not isinstance(content, float) or math.isfinite(content)
+
+
+def test_a_copy_without_a_repository_can_be_told_its_commit(monkeypatch):
+    monkeypatch.setenv("COMMIT", "1234abc")
+    assert versions()["commit"] == "1234abc"
 
 
 # A run from start to end

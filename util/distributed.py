@@ -119,12 +119,21 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def share_of_cores() -> int:
+    """CPU cores for this process, where several share the machine's."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0]  # such as 8(x2)
+    if processes > 1 and tasks == str(processes):  # each is a task of SLURM's with its own cores
+        return min(available_cores(), int(os.environ.get("SLURM_CPUS_PER_TASK", "1")))
+    return available_cores() // processes
+
+
 def default_workers() -> int:
     """Loader processes that suit this machine: a process's share of the cores, less an eighth.
 
     At least one core is left for the process itself, which launches kernels and copies batches.
     """
-    share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = share_of_cores()
     return min(MAX_DEFAULT_WORKERS, max(1, share - max(1, share // 8)))
 
 

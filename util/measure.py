@@ -310,24 +310,24 @@ def measure_in_turns(
         num_steps: in a turn.
 
     Yields:
-        After every round, the device's floating-point operations a second in each dtype, by
+        After every turn, the device's floating-point operations a second in each dtype, by
         Precision's names.
     """
-    progress = tqdm(total=(1 + rounds) * len(steps), disable=None, unit="turn", leave=False)
-    for step in steps:
-        step.prepare(warmup)
-        progress.update()
+    progress = tqdm(total=rounds * len(steps), disable=None, unit="turn", leave=False)
     dtypes = {step.precision.amp: step.precision.dtype for step in steps}
     matmuls = {name: build_matmul(device, dtype) for name, dtype in dtypes.items()}
     seconds: dict[str, list[float]] = {name: [] for name in matmuls}
-    for _ in range(rounds):
+    for number in range(rounds):
         for name, (multiply, _) in matmuls.items():
             seconds[name].append(time_calls(multiply, 2, device)[-1])
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
+        rates = {name: matmuls[name][1] / median for name, median in medians.items()}
         for step in steps:
+            if number == 0:  # not before, so that the first rows are known when the last are not
+                step.prepare(warmup)
             step.take_turn(num_steps)
             progress.update()
-        medians = {name: statistics.median(times) for name, times in seconds.items()}
-        yield {name: matmuls[name][1] / median for name, median in medians.items()}
+            yield rates
     progress.close()
 
 
