@@ -252,7 +252,7 @@ def evaluate_only(args: argparse.Namespace, device: torch.device) -> None:
     model.to(device)
     precision = Precision(args.amp, device, attention_backend=args.attention_backend)
     precision.check_attention_backend(
-        model, lambda count: (torch.zeros(count, 3, *img_size, device=device),), args.batch_size
+        model, lambda count: (torch.zeros(count, 3, *img_size, device=device),)
     )
     stats = evaluate(
         model,

@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = model.to(device).eval()
     precision = Precision(args.amp, device, attention_backend=args.attention_backend)
     precision.check_attention_backend(
-        model, lambda count: (torch.zeros(count, 3, *img_size, device=device),), args.batch_size
+        model, lambda count: (torch.zeros(count, 3, *img_size, device=device),)
     )
     compile_model(model, args.compile, device=device)
     versions = write_args(output_dir, vars(args))

@@ -60,6 +60,7 @@ from util.loaders import build_loaders
 from util.masking import MASK_SAMPLINGS, TokenSplit, check_grid, count_tokens, split_tokens
 from util.metrics import EpochMeters, read_log
 from util.optim import build_adamw
+from util.patches import RawImages
 from util.precision import Precision
 from util.recompute import set_memory
 from util.released import from_released, released_options
@@ -68,7 +69,7 @@ from util.run import open_run, run_main, start_run
 from util.schedule import lr_schedule, scaled_lr
 from util.sharding import shard, unsharded
 from util.streams import StreamedImages
-from util.transforms import eval_transform, pretrain_transform
+from util.transforms import Normalization, eval_transform, pretrain_transform
 from util.weight_files import check_format, read_weights_file, strange_content_is_input_error
 from util.weights import checked_colours
 
@@ -301,18 +302,20 @@ def plan_batches(
             cannot run.
     """
 
-    def example(num_images: int) -> tuple[Tensor, TokenSplit]:
-        images = torch.zeros(num_images, 3, *model.encoder.img_size, device=device)
-        return images, split_tokens(images.new_zeros(num_images, model.encoder.num_patches))
+    def example(num_images: int) -> tuple[RawImages, TokenSplit]:
+        shape = (num_images, 3, *model.encoder.img_size)
+        pixels = torch.zeros(shape, dtype=torch.uint8, device=device)
+        noise = torch.zeros(num_images, model.encoder.num_patches, device=device)
+        return Normalization(tuple(args.mean), tuple(args.std)).later(pixels), split_tokens(noise)
 
     def train_on(num_images: int) -> None:
         with precision.autocast():
             loss = model(*example(num_images))
         precision.backward(loss)
 
-    precision.check_attention_backend(model, example)
     batch_size = args.batch_size
     if batch_size == "auto":
+        precision.check_attention_backend(model, example)
         batch_size = find_batch_size(
             train_on,
             args.effective_batch_size,

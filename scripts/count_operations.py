@@ -66,7 +66,6 @@ CLASSES = {
     "_fused_adamw_": OPTIMIZER,
 }
 MOVES_NOTHING = ("empty", "new_empty", "new_empty_strided", "detach", "alias", "_unsafe_view")
-MAX_MAPS = 64  # above all numbers of feature maps and below all widths
 
 
 def tensors_in(*content: object) -> list[Tensor]:
@@ -87,10 +86,15 @@ def flops_of(name: str, args: Sequence[object]) -> int:
     return 0
 
 
-def class_of(name: str, args: Sequence[object]) -> str:
-    """Which row of the table an operation belongs to."""
-    shapes = [t.shape for t in tensors_in(args)]
-    if name in ("mm", "addmm") and min(min(shape) for shape in shapes) < MAX_MAPS:
+def class_of(name: str, args: Sequence[object], mix: Sequence[int]) -> str:
+    """Which row of the table an operation belongs to, judged by its name and shapes.
+
+    Args:
+        name: of the operation.
+        args: its arguments.
+        mix: the numbers of mixes and of feature maps; no layer is as narrow.
+    """
+    if name == "mm" and any(set(t.shape) & set(mix) for t in tensors_in(args)):
         return MIX
     if name == "_to_copy" and args[0].dtype is torch.uint8:
         return REST
@@ -117,9 +121,11 @@ class OperationCounter(TorchDispatchMode):
 
     Args:
         known: tensors whose storages do not count as alive: weights, optimizer, batch.
+        mix: see `class_of`.
     """
 
     known: Sequence[Tensor]
+    mix: Sequence[int] = ()
     classes: dict[str, Counts] = field(default_factory=dict)
     peak: int = 0
 
@@ -134,7 +140,7 @@ class OperationCounter(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if func.namespace == "aten" and not func.is_view and name not in MOVES_NOTHING:
             read, written = tensors_in(args, kwargs), tensors_in(output)
-            counts = self.classes.setdefault(class_of(name, args), Counts())
+            counts = self.classes.setdefault(class_of(name, args, self.mix), Counts())
             counts.operations += 1
             # What returns nothing, such as a fused optimizer, writes what it reads.
             counts.bytes += sum(t.numel() * t.element_size() for t in read + (written or read))
@@ -212,7 +218,9 @@ def count_step(
         step = model, optimizer, precision, fake_batch(batch_size, model.encoder.img_size), counts
         train_step(*step)  # makes the optimizer's moments
         states = [*model.parameters(), *model.buffers(), *optimizer.state.values()]
-        with OperationCounter(tensors_in(states, step[3])) as counter:
+        attention = model.decoder.inter_block_attention
+        mix = () if attention is None else tuple(attention.weight.shape)
+        with OperationCounter(tensors_in(states, step[3]), mix) as counter:
             train_step(*step)
     return counter
 
@@ -254,6 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Count, print tables, and write what was asked for."""
     args = parse_args(argv)
     start_logging()
+    about = {**versions(), "command": sys.argv, "date": time.strftime("%Y-%m-%d %H:%M")}
     step = {"batch_size": args.batch_size, "img_size": args.input_size}
     step |= {"mask_ratio": args.mask_ratio, "pred_ratio": args.pred_ratio}
     steps = []
@@ -262,12 +271,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             counter = count_step(name, memory=memory, **step)
             rows, peak = rows_of(counter), counter.peak / GIB
             steps.append({"model": name, "memory": memory, "peak_gib": peak, "rows": rows})
-            print(f"\n{name}, --memory {memory}, {args.batch_size} images: peak {peak:.1f} GiB\n")
+            print(f"\n{name}, --memory {memory}, {args.batch_size} images: peak {peak:.3g} GiB\n")
             titles = ["what", "operations", "GB read and written", "TFLOP"]
-            print(markdown(titles, [list(row.values()) for row in rows]))
+            print(markdown(titles, [[value or "" for value in row.values()] for row in rows]))
     if args.json:
-        when = time.strftime("%Y-%m-%d %H:%M")
-        about = {**versions(), "command": sys.argv, "date": when}
         write_json(args.json, {"about": about, **step, "steps": steps})
 
 

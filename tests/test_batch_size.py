@@ -79,7 +79,12 @@ def test_running_out_of_memory_is_known_by_every_name(error):
 
 @pytest.mark.parametrize(
     "error",
-    [RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), ValueError("out of memory")],
+    [
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"),
+        ValueError("out of memory"),
+        RuntimeError("unable to mmap 4096 bytes from file </torch_1>: Cannot allocate memory (12)"),
+        MemoryError("Caught MemoryError in DataLoader worker process 0."),
+    ],
 )
 def test_other_errors_are_not_taken_for_a_lack_of_memory(error):
     assert not is_out_of_memory(error)

@@ -237,6 +237,7 @@ def test_workers_leave_a_process_cores_of_its_own(cores, processes, workers, mon
     [
         ("8(x2)", "16", 16),  # srun has started each process
         ("8", "16", 16),
+        ("4,8(x2)", "16", 16),
         ("8", None, 1),
         ("1(x2)", "128", 16),  # srun has started torchrun
         (None, None, 16),  # torchrun without SLURM

@@ -122,7 +122,7 @@ def test_a_run_says_and_keeps_what_computes_it(processor, tmp_path, monkeypatch,
     images = write_images(tmp_path / "images", 8)
     run("--data_path", images, *TINY, "--device", "cpu", "--output_dir", tmp_path / "run")
     first = capsys.readouterr().out.splitlines()[0]
-    assert "CPU with AVX2" in first and "float32 layers by pytorch" in first
+    assert "CPU: AVX2" in first and "float32 layers by pytorch" in first
     versions = json.loads((tmp_path / "run" / "args.json").read_text())["versions"]
     assert (versions["cpu_capability"], versions["cpu_linear"]) == ("AVX2", "pytorch")
 

@@ -236,8 +236,8 @@ def add_data_args(parser: argparse.ArgumentParser, *, input_size: int | None) ->
         "--num_workers",
         type=process_count,
         default=default_workers(),
-        help="loader processes for each process (its share of the cores, less an eighth: "
-        "%(default)s here)",
+        help="loader processes of each process (its share of the CPU cores less an eighth, "
+        "%(default)s on this machine)",
     )
 
 
@@ -499,7 +499,7 @@ def add_precision_args(
         default="auto",
         help="PyTorch's attention kernel; a forced one runs or fails (%(default)s)",
     )
-    by_blocks = " or, within seconds, block by block" if "blocks" in compile_modes else ""
+    by_blocks = ", or block by block, which compiles faster" if "blocks" in compile_modes else ""
     group.add_argument(
         "--compile",
         nargs="?",

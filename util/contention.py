@@ -7,6 +7,8 @@ from functools import cache
 
 import torch
 
+from util.distributed import world_size
+
 SECONDS = 10.0  # of steps before a judgement
 TOO_SLOW = 1.5  # times as long as the processor computes
 
@@ -21,33 +23,37 @@ class ContentionWatch:
     others burn theirs, and several threads are slower than one.
 
     Args:
-        device: of the run; only a CPU is watched, and only with several threads.
+        device: of the run. Watched is a single process with several threads on a CPU; of several
+            processes each waits for the others' gradients anyway.
     """
 
     def __init__(self, device: torch.device) -> None:
         waits_asleep = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
-        self.watches = device.type == "cpu" and torch.get_num_threads() > 1 and not waits_asleep
+        has_threads = device.type == "cpu" and torch.get_num_threads() > 1
+        self.watches = has_threads and world_size() == 1 and not waits_asleep
         self.seconds = self.cpu_seconds = 0.0
+        self.was_slow = False
 
     def start_step(self) -> None:
         """A step begins; its images are there."""
         self.start = time.monotonic(), time.thread_time()
 
     def end_step(self) -> None:
-        """The step ends; whatever comes now may wait for a disk or for other processes."""
+        """The step ends; whatever comes now may wait for a disk."""
         self.seconds += time.monotonic() - self.start[0]
         self.cpu_seconds += time.thread_time() - self.start[1]
         if not self.watches or self.seconds < SECONDS:
             return
-        if self.seconds > TOO_SLOW * self.cpu_seconds:
+        is_slow = self.seconds > TOO_SLOW * self.cpu_seconds
+        if is_slow and self.was_slow:  # twice in a row, so it was no compiler and no pause
             self.watches = False
             _logger.warning(
-                "steps take %.1f times as long as this process computes: other programs share its "
-                "cores, and its %d threads wait for each other. OMP_NUM_THREADS=1 or "
-                "OMP_WAIT_POLICY=PASSIVE before the command may be several times faster "
-                "(docs/faq.md)",
+                "steps take %.1f times as long as the CPU time they use: other programs compete "
+                "for the cores, and the %d threads of this process wait for each other. Try "
+                "OMP_NUM_THREADS=1 or OMP_WAIT_POLICY=PASSIVE before the command (docs/faq.md)",
                 *(self.seconds / self.cpu_seconds, torch.get_num_threads()),
             )
+        self.was_slow = is_slow
         self.seconds = self.cpu_seconds = 0.0
 
 

@@ -122,8 +122,9 @@ def available_cores() -> int:
 def share_of_cores() -> int:
     """CPU cores for this process, where several share the machine's."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0]  # such as 8(x2)
-    if processes > 1 and tasks == str(processes):  # each is a task of SLURM's with its own cores
+    nodes = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split(",")  # such as 8(x2),4
+    tasks = {node.partition("(")[0] for node in nodes}
+    if processes > 1 and str(processes) in tasks:  # each is a task of SLURM's with its own cores
         return min(available_cores(), int(os.environ.get("SLURM_CPUS_PER_TASK", "1")))
     return available_cores() // processes
 

@@ -13,7 +13,7 @@ OUT_OF_MEMORY = (
     "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",  # no room for its workspace
     "CUDNN_STATUS_ALLOC_FAILED",
     "ALLOCATION_FAILED",  # cuDNN 9
-    "allocate memory",  # a CPU
+    "DefaultCPUAllocator",  # a CPU
 )
 
 
@@ -51,7 +51,12 @@ class StoppedError(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU, in one of its libraries, or on a CPU."""
+    """Whether an allocation failed, on a GPU, in one of its libraries, or on a CPU.
+
+    Not in a loader process, whose memory is another matter than the batch's.
+    """
+    if "DataLoader worker" in str(error):
+        return False
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
     )

@@ -110,7 +110,8 @@ class CopyStream:
     before is computed.
 
     Args:
-        device: where batches go; only a GPU has streams, and copies elsewhere are left to `Batch`.
+        device: where batches go. Copies to anything but a GPU, and files that the device decodes,
+            are left to `Batch`.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -79,27 +79,26 @@ class Precision:
         Args:
             model: whose output has a sum.
             example: number of images -> inputs of the model.
-            batch_size: images of a micro-step. A GPU is tried with as many, since cuDNN plans for
-                each number anew.
+            batch_size: images of a micro-step in training. A GPU is tried with as many, since
+                cuDNN plans for each number anew.
 
         Raises:
             InputError: it cannot run.
         """
         if self.attention_backend == "auto":
             return
-        for num_images in {1, batch_size} if self.device.type == "cuda" else {1}:
-            try:
-                with self.autocast():
-                    output = model(*example(num_images))
-                self.backward(output.sum())
-            except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise
-                raise InputError(
-                    f"--attention_backend {self.attention_backend} cannot run this model on "
-                    f"{self.device.type} in {self.amp}: choose another, or auto"
-                ) from error
-            model.zero_grad(set_to_none=True)
+        try:
+            with self.autocast():
+                output = model(*example(batch_size if self.device.type == "cuda" else 1))
+            self.backward(output.sum())
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"--attention_backend {self.attention_backend} cannot run this model on "
+                f"{self.device.type} in {self.amp}: choose another, or auto"
+            ) from error
+        model.zero_grad(set_to_none=True)
 
     def backward(self, loss: Tensor) -> None:
         """Backpropagate a loss, scaled in fp16."""

@@ -139,7 +139,7 @@ def start_run(
         torch.backends.cuda.enable_cudnn_sdp(False)
     if chosen.type == "cpu":
         _logger.info(
-            "CPU with %s, %d threads; large float32 layers by %s",
+            "CPU: %s, threads: %d, large float32 layers by %s",
             *(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), cpu_linear()),
         )
     return chosen

@@ -18,7 +18,7 @@ from util.stopping import stop_signal
 from util.watchdog import enter_step
 
 LossOfBatch = Callable[[Batch, int], Tensor]
-"""(micro-batch, on the device, how many images of the step came before) -> mean loss."""
+"""(micro-batch, how many images of the step came before) -> mean loss."""
 
 
 def train_epoch(

@@ -10,7 +10,7 @@ cd "$(dirname "$0")/../.."
 source scripts/gpu/common.sh
 start output/gpu-a
 
-part device 10 "$PYTHON" scripts/gpu/device.py "$OUT/env.json"
+part device 15 "$PYTHON" scripts/gpu/device.py "$OUT/env.json"
 part tests 90 "$PYTHON" scripts/gpu/run_tests.py --durations=5
 part micro 35 "$PYTHON" scripts/gpu/micro.py "$OUT/micro.json"
 
@@ -22,7 +22,7 @@ step eager 50 --models $model $mae --batch_size $few $many "${flags[@]}" "${prof
 began=$SECONDS
 flags+=(--models $model --batch_size $many)
 step blocks 40 --compile blocks "${flags[@]}" "${profile[@]}"
-step whole $((100 - SECONDS + began)) --compile whole "${flags[@]}" "${profile[@]}"
+step whole $((95 - SECONDS + began)) --compile whole "${flags[@]}" "${profile[@]}"
 
 if [ -n "${QUICK:-}" ]; then
     flags=(--models crossmae_vit_tiny_patch16 --input_sizes 64)

@@ -21,7 +21,7 @@ else
     large=(--models crossmae_vit_large_patch16 --batch_size 512)
     high_resolution=(--models $model --batch_size 256 --input_sizes 448)
     train=(--model $model --batch_size 1024 --log_every 11)
-    num_images=$((22 * 1024)) seconds=33
+    num_images=$((22 * 1024)) seconds=28
 fi
 images=$(mktemp -d)
 trap 'rm -rf "$images"' EXIT

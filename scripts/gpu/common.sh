@@ -27,6 +27,7 @@ start() {
     case "$code${QUICK:+ quick}" in
         0* | "3 quick") ;;
         3) fail "PyTorch finds no GPU: run this on a machine with one, or with QUICK=1 on a CPU" ;;
+        127*) fail "$PYTHON not found: name a Python that imports torch, timm and pytest with PYTHON=FILE" ;;
         *) fail "$PYTHON cannot import torch, timm and pytest: name one that can with PYTHON=FILE" ;;
     esac
     mkdir -p "$OUT"
