@@ -83,7 +83,7 @@ def step_fits(
     which gradients are averaged. Nothing is changed but the device's cache of free memory.
 
     Args:
-        train_on: goes forward and backward with so many images.
+        train_on: runs forward and backward on a given number of images.
         size: number of images.
         model: whose gradients are computed, and dropped.
         device: a CUDA device.
@@ -119,7 +119,7 @@ def find_batch_size(
     """The largest micro-batch that fits on every process's GPU, and divides its share of a step.
 
     Args:
-        train_on: goes forward and backward with so many images, as training does.
+        train_on: runs forward and backward on a given number of images, as training does.
         effective_batch_size: of all processes.
         model: what is trained.
         device: where it is.

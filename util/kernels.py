@@ -22,7 +22,7 @@ CPU_LINEARS = ("onednn", "pytorch")
 def cpu_linear() -> str:
     """What computes large float32 linear layers on this CPU, one of CPU_LINEARS.
 
-    oneDNN where the processor has AVX-512, whoever made it: MKL, PyTorch's choice, leaves the wide
+    oneDNN where the processor, of any maker, has AVX-512: MKL, PyTorch's choice, leaves the wide
     vectors out on some and then takes twice the time. On processors with AVX2 alone MKL is the
     faster one.
 
