@@ -45,7 +45,7 @@ from util.errors import InputError, value_errors_are_input_errors
 from util.loaders import build_loaders, build_own_eval_loader
 from util.metrics import EpochMeters
 from util.optim import build_layer_decay_adamw
-from util.precision import Precision
+from util.precision import Precision, blank_images
 from util.recompute import set_memory
 from util.resume import EFFECTIVE_BATCH, newest_good_checkpoint
 from util.run import describe_classifier, log_settings, open_run, run_main, start_run
@@ -251,9 +251,7 @@ def evaluate_only(args: argparse.Namespace, device: torch.device) -> None:
     load_encoder(model, weights, head=True)
     model.to(device)
     precision = Precision(args.amp, device, attention_backend=args.attention_backend)
-    precision.check_attention_backend(
-        model, lambda count: (torch.zeros(count, 3, *img_size, device=device),)
-    )
+    precision.check_attention_backend(model, blank_images(img_size, device))
     stats = evaluate(
         model,
         build_own_eval_loader(
@@ -414,9 +412,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     precision = Precision(
         args.amp, device, clip_grad=args.clip_grad, attention_backend=args.attention_backend
     )
-    precision.check_attention_backend(
-        model, lambda count: (torch.zeros(count, 3, *img_size, device=device),), args.batch_size
-    )
+    precision.check_attention_backend(model, blank_images(img_size, device), args.batch_size)
     ema = None if args.ema is None else ModelEmaV3(model, decay=args.ema)
     compile_model(model, args.compile, device=device)
 

@@ -31,7 +31,7 @@ from util.errors import InputError, value_errors_are_input_errors
 from util.images import IndexedImages
 from util.knn import extract_features, knn_accuracy, logistic_accuracy
 from util.loaders import build_own_eval_loader
-from util.precision import Precision
+from util.precision import Precision, blank_images
 from util.run import run_main, start_run, write_args, write_json
 from util.streams import StreamedImages
 from util.training import check_labels
@@ -207,9 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = build_vit(SIZES[size], img_size=img_size, num_classes=0, pool=args.pool)
     model = model.to(device).eval()
     precision = Precision(args.amp, device, attention_backend=args.attention_backend)
-    precision.check_attention_backend(
-        model, lambda count: (torch.zeros(count, 3, *img_size, device=device),)
-    )
+    precision.check_attention_backend(model, blank_images(img_size, device))
     compile_model(model, args.compile, device=device)
     versions = write_args(output_dir, vars(args))
 

@@ -8,8 +8,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from engine_finetune import evaluate, report, train_one_epoch
 from models_vit import POOLS, SIZES, build_vit, choose_size, make_linear_probe
 from util.arguments import (
@@ -34,7 +32,7 @@ from util.errors import value_errors_are_input_errors
 from util.loaders import build_loaders
 from util.metrics import EpochMeters
 from util.optim import build_lars
-from util.precision import Precision
+from util.precision import Precision, blank_images
 from util.resume import EFFECTIVE_BATCH
 from util.run import describe_classifier, log_settings, open_run, run_main, start_run
 from util.schedule import lr_schedule, scaled_lr
@@ -134,9 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     precision = Precision(
         args.amp, device, clip_grad=args.clip_grad, attention_backend=args.attention_backend
     )
-    precision.check_attention_backend(
-        model, lambda count: (torch.zeros(count, 3, *img_size, device=device),), args.batch_size
-    )
+    precision.check_attention_backend(model, blank_images(img_size, device), args.batch_size)
     compile_model(model, args.compile, device=device)
 
     state = TrainState(

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from main_pretrain import MODELS, build_model
 from models_crossmae import MaskedAutoencoder
 from models_vit import SIZES
-from util.arguments import Parser, natural_int, positive_int, ratio
+from util.arguments import Parser, check_output_folders, natural_int, positive_int, ratio
 from util.benchmark_tables import (
     against_table,
     draw,
@@ -243,9 +243,7 @@ def check_args(args: argparse.Namespace) -> None:
             raise InputError(f"--against compares {', '.join(THEIR_MODELS)}: choose --models")
     elif args.against_dtype:
         raise InputError("--against_dtype needs --against, the program that computes in it")
-    for path in filter(None, (args.json, args.plot, args.profile)):
-        if not path.parent.is_dir():
-            raise InputError(f"the folder of {path} does not exist: make it first")
+    check_output_folders(args.json, args.plot, args.profile)
     is_hf = any(name in HF_SIZES for name in args.models or [])
     for package, needed in {"matplotlib": args.plot, "transformers": is_hf}.items():
         if needed and importlib.util.find_spec(package) is None:

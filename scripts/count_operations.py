@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine_pretrain import step_noise
 from main_pretrain import MODELS, build_model
 from models_crossmae import MaskedAutoencoder
-from util.arguments import Parser, positive_int, ratio
+from util.arguments import Parser, check_output_folders, positive_int, ratio
 from util.benchmark_tables import markdown
 from util.images import Batch
 from util.masking import TokenCounts, count_tokens, random_split
@@ -255,7 +255,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--memory", nargs="+", choices=MEMORY_MODES, default=MEMORY_MODES, help="(all)"
     )
     parser.add_argument("--json", type=Path, help="file for all the numbers")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_output_folders(args.json)
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -19,7 +19,7 @@ from scripts.count_operations import (
     count_step,
     main,
 )
-from tests.runs import run
+from tests.runs import refusal, run
 from util.recompute import MEMORY_MODES
 
 VIT_BASE = "crossmae_vit_base_patch16"
@@ -128,3 +128,8 @@ def test_from_end_to_end(tmp_path, capsys):
         assert last["class"] == "sum" and last["tflop"] > 0 and step["peak_gib"] > 0
         assert last["gb"] == pytest.approx(sum(row["gb"] for row in rows))
     assert out.count("| linear layers |") == 2
+
+
+def test_a_folder_that_does_not_exist_is_refused_before_anything_is_counted(capsys):
+    sentence = refusal(capsys, "--json", "/does/not/exist/a.json", main=main)
+    assert "the folder of /does/not/exist/a.json does not exist: make it first" in sentence

@@ -6,6 +6,7 @@ A group is a pair: `add_X_args` declares, `check_X_args` refuses what cannot wor
 import argparse
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -135,6 +136,13 @@ def feature_map_choice(text: str) -> str | list[int]:
     except ValueError:
         message = f"{text!r} is neither all, nor last, nor indices such as 0,4,8,12"
         raise argparse.ArgumentTypeError(message) from None
+
+
+def check_output_folders(*paths: Path | None) -> None:
+    """Refuse files that could not be written, before hours of measuring; None is no file."""
+    for path in filter(None, paths):
+        if not path.parent.is_dir():
+            raise InputError(f"the folder of {path} does not exist: make it first")
 
 
 def add_run_args(parser: argparse.ArgumentParser, *, output_dir: str, save_every: int = 20) -> None:

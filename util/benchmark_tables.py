@@ -5,6 +5,37 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 MAX_NAME = 120  # characters; templates of kernels have up to a thousand
+ROW_COLUMNS = {  # title -> key, of what a row measures
+    "model": "model",
+    "(ratio, blocks)": "label",
+    "px": "input_size",
+    "dtype": "dtype",
+    "memory": "memory",
+    "batch": "batch_size",
+}
+MAIN_COLUMNS = {
+    **ROW_COLUMNS,
+    "ms/image": "ms_per_image",
+    "± %": "spread_percent",
+    "images/s": "images_per_s",
+    "peak MiB": "peak_memory_mb",
+    "saved MiB/image": "saved_mb_per_image",
+    "of one more image": "saved_slope_mb_per_image",
+    "GFLOPs encoder": "encoder_gflops",
+    "decoder": "decoder_gflops",
+    "total": "total_gflops",
+    "utilisation %": "utilisation_percent",
+}
+AGAINST_COLUMNS = {
+    **ROW_COLUMNS,
+    "their dtype": "their_dtype",
+    "times faster": "time_ratio",
+    "slowest": "time_ratio_min",
+    "fastest": "time_ratio_max",
+    "saved bytes": "saved_ratio",
+    "of one more image": "saved_slope_ratio",
+    "peak": "peak_ratio",
+}
 
 
 def markdown(titles: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
@@ -19,23 +50,16 @@ def markdown(titles: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def columns_table(columns: dict[str, str], rows: Iterable[dict]) -> str:
+    """A table of rows by their keys."""
+    return markdown([*columns], [[row[key] for key in columns.values()] for row in rows])
+
+
 def main_table(results: Sequence[dict]) -> str:
     """Every row with what was measured."""
-    titles = ["model", "(ratio, blocks)", "px", "dtype", "memory", "batch", "ms/image"]
-    titles += ["± %", "images/s", "peak MiB", "saved MiB/image", "of one more image"]
-    titles += ["GFLOPs encoder", "decoder", "total", "utilisation %"]
-    keys = ["model", "label", "input_size", "dtype", "memory", "batch_size", "ms_per_image"]
-    keys += [
-        "spread_percent",
-        "images_per_s",
-        "peak_memory_mb",
-        "saved_mb_per_image",
-        "saved_slope_mb_per_image",
-    ]
-    keys += ["encoder_gflops", "decoder_gflops", "total_gflops", "utilisation_percent"]
     failed = {"ms_per_image": "out of memory"}
-    lines = [({**r, **failed} if r["out_of_memory"] else r) for r in results]
-    return markdown(titles, [[line[key] for key in keys] for line in lines])
+    rows = [({**r, **failed} if r["out_of_memory"] else r) for r in results]
+    return columns_table(MAIN_COLUMNS, rows)
 
 
 def follow_flops(results: Sequence[dict]) -> list[dict[str, object]]:
@@ -63,27 +87,7 @@ def flops_table(rows: Sequence[dict]) -> str:
 
 def against_table(rows: Sequence[dict]) -> str:
     """Pairs of ours and another program's steps, see `util.yardstick.compare_pairs`."""
-    titles = ["model", "(ratio, blocks)", "px", "dtype", "memory", "batch"]
-    titles += [
-        "their dtype",
-        "times faster",
-        "slowest",
-        "fastest",
-        "saved bytes",
-        "of one more image",
-        "peak",
-    ]
-    keys = ["model", "label", "input_size", "dtype", "memory", "batch_size"]
-    keys += [
-        "their_dtype",
-        "time_ratio",
-        "time_ratio_min",
-        "time_ratio_max",
-        "saved_ratio",
-        "saved_slope_ratio",
-        "peak_ratio",
-    ]
-    return markdown(titles, [[row[key] for key in keys] for row in rows])
+    return columns_table(AGAINST_COLUMNS, rows)
 
 
 def kernels_text(title: str, kernels: Sequence[dict], *, num: int) -> str:

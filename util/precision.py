@@ -1,6 +1,6 @@
 """In which numbers a step is computed, and by which attention kernel."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -29,6 +29,13 @@ def has_bf16(device: torch.device) -> bool:
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return False
+
+
+def blank_images(
+    img_size: Sequence[int], device: torch.device
+) -> Callable[[int], tuple[Tensor, ...]]:
+    """How `Precision.check_attention_backend` makes the inputs of a classifier."""
+    return lambda count: (torch.zeros(count, 3, *img_size, device=device),)
 
 
 class Precision:

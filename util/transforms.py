@@ -182,12 +182,15 @@ class Normalization:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Normalise uint8 (B, 3, H, W) to float32."""
-        raw = self.later(images)
-        return normalize(images, raw.mean.view(3, 1, 1), raw.std.view(3, 1, 1))
+        mean, std = self._on(images.device)
+        return normalize(images, mean.view(3, 1, 1), std.view(3, 1, 1))
 
     def later(self, images: Tensor) -> RawImages:
         """Leave uint8 (B, 3, H, W) to be normalised patch by patch."""
-        return RawImages(images, *(_channels(v, images.device) for v in (self.mean, self.std)))
+        return RawImages(images, *self._on(images.device))
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        return _channels(self.mean, device), _channels(self.std, device)
 
 
 @cache
