@@ -5,10 +5,10 @@ import tarfile
 
 import pytest
 from PIL import Image
-from runs import refusal, run, write_images
 
 from scripts import benchmark_loader
 from scripts.benchmark_loader import main, pixel_difference, summarize
+from tests.helpers.runs import refusal, run, write_images
 
 QUICK = ["--repeats", 2, "--num_images", 12, "--batch_size", 4, "--input_size", 16]
 

@@ -19,7 +19,7 @@ from scripts.benchmark_pretrain import (
     build_steps,
     main,
 )
-from tests.runs import crossmae_nano, refusal, run, use_nano_models
+from tests.helpers.runs import crossmae_nano, refusal, run, use_nano_models
 from tests.test_flops import counted
 from util.benchmark_tables import follow_flops
 from util.masking import TokenCounts, random_split

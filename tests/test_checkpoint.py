@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_identical
 
+from tests.helpers.runs import assert_identical
 from util import checkpoint as checkpoint_module
 from util.broken_images import BrokenImages
 from util.checkpoint import (

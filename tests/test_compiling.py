@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from models_crossmae import build_crossmae
 from models_mae import build_mae
 from models_vit import ModelSize, build_vit
-from tests.runs import TINY, run, use_nano_models, write_images
+from tests.helpers.runs import TINY, run, use_nano_models, write_images
 from util.compiling import compile_model
 from util.distributed import data_parallel
 from util.errors import InputError

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from tests.runs import ROOT, TINY, run, use_nano_models, write_images
+from tests.helpers.runs import ROOT, TINY, run, use_nano_models, write_images
 from util import contention
 from util.contention import ContentionWatch, contention_watch
 

@@ -19,7 +19,7 @@ from scripts.count_operations import (
     count_step,
     main,
 )
-from tests.runs import refusal, run
+from tests.helpers.runs import refusal, run
 from util.recompute import MEMORY_MODES
 
 VIT_BASE = "crossmae_vit_base_patch16"

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from runs import ROOT, TINY, command, finish, run, start, write_images
 
 import main_pretrain
+from tests.helpers.runs import ROOT, TINY, command, finish, run, start, write_images
 from util import distributed
 from util.checkpoint import list_checkpoints, read_checkpoint
 from util.distributed import (

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from runs import NANO, assert_identical
 from sklearn.metrics import log_loss, top_k_accuracy_score
 from test_engine_pretrain import CPU, HostReads, PreparedLoader, Recorder
 from timm.data import Mixup
@@ -20,6 +19,7 @@ from timm.utils import ModelEmaV3
 import engine_finetune
 from engine_finetune import describe, evaluate, mix_images, report, train_one_epoch
 from models_vit import build_vit, make_linear_probe
+from tests.helpers.runs import NANO, assert_identical
 from util import training
 from util.broken_images import BrokenImages
 from util.checkpoint import (

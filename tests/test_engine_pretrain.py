@@ -7,7 +7,6 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from runs import crossmae_nano, mae_nano, write_images
 from sklearn.datasets import load_digits
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,6 +19,7 @@ from engine_pretrain import (
     step_noise,
     train_one_epoch,
 )
+from tests.helpers.runs import crossmae_nano, mae_nano, write_images
 from util.broken_images import BrokenImages
 from util.checkpoint import Progress, TrainState
 from util.datasets import build_dataset

@@ -7,18 +7,6 @@ import safetensors.torch
 import timm
 import torch
 import transformers
-from runs import (
-    NANO,
-    assert_identical,
-    command,
-    crossmae_nano,
-    files_in,
-    finish,
-    mae_nano,
-    refusal,
-    start,
-    use_nano_models,
-)
 from test_weights import (
     finetuned,
     hf_nano,
@@ -37,6 +25,18 @@ from models_crossmae import crossmae_vit_tiny_patch4
 from models_mae import build_mae
 from models_vit import make_linear_probe
 from scripts.export_encoder import main
+from tests.helpers.runs import (
+    NANO,
+    assert_identical,
+    command,
+    crossmae_nano,
+    files_in,
+    finish,
+    mae_nano,
+    refusal,
+    start,
+    use_nano_models,
+)
 from util.errors import InputError
 from util.masking import TokenSplit
 from util.weights import load_encoder, read_encoder

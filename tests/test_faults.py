@@ -18,7 +18,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import (
+
+import main_pretrain
+from tests.helpers.runs import (
     TINY,
     assert_identical,
     copied,
@@ -30,8 +32,6 @@ from runs import (
     use_nano_models,
     write_images,
 )
-
-import main_pretrain
 from util import run as run_module
 from util.checkpoint import checkpoint_place, list_checkpoints, read_checkpoint
 from util.metrics import RunLog
@@ -97,7 +97,7 @@ def play(words, output, moments=()):
 def forked():
     """`play` in a process of its own, which is started."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["runs"])
+    context.set_forkserver_preload(["tests.helpers.runs"])
     processes = []
 
     def start(*arguments):

@@ -25,7 +25,13 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from runs import (
+
+import main_finetune
+import main_knn
+import main_linprobe
+import main_pretrain
+from scripts import export_encoder, prepare_dataset, visualize_reconstruction
+from tests.helpers.runs import (
     ROOT,
     TINY,
     RunsCode,
@@ -40,12 +46,6 @@ from runs import (
     write_classes,
     write_images,
 )
-
-import main_finetune
-import main_knn
-import main_linprobe
-import main_pretrain
-from scripts import export_encoder, prepare_dataset, visualize_reconstruction
 from util.arguments import Parser
 from util.broken_images import reason_of
 from util.checkpoint import list_checkpoints

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.runs import NANO, crossmae_nano, mae_nano
+from tests.helpers.runs import NANO, crossmae_nano, mae_nano
 from util.flops import (
     ForwardFlops,
     crossmae_decoder_flops,

@@ -14,7 +14,7 @@ from models_vit import ViTEncoder
 from util.masking import TokenSplit
 from util.released import from_released, released_feature_maps
 
-CASES = json.loads((Path(__file__).parent / "data" / "golden.json").read_text())
+CASES = json.loads((Path(__file__).parent / "golden" / "golden.json").read_text())
 IDS = [f"{case['kind']}-gamma{case['pred_ratio']}" for case in CASES]
 
 

@@ -16,7 +16,7 @@ from engine_pretrain import step_noise
 from models_crossmae import build_crossmae
 from models_mae import build_mae
 from models_vit import ModelSize
-from tests.runs import TINY, log_without_time, run, run_until, write_images
+from tests.helpers.runs import TINY, log_without_time, run, run_until, write_images
 from util.batch_size import find_batch_size
 from util.compiling import compile_model
 from util.errors import InputError

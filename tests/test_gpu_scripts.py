@@ -10,11 +10,11 @@ import tarfile
 import pytest
 import torch
 from PIL import Image
-from runs import ROOT, write_images
 
 import main_pretrain
 from scripts import benchmark_pretrain
 from scripts.gpu import images
+from tests.helpers.runs import ROOT, write_images
 
 pytestmark = pytest.mark.slow
 

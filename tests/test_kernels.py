@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tests.runs import TINY, refusal, run, use_nano_models, write_images
+from tests.helpers.runs import TINY, refusal, run, use_nano_models, write_images
 from util import kernels
 from util.kernels import attention, linear, stack_factors
 

@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import (
+
+from scripts import launch_slurm
+from scripts.launch_slurm import parse_args
+from tests.helpers.runs import (
     ROOT,
     assert_same_run,
     command,
@@ -22,9 +25,6 @@ from runs import (
     wait_until,
     write_images,
 )
-
-from scripts import launch_slurm
-from scripts.launch_slurm import parse_args
 from util.checkpoint import list_checkpoints
 
 LAUNCHER = ROOT / "scripts" / "launch_slurm.py"

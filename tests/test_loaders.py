@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from runs import write_images
 from test_datasets import open_shards, write_shards
 
+from tests.helpers.runs import write_images
 from util.datasets import build_dataset
 from util.errors import InputError
 from util.images import IndexedImages

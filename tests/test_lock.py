@@ -3,8 +3,8 @@ import os
 import signal
 
 import pytest
-from runs import TINY, command, finish, run, start, write_images
 
+from tests.helpers.runs import TINY, command, finish, run, start, write_images
 from util.errors import InputError
 from util.lock import LOCK_NAME, FolderLock
 

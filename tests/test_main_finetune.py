@@ -10,7 +10,13 @@ import sys
 import pytest
 import timm
 import torch
-from runs import (
+from test_datasets import write_shards
+
+import main_finetune
+import models_vit
+from main_finetune import Recipe, parse_args, resolve_recipe
+from models_vit import SIZES, ModelSize, build_vit
+from tests.helpers.runs import (
     NANO,
     ROOT,
     TINY,
@@ -29,12 +35,6 @@ from runs import (
     write_classes,
     write_images,
 )
-from test_datasets import write_shards
-
-import main_finetune
-import models_vit
-from main_finetune import Recipe, parse_args, resolve_recipe
-from models_vit import SIZES, ModelSize, build_vit
 from util.checkpoint import BEST_NAME, list_checkpoints, read_checkpoint
 from util.metrics import read_log
 

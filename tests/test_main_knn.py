@@ -10,7 +10,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from runs import (
+from sklearn.neighbors import KNeighborsClassifier
+
+import main_knn
+import models_vit
+from models_vit import build_vit
+from tests.helpers.runs import (
     NANO,
     ROOT,
     TINY,
@@ -22,11 +27,6 @@ from runs import (
     use_nano_models,
     write_images,
 )
-from sklearn.neighbors import KNeighborsClassifier
-
-import main_knn
-import models_vit
-from models_vit import build_vit
 from util.checkpoint import list_checkpoints
 from util.datasets import build_dataset
 from util.images import collate

@@ -9,7 +9,13 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import (
+
+import main_finetune
+import main_linprobe
+import models_vit
+from main_linprobe import parse_args
+from models_vit import build_vit, make_linear_probe
+from tests.helpers.runs import (
     NANO,
     ROOT,
     TINY,
@@ -27,12 +33,6 @@ from runs import (
     write_classes,
     write_images,
 )
-
-import main_finetune
-import main_linprobe
-import models_vit
-from main_linprobe import parse_args
-from models_vit import build_vit, make_linear_probe
 from util.checkpoint import BEST_NAME, list_checkpoints, read_checkpoint
 from util.datasets import build_dataset
 from util.images import collate

@@ -9,7 +9,14 @@ import re
 import pytest
 import torch
 from PIL import Image
-from runs import (
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import main_knn
+import main_pretrain
+from engine_pretrain import evaluate, train_one_epoch
+from main_pretrain import MODELS, load_model, parse_args
+from models_vit import SIZES
+from tests.helpers.runs import (
     NANO,
     TINY,
     RunsCode,
@@ -27,13 +34,6 @@ from runs import (
     use_nano_models,
     write_images,
 )
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-import main_knn
-import main_pretrain
-from engine_pretrain import evaluate, train_one_epoch
-from main_pretrain import MODELS, load_model, parse_args
-from models_vit import SIZES
 from util.checkpoint import list_checkpoints, read_checkpoint
 from util.errors import InputError
 from util.metrics import read_log

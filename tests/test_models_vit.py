@@ -6,7 +6,6 @@ import pytest
 import timm.models.vision_transformer as timm_vit
 import torch
 import torch.nn.functional as F
-from runs import NANO, crossmae_nano, mae_nano
 
 from models_vit import (
     SIZES,
@@ -23,6 +22,7 @@ from models_vit import (
     make_linear_probe,
     split_heads,
 )
+from tests.helpers.runs import NANO, crossmae_nano, mae_nano
 from util.patches import patchify
 from util.pos_embed import sincos_table
 

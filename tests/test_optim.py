@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from runs import crossmae_nano, mae_nano
 
 from models_vit import ModelSize, build_vit, make_linear_probe
+from tests.helpers.runs import crossmae_nano, mae_nano
 from util.optim import build_adamw, build_lars, build_layer_decay_adamw, set_lr
 
 MODELS = {

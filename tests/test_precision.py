@@ -5,8 +5,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn as nn
-from runs import crossmae_nano, logging_restored, mae_nano
 
+from tests.helpers.runs import crossmae_nano, logging_restored, mae_nano
 from util.errors import InputError
 from util.masking import count_tokens, random_split
 from util.precision import ATTENTION_BACKENDS, Precision

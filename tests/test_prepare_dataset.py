@@ -7,7 +7,11 @@ import signal
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
-from runs import (
+from torchvision.transforms import InterpolationMode, v2
+
+from scripts import prepare_dataset
+from scripts.prepare_dataset import jpeg_names, main
+from tests.helpers.runs import (
     TINY,
     assert_identical,
     command,
@@ -21,10 +25,6 @@ from runs import (
     use_nano_models,
     write_classes,
 )
-from torchvision.transforms import InterpolationMode, v2
-
-from scripts import prepare_dataset
-from scripts.prepare_dataset import jpeg_names, main
 from util.checkpoint import list_checkpoints, read_checkpoint
 from util.datasets import build_dataset, check_classes, default_dataset, open_pair
 from util.errors import InputError

@@ -5,7 +5,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-from runs import ROOT, run, write_images
 
 import main_finetune
 import main_knn
@@ -13,6 +12,7 @@ import main_linprobe
 import main_pretrain
 from main_pretrain import parse_args
 from scripts import benchmark_loader, benchmark_pretrain, export_encoder, launch_slurm
+from tests.helpers.runs import ROOT, run, write_images
 from util.checkpoint import BEST_NAME, list_checkpoints
 
 README = (ROOT / "README.md").read_text()

@@ -8,13 +8,13 @@ import subprocess
 
 import pytest
 import torch
-from runs import ROOT
 
 import main_finetune
 import main_linprobe
 import main_pretrain
 from main_finetune import Recipe
 from scripts import launch_slurm
+from tests.helpers.runs import ROOT
 from util.broken_images import BrokenImages
 from util.checkpoint import CheckpointWriter, Progress, TrainState
 from util.metrics import EpochMeters

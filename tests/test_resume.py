@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_identical
 from test_checkpoint import save_at, truncate
 
+from tests.helpers.runs import assert_identical
 from util.checkpoint import read_checkpoint
 from util.errors import InputError
 from util.resume import EFFECTIVE_BATCH, check_same_run, newest_good_checkpoint, read_resume

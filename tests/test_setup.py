@@ -4,7 +4,8 @@ import os
 import subprocess
 
 import pytest
-from runs import ROOT
+
+from tests.helpers.runs import ROOT
 
 # What each call of the stand-in does: `-c` is a check, `-m pip` an installation.
 FAKE_PYTHON = """#!/bin/sh

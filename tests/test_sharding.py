@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from runs import (
+from test_stopping import final_state
+from torch.distributed.tensor import DTensor
+
+import main_finetune
+import main_pretrain
+from tests.helpers.runs import (
     ROOT,
     TINY,
     assert_identical,
@@ -23,11 +28,6 @@ from runs import (
     write_classes,
     write_images,
 )
-from test_stopping import final_state
-from torch.distributed.tensor import DTensor
-
-import main_finetune
-import main_pretrain
 from util.checkpoint import list_checkpoints
 from util.distributed import gradient_sync, is_main_process, start_processes
 from util.masking import count_tokens, random_split

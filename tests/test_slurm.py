@@ -11,7 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from runs import (
+
+from tests.helpers.runs import (
     assert_same_run,
     command,
     finish,
@@ -23,7 +24,6 @@ from runs import (
     wait_until,
     write_images,
 )
-
 from util.checkpoint import list_checkpoints
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]

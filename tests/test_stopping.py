@@ -6,7 +6,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from runs import (
+
+from tests.helpers.runs import (
     TINY,
     assert_identical,
     command,
@@ -17,7 +18,6 @@ from runs import (
     start,
     write_images,
 )
-
 from util import checkpoint
 from util.checkpoint import list_checkpoints
 from util.errors import StoppedError

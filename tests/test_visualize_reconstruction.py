@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import TINY, command, finish, refusal, run, start, write_images
 
 from main_pretrain import load_model
 from scripts import visualize_reconstruction
+from tests.helpers.runs import TINY, command, finish, refusal, run, start, write_images
 from util.checkpoint import list_checkpoints
 from util.figures import GAP, TEXT_HEIGHT
 from util.released import RELEASED_PREFIXES

@@ -5,9 +5,9 @@ import re
 import signal
 
 import pytest
-from runs import TINY, assert_identical, command, finish, start, write_images
 from test_stopping import children_of, final_state, wait_for_line
 
+from tests.helpers.runs import TINY, assert_identical, command, finish, start, write_images
 from util.checkpoint import list_checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]

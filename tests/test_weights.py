@@ -12,12 +12,12 @@ import safetensors.torch
 import timm
 import torch
 import transformers
-from runs import NANO, RunsCode, assert_identical, crossmae_nano, mae_nano
 from timm.layers import resample_abs_pos_embed
 
 from models_crossmae import crossmae_vit_base_patch16
 from models_mae import mae_vit_base_patch16
 from models_vit import build_vit, make_linear_probe
+from tests.helpers.runs import NANO, RunsCode, assert_identical, crossmae_nano, mae_nano
 from util.errors import InputError
 from util.released import RELEASED_PREFIXES, from_released, released_feature_maps
 from util.weight_files import read_weights_file, write_new
@@ -232,7 +232,7 @@ def test_names_of_released_vit_b_map_one_to_one_to_ours(kind, factory, num_tenso
 
 
 def golden_states():
-    cases = json.loads((Path(__file__).parent / "data" / "golden.json").read_text())
+    cases = json.loads((Path(__file__).parent / "golden" / "golden.json").read_text())
     return [case["state"] for case in cases]
 
 

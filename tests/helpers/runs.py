@@ -26,7 +26,7 @@ from util.checkpoint import list_checkpoints, read_checkpoint
 from util.metrics import RunLog, read_log
 from util.run import run_main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 NANO = ModelSize(4, 32, 2, 2, decoder_embed_dim=32, decoder_num_heads=2, img_size=16)
 crossmae_nano = partial(build_crossmae, NANO, decoder_depth=2)
