@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor
 
-from util.broken_images import BrokenImages
-from util.checkpoint import BEST_NAME, TrainState, last_checkpoint
-from util.distributed import rank, stack_over_processes
-from util.images import Batch
-from util.loaders import StepLoader
-from util.metrics import read_log
-from util.precision import Precision
+from util.compute.distributed import rank, stack_over_processes
+from util.compute.precision import Precision
+from util.data.broken_images import BrokenImages
+from util.data.images import Batch
+from util.data.loaders import StepLoader
+from util.runs.checkpoint import BEST_NAME, TrainState, last_checkpoint
+from util.runs.run_log import read_log
+from util.runs.training import LossOfBatch, check_labels, train_epoch
 from util.seeding import seed_everything
-from util.training import LossOfBatch, check_labels, train_epoch
 
 _logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def train_one_epoch(
     device: torch.device,
     **options: object,
 ) -> dict[str, float]:
-    """Train for one epoch, or for what a resume has left of it; see `util.training.train_epoch`.
+    """Train for one epoch, or for what a resume has left of it: see `util.runs.training`.
 
     Drop path and mixup draw from the global generators, which start every step from the seed, the
     step and the process.

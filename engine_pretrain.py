@@ -8,22 +8,22 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from util.broken_images import BrokenImages
-from util.checkpoint import TrainState
-from util.datasets import check_classes
-from util.distributed import rank, stack_over_processes, world_size
+from util.compute.distributed import rank, stack_over_processes, world_size
+from util.compute.precision import Precision
+from util.data.broken_images import BrokenImages
+from util.data.datasets import check_classes
+from util.data.images import Batch, IndexedImages
+from util.data.loaders import Batches, StepLoader, build_own_eval_loader
+from util.data.streams import StreamedImages
+from util.data.transforms import denormalize
 from util.errors import InputError
-from util.figures import MOMENTS_NOTE, draw_figure, reconstruction_panels
-from util.images import Batch, IndexedImages
-from util.knn import extract_features, knn_accuracy
-from util.loaders import Batches, StepLoader, build_own_eval_loader
+from util.eval.figures import MOMENTS_NOTE, draw_figure, reconstruction_panels
+from util.eval.knn import extract_features, knn_accuracy
 from util.masking import TokenSplit
 from util.patches import denormalize_patches
-from util.precision import Precision
+from util.runs.checkpoint import TrainState
+from util.runs.training import LossOfBatch, train_epoch
 from util.seeding import generator_for
-from util.streams import StreamedImages
-from util.training import LossOfBatch, train_epoch
-from util.transforms import denormalize
 
 KNN_EVERY = 20  # epochs
 KNN_IMAGES = {"training": 50_000, "held-out": 10_000}  # at most
@@ -74,7 +74,7 @@ def train_one_epoch(
     device: torch.device,
     **options: object,
 ) -> dict[str, float]:
-    """Train for one epoch, or for what a resume has left of it; see `util.training.train_epoch`.
+    """Train for one epoch, or for what a resume has left of it: see `util.runs.training`.
 
     Args:
         model: `model(images, split) -> loss`, perhaps wrapped to average gradients.

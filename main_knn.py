@@ -23,20 +23,20 @@ from util.arguments import (
     positive_int,
     seed_number,
 )
-from util.broken_images import BrokenImages
-from util.compiling import compile_model
-from util.datasets import check_classes, default_dataset, open_pair
-from util.distributed import is_main_process
+from util.compute.compiling import compile_model
+from util.compute.distributed import is_main_process
+from util.compute.precision import Precision, blank_images
+from util.data.broken_images import BrokenImages
+from util.data.datasets import check_classes, default_dataset, open_pair
+from util.data.images import IndexedImages
+from util.data.loaders import build_own_eval_loader
+from util.data.streams import StreamedImages
+from util.data.transforms import default_crop_share, eval_transform
 from util.errors import InputError, value_errors_are_input_errors
-from util.images import IndexedImages
-from util.knn import extract_features, knn_accuracy, logistic_accuracy
-from util.loaders import build_own_eval_loader
-from util.precision import Precision, blank_images
-from util.run import run_main, start_run, write_args, write_json
-from util.streams import StreamedImages
-from util.training import check_labels
-from util.transforms import default_crop_share, eval_transform
-from util.weights import input_format, load_encoder, read_encoder
+from util.eval.knn import extract_features, knn_accuracy, logistic_accuracy
+from util.runs.run import run_main, start_run, write_args, write_json
+from util.runs.training import check_labels
+from util.weights.encoder import input_format, load_encoder, read_encoder
 
 REPORT = "knn.json"
 MEMORY_ADVICE = "lower --batch_size"

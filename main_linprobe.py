@@ -22,22 +22,22 @@ from util.arguments import (
     check_warmup,
     schedule_settings,
 )
-from util.batch_size import micro_steps
-from util.broken_images import BrokenImages
-from util.checkpoint import Progress, TrainState
-from util.compiling import compile_model
-from util.datasets import check_classes, default_dataset, open_pair
-from util.distributed import data_parallel, is_main_process, same_buffers
+from util.compute.batch_size import micro_steps
+from util.compute.compiling import compile_model
+from util.compute.distributed import data_parallel, is_main_process, same_buffers
+from util.compute.precision import Precision, blank_images
+from util.data.broken_images import BrokenImages
+from util.data.datasets import check_classes, default_dataset, open_pair
+from util.data.loaders import build_loaders
+from util.data.transforms import default_crop_share, eval_transform, probe_transform
 from util.errors import value_errors_are_input_errors
-from util.loaders import build_loaders
-from util.metrics import EpochMeters
 from util.optim import build_lars
-from util.precision import Precision, blank_images
-from util.resume import EFFECTIVE_BATCH
-from util.run import describe_classifier, log_settings, open_run, run_main, start_run
+from util.runs.checkpoint import Progress, TrainState
+from util.runs.resume import EFFECTIVE_BATCH
+from util.runs.run import describe_classifier, log_settings, open_run, run_main, start_run
+from util.runs.run_log import EpochMeters
 from util.schedule import lr_schedule, scaled_lr
-from util.transforms import default_crop_share, eval_transform, probe_transform
-from util.weights import input_format, load_encoder, read_encoder
+from util.weights.encoder import input_format, load_encoder, read_encoder
 
 WARMUP_SHARE = 1 / 9  # of the run: 10 of 90 epochs
 MEMORY_ADVICE = "lower --batch_size and raise --accum_iter"

@@ -48,30 +48,30 @@ from util.arguments import (
     positive_int,
     schedule_settings,
 )
-from util.batch_size import find_batch_size, micro_steps
-from util.broken_images import BrokenImages
-from util.checkpoint import Progress, TrainState, last_checkpoint
-from util.compiling import COMPILE_MODES, compile_model
-from util.datasets import default_dataset, open_pair
-from util.distributed import data_parallel, is_main_process, world_size
+from util.compute.batch_size import find_batch_size, micro_steps
+from util.compute.compiling import COMPILE_MODES, compile_model
+from util.compute.distributed import data_parallel, is_main_process, world_size
+from util.compute.precision import Precision
+from util.compute.sharding import shard, unsharded
+from util.data.broken_images import BrokenImages
+from util.data.datasets import default_dataset, open_pair
+from util.data.images import IndexedImages, collate
+from util.data.loaders import build_loaders
+from util.data.streams import StreamedImages
+from util.data.transforms import Normalization, eval_transform, pretrain_transform
 from util.errors import InputError
-from util.images import IndexedImages, collate
-from util.loaders import build_loaders
 from util.masking import MASK_SAMPLINGS, TokenSplit, check_grid, count_tokens, split_tokens
-from util.metrics import EpochMeters, read_log
 from util.optim import build_adamw
 from util.patches import RawImages
-from util.precision import Precision
 from util.recompute import set_memory
-from util.released import from_released, released_options
-from util.resume import EFFECTIVE_BATCH
-from util.run import open_run, run_main, start_run
+from util.runs.checkpoint import Progress, TrainState, last_checkpoint
+from util.runs.resume import EFFECTIVE_BATCH
+from util.runs.run import open_run, run_main, start_run
+from util.runs.run_log import EpochMeters, read_log
 from util.schedule import lr_schedule, scaled_lr
-from util.sharding import shard, unsharded
-from util.streams import StreamedImages
-from util.transforms import Normalization, eval_transform, pretrain_transform
-from util.weight_files import check_format, read_weights_file, strange_content_is_input_error
-from util.weights import checked_colours
+from util.weights.encoder import checked_colours
+from util.weights.files import check_format, read_weights_file, strange_content_is_input_error
+from util.weights.released import from_released, released_options
 
 MODELS: dict[str, Callable[..., MaskedAutoencoder]] = {
     **{f"crossmae_vit_{s}": getattr(models_crossmae, f"crossmae_vit_{s}") for s in SIZES},

@@ -31,14 +31,14 @@ from torchvision.transforms import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.benchmark.step import describe_machine
 from util.arguments import Parser, positive_int, process_count
-from util.datasets import build_dataset, default_dataset
+from util.data.datasets import build_dataset, default_dataset
+from util.data.images import IndexedImages, Sample, collate
+from util.data.loaders import build_train_loader
+from util.data.transforms import denormalize, pretrain_transform
 from util.errors import InputError, RunError
-from util.images import IndexedImages, Sample, collate
-from util.loaders import build_train_loader
-from util.measure import describe_machine
-from util.run import run_main, start_logging, versions, write_json
-from util.transforms import denormalize, pretrain_transform
+from util.runs.run import run_main, start_logging, versions, write_json
 
 REPEATED_AUG = 4
 NUM_COMPARED = 64  # images whose pixels are compared

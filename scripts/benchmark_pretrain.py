@@ -31,8 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from main_pretrain import MODELS, build_model
 from models_crossmae import MaskedAutoencoder
 from models_vit import SIZES
-from util.arguments import Parser, check_output_folders, natural_int, positive_int, ratio
-from util.benchmark_tables import (
+from scripts.benchmark.against import compare_in_turns, flag_words, run_python
+from scripts.benchmark.step import MeasuredStep, describe_machine, measure_in_turns
+from scripts.benchmark.tables import (
     against_table,
     draw,
     flops_table,
@@ -40,16 +41,15 @@ from util.benchmark_tables import (
     kernels_text,
     main_table,
 )
-from util.compiling import COMPILE_MODES, RECOMPILE_LIMIT, compile_model
+from util.arguments import Parser, check_output_folders, natural_int, positive_int, ratio
+from util.compute.compiling import COMPILE_MODES, RECOMPILE_LIMIT, compile_model
+from util.compute.precision import AMP_DTYPES, ATTENTION_BACKENDS, Precision
 from util.errors import InputError
 from util.flops import ForwardFlops, crossmae_decoder_flops, encoder_flops, mae_decoder_flops
 from util.masking import TokenCounts, count_tokens, random_split
-from util.measure import MeasuredStep, describe_machine, measure_in_turns
 from util.optim import build_adamw, set_lr
-from util.precision import AMP_DTYPES, ATTENTION_BACKENDS, Precision
 from util.recompute import MEMORY_MODES
-from util.run import run_main, start_run, versions, write_json
-from util.yardstick import compare_in_turns, flag_words, run_python
+from util.runs.run import run_main, start_run, versions, write_json
 
 # transformers' ViTMAEForPreTraining, in our sizes.
 HF_SIZES = {f"hf_vitmae_{s.partition('_')[0]}": s for s in SIZES if s != "tiny_patch4"}
@@ -204,7 +204,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--against",
         metavar="PROGRAM.py",
         help="compare with another program, in turns, in each way of --memory and on a CPU in "
-        "bf16 and fp32 unless told otherwise (protocol: util/yardstick.py)",
+        "bf16 and fp32 unless told otherwise (protocol: scripts/benchmark/against.py)",
     )
     parser.add_argument(
         "--against_dtype",

@@ -30,15 +30,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine_pretrain import step_noise
 from main_pretrain import MODELS, build_model
 from models_crossmae import MaskedAutoencoder
+from scripts.benchmark.tables import markdown
 from util.arguments import Parser, check_output_folders, positive_int, ratio
-from util.benchmark_tables import markdown
-from util.images import Batch
+from util.compute.precision import Precision
+from util.data.images import Batch
+from util.data.transforms import Normalization
 from util.masking import TokenCounts, count_tokens, random_split
 from util.optim import build_adamw
-from util.precision import Precision
 from util.recompute import MEMORY_MODES, set_memory
-from util.run import run_main, start_logging, versions, write_json
-from util.transforms import Normalization
+from util.runs.run import run_main, start_logging, versions, write_json
 
 GB, TFLOP, GIB = 1e9, 1e12, 2**30
 DEVICE = torch.device("cpu")

@@ -4,7 +4,7 @@
 
 timm: a .pth or .safetensors for `timm.create_model`; the log prints the line that loads it. hf: a
 folder for transformers' `from_pretrained`. safetensors: what was trained, under timm's names, for
-this project. Read are all the files that `util.weights.read_encoder` reads.
+this project. Read are all the files that `util.weights.encoder.read_encoder` reads.
 """
 
 import json
@@ -26,9 +26,8 @@ from models_crossmae import MaskedAutoencoder
 from models_vit import NORM_EPS, SIZES, VisionTransformer, build_vit, find_size
 from util.arguments import Parser
 from util.errors import InputError
-from util.run import run_main, start_run
-from util.weight_files import save_safetensors, write_new
-from util.weights import (
+from util.runs.run import run_main, start_run
+from util.weights.encoder import (
     HUGGING_FACE_PARTS,
     EncoderWeights,
     fit_encoder,
@@ -36,6 +35,7 @@ from util.weights import (
     read_encoder,
     save_encoder,
 )
+from util.weights.files import save_safetensors, write_new
 
 # timm has no tiny ViT on patches of 4 px, but takes the patch side as an argument.
 TIMM_NAMES = {size: f"vit_{size}_224" for size in SIZES} | {"tiny_patch4": "vit_tiny_patch16_224"}

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from util.arguments import Parser, natural_int, positive_int
 from util.errors import InputError
-from util.run import run_main
+from util.runs.run import run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 MAINS = ("pretrain", "finetune", "linprobe", "knn")

@@ -31,14 +31,14 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from util.arguments import Parser, natural_float, positive_int, process_count
-from util.broken_images import BrokenImages, reason_of
-from util.datasets import build_dataset
+from util.data.broken_images import BrokenImages, reason_of
+from util.data.datasets import build_dataset
+from util.data.images import IndexedImages, class_names
+from util.data.packed import write_packed
+from util.data.transforms import to_rgb
 from util.errors import InputError, RunError
-from util.images import IndexedImages, class_names
-from util.packed import write_packed
-from util.run import run_main, start_run
-from util.transforms import to_rgb
-from util.weight_files import write_new
+from util.runs.run import run_main, start_run
+from util.weights.files import write_new
 
 SPLITS = {"train": "train", "val": "validation"}  # by the names that they are written under
 RECORD, CHECKSUMS = "prepared.json", "checksums.txt"

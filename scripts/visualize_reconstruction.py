@@ -19,12 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine_pretrain import draw_reconstructions, heldout_split
 from main_pretrain import load_model
 from util.arguments import Parser, positive_int, ratio, seed_number
+from util.compute.precision import Precision
+from util.data.images import Sample, collate
+from util.data.transforms import eval_transform, read_pixels
 from util.errors import InputError
-from util.images import Sample, collate
 from util.masking import count_tokens, split_tokens
-from util.precision import Precision
-from util.run import run_main, start_run
-from util.transforms import eval_transform, read_pixels
+from util.runs.run import run_main, start_run
 
 _logger = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ import torch
 from main_pretrain import MEMORY_ADVICE
 from models_crossmae import MaskedAutoencoder
 from tests.helpers.runs import TINY, log_without_time, refusal, run, use_nano_models, write_images
-from util import batch_size
-from util.batch_size import candidates, find_batch_size, largest_that_fits, micro_steps
+from util.compute import batch_size
+from util.compute.batch_size import candidates, find_batch_size, largest_that_fits, micro_steps
 from util.errors import InputError, is_out_of_memory
 
 

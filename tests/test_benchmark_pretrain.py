@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
+from scripts.benchmark.against import ROW, compare_pairs
+from scripts.benchmark.step import MeasuredStep, measure_in_turns, saved_bytes, time_calls
+from scripts.benchmark.tables import follow_flops
 from scripts.benchmark_pretrain import (
     THEIR_MODELS,
     Config,
@@ -21,13 +24,10 @@ from scripts.benchmark_pretrain import (
 )
 from tests.helpers.runs import crossmae_nano, refusal, run, use_nano_models
 from tests.test_flops import counted
-from util.benchmark_tables import follow_flops
+from util.compute.precision import Precision
 from util.masking import TokenCounts, random_split
-from util.measure import MeasuredStep, measure_in_turns, saved_bytes, time_calls
 from util.optim import build_adamw
-from util.precision import Precision
 from util.recompute import MEMORY_MODES
-from util.yardstick import ROW, compare_pairs
 
 benchmark = functools.partial(run, main=main)
 refuse = functools.partial(refusal, main=main)
@@ -201,7 +201,7 @@ def test_rows_take_turns(monkeypatch):
         a = torch.ones(4, 4, dtype=dtype)
         return lambda: a @ a, 2 * 4**3
 
-    monkeypatch.setattr("util.measure.build_matmul", small_matmul)
+    monkeypatch.setattr("scripts.benchmark.step.build_matmul", small_matmul)
     cpu, model = torch.device("cpu"), Mlp(False)
     optimizer = build_adamw(model, weight_decay=0.0, betas=(0.9, 0.95))
     first, second = (

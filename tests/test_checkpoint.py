@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from tests.helpers.runs import assert_identical
-from util import checkpoint as checkpoint_module
-from util.broken_images import BrokenImages
-from util.checkpoint import (
+from util.compute.precision import Precision
+from util.data.broken_images import BrokenImages
+from util.errors import RunError
+from util.optim import build_adamw
+from util.runs import checkpoint as checkpoint_module
+from util.runs.checkpoint import (
     CheckpointWriter,
     Progress,
     TrainState,
@@ -20,11 +23,8 @@ from util.checkpoint import (
     read_checkpoint,
     write_atomically,
 )
-from util.errors import RunError
-from util.metrics import EpochMeters
-from util.optim import build_adamw
-from util.precision import Precision
-from util.resume import newest_good_checkpoint
+from util.runs.resume import newest_good_checkpoint
+from util.runs.run_log import EpochMeters
 
 CPU = torch.device("cpu")
 

@@ -11,8 +11,8 @@ from models_crossmae import build_crossmae
 from models_mae import build_mae
 from models_vit import ModelSize, build_vit
 from tests.helpers.runs import TINY, run, use_nano_models, write_images
-from util.compiling import compile_model
-from util.distributed import data_parallel
+from util.compute.compiling import compile_model
+from util.compute.distributed import data_parallel
 from util.errors import InputError
 from util.masking import count_tokens, random_split
 from util.patches import RawImages
@@ -75,7 +75,7 @@ def test_a_run_compiles_once_for_full_batches_and_once_for_an_epochs_tail(
     use_nano_models(monkeypatch)
     backend = CompileCounterWithBackend("eager")
     compile_module = nn.Module.compile
-    monkeypatch.setattr("util.compiling.check_compiler", lambda device: None)
+    monkeypatch.setattr("util.compute.compiling.check_compiler", lambda device: None)
     monkeypatch.setattr(
         nn.Module, "compile", lambda self, **how: compile_module(self, backend=backend, **how)
     )

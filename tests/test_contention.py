@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.helpers.runs import ROOT, TINY, run, use_nano_models, write_images
-from util import contention
-from util.contention import ContentionWatch, contention_watch
+from util.compute import contention
+from util.compute.contention import ContentionWatch, contention_watch
 
 CPU = torch.device("cpu")
 

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder, cifar, places365
 
-from util.broken_images import BrokenImages
-from util.datasets import build_dataset, check_classes, open_heldout, open_pair
+from util.data.broken_images import BrokenImages
+from util.data.datasets import build_dataset, check_classes, open_heldout, open_pair
+from util.data.images import IndexedImages, collate
+from util.data.loaders import build_eval_loader, build_train_loader
+from util.data.transforms import Augmentation, eval_transform, pretrain_transform
 from util.errors import InputError
-from util.images import IndexedImages, collate
-from util.loaders import build_eval_loader, build_train_loader
-from util.transforms import Augmentation, eval_transform, pretrain_transform
 
 IDENTITY = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 CPU = torch.device("cpu")

@@ -16,9 +16,8 @@ import torch.distributed as dist
 
 import main_pretrain
 from tests.helpers.runs import ROOT, TINY, command, finish, run, start, write_images
-from util import distributed
-from util.checkpoint import list_checkpoints, read_checkpoint
-from util.distributed import (
+from util.compute import distributed
+from util.compute.distributed import (
     data_parallel,
     default_workers,
     from_main_process,
@@ -30,10 +29,11 @@ from util.distributed import (
     start_processes,
     world_size,
 )
+from util.compute.watchdog import stop_watchdog
+from util.data.sampler import StepSampler
 from util.errors import InputError
-from util.metrics import read_log
-from util.sampler import StepSampler
-from util.watchdog import stop_watchdog
+from util.runs.checkpoint import list_checkpoints, read_checkpoint
+from util.runs.run_log import read_log
 
 CPU = torch.device("cpu")
 

@@ -20,9 +20,14 @@ import engine_finetune
 from engine_finetune import describe, evaluate, mix_images, report, train_one_epoch
 from models_vit import build_vit, make_linear_probe
 from tests.helpers.runs import NANO, assert_identical
-from util import training
-from util.broken_images import BrokenImages
-from util.checkpoint import (
+from util.compute.precision import Precision
+from util.data.broken_images import BrokenImages
+from util.data.images import Batch, Digits, IndexedImages, collate
+from util.data.transforms import eval_transform
+from util.errors import InputError, RunError
+from util.optim import build_lars, build_layer_decay_adamw
+from util.runs import training
+from util.runs.checkpoint import (
     BEST_NAME,
     CheckpointWriter,
     Progress,
@@ -30,14 +35,9 @@ from util.checkpoint import (
     list_checkpoints,
     read_checkpoint,
 )
-from util.errors import InputError, RunError
-from util.images import Batch, Digits, IndexedImages, collate
-from util.metrics import LOG_NAME, EpochMeters
-from util.optim import build_lars, build_layer_decay_adamw
-from util.precision import Precision
-from util.resume import newest_good_checkpoint, resume_run
+from util.runs.resume import newest_good_checkpoint, resume_run
+from util.runs.run_log import LOG_NAME, EpochMeters
 from util.seeding import seed_everything
-from util.transforms import eval_transform
 
 NUM_CLASSES = 10
 SHAPE = (3, 16, 16)  # of the nano model's images
@@ -530,7 +530,7 @@ def test_a_best_epoch_that_could_not_be_written_is_not_taken_for_kept(tmp_path, 
 
     writer = make_writer(tmp_path, make_state(vit_nano(), ema=0.9))
     with monkeypatch.context() as patch:
-        patch.setattr("util.checkpoint.write_atomically", full)
+        patch.setattr("util.runs.checkpoint.write_atomically", full)
         writer.save_if_best({"val_top1": 70.0}, by="val_top1")
     writer.save_if_best({"val_top1": 60.0}, by="val_top1")
     assert (tmp_path / BEST_NAME).exists()

@@ -20,18 +20,18 @@ from engine_pretrain import (
     train_one_epoch,
 )
 from tests.helpers.runs import crossmae_nano, mae_nano, write_images
-from util.broken_images import BrokenImages
-from util.checkpoint import Progress, TrainState
-from util.datasets import build_dataset
-from util.distributed import data_parallel
+from util.compute.distributed import data_parallel
+from util.compute.precision import Precision
+from util.data.broken_images import BrokenImages
+from util.data.datasets import build_dataset
+from util.data.loaders import build_eval_loader, build_train_loader
+from util.data.transforms import Normalization, eval_transform, pretrain_transform
 from util.errors import InputError, NonFiniteLossError
-from util.loaders import build_eval_loader, build_train_loader
 from util.masking import count_tokens, random_split
-from util.metrics import EpochMeters
 from util.optim import build_adamw
 from util.patches import patchify
-from util.precision import Precision
-from util.transforms import Normalization, eval_transform, pretrain_transform
+from util.runs.checkpoint import Progress, TrainState
+from util.runs.run_log import EpochMeters
 
 CPU = torch.device("cpu")
 IMG_SIZE, NUM_PATCHES = (16, 16), 16  # of the nano models, with patches of 4 pixels

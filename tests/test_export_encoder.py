@@ -39,7 +39,7 @@ from tests.helpers.runs import (
 )
 from util.errors import InputError
 from util.masking import TokenSplit
-from util.weights import load_encoder, read_encoder
+from util.weights.encoder import load_encoder, read_encoder
 
 NANO_IN_TIMM = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -64,7 +64,7 @@ def export(tmp_path, caplog):
         words = ["--checkpoint", path, "--format", form, "--output", tmp_path / name]
         # The log of a run replaces the one that is watched here.
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("util.run.start_logging", lambda: None)
+            patch.setattr("util.runs.run.start_logging", lambda: None)
             main([str(word) for word in words])
         return tmp_path / name, caplog.text
 

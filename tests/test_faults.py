@@ -32,11 +32,11 @@ from tests.helpers.runs import (
     use_nano_models,
     write_images,
 )
-from util import run as run_module
-from util.checkpoint import checkpoint_place, list_checkpoints, read_checkpoint
-from util.metrics import RunLog
-from util.resume import newest_good_checkpoint
-from util.run import run_main
+from util.runs import run as run_module
+from util.runs.checkpoint import checkpoint_place, list_checkpoints, read_checkpoint
+from util.runs.resume import newest_good_checkpoint
+from util.runs.run import run_main
+from util.runs.run_log import RunLog
 
 pytestmark = [pytest.mark.faults]
 

@@ -47,11 +47,11 @@ from tests.helpers.runs import (
     write_images,
 )
 from util.arguments import Parser
-from util.broken_images import reason_of
-from util.checkpoint import list_checkpoints
-from util.metrics import read_log
-from util.run import run_main
-from util.transforms import pretrain_transform, read_pixels, read_rgb
+from util.data.broken_images import reason_of
+from util.data.transforms import pretrain_transform, read_pixels, read_rgb
+from util.runs.checkpoint import list_checkpoints
+from util.runs.run import run_main
+from util.runs.run_log import read_log
 
 pytestmark = pytest.mark.faults
 

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from util.figures import COLUMNS, GAP, MOMENTS_NOTE, TEXT_HEIGHT, draw_figure, reconstruction_panels
+from util.eval.figures import (
+    COLUMNS,
+    GAP,
+    MOMENTS_NOTE,
+    TEXT_HEIGHT,
+    draw_figure,
+    reconstruction_panels,
+)
 from util.masking import TokenSplit
 from util.patches import patchify
 

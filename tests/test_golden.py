@@ -12,7 +12,7 @@ from models_crossmae import CrossMAEDecoder, MaskedAutoencoder
 from models_mae import MAEDecoder
 from models_vit import ViTEncoder
 from util.masking import TokenSplit
-from util.released import from_released, released_feature_maps
+from util.weights.released import from_released, released_feature_maps
 
 CASES = json.loads((Path(__file__).parent / "golden" / "golden.json").read_text())
 IDS = [f"{case['kind']}-gamma{case['pred_ratio']}" for case in CASES]

@@ -17,16 +17,16 @@ from models_crossmae import build_crossmae
 from models_mae import build_mae
 from models_vit import ModelSize
 from tests.helpers.runs import TINY, log_without_time, run, run_until, write_images
-from util.batch_size import find_batch_size
-from util.compiling import compile_model
+from util.compute.batch_size import find_batch_size
+from util.compute.compiling import compile_model
+from util.compute.precision import ATTENTION_BACKENDS, Precision
+from util.data.images import Batch, CopyStream, Sample, collate
+from util.data.transforms import Normalization, RandomCrops
 from util.errors import InputError
-from util.images import Batch, CopyStream, Sample, collate
 from util.masking import count_tokens, random_split
-from util.metrics import EpochMeters
 from util.optim import build_adamw, set_lr
-from util.precision import ATTENTION_BACKENDS, Precision
 from util.recompute import MEMORY_MODES, set_memory
-from util.transforms import Normalization, RandomCrops
+from util.runs.run_log import EpochMeters
 
 pytestmark = [
     pytest.mark.gpu,

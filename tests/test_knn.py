@@ -12,14 +12,14 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from util import knn
-from util.broken_images import BrokenImages
+from util.compute.precision import Precision
+from util.data.broken_images import BrokenImages
+from util.data.images import Batch, Digits, IndexedImages, collate
+from util.data.loaders import build_eval_loader
+from util.data.transforms import eval_transform
 from util.errors import InputError
-from util.images import Batch, Digits, IndexedImages, collate
-from util.knn import draw_shots, extract_features, knn_accuracy, knn_predict, logistic_accuracy
-from util.loaders import build_eval_loader
-from util.precision import Precision
-from util.transforms import eval_transform
+from util.eval import knn
+from util.eval.knn import draw_shots, extract_features, knn_accuracy, knn_predict, logistic_accuracy
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", CPU)

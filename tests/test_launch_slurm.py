@@ -25,7 +25,7 @@ from tests.helpers.runs import (
     wait_until,
     write_images,
 )
-from util.checkpoint import list_checkpoints
+from util.runs.checkpoint import list_checkpoints
 
 LAUNCHER = ROOT / "scripts" / "launch_slurm.py"
 

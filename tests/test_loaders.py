@@ -5,11 +5,11 @@ import torch
 from test_datasets import open_shards, write_shards
 
 from tests.helpers.runs import write_images
-from util.datasets import build_dataset
+from util.data.datasets import build_dataset
+from util.data.images import IndexedImages
+from util.data.loaders import build_eval_loader, build_train_loader
+from util.data.transforms import Normalization, eval_transform, pretrain_transform
 from util.errors import InputError
-from util.images import IndexedImages
-from util.loaders import build_eval_loader, build_train_loader
-from util.transforms import Normalization, eval_transform, pretrain_transform
 
 CPU = torch.device("cpu")
 PLAIN = Normalization((0.0,) * 3, (1.0,) * 3)

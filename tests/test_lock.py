@@ -6,12 +6,12 @@ import pytest
 
 from tests.helpers.runs import TINY, command, finish, run, start, write_images
 from util.errors import InputError
-from util.lock import LOCK_NAME, FolderLock
+from util.runs.lock import LOCK_NAME, FolderLock
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from util.lock import FolderLock
+from util.runs.lock import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)

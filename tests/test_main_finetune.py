@@ -35,8 +35,8 @@ from tests.helpers.runs import (
     write_classes,
     write_images,
 )
-from util.checkpoint import BEST_NAME, list_checkpoints, read_checkpoint
-from util.metrics import read_log
+from util.runs.checkpoint import BEST_NAME, list_checkpoints, read_checkpoint
+from util.runs.run_log import read_log
 
 QUICK = ["--batch_size", "8", "--epochs", "2", "--num_workers", "0", "--amp", "fp32"]
 QUICK += ["--device", "cpu"]

@@ -27,11 +27,11 @@ from tests.helpers.runs import (
     use_nano_models,
     write_images,
 )
-from util.checkpoint import list_checkpoints
-from util.datasets import build_dataset
-from util.images import collate
-from util.transforms import eval_transform
-from util.weights import load_encoder, read_encoder
+from util.data.datasets import build_dataset
+from util.data.images import collate
+from util.data.transforms import eval_transform
+from util.runs.checkpoint import list_checkpoints
+from util.weights.encoder import load_encoder, read_encoder
 
 QUICK = ["--num_workers", "0", "--amp", "fp32", "--device", "cpu"]
 CLASSES = {"apple": 21, "bear": 25, "cup": 30}

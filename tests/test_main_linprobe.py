@@ -33,12 +33,12 @@ from tests.helpers.runs import (
     write_classes,
     write_images,
 )
-from util.checkpoint import BEST_NAME, list_checkpoints, read_checkpoint
-from util.datasets import build_dataset
-from util.images import collate
-from util.metrics import read_log
-from util.transforms import eval_transform
-from util.weights import read_encoder
+from util.data.datasets import build_dataset
+from util.data.images import collate
+from util.data.transforms import eval_transform
+from util.runs.checkpoint import BEST_NAME, list_checkpoints, read_checkpoint
+from util.runs.run_log import read_log
+from util.weights.encoder import read_encoder
 
 QUICK = ["--batch_size", "8", "--epochs", "2", "--num_workers", "0", "--amp", "fp32"]
 QUICK += ["--device", "cpu"]

@@ -34,10 +34,10 @@ from tests.helpers.runs import (
     use_nano_models,
     write_images,
 )
-from util.checkpoint import list_checkpoints, read_checkpoint
 from util.errors import InputError
-from util.metrics import read_log
-from util.run import versions
+from util.runs.checkpoint import list_checkpoints, read_checkpoint
+from util.runs.run import versions
+from util.runs.run_log import read_log
 
 EACH_STEP = ["--save_every_minutes", "0", "--log_every", "1", "--keep_last", "0"]
 MAE = ["--model", "mae_vit_tiny_patch4"]

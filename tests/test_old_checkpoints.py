@@ -18,7 +18,7 @@ from models_crossmae import build_crossmae
 from models_mae import build_mae
 from models_vit import ModelSize
 from tests.helpers.runs import ROOT, run, write_classes, write_images
-from util.metrics import read_log
+from util.runs.run_log import read_log
 
 GOLDEN = ROOT / "tests" / "golden"
 LOSSES = json.loads((GOLDEN / "losses_1db5dff.json").read_text())

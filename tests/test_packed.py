@@ -9,9 +9,17 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 
-from util.datasets import build_dataset, default_dataset, open_heldout
+from util.data.datasets import build_dataset, default_dataset, open_heldout
+from util.data.packed import (
+    FIELDS,
+    INDEX,
+    PIXELS,
+    RECORDS,
+    PackedImages,
+    holds_packed,
+    write_packed,
+)
 from util.errors import InputError
-from util.packed import FIELDS, INDEX, PIXELS, RECORDS, PackedImages, holds_packed, write_packed
 
 SIZES = [(5, 7), (1, 9), (300, 2)]
 NAMES = ["cat/1.png", "cat/zwei und 2.webp", "ödnis/\udcff.jpg"]  # the last is no UTF-8

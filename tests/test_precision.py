@@ -7,11 +7,11 @@ import torch
 import torch.nn as nn
 
 from tests.helpers.runs import crossmae_nano, logging_restored, mae_nano
+from util.compute.precision import ATTENTION_BACKENDS, Precision
 from util.errors import InputError
 from util.masking import count_tokens, random_split
-from util.precision import ATTENTION_BACKENDS, Precision
 from util.recompute import set_memory
-from util.run import start_run
+from util.runs.run import start_run
 
 CPU = torch.device("cpu")
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -152,7 +152,7 @@ def test_only_the_forced_kernel_is_allowed(backend):
 
 
 def test_cudnn_is_never_pytorchs_choice_in_a_run_on_a_gpu(monkeypatch):
-    monkeypatch.setattr("util.run.start_processes", lambda *_, **options: torch.device("cuda"))
+    monkeypatch.setattr("util.runs.run.start_processes", lambda *_, **options: torch.device("cuda"))
     before, matmul = enabled_backends(), torch.get_float32_matmul_precision()
     try:
         with logging_restored():

@@ -25,10 +25,10 @@ from tests.helpers.runs import (
     use_nano_models,
     write_classes,
 )
-from util.checkpoint import list_checkpoints, read_checkpoint
-from util.datasets import build_dataset, check_classes, default_dataset, open_pair
+from util.data.datasets import build_dataset, check_classes, default_dataset, open_pair
+from util.data.transforms import read_rgb
 from util.errors import InputError
-from util.transforms import read_rgb
+from util.runs.checkpoint import list_checkpoints, read_checkpoint
 
 SIDE = 24
 FORMATS = ["jpeg", "uint8"]

@@ -13,7 +13,7 @@ import main_pretrain
 from main_pretrain import parse_args
 from scripts import benchmark_loader, benchmark_pretrain, export_encoder, launch_slurm
 from tests.helpers.runs import ROOT, run, write_images
-from util.checkpoint import BEST_NAME, list_checkpoints
+from util.runs.checkpoint import BEST_NAME, list_checkpoints
 
 README = (ROOT / "README.md").read_text()
 QUICKSTART = (ROOT / "scripts" / "quickstart.sh").read_text()

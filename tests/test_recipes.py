@@ -15,10 +15,10 @@ import main_pretrain
 from main_finetune import Recipe
 from scripts import launch_slurm
 from tests.helpers.runs import ROOT
-from util.broken_images import BrokenImages
-from util.checkpoint import CheckpointWriter, Progress, TrainState
-from util.metrics import EpochMeters
-from util.precision import Precision
+from util.compute.precision import Precision
+from util.data.broken_images import BrokenImages
+from util.runs.checkpoint import CheckpointWriter, Progress, TrainState
+from util.runs.run_log import EpochMeters
 
 RECIPES = ROOT / "scripts" / "recipes"
 EXPECTED = {  # by the paper, in percent

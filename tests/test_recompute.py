@@ -9,9 +9,9 @@ from torch.nn.utils import parameters_to_vector
 from models_crossmae import build_crossmae, crossmae_vit_base_patch16
 from models_mae import build_mae
 from models_vit import ModelSize, build_vit
+from scripts.benchmark.step import saved_bytes
 from tests.helpers.runs import TINY, log_without_time, run, use_nano_models, write_images
 from util.masking import count_tokens, random_split
-from util.measure import saved_bytes
 from util.recompute import set_memory
 
 SMALL = ModelSize(4, 32, 3, 2, decoder_embed_dim=16, decoder_num_heads=2, img_size=32)

@@ -7,9 +7,9 @@ import torch
 from test_checkpoint import save_at, truncate
 
 from tests.helpers.runs import assert_identical
-from util.checkpoint import read_checkpoint
 from util.errors import InputError
-from util.resume import EFFECTIVE_BATCH, check_same_run, newest_good_checkpoint, read_resume
+from util.runs.checkpoint import read_checkpoint
+from util.runs.resume import EFFECTIVE_BATCH, check_same_run, newest_good_checkpoint, read_resume
 
 
 def find_resume(folder, resume):

@@ -3,7 +3,7 @@ import random
 import pytest
 import torch
 
-from util.sampler import StepSampler
+from util.data.sampler import StepSampler
 
 SPLITS = [(1, 1, 1), (4, 1, 1), (4, 2, 1), (2, 1, 3), (3, 2, 2), (5, 3, 4), (1, 1, 8)]
 SIZES = [1, 7, 24, 25, 61]

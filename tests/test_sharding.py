@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_stopping import final_state
+from test_signals import final_state
 from torch.distributed.tensor import DTensor
 
 import main_finetune
@@ -28,11 +28,11 @@ from tests.helpers.runs import (
     write_classes,
     write_images,
 )
-from util.checkpoint import list_checkpoints
-from util.distributed import gradient_sync, is_main_process, start_processes
+from util.compute.distributed import gradient_sync, is_main_process, start_processes
+from util.compute.sharding import gathered, shard, unsharded
+from util.compute.watchdog import stop_watchdog
 from util.masking import count_tokens, random_split
-from util.sharding import gathered, shard, unsharded
-from util.watchdog import stop_watchdog
+from util.runs.checkpoint import list_checkpoints
 
 CPU = torch.device("cpu")
 MAINS = {"pretrain": main_pretrain.main, "finetune": main_finetune.main}

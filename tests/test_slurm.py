@@ -24,7 +24,7 @@ from tests.helpers.runs import (
     wait_until,
     write_images,
 )
-from util.checkpoint import list_checkpoints
+from util.runs.checkpoint import list_checkpoints
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 

@@ -5,11 +5,11 @@ import torch
 from test_engine_pretrain import CPU, PreparedLoader, Recorder, make_state
 from timm.utils import ModelEmaV3
 
-from util import training
+from util.data.images import Batch
 from util.errors import InputError
-from util.images import Batch
 from util.optim import build_adamw
-from util.training import check_labels, train_epoch
+from util.runs import training
+from util.runs.training import check_labels, train_epoch
 
 NUM_PIXELS, NUM_CLASSES = 12, 3
 

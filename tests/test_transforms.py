@@ -10,11 +10,10 @@ from test_engine_pretrain import HostReads
 from torchvision import transforms as v1
 from torchvision.transforms import InterpolationMode, functional, v2
 
-from util import transforms
-from util.errors import InputError, RunError
-from util.images import IndexedImages, Sample, collate
-from util.loaders import build_train_loader
-from util.transforms import (
+from util.data import transforms
+from util.data.images import IndexedImages, Sample, collate
+from util.data.loaders import build_train_loader
+from util.data.transforms import (
     Box,
     Normalization,
     default_crop_share,
@@ -29,6 +28,7 @@ from util.transforms import (
     resize_crop,
     to_rgb,
 )
+from util.errors import InputError, RunError
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)

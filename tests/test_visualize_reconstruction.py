@@ -10,9 +10,9 @@ from PIL import Image
 from main_pretrain import load_model
 from scripts import visualize_reconstruction
 from tests.helpers.runs import TINY, command, finish, refusal, run, start, write_images
-from util.checkpoint import list_checkpoints
-from util.figures import GAP, TEXT_HEIGHT
-from util.released import RELEASED_PREFIXES
+from util.eval.figures import GAP, TEXT_HEIGHT
+from util.runs.checkpoint import list_checkpoints
+from util.weights.released import RELEASED_PREFIXES
 
 main = visualize_reconstruction.main
 

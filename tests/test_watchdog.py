@@ -5,10 +5,10 @@ import re
 import signal
 
 import pytest
-from test_stopping import children_of, final_state, wait_for_line
+from test_signals import children_of, final_state, wait_for_line
 
 from tests.helpers.runs import TINY, assert_identical, command, finish, start, write_images
-from util.checkpoint import list_checkpoints
+from util.runs.checkpoint import list_checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 ERROR = re.compile(r"^main_pretrain\.py.*error: (.*)$", re.MULTILINE)

@@ -19,9 +19,9 @@ from models_mae import mae_vit_base_patch16
 from models_vit import build_vit, make_linear_probe
 from tests.helpers.runs import NANO, RunsCode, assert_identical, crossmae_nano, mae_nano
 from util.errors import InputError
-from util.released import RELEASED_PREFIXES, from_released, released_feature_maps
-from util.weight_files import read_weights_file, write_new
-from util.weights import input_format, load_encoder, read_encoder, save_encoder
+from util.weights.encoder import input_format, load_encoder, read_encoder, save_encoder
+from util.weights.files import read_weights_file, write_new
+from util.weights.released import RELEASED_PREFIXES, from_released, released_feature_maps
 
 WEIGHTS = {"model": {"w": torch.arange(24.0).view(4, 6), "b": torch.ones(4)}, "epoch": 3}
 

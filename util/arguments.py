@@ -12,10 +12,10 @@ from typing import NoReturn
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from util.distributed import TIMEOUT_MINUTES, default_workers, world_size
+from util.compute.distributed import TIMEOUT_MINUTES, default_workers, world_size
+from util.compute.precision import AMP_DTYPES, ATTENTION_BACKENDS
 from util.errors import InputError, one_line
 from util.masking import MASK_SAMPLINGS
-from util.precision import AMP_DTYPES, ATTENTION_BACKENDS
 from util.recompute import MEMORY_MODES
 
 MAX_COUNT = 10**9  # above it, the products of two no longer fit what they are computed in

@@ -2,7 +2,7 @@
 # The first of two runs on a GPU, in 330 s at most: does everything work, and what is slow?
 #   [PYTHON=python3] [OUT=output/gpu-a] [AGAINST=program.py] bash scripts/gpu/a.sh
 # PYTHON imports torch, timm and pytest; nothing is installed. AGAINST is a program to compare a step
-# with (protocol: util/yardstick.py). COMMIT is recorded where there is no git. QUICK=1 tries it out
+# with (protocol: scripts/benchmark/against.py). COMMIT is recorded where there is no git. QUICK=1 tries it out
 # with tiny models, on a CPU too. Numbers are written to OUT as they come, tables of kernels to
 # OUT/log.txt. A part that fails is named at the end, and the others run.
 set -euo pipefail

@@ -15,8 +15,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from util.measure import build_matmul, describe_machine, time_calls
-from util.run import versions, write_json
+from scripts.benchmark.step import build_matmul, describe_machine, time_calls
+from util.runs.run import versions, write_json
 
 GIB = 2**30
 

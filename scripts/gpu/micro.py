@@ -18,11 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from util.benchmark_tables import markdown
+from scripts.benchmark.step import describe_machine, time_calls
+from scripts.benchmark.tables import markdown
+from util.compute.precision import ATTENTION_BACKENDS
 from util.errors import one_line
-from util.measure import describe_machine, time_calls
-from util.precision import ATTENTION_BACKENDS
-from util.run import versions, write_json
+from util.runs.run import versions, write_json
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH = 2 if os.environ.get("QUICK") else 1024

@@ -19,8 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from util.measure import describe_machine
-from util.run import versions, write_json
+from scripts.benchmark.step import describe_machine
+from util.runs.run import versions, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 STOPPED, SECONDS_TO_SAVE = 143, "6"

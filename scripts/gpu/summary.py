@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from util.benchmark_tables import markdown
+from scripts.benchmark.tables import markdown
 
 Row = tuple[str, float | None, str]  # what, number, unit
 

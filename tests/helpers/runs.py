@@ -22,9 +22,9 @@ import models_vit
 from models_crossmae import build_crossmae
 from models_mae import build_mae
 from models_vit import ModelSize
-from util.checkpoint import list_checkpoints, read_checkpoint
-from util.metrics import RunLog, read_log
-from util.run import run_main
+from util.runs.checkpoint import list_checkpoints, read_checkpoint
+from util.runs.run import run_main
+from util.runs.run_log import RunLog, read_log
 
 ROOT = Path(__file__).parents[2]
 

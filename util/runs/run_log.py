@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from util.distributed import is_main_process, stack_over_processes
+from util.compute.distributed import is_main_process, stack_over_processes
 from util.errors import InputError, NonFiniteLossError, RunError
-from util.lock import FolderLock
+from util.runs.lock import FolderLock
 
 LOG_NAME = "log.jsonl"
 

@@ -18,16 +18,16 @@ import torch.nn as nn
 from timm.utils import ModelEmaV3
 from torch.optim import Optimizer
 
-from util.broken_images import BrokenImages
-from util.distributed import from_main_process, is_main_process, list_over_processes
+from util.compute.distributed import from_main_process, is_main_process, list_over_processes
+from util.compute.precision import Precision
+from util.compute.sharding import gathered, load_model_state, load_optimizer_state
+from util.compute.signals import stop_signal
+from util.compute.watchdog import doing
+from util.data.broken_images import BrokenImages
+from util.data.loaders import dead_loader
 from util.errors import RunError, StoppedError
-from util.loaders import dead_loader
-from util.metrics import EpochMeters
-from util.precision import Precision
-from util.sharding import gathered, load_model_state, load_optimizer_state
-from util.stopping import stop_signal
-from util.watchdog import doing
-from util.weight_files import VERSION, check_format, read_weights_file
+from util.runs.run_log import EpochMeters
+from util.weights.files import VERSION, check_format, read_weights_file
 
 NAME = re.compile(r"checkpoint-e(\d+)-s(\d+)\.pth")
 BEST_NAME = "checkpoint-best.pth"

@@ -4,7 +4,7 @@ import logging
 
 from PIL import Image, UnidentifiedImageError
 
-from util.distributed import is_main_process, list_over_processes
+from util.compute.distributed import is_main_process, list_over_processes
 from util.errors import InputError
 
 logger = logging.getLogger(__name__)

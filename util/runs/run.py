@@ -18,14 +18,18 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from util.checkpoint import CheckpointWriter, TrainState, list_checkpoints
-from util.distributed import (
+from util.compute.distributed import (
     from_main_process,
     is_main_process,
     rank,
     start_processes,
     stop_processes,
 )
+from util.compute.signals import signals_noted
+from util.compute.watchdog import first_to_tell, lost_process, start_watchdog, stop_watchdog
+from util.data.images import IndexedImages, names_hash
+from util.data.loaders import StepLoader, dead_loader, end_loaders
+from util.data.streams import StreamedImages
 from util.errors import (
     InputError,
     RunError,
@@ -34,16 +38,12 @@ from util.errors import (
     one_line,
     out_of_memory_message,
 )
-from util.images import IndexedImages, names_hash
 from util.kernels import cpu_linear
-from util.loaders import StepLoader, dead_loader, end_loaders
-from util.lock import lock_folder
-from util.metrics import RunLog
-from util.resume import resume_run
-from util.stopping import signals_noted
-from util.streams import StreamedImages
-from util.watchdog import first_to_tell, lost_process, start_watchdog, stop_watchdog
-from util.weights import EncoderWeights
+from util.runs.checkpoint import CheckpointWriter, TrainState, list_checkpoints
+from util.runs.lock import lock_folder
+from util.runs.resume import resume_run
+from util.runs.run_log import RunLog
+from util.weights.encoder import EncoderWeights
 
 TIME_FORMAT = "%Y%m%d-%H%M%S"
 SECONDS_BEFORE_SPEAKING = 5
@@ -249,7 +249,7 @@ def open_run(
     Args:
         state: of a run that starts; changed where it continues.
         loader: of its steps.
-        kind: one of util.checkpoint.KINDS.
+        kind: one of util.runs.checkpoint.KINDS.
         output_dir: of checkpoints, `log.jsonl` and `args.json`.
         log_dir: of TensorBoard.
         resume: see `read_resume`.

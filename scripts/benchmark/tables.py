@@ -86,7 +86,7 @@ def flops_table(rows: Sequence[dict]) -> str:
 
 
 def against_table(rows: Sequence[dict]) -> str:
-    """Pairs of ours and another program's steps, see `util.yardstick.compare_pairs`."""
+    """Pairs of ours and another program's steps, see `scripts.benchmark.against.compare_pairs`."""
     return columns_table(AGAINST_COLUMNS, rows)
 
 

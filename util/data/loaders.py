@@ -15,14 +15,14 @@ from weakref import WeakSet
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from util import distributed
+from util.compute import distributed
+from util.compute.signals import leave_signals_to_parent
+from util.compute.watchdog import doing
+from util.data.images import Batch, IndexedImages, collate
+from util.data.sampler import StepSampler
+from util.data.streams import StreamedImages
 from util.errors import InputError, RunError
-from util.images import Batch, IndexedImages, collate
-from util.sampler import StepSampler
 from util.seeding import generator_for
-from util.stopping import leave_signals_to_parent
-from util.streams import StreamedImages
-from util.watchdog import doing
 
 logger = logging.getLogger(__name__)
 

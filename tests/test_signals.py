@@ -18,10 +18,10 @@ from tests.helpers.runs import (
     start,
     write_images,
 )
-from util import checkpoint
-from util.checkpoint import list_checkpoints
+from util.compute.signals import SIGNALS, signals_noted, stop_signal
 from util.errors import StoppedError
-from util.stopping import SIGNALS, signals_noted, stop_signal
+from util.runs import checkpoint
+from util.runs.checkpoint import list_checkpoints
 
 PLACE = re.compile(r"stopped by (\w+) after (\d+) epochs and (\d+) steps")
 every_signal = pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
@@ -140,7 +140,7 @@ def test_signals_are_noted_and_handlers_put_back():
 
 @every_signal
 def test_a_program_that_does_not_train_is_ended_at_once(number):
-    program = "import signal; from util.run import run_main; "
+    program = "import signal; from util.runs.run import run_main; "
     program += f"run_main(lambda: signal.raise_signal({int(number)}))"
     code, _, _ = finish(start([*command()[:1], "-c", program], PYTHONPATH="."))
     assert code == -number

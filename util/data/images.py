@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from util.broken_images import reason_of, too_many_broken
+from util.data.broken_images import reason_of, too_many_broken
+from util.data.transforms import Box, Crops, Normalization, Transform, resize_crop, to_rgb
 from util.errors import InputError, RunError
 from util.patches import RawImages
-from util.transforms import Box, Crops, Normalization, Transform, resize_crop, to_rgb
 
 # By itself timm finds .png, .jpg and .jpeg only, and passes over the others without a word.
 IMAGE_SUFFIXES = (

@@ -11,17 +11,17 @@ from typing import BinaryIO
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from util.broken_images import reason_of, too_many_broken
-from util.errors import InputError, RunError
-from util.images import (
+from util.data.broken_images import reason_of, too_many_broken
+from util.data.images import (
     IMAGE_SUFFIXES,
     MAX_BROKEN_IN_A_ROW,
     Sample,
     class_names,
     label_of,
 )
+from util.data.transforms import Transform
+from util.errors import InputError, RunError
 from util.seeding import fold_seed
-from util.transforms import Transform
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from util import metrics
 from util.errors import NonFiniteLossError
-from util.metrics import EpochMeters, RunLog, TimedIterator, read_log
+from util.runs import run_log
+from util.runs.run_log import EpochMeters, RunLog, TimedIterator, read_log
 
 CPU = torch.device("cpu")
 
@@ -53,11 +53,11 @@ def let_processes_meet(monkeypatch, *processes):
         rows.append(row)
         return row.unsqueeze(0)
 
-    monkeypatch.setattr(metrics, "stack_over_processes", keep)
+    monkeypatch.setattr(run_log, "stack_over_processes", keep)
     for meters in processes:
         with suppress(NonFiniteLossError):
             copy.deepcopy(meters).read()
-    monkeypatch.setattr(metrics, "stack_over_processes", lambda row: torch.stack(rows))
+    monkeypatch.setattr(run_log, "stack_over_processes", lambda row: torch.stack(rows))
 
 
 def test_the_loss_is_the_mean_of_the_processes(monkeypatch):
@@ -209,7 +209,7 @@ def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path):
 
 def test_waiting_is_counted_and_computing_is_not(monkeypatch):
     now = 0.0
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
+    monkeypatch.setattr(run_log.time, "monotonic", lambda: now)
 
     def items():
         nonlocal now
@@ -227,7 +227,7 @@ def test_waiting_is_counted_and_computing_is_not(monkeypatch):
 
 def test_off_a_terminal_progress_is_a_line_at_a_log_point(tmp_path, caplog, capsys, monkeypatch):
     clock = iter([100.0, 100.0, 120.0, 130.0])  # made, epoch starts, first and second log point
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(run_log.time, "monotonic", lambda: next(clock))
     stats = {"loss": 0.5, "grad_norm": 1.0}
     with caplog.at_level(logging.INFO):
         log = open_log(tmp_path, epoch=1, step=12, num_epochs=3)
@@ -265,7 +265,7 @@ def test_on_a_terminal_progress_is_a_bar(tmp_path, caplog, capsys, monkeypatch):
 
 
 def test_other_processes_show_and_write_nothing(tmp_path, caplog, capsys, monkeypatch):
-    monkeypatch.setattr(metrics, "is_main_process", lambda: False)
+    monkeypatch.setattr(run_log, "is_main_process", lambda: False)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with caplog.at_level(logging.INFO):
         log_epochs(tmp_path, 1, 1)

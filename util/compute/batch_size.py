@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn as nn
 
-from util.distributed import list_over_processes, world_size
+from util.compute.distributed import list_over_processes, world_size
 from util.errors import InputError, is_out_of_memory
 
 logger = logging.getLogger(__name__)

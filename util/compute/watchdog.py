@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from util.distributed import from_main_process, rank, world_size
-from util.stopping import stop_signal
+from util.compute.distributed import from_main_process, rank, world_size
+from util.compute.signals import stop_signal
 
 PERIOD = 1.0  # seconds between two signs of life
 GONE = 5.0  # seconds without one, where the connection to a process has broken

@@ -1,4 +1,4 @@
-"""From `--dataset` and `--data_path` to a data set that `util.loaders` reads.
+"""From `--dataset` and `--data_path` to a data set that `util.data.loaders` reads.
 
 Sources carry timm's names (`timm.data.create_dataset`) and come in two kinds. Indexed sources
 (folders, .tar files, `packed`, `torch/...`, `hfds/...`, `inat2019`, `digits`) know each image by
@@ -21,9 +21,8 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset
 
-from util.broken_images import reason_of
-from util.errors import InputError
-from util.images import (
+from util.data.broken_images import reason_of
+from util.data.images import (
     IMAGE_SUFFIXES,
     Digits,
     INat2019,
@@ -31,9 +30,10 @@ from util.images import (
     TarImages,
     class_names,
 )
-from util.packed import PackedImages, holds_packed
-from util.streams import StreamedImages, adapt_hub_reader
-from util.transforms import Transform
+from util.data.packed import PackedImages, holds_packed
+from util.data.streams import StreamedImages, adapt_hub_reader
+from util.data.transforms import Transform
+from util.errors import InputError
 
 logger = logging.getLogger(__name__)
 

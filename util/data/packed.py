@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from util.broken_images import reason_of
+from util.data.broken_images import reason_of
 from util.errors import InputError
 
 PIXELS, RECORDS, INDEX = "pixels.bin", "records.npy", "packed.json"

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from util.distributed import world_size
+from util.compute.distributed import world_size
 
 SECONDS = 10.0  # of steps before a judgement
 TOO_SLOW = 1.5  # times as long as the processor computes

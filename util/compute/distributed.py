@@ -72,7 +72,7 @@ def _join_processes(backend: str, timeout_minutes: float, device_id: torch.devic
             "them by torchrun, or unset WORLD_SIZE"
         )
     number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    # A minute more than the watchdog waits (util.watchdog), whose message says more.
+    # A minute more than the watchdog waits (util.compute.watchdog), whose message says more.
     timeout = timedelta(minutes=timeout_minutes + 1)
     try:
         store = _open_store(number, timeout)

@@ -20,7 +20,7 @@ from timm.models import clean_state_dict
 from torch import Tensor
 
 from util.errors import InputError
-from util.weight_files import (
+from util.weights.files import (
     KINDS,
     check_format,
     read_weights_file,

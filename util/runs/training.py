@@ -6,16 +6,16 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from util.checkpoint import CheckpointWriter, TrainState
-from util.contention import contention_watch
-from util.distributed import gradient_sync, rank, world_size
+from util.compute.contention import contention_watch
+from util.compute.distributed import gradient_sync, rank, world_size
+from util.compute.signals import stop_signal
+from util.compute.watchdog import enter_step
+from util.data.images import Batch, CopyStream
+from util.data.loaders import StepLoader
 from util.errors import InputError
-from util.images import Batch, CopyStream
-from util.loaders import StepLoader
-from util.metrics import RunLog, TimedIterator
 from util.optim import set_lr
-from util.stopping import stop_signal
-from util.watchdog import enter_step
+from util.runs.checkpoint import CheckpointWriter, TrainState
+from util.runs.run_log import RunLog, TimedIterator
 
 LossOfBatch = Callable[[Batch, int], Tensor]
 """(micro-batch, how many images of the step came before) -> mean loss."""

@@ -13,11 +13,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from util.broken_images import BrokenImages
-from util.distributed import stack_over_processes
+from util.compute.distributed import stack_over_processes
+from util.compute.precision import Precision
+from util.data.broken_images import BrokenImages
+from util.data.images import Batch
 from util.errors import InputError
-from util.images import Batch
-from util.precision import Precision
 from util.seeding import generator_for
 
 logger = logging.getLogger(__name__)

@@ -3,10 +3,10 @@
 import logging
 from pathlib import Path
 
-from util.checkpoint import TrainState, checkpoint_place, list_checkpoints, read_checkpoint
-from util.distributed import from_main_process, is_main_process
+from util.compute.distributed import from_main_process, is_main_process
 from util.errors import InputError
-from util.weight_files import check_format, read_weights_file, strange_content_is_input_error
+from util.runs.checkpoint import TrainState, checkpoint_place, list_checkpoints, read_checkpoint
+from util.weights.files import check_format, read_weights_file, strange_content_is_input_error
 
 EFFECTIVE_BATCH = "effective batch size"  # among what makes a run the run it is
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from util.distributed import from_main_process, is_main_process
+from util.compute.distributed import from_main_process, is_main_process
 from util.errors import InputError
 
 LOCK_NAME = "lock"

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from util.distributed import is_main_process, world_size
+from util.compute.distributed import is_main_process, world_size
 from util.errors import InputError
 
 

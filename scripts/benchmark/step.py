@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from util.distributed import available_cores
+from util.compute.distributed import available_cores
+from util.compute.precision import Precision
 from util.errors import is_out_of_memory
 from util.flops import ForwardFlops
 from util.kernels import linear
-from util.precision import Precision
 from util.recompute import set_memory
 
 MIB = 2**20

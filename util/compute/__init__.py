@@ -1,0 +1,1 @@
+"""Processes and devices: how a step is computed, and what ends it."""

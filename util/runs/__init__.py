@@ -1,0 +1,1 @@
+"""How a run starts, goes on, is logged and is saved."""
