@@ -17,7 +17,8 @@ from timm.data import Mixup
 from timm.utils import ModelEmaV3
 
 from engine_finetune import describe, evaluate, report, train_one_epoch
-from models_vit import POOLS, SIZES, VisionTransformer, build_vit, choose_size, make_linear_probe
+from models import build_classifier, choose_size
+from models_vit import POOLS, SIZES, make_linear_probe
 from util.arguments import (
     Parser,
     add_data_args,
@@ -243,7 +244,7 @@ def evaluate_only(args: argparse.Namespace, device: torch.device) -> None:
     if val_set is None:
         raise InputError(f"{dataset} has no held-out images to evaluate: name some by --val_path")
     num_classes = check_classes(None, val_set, weights.num_classes, weights.classes)
-    model = build_model(
+    model = build_classifier(
         size, img_size=img_size, num_classes=num_classes, pool=args.pool or weights.pool
     )
     if weights.is_linear_probe:
@@ -265,16 +266,6 @@ def evaluate_only(args: argparse.Namespace, device: torch.device) -> None:
         broken=BrokenImages(len(val_set), args.max_broken),
     )
     _logger.info("%s: %s", path, describe(stats))
-
-
-def build_model(size: str, **options: object) -> VisionTransformer:
-    """Build a classifier.
-
-    Raises:
-        InputError: the sizes do not fit together.
-    """
-    with value_errors_are_input_errors(f"vit_{size} cannot be built"):
-        return build_vit(SIZES[size], **options)
 
 
 def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
@@ -387,7 +378,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "pool": pool,
         "drop_path": recipe.drop_path,
     }
-    model = build_model(size, **options)
+    model = build_classifier(size, **options)
     set_memory(model, args.memory)
     if weights is not None:
         load_encoder(model, weights, head=False)
@@ -485,7 +476,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             checkpoints=checkpoints,
         )
         if val_loader:
-            with unsharded(model, partial(build_model, size, **options)) as whole:
+            with unsharded(model, partial(build_classifier, size, **options)) as whole:
                 stats |= evaluate(
                     whole if ema is None else ema.module,
                     val_loader,

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models_vit import POOLS, SIZES, build_vit, find_size
+from models import build_classifier, find_size
+from models_vit import POOLS, SIZES
 from util.arguments import (
     Parser,
     add_data_args,
@@ -203,8 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     num_classes = check_datasets(dataset, train_set, val_set, args.num_classes)
 
-    with value_errors_are_input_errors(f"vit_{size} cannot be built"):
-        model = build_vit(SIZES[size], img_size=img_size, num_classes=0, pool=args.pool)
+    model = build_classifier(size, img_size=img_size, num_classes=0, pool=args.pool)
     model = model.to(device).eval()
     precision = Precision(args.amp, device, attention_backend=args.attention_backend)
     precision.check_attention_backend(model, blank_images(img_size, device))

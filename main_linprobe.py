@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine_finetune import evaluate, report, train_one_epoch
-from models_vit import POOLS, SIZES, build_vit, choose_size, make_linear_probe
+from models import build_classifier, choose_size
+from models_vit import POOLS, SIZES, make_linear_probe
 from util.arguments import (
     Parser,
     add_data_args,
@@ -112,8 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     pool = args.pool or "cls"
     options = {"img_size": list(img_size), "num_classes": num_classes, "pool": pool}
-    with value_errors_are_input_errors(f"vit_{size} cannot be built"):
-        model = build_vit(SIZES[size], **options)
+    model = build_classifier(size, **options)
     if weights is not None:
         load_encoder(model, weights, head=False)
     make_linear_probe(model, num_classes)

@@ -11,11 +11,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-import models_crossmae
-import models_mae
 from engine_pretrain import (
     KNN_EVERY,
     build_knn_loaders,
@@ -26,8 +23,9 @@ from engine_pretrain import (
     measure_knn,
     train_one_epoch,
 )
+from models import MODELS, build_model
 from models_crossmae import MaskedAutoencoder
-from models_vit import SIZES, ViTEncoder, find_size
+from models_vit import ViTEncoder
 from util.arguments import (
     Parser,
     add_crop_args,
@@ -60,7 +58,7 @@ from util.data.loaders import build_loaders
 from util.data.streams import StreamedImages
 from util.data.transforms import Normalization, eval_transform, pretrain_transform
 from util.errors import InputError
-from util.masking import MASK_SAMPLINGS, TokenSplit, check_grid, count_tokens, split_tokens
+from util.masking import TokenSplit, check_grid, count_tokens, split_tokens
 from util.optim import build_adamw
 from util.patches import RawImages
 from util.recompute import set_memory
@@ -69,14 +67,7 @@ from util.runs.resume import EFFECTIVE_BATCH
 from util.runs.run import open_run, run_main, start_run
 from util.runs.run_log import EpochMeters, read_log
 from util.schedule import lr_schedule, scaled_lr
-from util.weights.encoder import checked_colours
-from util.weights.files import check_format, read_weights_file, strange_content_is_input_error
-from util.weights.released import from_released, released_options
 
-MODELS: dict[str, Callable[..., MaskedAutoencoder]] = {
-    **{f"crossmae_vit_{s}": getattr(models_crossmae, f"crossmae_vit_{s}") for s in SIZES},
-    **{f"mae_vit_{s}": getattr(models_mae, f"mae_vit_{s}") for s in SIZES},
-}
 NUM_SHOWN = 8  # images in the pictures of reconstructions
 FIGURE = "reconstructions"
 MEMORY_ADVICE = (
@@ -151,73 +142,6 @@ def model_options(args: argparse.Namespace) -> dict:
         names.append("decoder_self_attention")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return {"img_size": args.input_size * (2 // len(args.input_size)), **options}
-
-
-def build_model(name: str, options: dict) -> MaskedAutoencoder:
-    """Build a model of MODELS.
-
-    Raises:
-        InputError: the options do not fit together, or leave encoder blocks untrained.
-    """
-    try:
-        model = MODELS[name](**options)
-    except ValueError as error:
-        raise InputError(f"{name} cannot be built: {error}") from error
-    attention, depth = model.decoder.inter_block_attention, len(model.encoder.blocks)
-    if attention is not None and max(attention.map_ids) < depth:
-        raise InputError(
-            f"--feature_maps without {depth}, the last block's, would leave the encoder's last "
-            "blocks untrained: add it"
-        )
-    return model
-
-
-def load_model(path: str | Path) -> tuple[MaskedAutoencoder, dict]:
-    """Load a pre-trained model, in evaluation mode on the CPU.
-
-    Args:
-        path: a checkpoint of ours, or of the released CrossMAE or MAE code.
-
-    Returns:
-        The model, and how it was trained: `mean`, `std`, `mask_ratio`, `mask_sampling`.
-
-    Raises:
-        InputError: the file is missing, damaged or holds no masked autoencoder.
-    """
-    content = read_weights_file(path)
-    with strange_content_is_input_error(path):
-        return _load_model(content, path)
-
-
-def _load_model(content: dict, path: str | Path) -> tuple[MaskedAutoencoder, dict]:
-    if "format" in content:
-        checkpoint = check_format(content, path, "pretrain")
-        mean, std = checked_colours(checkpoint["mean"], checkpoint["std"])
-        ratio, sampling = checkpoint["mask_ratio"], checkpoint["mask_sampling"]
-        if not 0 < ratio < 1 or sampling not in MASK_SAMPLINGS:
-            raise InputError(f"{path} tells of masks that there are none of: use another file")
-        name, options = checkpoint["model_name"], checkpoint["model_options"]
-        state = checkpoint["model"]
-    else:
-        released = content.get("model", content)
-        args = vars(content["args"]) if "args" in content else {}
-        found = released_options(released, args)
-        mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
-        ratio, sampling = 0.75, "random"
-        try:
-            size = find_size(found["patch_size"], found["embed_dim"], found["depth"])
-        except ValueError as error:
-            raise InputError(f"{path} cannot be loaded: {error}") from error
-        name, options = f"{found['kind']}_vit_{size}", found["options"]
-        state = from_released(released)
-    with torch.device("meta"):  # a file can tell of a model that is larger than the memory
-        expected = build_model(name, options).state_dict()
-    if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in expected.items()}:
-        raise InputError(f"{path} does not hold the weights of the {name} that it tells of")
-    model = build_model(name, options)
-    model.load_state_dict(state)
-    training = {"mean": mean, "std": std, "mask_ratio": ratio, "mask_sampling": sampling}
-    return model.eval(), training
 
 
 def open_datasets(

@@ -39,8 +39,6 @@ from util.patches import RawImages, gather_patches, gather_tokens, patch_moments
 from util.recompute import Recomputing
 
 IBA_INITS = ("normal", "xavier")
-# Of a decoder; beyond them no machine could build one, and some would try until they stand still.
-MAX_DEPTH, MAX_WIDTH = 1000, 2**14
 
 
 class InterBlockAttention(Recomputing):
@@ -359,11 +357,6 @@ def build_autoencoder(
         mlp_dim=size.mlp_dim,
     )
     embed_dim = size.decoder_embed_dim if decoder_embed_dim is None else decoder_embed_dim
-    if not (1 <= decoder_depth <= MAX_DEPTH and 1 <= embed_dim <= MAX_WIDTH):
-        raise ValueError(
-            f"a decoder has 1 to {MAX_DEPTH} blocks, 1 to {MAX_WIDTH} wide, not {decoder_depth} "
-            f"blocks, {embed_dim} wide"
-        )
     decoder = decoder_type(
         encoder,
         embed_dim=embed_dim,

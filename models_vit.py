@@ -58,37 +58,6 @@ SIZES = {
 POOLS = ("avg", "cls")
 
 
-def find_size(patch_size: int, embed_dim: int, depth: int) -> str:
-    """The name in SIZES of what weights have been measured to be.
-
-    Raises:
-        ValueError: no size is like that.
-    """
-    shape = (patch_size, embed_dim, depth)
-    for name, size in SIZES.items():
-        if (size.patch_size, size.embed_dim, size.depth) == shape:
-            return name
-    raise ValueError(
-        f"a ViT of {depth} blocks, {embed_dim} wide, on patches of {patch_size} px is none of the "
-        f"sizes {', '.join(SIZES)}"
-    )
-
-
-def choose_size(model: str | None, shape: tuple[int, int, int] | None) -> str:
-    """The name in SIZES of a model such as vit_base_patch16, else of weights, else ViT-B's.
-
-    Args:
-        model: as the user names it, if they do.
-        shape: (patch_size, embed_dim, depth) of the weights, if there are any.
-
-    Raises:
-        ValueError: no size is like that.
-    """
-    if model is not None:
-        return model.removeprefix("vit_")
-    return "base_patch16" if shape is None else find_size(*shape)
-
-
 def layer_norm(dim: int) -> nn.LayerNorm:
     """A LayerNorm as everywhere in MAE: scale 1, shift 0, eps 1e-6."""
     return nn.LayerNorm(dim, eps=NORM_EPS)

@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from main_pretrain import MODELS, build_model
+from models import MODELS, build_model
 from models_crossmae import MaskedAutoencoder
 from models_vit import SIZES
 from scripts.benchmark.against import compare_in_turns, flag_words, run_python

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine_pretrain import step_noise
-from main_pretrain import MODELS, build_model
+from models import MODELS, build_model
 from models_crossmae import MaskedAutoencoder
 from scripts.benchmark.tables import markdown
 from util.arguments import Parser, check_output_folders, positive_int, ratio

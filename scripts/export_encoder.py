@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from main_pretrain import load_model
+from models import find_size, load_model
 from models_crossmae import MaskedAutoencoder
-from models_vit import NORM_EPS, SIZES, VisionTransformer, build_vit, find_size
+from models_vit import NORM_EPS, SIZES, VisionTransformer, build_vit
 from util.arguments import Parser
 from util.errors import InputError
 from util.runs.run import run_main, start_run

@@ -17,7 +17,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine_pretrain import draw_reconstructions, heldout_split
-from main_pretrain import load_model
+from models import load_model
 from util.arguments import Parser, positive_int, ratio, seed_number
 from util.compute.precision import Precision
 from util.data.images import Sample, collate

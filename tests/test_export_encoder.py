@@ -20,7 +20,7 @@ from test_weights import (
 )
 
 import models_vit
-from main_pretrain import load_model
+from models import load_model
 from models_crossmae import crossmae_vit_tiny_patch4
 from models_mae import build_mae
 from models_vit import make_linear_probe

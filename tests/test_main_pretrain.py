@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main_knn
 import main_pretrain
 from engine_pretrain import evaluate, train_one_epoch
-from main_pretrain import MODELS, load_model, parse_args
+from main_pretrain import parse_args
+from models import MODELS, load_model
 from models_vit import SIZES
 from tests.helpers.runs import (
     NANO,

@@ -7,6 +7,7 @@ import timm.models.vision_transformer as timm_vit
 import torch
 import torch.nn.functional as F
 
+from models import choose_size, find_size
 from models_vit import (
     SIZES,
     Block,
@@ -16,8 +17,6 @@ from models_vit import (
     VisionTransformer,
     attend,
     build_vit,
-    choose_size,
-    find_size,
     layer_norm,
     make_linear_probe,
     split_heads,

@@ -13,6 +13,7 @@ import pytest
 import main_finetune
 import main_linprobe
 import main_pretrain
+import models
 import models_vit
 from models_crossmae import build_crossmae
 from models_mae import build_mae
@@ -52,7 +53,7 @@ def data(tmp_path_factory):
 def pico(monkeypatch):
     for kind, build in (("crossmae", build_crossmae), ("mae", build_mae)):
         name = f"{kind}_vit_tiny_patch4"
-        monkeypatch.setitem(main_pretrain.MODELS, name, partial(build, PICO, decoder_depth=2))
+        monkeypatch.setitem(models.MODELS, name, partial(build, PICO, decoder_depth=2))
     monkeypatch.setitem(models_vit.SIZES, "tiny_patch4", PICO)
 
 

@@ -10,6 +10,7 @@ import main_finetune
 import main_knn
 import main_linprobe
 import main_pretrain
+import models
 from main_pretrain import parse_args
 from scripts import benchmark_loader, benchmark_pretrain, export_encoder, launch_slurm
 from tests.helpers.runs import ROOT, run, write_images
@@ -207,5 +208,5 @@ def test_the_names_of_checkpoints_are_as_shown(tmp_path):
 
 @pytest.mark.parametrize("model", ["crossmae_vit_base_patch16", "mae_vit_base_patch16"])
 def test_the_models_of_the_commands_exist(model):
-    assert model in main_pretrain.MODELS
+    assert model in models.MODELS
     assert any(model in words for words in RUNS)

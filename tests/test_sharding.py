@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 import main_finetune
 import main_pretrain
+import models
 from tests.helpers.runs import (
     ROOT,
     TINY,
@@ -151,7 +152,7 @@ def test_a_sharded_run_writes_the_checkpoints_of_any_other(folder, monkeypatch):
     )
     assert one == two
     path = list_checkpoints(folder / "sharded")[-1]
-    assert main_pretrain.load_model(path)[0].encoder.grid_size == (4, 4)
+    assert models.load_model(path)[0].encoder.grid_size == (4, 4)
 
 
 # What does not go together

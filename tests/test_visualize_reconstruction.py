@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from main_pretrain import load_model
+from models import load_model
 from scripts import visualize_reconstruction
 from tests.helpers.runs import TINY, command, finish, refusal, run, start, write_images
 from util.eval.figures import GAP, TEXT_HEIGHT

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import main_pretrain
+import models
 import models_vit
 from models_crossmae import build_crossmae
 from models_mae import build_mae
@@ -39,8 +40,8 @@ TINY += ["--batch_size", "8", "--epochs", "2", "--num_workers", "0", "--amp", "f
 
 def use_nano_models(monkeypatch):
     """Let the names of the tiny models stand for ones that train a step in milliseconds."""
-    monkeypatch.setitem(main_pretrain.MODELS, "crossmae_vit_tiny_patch4", crossmae_nano)
-    monkeypatch.setitem(main_pretrain.MODELS, "mae_vit_tiny_patch4", mae_nano)
+    monkeypatch.setitem(models.MODELS, "crossmae_vit_tiny_patch4", crossmae_nano)
+    monkeypatch.setitem(models.MODELS, "mae_vit_tiny_patch4", mae_nano)
     monkeypatch.setitem(models_vit.SIZES, "tiny_patch4", NANO)
 
 
