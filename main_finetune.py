@@ -48,9 +48,9 @@ from util.errors import InputError, value_errors_are_input_errors
 from util.optim import build_layer_decay_adamw
 from util.recompute import set_memory
 from util.runs.checkpoint import Progress, TrainState
+from util.runs.meters import EpochMeters
 from util.runs.resume import EFFECTIVE_BATCH, newest_good_checkpoint
 from util.runs.run import describe_classifier, log_settings, open_run, run_main, start_run
-from util.runs.run_log import EpochMeters
 from util.schedule import lr_schedule, scaled_lr
 from util.weights.encoder import input_format, load_encoder, read_encoder
 

@@ -65,9 +65,10 @@ from util.optim import build_adamw
 from util.patches import RawImages
 from util.recompute import set_memory
 from util.runs.checkpoint import Progress, TrainState, last_checkpoint
+from util.runs.meters import EpochMeters
 from util.runs.resume import EFFECTIVE_BATCH
 from util.runs.run import open_run, run_main, start_run
-from util.runs.run_log import EpochMeters, read_log
+from util.runs.run_log import read_log
 from util.schedule import lr_schedule, scaled_lr
 from util.weights.encoder import checked_colours
 from util.weights.files import check_format, read_weights_file, strange_content_is_input_error

@@ -35,8 +35,9 @@ from util.runs.checkpoint import (
     list_checkpoints,
     read_checkpoint,
 )
+from util.runs.meters import EpochMeters
 from util.runs.resume import newest_good_checkpoint, resume_run
-from util.runs.run_log import LOG_NAME, EpochMeters
+from util.runs.run_log import LOG_NAME
 from util.seeding import seed_everything
 
 NUM_CLASSES = 10

@@ -31,7 +31,7 @@ from util.masking import count_tokens, random_split
 from util.optim import build_adamw
 from util.patches import patchify
 from util.runs.checkpoint import Progress, TrainState
-from util.runs.run_log import EpochMeters
+from util.runs.meters import EpochMeters
 
 CPU = torch.device("cpu")
 IMG_SIZE, NUM_PATCHES = (16, 16), 16  # of the nano models, with patches of 4 pixels

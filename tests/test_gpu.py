@@ -26,7 +26,7 @@ from util.errors import InputError
 from util.masking import count_tokens, random_split
 from util.optim import build_adamw, set_lr
 from util.recompute import MEMORY_MODES, set_memory
-from util.runs.run_log import EpochMeters
+from util.runs.meters import EpochMeters
 
 pytestmark = [
     pytest.mark.gpu,

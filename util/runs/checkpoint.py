@@ -26,7 +26,7 @@ from util.compute.watchdog import doing
 from util.compute.worker_deaths import dead_loader
 from util.data.broken_images import BrokenImages
 from util.errors import RunError, StoppedError
-from util.runs.run_log import EpochMeters
+from util.runs.meters import EpochMeters
 from util.weights.files import VERSION, check_format, read_weights_file
 
 NAME = re.compile(r"checkpoint-e(\d+)-s(\d+)\.pth")
