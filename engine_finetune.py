@@ -12,8 +12,8 @@ from torch import Tensor
 
 from util.compute.distributed import rank, stack_over_processes
 from util.compute.precision import Precision
+from util.data.batch import Batch
 from util.data.broken_images import BrokenImages
-from util.data.images import Batch
 from util.data.loaders import StepLoader
 from util.runs.checkpoint import BEST_NAME, TrainState, last_checkpoint
 from util.runs.run_log import read_log

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder, cifar, places365
 
+from util.data.batch import collate
 from util.data.broken_images import BrokenImages
 from util.data.datasets import build_dataset, check_classes, open_heldout, open_pair
-from util.data.images import IndexedImages, collate
+from util.data.images import IndexedImages
 from util.data.loaders import build_eval_loader, build_train_loader
 from util.data.transforms import Augmentation, eval_transform, pretrain_transform
 from util.errors import InputError
@@ -937,16 +938,6 @@ def test_evaluation_reads_each_image_once_and_unpadded(tmp_path, num_workers):
             )
             for _ in range(2):  # a loader is there for every epoch
                 assert values_of(loader) == list(range(7))[rank::world_size]
-
-
-def test_a_batch_is_what_it_says(tmp_path):
-    write_images(tmp_path / "cat", [1, 2, 3])
-    (batch,) = eval_loader(open_train("", tmp_path))
-    assert batch.images.shape == (3, 3, 8, 8)
-    assert batch.images.dtype == torch.uint8
-    assert batch.to(CPU)[0].dtype == torch.float32
-    assert batch.labels.dtype == torch.int64
-    assert batch.broken == []
 
 
 # Streams

@@ -21,8 +21,9 @@ from engine_finetune import describe, evaluate, mix_images, report, train_one_ep
 from models_vit import build_vit, make_linear_probe
 from tests.helpers.runs import NANO, assert_identical
 from util.compute.precision import Precision
+from util.data.batch import Batch, collate
 from util.data.broken_images import BrokenImages
-from util.data.images import Batch, Digits, IndexedImages, collate
+from util.data.images import Digits, IndexedImages
 from util.data.transforms import eval_transform
 from util.errors import InputError, RunError
 from util.optim import build_lars, build_layer_decay_adamw

@@ -5,7 +5,7 @@ import torch
 from test_engine_pretrain import CPU, PreparedLoader, Recorder, make_state
 from timm.utils import ModelEmaV3
 
-from util.data.images import Batch
+from util.data.batch import Batch
 from util.errors import InputError
 from util.optim import build_adamw
 from util.runs import training

@@ -12,7 +12,8 @@ from util.compute import distributed
 from util.compute.signals import leave_signals_to_parent
 from util.compute.watchdog import doing
 from util.compute.worker_deaths import note_workers
-from util.data.images import Batch, IndexedImages, collate
+from util.data.batch import Batch, collate
+from util.data.images import IndexedImages
 from util.data.sampler import StepSampler
 from util.data.streams import StreamedImages
 from util.errors import InputError, RunError

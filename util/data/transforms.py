@@ -1,4 +1,4 @@
-"""From an image file's pixels, whatever their mode, to the model's input and back."""
+"""From an image file's pixels, whatever their mode, to crops of it."""
 
 import io
 import math
@@ -7,19 +7,17 @@ import re
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import BinaryIO, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from timm.data import create_transform
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from util.data.batch import Box, Crops, Normalization, resize_crop
 from util.errors import InputError
-from util.patches import RawImages, normalize
 from util.seeding import fold_seed, seeded
 
 # timm passes over sections that it does not know, without a word.
@@ -118,15 +116,6 @@ def read_for_device(record: Record) -> Jpeg | Tensor:
     return image
 
 
-class Box(NamedTuple):
-    """A part of an image, in pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-
 def draw_box(rng: random.Random, height: int, width: int, min_area: float) -> Box:
     """Draw the part of an image that is seen, distributed as torchvision's RandomResizedCrop.
 
@@ -147,67 +136,6 @@ def draw_box(rng: random.Random, height: int, width: int, min_area: float) -> Bo
             return Box(rng.randint(0, height - h), rng.randint(0, width - w), h, w)
     h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
     return Box((height - h) // 2, (width - w) // 2, h, w)
-
-
-def resize_crop(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
-    """Cut a box out and resize it, bicubic and antialiased: uint8 (3, h, w) to uint8 (3, H, W)."""
-    top, left, height, width = box
-    crop = image[None, :, top : top + height, left : left + width]
-    if image.device.type == "cpu":
-        # A copy with the channels last is what the fast kernel takes, and gives.
-        return _resize(crop.contiguous(memory_format=torch.channels_last), size)[0]
-    return _resize_in_float(crop, size)[0]
-
-
-def _resize(images: Tensor, size: Sequence[int]) -> Tensor:
-    return F.interpolate(images, size, mode="bicubic", antialias=True)
-
-
-def _resize_in_float(images: Tensor, size: Sequence[int]) -> Tensor:
-    """`_resize` of uint8 images for GPUs, which have no kernel for whole numbers."""
-    return _resize(images.float(), size).round_().clamp_(0, 255).to(torch.uint8)
-
-
-@dataclass(frozen=True)
-class Normalization:
-    """What is left to do with a batch of pixels.
-
-    Args:
-        mean: of each RGB channel, in [0, 1].
-        std: of each RGB channel, in units of the [0, 1] range.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Normalise uint8 (B, 3, H, W) to float32."""
-        mean, std = self._on(images.device)
-        return normalize(images, mean.view(3, 1, 1), std.view(3, 1, 1))
-
-    def later(self, images: Tensor) -> RawImages:
-        """Leave uint8 (B, 3, H, W) to be normalised patch by patch."""
-        return RawImages(images, *self._on(images.device))
-
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        return _channels(self.mean, device), _channels(self.std, device)
-
-
-@cache
-def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """A number for each channel, (3,); kept, so that the host never waits for the device."""
-    return torch.tensor(values, dtype=torch.float32, device=device)
-
-
-class Crops(NamedTuple):
-    """What a worker makes of one image: K views of it, and what the device has to do with them."""
-
-    pixels: list[Tensor]  # K of (3, H, W): uint8, or float32 and normalised
-    flips: list[bool]  # K, to be done
-    normalization: Normalization | None  # to be done; None if it has been
-    jpeg: Tensor | None = None  # uint8 (bytes,), to be decoded, in place of `pixels`
-    boxes: Sequence[Box] = ()  # K, to be cut out of it and resized to `size`
-    size: tuple[int, int] = (0, 0)
 
 
 class Transform(Protocol):
@@ -412,14 +340,6 @@ def eval_transform(
         raise ValueError(f"crop_share must lie in (0, 1], not {crop_share}")
     cover_size = tuple(round(side / crop_share) for side in img_size)
     return CentreCrop(tuple(img_size), cover_size, Normalization(tuple(mean), tuple(std)))
-
-
-def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Undo the normalisation: (B, 3, H, W) back to the [0, 1] range, not clipped to it."""
-    channels = {"dtype": images.dtype, "device": images.device}
-    mean = torch.tensor(mean, **channels).view(3, 1, 1)
-    std = torch.tensor(std, **channels).view(3, 1, 1)
-    return images * std + mean
 
 
 def _pixels_of(image: Image.Image) -> Tensor:

@@ -10,7 +10,7 @@ from util.compute.contention import contention_watch
 from util.compute.distributed import gradient_sync, rank, world_size
 from util.compute.signals import stop_signal
 from util.compute.watchdog import enter_step
-from util.data.images import Batch, CopyStream
+from util.data.batch import Batch, CopyStream
 from util.data.loaders import StepLoader
 from util.errors import InputError
 from util.optim import set_lr
