@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 import torch
 from test_datasets import eval_loader, open_train, write_images
+from test_decode import JPEGS, photo
 from test_engine_pretrain import HostReads
-from test_transforms import CPU, JPEGS, MEAN, STD, photo
+from test_transforms import CPU, MEAN, STD
 from torchvision.transforms import InterpolationMode, functional, v2
 
 from util.data import batch
 from util.data.batch import Box, Normalization, Sample, collate, denormalize, resize_crop
-from util.data.transforms import pretrain_transform, read_pixels
+from util.data.decode import read_pixels
+from util.data.transforms import pretrain_transform
 from util.errors import RunError
 
 

@@ -28,11 +28,11 @@ from util.data.images import (
     INat2019,
     IndexedImages,
     TarImages,
+    Transform,
     class_names,
 )
 from util.data.packed import PackedImages, holds_packed
 from util.data.streams import StreamedImages, adapt_hub_reader
-from util.data.transforms import Transform
 from util.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -8,16 +8,16 @@ import logging
 import numbers
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
 from PIL import Image
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset
 
-from util.data.batch import Sample
+from util.data.batch import Crops, Sample
 from util.data.broken_images import reason_of, too_many_broken
-from util.data.transforms import Transform, to_rgb
+from util.data.decode import Record, to_rgb
 from util.errors import InputError
 
 # By itself timm finds .png, .jpg and .jpeg only, and passes over the others without a word.
@@ -160,6 +160,22 @@ def names_hash(names: Sequence[str] | None) -> str | None:
     return hashlib.blake2b(
         "\n".join(names).encode(errors="surrogateescape"), digest_size=8
     ).hexdigest()
+
+
+class Transform(Protocol):
+    """How images are read, and what workers make of them.
+
+    Attributes:
+        num_crops: K, views of every image.
+    """
+
+    num_crops: int
+
+    def read(self, record: Record) -> object:
+        """Whatever `__call__` takes; raises anything where the record is broken."""
+
+    def __call__(self, image: object, *place: int | str) -> Crops:
+        """Views of an image; all randomness follows from the place, see `fold_seed`."""
 
 
 class IndexedImages(Dataset):
