@@ -23,7 +23,8 @@ from tests.helpers.runs import NANO, assert_identical
 from util.compute.precision import Precision
 from util.data.batch import Batch, collate
 from util.data.broken_images import BrokenImages
-from util.data.images import Digits, IndexedImages
+from util.data.images import IndexedImages
+from util.data.sources import Digits
 from util.data.transforms import eval_transform
 from util.errors import InputError, RunError
 from util.optim import build_lars, build_layer_decay_adamw

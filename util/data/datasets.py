@@ -22,16 +22,9 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset
 
 from util.data.broken_images import reason_of
-from util.data.images import (
-    IMAGE_SUFFIXES,
-    Digits,
-    INat2019,
-    IndexedImages,
-    TarImages,
-    Transform,
-    class_names,
-)
+from util.data.images import IMAGE_SUFFIXES, IndexedImages, Transform, class_names
 from util.data.packed import PackedImages, holds_packed
+from util.data.sources import Digits, INat2019, TarImages
 from util.data.streams import StreamedImages, adapt_hub_reader
 from util.errors import InputError
 
