@@ -12,7 +12,7 @@ from util.compute.distributed import rank, stack_over_processes, world_size
 from util.compute.precision import Precision
 from util.data.batch import Batch, denormalize
 from util.data.broken_images import BrokenImages
-from util.data.datasets import check_classes
+from util.data.classes import check_classes
 from util.data.images import IndexedImages
 from util.data.loaders import Batches, StepLoader, build_own_eval_loader
 from util.data.streams import StreamedImages

@@ -41,7 +41,8 @@ from util.compute.distributed import data_parallel, is_main_process
 from util.compute.precision import Precision, blank_images
 from util.compute.sharding import shard, unsharded
 from util.data.broken_images import BrokenImages
-from util.data.datasets import check_classes, default_dataset, open_heldout, open_pair
+from util.data.classes import check_classes
+from util.data.datasets import default_dataset, open_heldout, open_pair
 from util.data.loaders import build_loaders, build_own_eval_loader
 from util.data.transforms import default_crop_share, eval_transform, finetune_transform
 from util.errors import InputError, value_errors_are_input_errors

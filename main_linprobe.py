@@ -27,7 +27,8 @@ from util.compute.compiling import compile_model
 from util.compute.distributed import data_parallel, is_main_process, same_buffers
 from util.compute.precision import Precision, blank_images
 from util.data.broken_images import BrokenImages
-from util.data.datasets import check_classes, default_dataset, open_pair
+from util.data.classes import check_classes
+from util.data.datasets import default_dataset, open_pair
 from util.data.loaders import build_loaders
 from util.data.transforms import default_crop_share, eval_transform, probe_transform
 from util.errors import value_errors_are_input_errors

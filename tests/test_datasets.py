@@ -16,7 +16,8 @@ from torchvision.datasets import ImageFolder, cifar, places365
 
 from util.data.batch import collate
 from util.data.broken_images import BrokenImages
-from util.data.datasets import build_dataset, check_classes, open_heldout, open_pair
+from util.data.classes import check_classes
+from util.data.datasets import build_dataset, open_heldout, open_pair
 from util.data.images import IndexedImages
 from util.data.loaders import build_eval_loader, build_train_loader
 from util.data.transforms import Augmentation, eval_transform, pretrain_transform
@@ -112,16 +113,6 @@ def assert_same(batches, others):
         assert torch.equal(batch.to(CPU)[0], other.to(CPU)[0])
         assert torch.equal(batch.labels, other.labels)
         assert batch.broken == other.broken
-
-
-@pytest.fixture
-def offline(monkeypatch):
-    """No test waits for the network; the environment variable would come too late."""
-    import datasets
-    import huggingface_hub
-
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -463,7 +454,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, name, package):
         open_train(name, tmp_path, num_samples=None if name[0] in "hd" else 2)
 
 
-# Training and held-out images, and their classes
+# Training and held-out images
 
 
 def test_a_pair_has_its_own_transforms(tmp_path):
@@ -507,121 +498,6 @@ def test_evaluation_needs_no_training_images(tmp_path, name, data_path, val_path
     )
     assert all_values(dataset) == [1, 2]
     assert check_classes(None, dataset, None) == 2
-
-
-def folder_of(path, classes, held_out=False):
-    """A data set with one image a class; "" is an image beside the class folders."""
-    for value, name in enumerate(classes):
-        write_images(path / name, [value])
-    return open_held_out("", path, search_split=False) if held_out else open_train("", path)
-
-
-@pytest.mark.parametrize(
-    ("train", "held_out", "num_classes", "checkpoint", "expected"),
-    [
-        ("abc", "abc", None, None, 3),
-        ("abc", None, 3, None, 3),
-        (None, "abc", 3, None, 3),  # a checkpoint that does not know its classes
-        (None, "abc", None, "abc", 3),
-        (None, "abc", 1000, "abc", 1000),  # its head was trained on just these
-        (None, None, 5, None, 5),
-    ],
-)
-def test_the_number_of_classes(tmp_path, train, held_out, num_classes, checkpoint, expected):
-    train_set = train and folder_of(tmp_path / "train", train)
-    val_set = held_out and folder_of(tmp_path / "val", held_out, held_out=True)
-    assert check_classes(train_set, val_set, num_classes, checkpoint) == expected
-
-
-@pytest.mark.parametrize(
-    ("train", "held_out", "num_classes", "checkpoint", "advice"),
-    [
-        ("abc", "ab", None, None, "held-out images are not those of the training images"),
-        (
-            "abcdefg",
-            "ag",
-            7,
-            None,
-            "5 are missing (b, c, d, ...); give both the same, in the same order",
-        ),
-        ("abc", "bcd", None, None, "1 are missing (a) and 1 are new (d)"),
-        (None, "ab", None, "abc", "held-out images are not those of the checkpoint"),
-        ("abd", "abd", None, "abc", "training images are not those of the checkpoint"),
-        (None, "abc", None, "bca", "the same ones are in another order"),
-        (
-            "abc",
-            "abc",
-            2,
-            None,
-            "head of 2 classes does not fit the 3 of the training images (a, b, c)",
-        ),
-        ("abc", "abc", 1000, None, "correct --num_classes, or the path of the images"),
-        (
-            None,
-            "abcd",
-            1000,
-            None,
-            "1000 classes does not fit the 4 of the held-out images (a, b, c, ...)",
-        ),
-        (None, "abc", 2, "abc", "head of 2 classes does not fit the 3 of the checkpoint (a, b, c)"),
-        ([""], "abc", None, None, "training images have no labels: sort them into one folder per"),
-        ("abc", [""], 3, None, "held-out images have no labels"),
-        (["", "a", "b"], None, None, None, "some of the training images lie beside the class"),
-        ("a", "a", None, None, "one class only (a)"),
-        (None, None, None, None, "give --num_classes"),
-    ],
-)
-def test_labels_that_would_not_mean_the_same_are_refused(
-    tmp_path, train, held_out, num_classes, checkpoint, advice
-):
-    train_set = train and folder_of(tmp_path / "train", train)
-    val_set = held_out and folder_of(tmp_path / "val", held_out, held_out=True)
-    with pytest.raises(InputError) as error:
-        check_classes(train_set, val_set, num_classes, checkpoint)
-    assert advice in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_readers_that_sort_otherwise_are_told_apart(tmp_path):
-    for split in ("train", "val"):
-        folder_of(tmp_path / split, ["9", "10"])  # as numbers for timm, as text for torchvision
-    train_set = open_train("torch/folder", tmp_path)
-    with pytest.raises(InputError, match="the same ones are in another order"):
-        check_classes(train_set, open_held_out("folder", tmp_path), None)
-    assert check_classes(train_set, open_held_out("torch/folder", tmp_path), None) == 2
-
-
-def test_two_folders_of_one_name_are_not_taken_for_one_class(tmp_path):
-    images = folder_of(tmp_path, ["cats/grey", "cats/red", "dogs/grey"])
-    with pytest.raises(InputError, match="2 folders of the training images are called grey"):
-        check_classes(images, None, None)
-
-
-def test_a_stream_that_does_not_know_its_classes_needs_their_number(tmp_path):
-    write_shards(tmp_path, [2, 2])
-    stream = open_shards(tmp_path, 4)
-    val_set = folder_of(tmp_path / "val", "abc", held_out=True)
-    for held_out in (None, val_set):
-        with pytest.raises(InputError, match=r"training images do not tell .*give --num_classes"):
-            check_classes(stream, held_out, None)
-        assert check_classes(stream, held_out, 3) == 3
-    with pytest.raises(
-        InputError, match="head of 4 classes does not fit the 3 of the held-out images"
-    ):
-        check_classes(stream, val_set, 4)
-    assert check_classes(stream, val_set, None, "abc") == 3
-
-
-def test_a_stream_that_knows_its_classes(tmp_path):
-    write_parquet(tmp_path / "set", [1, 2, 3])
-    label = {"name": "label", "dtype": {"class_label": {"names": {"0": "a", "1": "b", "2": "c"}}}}
-    features = [{"name": "image", "dtype": "image"}, label]
-    card = json.dumps({"dataset_info": {"features": features}})  # which is YAML, too
-    (tmp_path / "set" / "README.md").write_text(f"---\n{card}\n---\n")
-    stream = open_train(f"hfids/{tmp_path}/set", tmp_path / "cache", num_samples=3)
-    assert check_classes(stream, None, None) == 3
-    with pytest.raises(InputError, match=r"1 are missing \(b\)"):
-        check_classes(stream, folder_of(tmp_path / "val", "ac", held_out=True), None)
 
 
 # Broken images

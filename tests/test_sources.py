@@ -15,7 +15,7 @@ from test_datasets import (
     write_tar,
 )
 
-from util.data.datasets import check_classes
+from util.data.classes import check_classes
 from util.errors import InputError
 
 
