@@ -12,12 +12,13 @@ from torch import Tensor
 
 from util.compute.distributed import rank, stack_over_processes
 from util.compute.precision import Precision
+from util.data.batch import Batch
 from util.data.broken_images import BrokenImages
-from util.data.images import Batch
+from util.data.classes import check_labels
 from util.data.loaders import StepLoader
 from util.runs.checkpoint import BEST_NAME, TrainState, last_checkpoint
 from util.runs.run_log import read_log
-from util.runs.training import LossOfBatch, check_labels, train_epoch
+from util.runs.training import LossOfBatch, train_epoch
 from util.seeding import seed_everything
 
 _logger = logging.getLogger(__name__)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from util.compute.distributed import rank, stack_over_processes, world_size
 from util.compute.precision import Precision
+from util.data.batch import Batch, denormalize
 from util.data.broken_images import BrokenImages
-from util.data.datasets import check_classes
-from util.data.images import Batch, IndexedImages
+from util.data.classes import check_classes
+from util.data.images import IndexedImages
 from util.data.loaders import Batches, StepLoader, build_own_eval_loader
 from util.data.streams import StreamedImages
-from util.data.transforms import denormalize
 from util.errors import InputError
 from util.eval.figures import MOMENTS_NOTE, draw_figure, reconstruction_panels
 from util.eval.knn import extract_features, knn_accuracy

@@ -28,7 +28,8 @@ from util.compute.compiling import compile_model
 from util.compute.distributed import is_main_process
 from util.compute.precision import Precision, blank_images
 from util.data.broken_images import BrokenImages
-from util.data.datasets import check_classes, default_dataset, open_pair
+from util.data.classes import check_classes, check_labels
+from util.data.datasets import default_dataset, open_pair
 from util.data.images import IndexedImages
 from util.data.loaders import build_own_eval_loader
 from util.data.streams import StreamedImages
@@ -36,7 +37,6 @@ from util.data.transforms import default_crop_share, eval_transform
 from util.errors import InputError, value_errors_are_input_errors
 from util.eval.knn import extract_features, knn_accuracy, logistic_accuracy
 from util.runs.run import run_main, start_run, write_args, write_json
-from util.runs.training import check_labels
 from util.weights.encoder import input_format, load_encoder, read_encoder
 
 REPORT = "knn.json"

@@ -28,15 +28,16 @@ from util.compute.compiling import compile_model
 from util.compute.distributed import data_parallel, is_main_process, same_buffers
 from util.compute.precision import Precision, blank_images
 from util.data.broken_images import BrokenImages
-from util.data.datasets import check_classes, default_dataset, open_pair
+from util.data.classes import check_classes
+from util.data.datasets import default_dataset, open_pair
 from util.data.loaders import build_loaders
 from util.data.transforms import default_crop_share, eval_transform, probe_transform
 from util.errors import value_errors_are_input_errors
 from util.optim import build_lars
 from util.runs.checkpoint import Progress, TrainState
+from util.runs.meters import EpochMeters
 from util.runs.resume import EFFECTIVE_BATCH
 from util.runs.run import describe_classifier, log_settings, open_run, run_main, start_run
-from util.runs.run_log import EpochMeters
 from util.schedule import lr_schedule, scaled_lr
 from util.weights.encoder import input_format, load_encoder, read_encoder
 

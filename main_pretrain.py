@@ -51,21 +51,23 @@ from util.compute.compiling import COMPILE_MODES, compile_model
 from util.compute.distributed import data_parallel, is_main_process, world_size
 from util.compute.precision import Precision
 from util.compute.sharding import shard, unsharded
+from util.data.batch import Normalization, collate
 from util.data.broken_images import BrokenImages
 from util.data.datasets import default_dataset, open_pair
-from util.data.images import IndexedImages, collate
+from util.data.images import IndexedImages
 from util.data.loaders import build_loaders
 from util.data.streams import StreamedImages
-from util.data.transforms import Normalization, eval_transform, pretrain_transform
+from util.data.transforms import eval_transform, pretrain_transform
 from util.errors import InputError
 from util.masking import TokenSplit, check_grid, count_tokens, split_tokens
 from util.optim import build_adamw
 from util.patches import RawImages
 from util.recompute import set_memory
 from util.runs.checkpoint import Progress, TrainState, last_checkpoint
+from util.runs.meters import EpochMeters
 from util.runs.resume import EFFECTIVE_BATCH
 from util.runs.run import open_run, run_main, start_run
-from util.runs.run_log import EpochMeters, read_log
+from util.runs.run_log import read_log
 from util.schedule import lr_schedule, scaled_lr
 
 NUM_SHOWN = 8  # images in the pictures of reconstructions

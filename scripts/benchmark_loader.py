@@ -33,10 +33,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.benchmark.step import describe_machine
 from util.arguments import Parser, positive_int, process_count
+from util.data.batch import Sample, collate, denormalize
 from util.data.datasets import build_dataset, default_dataset
-from util.data.images import IndexedImages, Sample, collate
+from util.data.images import IndexedImages
 from util.data.loaders import build_train_loader
-from util.data.transforms import denormalize, pretrain_transform
+from util.data.transforms import pretrain_transform
 from util.errors import InputError, RunError
 from util.runs.run import run_main, start_logging, versions, write_json
 

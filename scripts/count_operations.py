@@ -33,8 +33,7 @@ from models_crossmae import MaskedAutoencoder
 from scripts.benchmark.tables import markdown
 from util.arguments import Parser, check_output_folders, positive_int, ratio
 from util.compute.precision import Precision
-from util.data.images import Batch
-from util.data.transforms import Normalization
+from util.data.batch import Batch, Normalization
 from util.masking import TokenCounts, count_tokens, random_split
 from util.optim import build_adamw
 from util.recompute import MEMORY_MODES, set_memory

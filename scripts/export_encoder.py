@@ -28,7 +28,6 @@ from util.arguments import Parser
 from util.errors import InputError
 from util.runs.run import run_main, start_run
 from util.weights.encoder import (
-    HUGGING_FACE_PARTS,
     EncoderWeights,
     fit_encoder,
     load_encoder,
@@ -36,6 +35,7 @@ from util.weights.encoder import (
     save_encoder,
 )
 from util.weights.files import save_safetensors, write_new
+from util.weights.names import DECODER_NAMES, ENCODER_NAMES, hugging_face_names
 
 # timm has no tiny ViT on patches of 4 px, but takes the patch side as an argument.
 TIMM_NAMES = {size: f"vit_{size}_224" for size in SIZES} | {"tiny_patch4": "vit_tiny_patch16_224"}
@@ -111,47 +111,6 @@ def write_timm(weights: EncoderWeights, size: str, output: Path) -> None:
     words = [repr(name), *(f"{key}={value!r}" for key, value in options.items())]
     words.append(f"checkpoint_path={str(output)!r}")
     _logger.info("timm.create_model(%s)", ", ".join(words))
-
-
-def hugging_face_names(
-    state: dict[str, Tensor], names: dict[str, str], *, layers: str
-) -> dict[str, Tensor]:
-    """Rename weights of timm's names to those in Hugging Face's files.
-
-    Args:
-        state: weights.
-        names: timm's name outside the blocks -> Hugging Face's, both without .weight and .bias.
-        layers: what comes before the number of a block, such as "encoder.layer".
-    """
-    renamed = {}
-    for name, tensor in state.items():
-        if not name.startswith("blocks."):
-            part, dot, kind = name.rpartition(".")
-            renamed[names[part] + dot + kind if part else names[name]] = tensor
-            continue
-        _, block, *parts, kind = name.split(".")
-        part = ".".join(parts)
-        split = {part: tensor}
-        if part == "attn.qkv":
-            split = dict(zip(("attn.q", "attn.k", "attn.v"), tensor.chunk(3), strict=True))
-        for ours, piece in split.items():
-            renamed[f"{layers}.{block}.{HUGGING_FACE_PARTS[ours][0]}.{kind}"] = piece
-    return renamed
-
-
-ENCODER_NAMES = {
-    "cls_token": "embeddings.cls_token",
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj": "embeddings.patch_embeddings.projection",
-    "norm": "layernorm",
-}
-DECODER_NAMES = {
-    "mask_token": "decoder.mask_token",
-    "pos_embed": "decoder.decoder_pos_embed",
-    "embed": "decoder.decoder_embed",
-    "norm": "decoder.decoder_norm",
-    "pred": "decoder.decoder_pred",
-}
 
 
 def vit_config(weights: EncoderWeights, size: str) -> dict:

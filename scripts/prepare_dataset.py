@@ -33,9 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from util.arguments import Parser, natural_float, positive_int, process_count
 from util.data.broken_images import BrokenImages, reason_of
 from util.data.datasets import build_dataset
+from util.data.decode import to_rgb
 from util.data.images import IndexedImages, class_names
 from util.data.packed import write_packed
-from util.data.transforms import to_rgb
 from util.errors import InputError, RunError
 from util.runs.run import run_main, start_run
 from util.weights.files import write_new

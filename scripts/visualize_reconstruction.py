@@ -20,8 +20,9 @@ from engine_pretrain import draw_reconstructions, heldout_split
 from models import load_model
 from util.arguments import Parser, positive_int, ratio, seed_number
 from util.compute.precision import Precision
-from util.data.images import Sample, collate
-from util.data.transforms import eval_transform, read_pixels
+from util.data.batch import Sample, collate
+from util.data.decode import read_pixels
+from util.data.transforms import eval_transform
 from util.errors import InputError
 from util.masking import count_tokens, split_tokens
 from util.runs.run import run_main, start_run

@@ -23,8 +23,8 @@ from util.runs.checkpoint import (
     read_checkpoint,
     write_atomically,
 )
+from util.runs.meters import EpochMeters
 from util.runs.resume import newest_good_checkpoint
-from util.runs.run_log import EpochMeters
 
 CPU = torch.device("cpu")
 

@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder, cifar, places365
 
+from util.data.batch import collate
 from util.data.broken_images import BrokenImages
-from util.data.datasets import build_dataset, check_classes, open_heldout, open_pair
-from util.data.images import IndexedImages, collate
+from util.data.classes import check_classes
+from util.data.datasets import build_dataset, open_heldout, open_pair
+from util.data.images import IndexedImages
 from util.data.loaders import build_eval_loader, build_train_loader
 from util.data.transforms import Augmentation, eval_transform, pretrain_transform
 from util.errors import InputError
@@ -113,16 +115,6 @@ def assert_same(batches, others):
         assert batch.broken == other.broken
 
 
-@pytest.fixture
-def offline(monkeypatch):
-    """No test waits for the network; the environment variable would come too late."""
-    import datasets
-    import huggingface_hub
-
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-
-
 pytestmark = pytest.mark.usefixtures("offline")
 
 
@@ -206,39 +198,6 @@ def test_tars_of_splits_are_found_unless_there_are_folders(tmp_path):
         open_train("", tmp_path)
 
 
-def test_a_tar_that_was_cut_off_after_it_was_opened_breaks_its_last_images(tmp_path):
-    path = tmp_path / "images.tar"
-    write_tar(path, {f"cat/{i}.png": encoded(i) for i in range(3)})
-    reader = open_train("tar", path).reader
-    with path.open("r+b") as file:
-        file.truncate(reader.samples[2][0].offset_data + 10)
-    assert reader[1][0].read() == encoded(1)
-    with pytest.raises(OSError, match="ends within the image"):
-        reader[2]
-
-
-def test_a_tar_that_was_cut_off_between_two_images_is_told(tmp_path, caplog):
-    path = tmp_path / "images.tar"
-    write_tar(path, {f"cat/{i}.png": encoded(i) for i in range(3)})
-    reader = open_train("tar", path).reader
-    assert "lacks the zeros" not in caplog.text
-    with path.open("r+b") as file:
-        file.truncate(reader.samples[2][0].offset)
-    assert len(open_train("tar", path)) == 2
-    assert "images.tar lacks the zeros at its end" in caplog.text
-
-
-def test_tar_read_here_first_and_then_by_workers(tmp_path):
-    # Large enough that processes sharing a position in the file would get in each other's way.
-    files = {f"{i:03d}.bmp": encoded(i, "BMP", side=80) for i in range(200)}
-    write_tar(tmp_path / "images.tar", files)
-    dataset = open_train("", tmp_path / "images.tar")
-    assert int(dataset[0, 7].crops.pixels[0][0, 0, 0]) == 7
-    batches = list(eval_loader(dataset, num_workers=2))
-    assert values_of(batches) == list(range(200))
-    assert not any(batch.broken for batch in batches)
-
-
 @pytest.mark.parametrize(
     ("suffix", "file_format"),
     [
@@ -294,20 +253,6 @@ def test_torchvision_folders_read_16_bit_too(tmp_path):
     assert dataset.name(0) == str(tmp_path / "cat" / "a.png")
 
 
-def test_digits_hold_out_every_fifth():
-    train, held_out = open_train("digits", None), open_held_out("digits", None)
-    assert (len(train), len(held_out)) == (1437, 360)
-    assert train.num_classes == held_out.num_classes == 10
-    assert train.classes == held_out.classes == tuple("0123456789")
-    image, label = train.reader[0]
-    assert (image.size, image.mode) == ((32, 32), "RGB")
-    assert all_labels(held_out)[:4] == [0, 5, 0, 5]  # numbers 0, 5, 10, 15 of the set
-    assert all_labels(train)[:8] == [1, 2, 3, 4, 6, 7, 8, 9]
-    pixels = np.stack([np.asarray(train.reader[i][0]) for i in range(50)])
-    assert pixels.max() == 255
-    assert label == 1
-
-
 def write_parquet(folder, values, split="train", column="label"):
     import datasets
 
@@ -341,77 +286,6 @@ def test_hugging_face_folder_without_labels_and_held_out_split(tmp_path):
         check_classes(dataset, None, 2)
     assert dataset.name(0) == str(tmp_path / "set" / "001.png")
     assert open_held_out(name, tmp_path / "cache") is None
-
-
-def write_inat(folder, split="train", ids=(7, 30, 400), names=("ash", "bee", "cod"), **changes):
-    """Two images of each category, listed backwards; a change replaces a part of the list."""
-    categories = [
-        {"id": i, "name": name} if name else {"id": i} for i, name in zip(ids, names, strict=True)
-    ]
-    images, annotations = [], []
-    for number in range(2 * len(ids)):
-        file = f"train_val2019/Plants/{ids[number // 2]}/{split}_{number}.png"
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).write_bytes(encoded(number + 1))
-        images.append({"id": number + 100, "file_name": file})
-        annotations.append({"image_id": number + 100, "category_id": ids[number // 2]})
-    content = {"categories": categories[::-1], "images": images, "annotations": annotations[::-1]}
-    (folder / f"{split}2019.json").write_text(json.dumps(content | changes))
-
-
-def test_inaturalist_2019(tmp_path):
-    write_inat(tmp_path)
-    write_inat(tmp_path, "val", ids=(7, 400), names=("ash", "cod"))
-    dataset, held_out = open_train("inat2019", tmp_path), open_held_out("iNat2019", tmp_path)
-    assert all_values(dataset) == [1, 2, 3, 4, 5, 6]
-    assert all_labels(dataset) == [0, 0, 1, 1, 2, 2]
-    assert (dataset.classes, dataset.num_classes) == (("ash", "bee", "cod"), 3)
-    assert dataset.name(5) == str(tmp_path / "train_val2019/Plants/400/train_5.png")
-    assert all_labels(held_out) == [0, 0, 1, 1]
-    with pytest.raises(InputError, match=r"held-out .* training images.* 1 are missing \(bee\)"):
-        check_classes(dataset, held_out, None)
-    (tmp_path / "train_val2019/Plants/7/train_0.png").unlink()
-    assert all_values(dataset) == [2, 2, 3, 4, 5, 6]
-
-
-def test_anonymous_inaturalist_categories_go_by_their_ids(tmp_path):
-    write_inat(tmp_path, ids=(9, 10, 2), names=("ash", None, "cod"))
-    dataset = open_train("inat2019", tmp_path)
-    assert dataset.classes == ("2", "9", "10")
-    assert all_labels(dataset) == [1, 1, 2, 2, 0, 0]
-
-
-ANNOTATION = {"image_id": 100, "category_id": 7}
-
-
-@pytest.mark.parametrize(
-    ("changes", "advice"),
-    [
-        ({"annotations": []}, "exactly one annotation for each of its 6 images, but has 0 for 0"),
-        ({"annotations": [ANNOTATION]}, "has 1 for 1 images: download it again"),
-        ({"annotations": [ANNOTATION] * 2}, "has 2 for 1 images"),
-        ({"annotations": [{"image_id": 100, "category_id": 8}]}, "no list of iNaturalist 2019"),
-        ({"annotations": [{"image_id": 100}]}, "(KeyError: 'category_id')"),
-        ({"categories": None}, "no list of iNaturalist 2019: download it again (TypeError"),
-        ({"images": [{"id": 1, "file_name": "a"}] * 2}, "an id twice"),
-        ({"images": [], "annotations": []}, "has no images"),
-    ],
-)
-def test_a_malformed_inaturalist_list_is_one_sentence(tmp_path, changes, advice):
-    write_inat(tmp_path, **changes)
-    with pytest.raises(InputError) as error:
-        open_train("inat2019", tmp_path)
-    assert advice in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe\xfa", b""])
-def test_what_is_no_inaturalist_list_is_one_sentence(tmp_path, content):
-    (tmp_path / "train2019.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"train2019.json is no list of iNaturalist 2019"):
-        open_train("inat2019", tmp_path)
-    with pytest.raises(InputError, match=r"val2019.json does not exist: give the folder"):
-        open_held_out("inat2019", tmp_path)
 
 
 def skip_checksums(monkeypatch, module):
@@ -580,7 +454,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, name, package):
         open_train(name, tmp_path, num_samples=None if name[0] in "hd" else 2)
 
 
-# Training and held-out images, and their classes
+# Training and held-out images
 
 
 def test_a_pair_has_its_own_transforms(tmp_path):
@@ -624,121 +498,6 @@ def test_evaluation_needs_no_training_images(tmp_path, name, data_path, val_path
     )
     assert all_values(dataset) == [1, 2]
     assert check_classes(None, dataset, None) == 2
-
-
-def folder_of(path, classes, held_out=False):
-    """A data set with one image a class; "" is an image beside the class folders."""
-    for value, name in enumerate(classes):
-        write_images(path / name, [value])
-    return open_held_out("", path, search_split=False) if held_out else open_train("", path)
-
-
-@pytest.mark.parametrize(
-    ("train", "held_out", "num_classes", "checkpoint", "expected"),
-    [
-        ("abc", "abc", None, None, 3),
-        ("abc", None, 3, None, 3),
-        (None, "abc", 3, None, 3),  # a checkpoint that does not know its classes
-        (None, "abc", None, "abc", 3),
-        (None, "abc", 1000, "abc", 1000),  # its head was trained on just these
-        (None, None, 5, None, 5),
-    ],
-)
-def test_the_number_of_classes(tmp_path, train, held_out, num_classes, checkpoint, expected):
-    train_set = train and folder_of(tmp_path / "train", train)
-    val_set = held_out and folder_of(tmp_path / "val", held_out, held_out=True)
-    assert check_classes(train_set, val_set, num_classes, checkpoint) == expected
-
-
-@pytest.mark.parametrize(
-    ("train", "held_out", "num_classes", "checkpoint", "advice"),
-    [
-        ("abc", "ab", None, None, "held-out images are not those of the training images"),
-        (
-            "abcdefg",
-            "ag",
-            7,
-            None,
-            "5 are missing (b, c, d, ...); give both the same, in the same order",
-        ),
-        ("abc", "bcd", None, None, "1 are missing (a) and 1 are new (d)"),
-        (None, "ab", None, "abc", "held-out images are not those of the checkpoint"),
-        ("abd", "abd", None, "abc", "training images are not those of the checkpoint"),
-        (None, "abc", None, "bca", "the same ones are in another order"),
-        (
-            "abc",
-            "abc",
-            2,
-            None,
-            "head of 2 classes does not fit the 3 of the training images (a, b, c)",
-        ),
-        ("abc", "abc", 1000, None, "correct --num_classes, or the path of the images"),
-        (
-            None,
-            "abcd",
-            1000,
-            None,
-            "1000 classes does not fit the 4 of the held-out images (a, b, c, ...)",
-        ),
-        (None, "abc", 2, "abc", "head of 2 classes does not fit the 3 of the checkpoint (a, b, c)"),
-        ([""], "abc", None, None, "training images have no labels: sort them into one folder per"),
-        ("abc", [""], 3, None, "held-out images have no labels"),
-        (["", "a", "b"], None, None, None, "some of the training images lie beside the class"),
-        ("a", "a", None, None, "one class only (a)"),
-        (None, None, None, None, "give --num_classes"),
-    ],
-)
-def test_labels_that_would_not_mean_the_same_are_refused(
-    tmp_path, train, held_out, num_classes, checkpoint, advice
-):
-    train_set = train and folder_of(tmp_path / "train", train)
-    val_set = held_out and folder_of(tmp_path / "val", held_out, held_out=True)
-    with pytest.raises(InputError) as error:
-        check_classes(train_set, val_set, num_classes, checkpoint)
-    assert advice in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_readers_that_sort_otherwise_are_told_apart(tmp_path):
-    for split in ("train", "val"):
-        folder_of(tmp_path / split, ["9", "10"])  # as numbers for timm, as text for torchvision
-    train_set = open_train("torch/folder", tmp_path)
-    with pytest.raises(InputError, match="the same ones are in another order"):
-        check_classes(train_set, open_held_out("folder", tmp_path), None)
-    assert check_classes(train_set, open_held_out("torch/folder", tmp_path), None) == 2
-
-
-def test_two_folders_of_one_name_are_not_taken_for_one_class(tmp_path):
-    images = folder_of(tmp_path, ["cats/grey", "cats/red", "dogs/grey"])
-    with pytest.raises(InputError, match="2 folders of the training images are called grey"):
-        check_classes(images, None, None)
-
-
-def test_a_stream_that_does_not_know_its_classes_needs_their_number(tmp_path):
-    write_shards(tmp_path, [2, 2])
-    stream = open_shards(tmp_path, 4)
-    val_set = folder_of(tmp_path / "val", "abc", held_out=True)
-    for held_out in (None, val_set):
-        with pytest.raises(InputError, match=r"training images do not tell .*give --num_classes"):
-            check_classes(stream, held_out, None)
-        assert check_classes(stream, held_out, 3) == 3
-    with pytest.raises(
-        InputError, match="head of 4 classes does not fit the 3 of the held-out images"
-    ):
-        check_classes(stream, val_set, 4)
-    assert check_classes(stream, val_set, None, "abc") == 3
-
-
-def test_a_stream_that_knows_its_classes(tmp_path):
-    write_parquet(tmp_path / "set", [1, 2, 3])
-    label = {"name": "label", "dtype": {"class_label": {"names": {"0": "a", "1": "b", "2": "c"}}}}
-    features = [{"name": "image", "dtype": "image"}, label]
-    card = json.dumps({"dataset_info": {"features": features}})  # which is YAML, too
-    (tmp_path / "set" / "README.md").write_text(f"---\n{card}\n---\n")
-    stream = open_train(f"hfids/{tmp_path}/set", tmp_path / "cache", num_samples=3)
-    assert check_classes(stream, None, None) == 3
-    with pytest.raises(InputError, match=r"1 are missing \(b\)"):
-        check_classes(stream, folder_of(tmp_path / "val", "ac", held_out=True), None)
 
 
 # Broken images
@@ -937,16 +696,6 @@ def test_evaluation_reads_each_image_once_and_unpadded(tmp_path, num_workers):
             )
             for _ in range(2):  # a loader is there for every epoch
                 assert values_of(loader) == list(range(7))[rank::world_size]
-
-
-def test_a_batch_is_what_it_says(tmp_path):
-    write_images(tmp_path / "cat", [1, 2, 3])
-    (batch,) = eval_loader(open_train("", tmp_path))
-    assert batch.images.shape == (3, 3, 8, 8)
-    assert batch.images.dtype == torch.uint8
-    assert batch.to(CPU)[0].dtype == torch.float32
-    assert batch.labels.dtype == torch.int64
-    assert batch.broken == []
 
 
 # Streams

@@ -21,8 +21,10 @@ from engine_finetune import describe, evaluate, mix_images, report, train_one_ep
 from models_vit import build_vit, make_linear_probe
 from tests.helpers.runs import NANO, assert_identical
 from util.compute.precision import Precision
+from util.data.batch import Batch, collate
 from util.data.broken_images import BrokenImages
-from util.data.images import Batch, Digits, IndexedImages, collate
+from util.data.images import IndexedImages
+from util.data.sources import Digits
 from util.data.transforms import eval_transform
 from util.errors import InputError, RunError
 from util.optim import build_lars, build_layer_decay_adamw
@@ -35,8 +37,9 @@ from util.runs.checkpoint import (
     list_checkpoints,
     read_checkpoint,
 )
+from util.runs.meters import EpochMeters
 from util.runs.resume import newest_good_checkpoint, resume_run
-from util.runs.run_log import LOG_NAME, EpochMeters
+from util.runs.run_log import LOG_NAME
 from util.seeding import seed_everything
 
 NUM_CLASSES = 10

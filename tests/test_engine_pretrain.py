@@ -22,16 +22,17 @@ from engine_pretrain import (
 from tests.helpers.runs import crossmae_nano, mae_nano, write_images
 from util.compute.distributed import data_parallel
 from util.compute.precision import Precision
+from util.data.batch import Normalization
 from util.data.broken_images import BrokenImages
 from util.data.datasets import build_dataset
 from util.data.loaders import build_eval_loader, build_train_loader
-from util.data.transforms import Normalization, eval_transform, pretrain_transform
+from util.data.transforms import eval_transform, pretrain_transform
 from util.errors import InputError, NonFiniteLossError
 from util.masking import count_tokens, random_split
 from util.optim import build_adamw
 from util.patches import patchify
 from util.runs.checkpoint import Progress, TrainState
-from util.runs.run_log import EpochMeters
+from util.runs.meters import EpochMeters
 
 CPU = torch.device("cpu")
 IMG_SIZE, NUM_PATCHES = (16, 16), 16  # of the nano models, with patches of 4 pixels

@@ -48,7 +48,8 @@ from tests.helpers.runs import (
 )
 from util.arguments import Parser
 from util.data.broken_images import reason_of
-from util.data.transforms import pretrain_transform, read_pixels, read_rgb
+from util.data.decode import read_pixels, read_rgb
+from util.data.transforms import pretrain_transform
 from util.runs.checkpoint import list_checkpoints
 from util.runs.run import run_main
 from util.runs.run_log import read_log

@@ -20,13 +20,13 @@ from tests.helpers.runs import TINY, log_without_time, run, run_until, write_ima
 from util.compute.batch_size import find_batch_size
 from util.compute.compiling import compile_model
 from util.compute.precision import ATTENTION_BACKENDS, Precision
-from util.data.images import Batch, CopyStream, Sample, collate
-from util.data.transforms import Normalization, RandomCrops
+from util.data.batch import Batch, CopyStream, Normalization, Sample, collate
+from util.data.transforms import RandomCrops
 from util.errors import InputError
 from util.masking import count_tokens, random_split
 from util.optim import build_adamw, set_lr
 from util.recompute import MEMORY_MODES, set_memory
-from util.runs.run_log import EpochMeters
+from util.runs.meters import EpochMeters
 
 pytestmark = [
     pytest.mark.gpu,

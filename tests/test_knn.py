@@ -13,9 +13,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from util.compute.precision import Precision
+from util.data.batch import Batch, collate
 from util.data.broken_images import BrokenImages
-from util.data.images import Batch, Digits, IndexedImages, collate
+from util.data.images import IndexedImages
 from util.data.loaders import build_eval_loader
+from util.data.sources import Digits
 from util.data.transforms import eval_transform
 from util.errors import InputError
 from util.eval import knn

@@ -5,10 +5,11 @@ import torch
 from test_datasets import open_shards, write_shards
 
 from tests.helpers.runs import write_images
+from util.data.batch import Normalization
 from util.data.datasets import build_dataset
 from util.data.images import IndexedImages
 from util.data.loaders import build_eval_loader, build_train_loader
-from util.data.transforms import Normalization, eval_transform, pretrain_transform
+from util.data.transforms import eval_transform, pretrain_transform
 from util.errors import InputError
 
 CPU = torch.device("cpu")

@@ -27,8 +27,8 @@ from tests.helpers.runs import (
     use_nano_models,
     write_images,
 )
+from util.data.batch import collate
 from util.data.datasets import build_dataset
-from util.data.images import collate
 from util.data.transforms import eval_transform
 from util.runs.checkpoint import list_checkpoints
 from util.weights.encoder import load_encoder, read_encoder

@@ -33,8 +33,8 @@ from tests.helpers.runs import (
     write_classes,
     write_images,
 )
+from util.data.batch import collate
 from util.data.datasets import build_dataset
-from util.data.images import collate
 from util.data.transforms import eval_transform
 from util.runs.checkpoint import BEST_NAME, list_checkpoints, read_checkpoint
 from util.runs.run_log import read_log

@@ -25,8 +25,9 @@ from tests.helpers.runs import (
     use_nano_models,
     write_classes,
 )
-from util.data.datasets import build_dataset, check_classes, default_dataset, open_pair
-from util.data.transforms import read_rgb
+from util.data.classes import check_classes
+from util.data.datasets import build_dataset, default_dataset, open_pair
+from util.data.decode import read_rgb
 from util.errors import InputError
 from util.runs.checkpoint import list_checkpoints, read_checkpoint
 

@@ -18,7 +18,7 @@ from tests.helpers.runs import ROOT
 from util.compute.precision import Precision
 from util.data.broken_images import BrokenImages
 from util.runs.checkpoint import CheckpointWriter, Progress, TrainState
-from util.runs.run_log import EpochMeters
+from util.runs.meters import EpochMeters
 
 RECIPES = ROOT / "scripts" / "recipes"
 EXPECTED = {  # by the paper, in percent

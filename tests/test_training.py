@@ -5,11 +5,11 @@ import torch
 from test_engine_pretrain import CPU, PreparedLoader, Recorder, make_state
 from timm.utils import ModelEmaV3
 
-from util.data.images import Batch
+from util.data.batch import Batch
 from util.errors import InputError
 from util.optim import build_adamw
 from util.runs import training
-from util.runs.training import check_labels, train_epoch
+from util.runs.training import train_epoch
 
 NUM_PIXELS, NUM_CLASSES = 12, 3
 
@@ -115,17 +115,6 @@ def test_the_moving_average_equals_its_formula():
             expected[name] = decay * expected[name] + (1 - decay) * weight
         torch.testing.assert_close(state.ema.module.state_dict(), expected)
     assert not torch.allclose(expected["1.weight"], model[1].weight)
-
-
-@pytest.mark.parametrize(("labels", "named"), [((0, 3, 4), 3), ((2, -1), -1), ((0, 255, 9), 255)])
-def test_a_label_that_is_no_class_is_refused_and_named(labels, named):
-    with pytest.raises(InputError, match=f"label {named}, which is none of 3 classes") as caught:
-        check_labels(torch.tensor(labels), 3)
-    assert "\n" not in str(caught.value)
-
-
-def test_every_class_is_a_label():
-    check_labels(torch.tensor([0, 1, 2]), 3)
 
 
 def test_a_wrong_label_ends_training_before_the_step_and_unused_ones_are_not_read():

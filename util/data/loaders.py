@@ -2,15 +2,8 @@
 
 import itertools
 import logging
-import re
-import signal
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property, partial
-from multiprocessing import active_children
-from multiprocessing.process import BaseProcess
-from weakref import WeakSet
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -18,15 +11,15 @@ from torch.utils.data import DataLoader, Dataset
 from util.compute import distributed
 from util.compute.signals import leave_signals_to_parent
 from util.compute.watchdog import doing
-from util.data.images import Batch, IndexedImages, collate
+from util.compute.worker_deaths import note_workers
+from util.data.batch import Batch, collate
+from util.data.images import IndexedImages
 from util.data.sampler import StepSampler
 from util.data.streams import StreamedImages
 from util.errors import InputError, RunError
 from util.seeding import generator_for
 
 logger = logging.getLogger(__name__)
-
-_processes: WeakSet[BaseProcess] = WeakSet()  # of all loaders
 
 
 class Batches(DataLoader):
@@ -41,7 +34,7 @@ class Batches(DataLoader):
 
     def __iter__(self) -> Iterator[Batch]:
         batches = super().__iter__()
-        _processes.update(child for child in active_children() if child.daemon)
+        note_workers()
         while True:
             with doing("waiting for images"):
                 batch = next(batches, None)
@@ -51,48 +44,6 @@ class Batches(DataLoader):
                 # A copy: raised itself, it and this frame would keep each other and the workers.
                 raise type(batch)(*batch.args)
             yield batch
-
-
-@contextmanager
-def _deaths_unnoticed() -> Iterator[None]:
-    """Keep torch's signal handler, which raises an error when a loader process ends, from it."""
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, handler)
-
-
-@_deaths_unnoticed()
-def dead_loader(error: Exception, seconds: float = 0.0) -> str | None:
-    """Tell of a loader process that died by itself, and what to do; None if there is none.
-
-    Its death can show as nearly any error at any place: torch raises one from a signal handler, and
-    reading what the process was sending fails.
-
-    Args:
-        error: that came up.
-        seconds: to wait for a death, which may show before it is complete.
-    """
-    told = re.match(r"DataLoader worker \(pid\D+(\d+)", str(error))  # by torch's handler
-    pid, end = told and int(told[1]), time.monotonic() + seconds
-    while pid is None:
-        pid = next((process.pid for process in _processes if process.exitcode), None)
-        if pid is None and (not _processes or time.monotonic() >= end):
-            return None
-        time.sleep(0.02)
-    return (
-        f"loader process {pid} was killed or crashed, often for lack of memory: lower "
-        "--num_workers and start the same command again"
-    )
-
-
-@_deaths_unnoticed()
-def end_loaders() -> None:
-    """End what loader processes are left: Python would wait for them, and they ignore SIGTERM."""
-    for process in _processes:
-        process.kill()
-        process.join()
 
 
 class StepLoader:

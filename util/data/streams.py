@@ -11,15 +11,9 @@ from typing import BinaryIO
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from util.data.batch import Sample
 from util.data.broken_images import reason_of, too_many_broken
-from util.data.images import (
-    IMAGE_SUFFIXES,
-    MAX_BROKEN_IN_A_ROW,
-    Sample,
-    class_names,
-    label_of,
-)
-from util.data.transforms import Transform
+from util.data.images import IMAGE_SUFFIXES, MAX_BROKEN_IN_A_ROW, Transform, class_names, label_of
 from util.errors import InputError, RunError
 from util.seeding import fold_seed
 

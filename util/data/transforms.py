@@ -1,25 +1,19 @@
-"""From an image file's pixels, whatever their mode, to the model's input and back."""
+"""From an image to the views of it that a model sees: random crops, or the centre."""
 
-import io
 import math
 import random
 import re
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import BinaryIO, ClassVar, Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
+from util.data.batch import Box, Crops, Normalization, resize_crop
+from util.data.decode import Jpeg, Record, read_for_device, read_pixels, read_rgb
 from util.errors import InputError
-from util.patches import RawImages, normalize
 from util.seeding import fold_seed, seeded
 
 # timm passes over sections that it does not know, without a word.
@@ -28,103 +22,6 @@ AUTO_AUGMENT = (
     r"|augmix(-(m|w|d|b)\d+|-(a|mstd)\d+(\.\d+)?)*"
     r"|(v0r?|originalr?|3a)(-mstd\d+(\.\d+)?)?"
 )
-SURELY_NO_BOMB = 2**24  # pixels; Pillow judges larger images
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The upright 8-bit RGB version of any image.
-
-    EXIF orientation is applied. 16-bit grey is scaled by 1/257 (65535 -> 255) and rounded. Alpha
-    is dropped and the colours below it stay as stored, as MAE's loader does. Of an animation, the
-    first frame is read.
-
-    Raises:
-        OSError: the file is truncated.
-        ValueError: the range of the pixel values is not known, or has no RGB equivalent.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range: save them as 8 or 16 bit")
-    if image.mode.startswith("I"):  # "I;16", its byte orders, and "I" for signed or 32-bit files
-        grey = np.asarray(image).astype(np.int64)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError(f"grey values {grey.min()}..{grey.max()} lie outside 0..65535")
-        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # straight to RGB works too, but Pillow warns every time
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-class Jpeg(NamedTuple):
-    """A JPEG file that has not been decoded."""
-
-    data: Tensor  # uint8 (bytes,)
-    shape: tuple[int, int, int]  # (3, h, w), of its pixels
-
-
-Record = Image.Image | BinaryIO | np.ndarray | dict[str, object]
-"""An image in memory, uint8 (h, w, 3) or Pillow's; an open file; a `datasets` record."""
-
-
-def read_rgb(record: Record) -> Image.Image:
-    """`to_rgb` of a record, which is closed if it is a file."""
-    if isinstance(record, np.ndarray):
-        return Image.fromarray(record)
-    if isinstance(record, dict):
-        if record.get("bytes") is None:
-            from datasets import Image as ImageColumn
-
-            record = ImageColumn().decode_example(record)
-        else:
-            record = io.BytesIO(record["bytes"])
-    with record:
-        return to_rgb(record if isinstance(record, Image.Image) else Image.open(record))
-
-
-def read_record(record: Record) -> Jpeg | Tensor:
-    """The file of an upright RGB or grey JPEG; the pixels of anything else, as `read_pixels`."""
-    if isinstance(record, np.ndarray):
-        array = record if record.flags.writeable else record.copy()  # torch has no read-only data
-        return torch.from_numpy(array).permute(2, 0, 1)  # (3, h, w)
-    if isinstance(record, dict | Image.Image):
-        return _pixels_of(read_rgb(record))
-    with record:
-        data = record.read()
-    size = _size_of_plain_jpeg(data) or _size_of_upright_jpeg(data)
-    if size is None:
-        return _pixels_of(read_rgb(io.BytesIO(data)))
-    return Jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), (3, *size))
-
-
-def read_pixels(record: Record) -> Tensor:
-    """The pixels of a record, as `to_rgb` gives them, but faster.
-
-    Returns:
-        uint8 (3, h, w), channels last in memory.
-
-    Raises:
-        OSError: the file is truncated.
-        ValueError: see `to_rgb`.
-    """
-    image = read_record(record)
-    return _decode(image) if isinstance(image, Jpeg) else image
-
-
-def read_for_device(record: Record) -> Jpeg | Tensor:
-    """`read_record`, but of a JPEG without its end the pixels, or what is wrong with it."""
-    image = read_record(record)
-    if isinstance(image, Jpeg) and image.data[-2:].tolist() != [0xFF, 0xD9]:
-        return _decode(image)
-    return image
-
-
-class Box(NamedTuple):
-    """A part of an image, in pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
 
 
 def draw_box(rng: random.Random, height: int, width: int, min_area: float) -> Box:
@@ -147,83 +44,6 @@ def draw_box(rng: random.Random, height: int, width: int, min_area: float) -> Bo
             return Box(rng.randint(0, height - h), rng.randint(0, width - w), h, w)
     h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
     return Box((height - h) // 2, (width - w) // 2, h, w)
-
-
-def resize_crop(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
-    """Cut a box out and resize it, bicubic and antialiased: uint8 (3, h, w) to uint8 (3, H, W)."""
-    top, left, height, width = box
-    crop = image[None, :, top : top + height, left : left + width]
-    if image.device.type == "cpu":
-        # A copy with the channels last is what the fast kernel takes, and gives.
-        return _resize(crop.contiguous(memory_format=torch.channels_last), size)[0]
-    return _resize_in_float(crop, size)[0]
-
-
-def _resize(images: Tensor, size: Sequence[int]) -> Tensor:
-    return F.interpolate(images, size, mode="bicubic", antialias=True)
-
-
-def _resize_in_float(images: Tensor, size: Sequence[int]) -> Tensor:
-    """`_resize` of uint8 images for GPUs, which have no kernel for whole numbers."""
-    return _resize(images.float(), size).round_().clamp_(0, 255).to(torch.uint8)
-
-
-@dataclass(frozen=True)
-class Normalization:
-    """What is left to do with a batch of pixels.
-
-    Args:
-        mean: of each RGB channel, in [0, 1].
-        std: of each RGB channel, in units of the [0, 1] range.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Normalise uint8 (B, 3, H, W) to float32."""
-        mean, std = self._on(images.device)
-        return normalize(images, mean.view(3, 1, 1), std.view(3, 1, 1))
-
-    def later(self, images: Tensor) -> RawImages:
-        """Leave uint8 (B, 3, H, W) to be normalised patch by patch."""
-        return RawImages(images, *self._on(images.device))
-
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        return _channels(self.mean, device), _channels(self.std, device)
-
-
-@cache
-def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """A number for each channel, (3,); kept, so that the host never waits for the device."""
-    return torch.tensor(values, dtype=torch.float32, device=device)
-
-
-class Crops(NamedTuple):
-    """What a worker makes of one image: K views of it, and what the device has to do with them."""
-
-    pixels: list[Tensor]  # K of (3, H, W): uint8, or float32 and normalised
-    flips: list[bool]  # K, to be done
-    normalization: Normalization | None  # to be done; None if it has been
-    jpeg: Tensor | None = None  # uint8 (bytes,), to be decoded, in place of `pixels`
-    boxes: Sequence[Box] = ()  # K, to be cut out of it and resized to `size`
-    size: tuple[int, int] = (0, 0)
-
-
-class Transform(Protocol):
-    """How images are read, and what workers make of them.
-
-    Attributes:
-        num_crops: K, views of every image.
-    """
-
-    num_crops: int
-
-    def read(self, record: Record) -> object:
-        """Whatever `__call__` takes; raises anything where the record is broken."""
-
-    def __call__(self, image: object, *place: int | str) -> Crops:
-        """Views of an image; all randomness follows from the place, see `fold_seed`."""
 
 
 @dataclass(frozen=True)
@@ -412,53 +232,3 @@ def eval_transform(
         raise ValueError(f"crop_share must lie in (0, 1], not {crop_share}")
     cover_size = tuple(round(side / crop_share) for side in img_size)
     return CentreCrop(tuple(img_size), cover_size, Normalization(tuple(mean), tuple(std)))
-
-
-def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Undo the normalisation: (B, 3, H, W) back to the [0, 1] range, not clipped to it."""
-    channels = {"dtype": images.dtype, "device": images.device}
-    mean = torch.tensor(mean, **channels).view(3, 1, 1)
-    std = torch.tensor(std, **channels).view(3, 1, 1)
-    return images * std + mean
-
-
-def _pixels_of(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, h, w)
-
-
-def _size_of_plain_jpeg(data: bytes) -> tuple[int, int] | None:
-    """(height, width) of an RGB or grey JPEG without EXIF or XMP, which could turn it.
-
-    This walks through the segments of the header, which takes Pillow several times as long.
-    Pillow has the last word on whatever gives None here.
-    """
-    start = 2
-    while data[:2] == b"\xff\xd8" and start + 10 <= len(data) and data[start] == 0xFF:
-        marker, length = struct.unpack_from(">xBH", data, start)
-        if marker in (0xE1, 0xFF):  # EXIF or XMP; padding, behind which there may be some
-            break
-        if marker in (0xC0, 0xC2):  # the frame, baseline or progressive
-            depth, height, width, channels = struct.unpack_from(">BHHB", data, start + 4)
-            usual = depth == 8 and channels in (1, 3) and 0 < height * width < SURELY_NO_BOMB
-            return (height, width) if usual else None
-        start += 2 + length
-    return None
-
-
-def _size_of_upright_jpeg(data: bytes) -> tuple[int, int] | None:
-    """As `_size_of_plain_jpeg`, also with EXIF and XMP.
-
-    Raises:
-        OSError: this is no image.
-    """
-    with Image.open(io.BytesIO(data)) as image:
-        usual = image.format == "JPEG" and image.mode in ("RGB", "L")
-        upright = usual and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-        return (image.height, image.width) if upright else None
-
-
-def _decode(image: Jpeg) -> Tensor:
-    try:
-        return decode_jpeg(image.data, mode=ImageReadMode.RGB)  # (3, h, w)
-    except RuntimeError:  # Pillow is the judge of what is broken
-        return _pixels_of(read_rgb(io.BytesIO(image.data.numpy())))

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from util.compute.distributed import stack_over_processes
 from util.compute.precision import Precision
+from util.data.batch import Batch
 from util.data.broken_images import BrokenImages
-from util.data.images import Batch
 from util.errors import InputError
 from util.seeding import generator_for
 

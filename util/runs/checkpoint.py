@@ -23,10 +23,10 @@ from util.compute.precision import Precision
 from util.compute.sharding import gathered, load_model_state, load_optimizer_state
 from util.compute.signals import stop_signal
 from util.compute.watchdog import doing
+from util.compute.worker_deaths import dead_loader
 from util.data.broken_images import BrokenImages
-from util.data.loaders import dead_loader
 from util.errors import RunError, StoppedError
-from util.runs.run_log import EpochMeters
+from util.runs.meters import EpochMeters
 from util.weights.files import VERSION, check_format, read_weights_file
 
 NAME = re.compile(r"checkpoint-e(\d+)-s(\d+)\.pth")

@@ -27,8 +27,9 @@ from util.compute.distributed import (
 )
 from util.compute.signals import signals_noted
 from util.compute.watchdog import first_to_tell, lost_process, start_watchdog, stop_watchdog
+from util.compute.worker_deaths import dead_loader, end_loaders
 from util.data.images import IndexedImages, names_hash
-from util.data.loaders import StepLoader, dead_loader, end_loaders
+from util.data.loaders import StepLoader
 from util.data.streams import StreamedImages
 from util.errors import (
     InputError,

@@ -1,8 +1,7 @@
-"""What a run measures while it trains, and where that is shown and kept."""
+"""What a run shows while it trains, and keeps: progress, TensorBoard and `log.jsonl`."""
 
 import json
 import logging
-import math
 import resource
 import sys
 import time
@@ -15,12 +14,11 @@ from typing import TypeVar
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from util.compute.distributed import is_main_process, stack_over_processes
-from util.errors import InputError, NonFiniteLossError, RunError
+from util.compute.distributed import is_main_process
+from util.errors import InputError, RunError
 from util.runs.lock import FolderLock
 
 LOG_NAME = "log.jsonl"
@@ -28,90 +26,6 @@ LOG_NAME = "log.jsonl"
 T = TypeVar("T")
 
 _logger = logging.getLogger(__name__)
-
-
-class EpochMeters:
-    """Means over an epoch, summed up on the device and read on the host only at log points."""
-
-    def __init__(self, device: torch.device) -> None:
-        # float64, so that a long epoch loses no digits; MPS has none.
-        self.dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.device = device
-        self.reset()
-
-    def reset(self) -> None:
-        """Start a new epoch."""
-        # Loss, gradient norm, and the images of the steps whose gradient was finite.
-        self.sums = torch.zeros(3, dtype=self.dtype, device=self.device)
-        self.first_bad_step = torch.full((1,), math.inf, dtype=self.dtype, device=self.device)
-        self.num_images = 0
-        self.last_sums, self.last_num_images = [0.0, 0.0, 0.0], 0
-
-    def update(self, *, loss: Tensor, grad_norm: Tensor, num_images: int, step: int) -> None:
-        """Take in a step, without waiting for the device.
-
-        Args:
-            loss: this process's part, such that the mean over processes is the step's loss.
-            grad_norm: of the whole step, the same on all processes.
-            num_images: of the whole step, over all processes.
-            step: its number in the run, counted from 0.
-        """
-        # A step that fp16 loss scaling skips has an infinite gradient.
-        is_finite = grad_norm.isfinite()
-        norm = torch.where(is_finite, grad_norm, 0.0)
-        self.sums += torch.stack((loss, norm, is_finite.to(loss.dtype))) * num_images
-        self.num_images += num_images
-        bad_step = torch.where(loss.isfinite(), math.inf, step)
-        self.first_bad_step = torch.minimum(self.first_bad_step, bad_step)
-
-    def read(self) -> dict[str, float]:
-        """Mean loss and gradient norm since the last read.
-
-        This is the only moment at which the host waits for the device, and processes for each
-        other.
-
-        Raises:
-            NonFiniteLossError: on all processes at once.
-        """
-        rows = stack_over_processes(torch.cat((self.sums, self.first_bad_step)))
-        *sums, _ = rows.mean(dim=0).tolist()
-        bad_step, process = rows[:, -1].min(dim=0)
-        if bad_step < math.inf:
-            where = f" on process {process}" if len(rows) > 1 else ""
-            raise NonFiniteLossError(
-                f"the loss of step {int(bad_step) + 1} of the run is not finite{where}, and "
-                "nothing was saved since: lower the learning rate or use --amp bf16 or fp32, then "
-                "continue from the last checkpoint"
-            )
-        window = [new - old for new, old in zip(sums, self.last_sums, strict=True)]
-        num_images = self.num_images - self.last_num_images
-        self.last_sums, self.last_num_images = sums, self.num_images
-        return mean_metrics(window, num_images)
-
-    def means(self) -> dict[str, float]:
-        """Mean loss and gradient norm of the epoch up to the last read."""
-        return mean_metrics(self.last_sums, self.last_num_images)
-
-    def state_dict(self) -> dict:
-        """Plain values, as of the last read."""
-        return {"sums": self.last_sums, "num_images": self.last_num_images}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Continue an epoch."""
-        self.reset()
-        self.last_sums = [float(value) for value in state["sums"]]
-        self.last_num_images = int(state["num_images"])
-        self.sums += torch.tensor(self.last_sums, dtype=self.dtype, device=self.device)
-        self.num_images = self.last_num_images
-
-
-def mean_metrics(sums: list[float], num_images: int) -> dict[str, float]:
-    """Turn the sums of EpochMeters into means; NaN for the mean of nothing."""
-    loss, grad_norm, num_finite = sums
-    return {
-        "loss": loss / num_images if num_images else math.nan,
-        "grad_norm": grad_norm / num_finite if num_finite else math.nan,
-    }
 
 
 class TimedIterator(Iterator[T]):

@@ -10,9 +10,9 @@ from util.compute.contention import contention_watch
 from util.compute.distributed import gradient_sync, rank, world_size
 from util.compute.signals import stop_signal
 from util.compute.watchdog import enter_step
-from util.data.images import Batch, CopyStream
+from util.data.batch import Batch, CopyStream
+from util.data.classes import check_labels
 from util.data.loaders import StepLoader
-from util.errors import InputError
 from util.optim import set_lr
 from util.runs.checkpoint import CheckpointWriter, TrainState
 from util.runs.run_log import RunLog, TimedIterator
@@ -127,17 +127,3 @@ def train_epoch(
     meters.reset()
     progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
     return means
-
-
-def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Refuse labels (B,), still on the host, that are none of the classes.
-
-    Raises:
-        InputError: with the first of them.
-    """
-    wrong = labels[(labels < 0) | (labels >= num_classes)].tolist()
-    if wrong:
-        raise InputError(
-            f"an image has the label {wrong[0]}, which is none of {num_classes} classes counted "
-            "from 0: correct --num_classes, or the labels of the data"
-        )

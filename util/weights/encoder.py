@@ -27,80 +27,19 @@ from util.weights.files import (
     save_safetensors,
     strange_content_is_input_error,
 )
+from util.weights.names import (
+    BLOCK_PARTS,
+    EMBEDDING_NAMES,
+    ENCODER,
+    HUGGING_FACE,
+    MIXING_WEIGHTS,
+    PRETRAINED,
+    TIMM,
+    WeightNames,
+)
 
 _logger = logging.getLogger(__name__)
 
-# The parts of a block under timm's names, which are ours.
-BLOCK_PARTS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-# The same of Hugging Face: as their files have them, then as their modules are called since v5.
-HUGGING_FACE_PARTS = {
-    "norm1": ("layernorm_before",),
-    "attn.q": ("attention.attention.query", "attention.q_proj"),
-    "attn.k": ("attention.attention.key", "attention.k_proj"),
-    "attn.v": ("attention.attention.value", "attention.v_proj"),
-    "attn.proj": ("attention.output.dense", "attention.o_proj"),
-    "norm2": ("layernorm_after",),
-    "mlp.fc1": ("intermediate.dense", "mlp.fc1"),
-    "mlp.fc2": ("output.dense", "mlp.fc2"),
-}
-EMBEDDING_NAMES = ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias")
-
-
-def _one_of(words: Sequence[str]) -> str:
-    return f"(?:{'|'.join(map(re.escape, words))})"
-
-
-_KIND = r"\.(weight|bias)"
-_ENCODER = rf"(?:{_one_of(EMBEDDING_NAMES)}|blocks\.\d+\.{_one_of(BLOCK_PARTS)}\.(?:weight|bias))"
-
-
-class WeightNames(NamedTuple):
-    """How a kind of file calls its weights."""
-
-    kind: str
-    patterns: dict[str, str]
-    """Pattern of a whole name -> timm's name, "" for what is left out; the first match counts."""
-
-    def rename(self, name: str) -> str | None:
-        """The name of timm's; "" for what is left out, None for what is unknown."""
-        matches = ((re.fullmatch(p, name), new) for p, new in self.patterns.items())
-        return next((match.expand(new) for match, new in matches if match), None)
-
-
-PRETRAINED = WeightNames(
-    "pre-training checkpoint of this project",
-    {
-        rf"encoder\.({_ENCODER})": r"\1",
-        rf"decoder\.context_norm{_KIND}": r"norm.\1",
-        r"decoder\..+": "",
-    },
-)
-TIMM = WeightNames(
-    "released or timm weights",
-    {
-        rf"({_ENCODER}|(?:fc_)?norm\.(?:weight|bias)|head\..+)": r"\1",
-        r"mask_token|(?:decoder_|wfm\.|dec_norms\.|pre_logits\.).+": "",
-    },
-)
-HUGGING_FACE = WeightNames(
-    "Hugging Face weights",
-    {
-        r"(?:vit\.)?embeddings\.cls_token": "cls_token",
-        r"(?:vit\.)?embeddings\.position_embeddings": "pos_embed",
-        rf"(?:vit\.)?embeddings\.patch_embeddings\.projection{_KIND}": r"patch_embed.proj.\1",
-        **{
-            rf"(?:vit\.)?(?:encoder\.layer|layers)\.(\d+)\.{_one_of(theirs)}{_KIND}": (
-                rf"blocks.\1.{ours}.\2"
-            )
-            for ours, theirs in HUGGING_FACE_PARTS.items()
-        },
-        rf"(?:vit\.)?layernorm{_KIND}": r"norm.\1",
-        rf"classifier{_KIND}": r"head.\1",
-        r"(?:vit\.)?(?:pooler\.|embeddings\.mask_token|decoder\.).*": "",
-    },
-)
-# A final norm beside one of these is that of a mix of feature maps, not of the last one (App. A.3).
-_MIXING_WEIGHTS = r"decoder\.inter_block_attention\..+|wfm\..+"
 # Where a file has its weights, the moving average first; else it is the weights.
 _MOVING_AVERAGES = ("ema", "state_dict_ema", "model_ema")
 _STATE_KEYS = (*_MOVING_AVERAGES, "state_dict", "model")
@@ -224,7 +163,7 @@ def _read_encoder(content: dict, path: Path) -> EncoderWeights:
     bad = next((name for name, tensor in renamed.items() if not tensor.isfinite().all()), None)
     if bad:
         raise InputError(f"{path} cannot be used: {bad} is not finite")
-    encoder = {name: t for name, t in renamed.items() if re.fullmatch(_ENCODER, name)}
+    encoder = {name: t for name, t in renamed.items() if re.fullmatch(ENCODER, name)}
     behind = {name: t for name, t in renamed.items() if name not in encoder}
     has_head = any(name.startswith("head.") for name in behind)
     _check_complete(encoder, behind, path)
@@ -273,7 +212,7 @@ def _rename(state: dict, path: Path) -> tuple[WeightNames, dict[str, Tensor], li
         raise InputError(
             f"{path} has {unknown[0]}{more}, which a plain ViT does not compute: use another file"
         )
-    if any(re.fullmatch(_MIXING_WEIGHTS, name) for name in cleaned):
+    if any(re.fullmatch(MIXING_WEIGHTS, name) for name in cleaned):
         new_names = {n: "" if new.startswith("norm.") else new for n, new in new_names.items()}
     kept = {name: new for name, new in new_names.items() if new}
     if len(set(kept.values())) < len(kept) or len(cleaned) < len(state):

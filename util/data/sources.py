@@ -1,0 +1,128 @@
+"""Sources that timm lacks or reads otherwise: the digits, iNaturalist 2019, .tar files."""
+
+import io
+import json
+import logging
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+from PIL import Image
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from torch.utils.data import Dataset
+
+from util.data.broken_images import reason_of
+from util.data.decode import to_rgb
+from util.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+class Digits(Dataset):
+    """scikit-learn's 1,797 real digits, 8x8 resized to 32x32 RGB; every fifth is held out."""
+
+    classes = tuple("0123456789")
+
+    def __init__(self, split: Literal["train", "validation"]) -> None:
+        from sklearn.datasets import load_digits
+
+        pixels, labels = load_digits(return_X_y=True)
+        chosen = (np.arange(len(labels)) % 5 == 0) == (split == "validation")
+        grey = np.round(pixels[chosen] * (255 / 16)).astype(np.uint8)  # scikit-learn's go to 16
+        self.images = grey.reshape(-1, 8, 8)
+        self.labels = labels[chosen]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image = Image.fromarray(self.images[index])
+        return to_rgb(image.resize((32, 32), Image.Resampling.BICUBIC)), self.labels[index]
+
+
+class INat2019(Dataset):
+    """iNaturalist 2019 as its authors ship it: images, and lists of them in JSON (COCO style).
+
+    Classes are the categories in the order of their ids, called by name, or by id where an
+    anonymised list has no names.
+
+    Args:
+        root: folder of `train2019.json`, `val2019.json` and the images.
+        split: which of the lists is read.
+
+    Raises:
+        InputError: the list is missing or malformed, or an image has not exactly one annotation.
+    """
+
+    def __init__(self, root: str | Path, split: Literal["train", "validation"]) -> None:
+        path = Path(root, {"train": "train2019.json", "validation": "val2019.json"}[split])
+        try:
+            content = json.loads(path.read_bytes())
+            names = {category["id"]: category.get("name") for category in content["categories"]}
+            files = {image["id"]: image["file_name"] for image in content["images"]}
+            pairs = [(entry["image_id"], entry["category_id"]) for entry in content["annotations"]]
+            ids = sorted(names)
+            label_of_id = {category: label for label, category in enumerate(ids)}
+            categories = dict(pairs)
+            labels = {image: label_of_id[category] for image, category in categories.items()}
+            samples = [(str(Path(root, file)), labels.get(image)) for image, file in files.items()]
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{path} does not exist: give the folder of train2019.json, val2019.json and "
+                "train_val2019/ by --data_path"
+            ) from error
+        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{path} is no list of iNaturalist 2019: download it again ({reason_of(error)})"
+            ) from error
+        sizes = len(names), len(files)
+        if not samples or sizes != (len(content["categories"]), len(content["images"])):
+            raise InputError(f"{path} has no images, or an id twice: download it again")
+        if len(categories) != len(pairs) or set(categories) != set(files):
+            raise InputError(
+                f"{path} needs exactly one annotation for each of its {len(files)} images, but has "
+                f"{len(pairs)} for {len(categories)} images: download it again"
+            )
+        self.samples = samples  # (path, label)
+        self.classes = tuple(str(names[i] if all(names.values()) else i) for i in ids)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        path, label = self.samples[index]
+        return Path(path).open("rb"), label
+
+
+def _has_tar_end(path: Path) -> bool:
+    """Whether an archive ends as tar ends it, by two blocks of zeros."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 1024))
+        return not any(file.read())
+
+
+class TarImages(ReaderImageInTar):
+    """timm's reader of a .tar file, but it goes straight to where an image lies.
+
+    timm's opens the archive for every image, or keeps it open, so that processes forked from this
+    one share the position in it.
+    """
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root, cache_tarfiles=False)
+        archive = Path(root)
+        if archive.is_file() and not _has_tar_end(archive):
+            logger.warning(
+                "%s lacks the zeros at its end: it may have been cut off between two images", root
+            )
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        member, _, parent = self.samples[index]
+        if parent is not None:  # an archive within the archive
+            return super().__getitem__(index)
+        with Path(self.root).open("rb") as file:
+            file.seek(member.offset_data)
+            data = file.read(member.size)
+        if len(data) < member.size:
+            raise OSError("the archive ends within the image")
+        return io.BytesIO(data), self.targets[index]

@@ -1,0 +1,121 @@
+"""What the weights of a ViT are called here, by timm and by Hugging Face."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+# The parts of a block under timm's names, which are ours.
+BLOCK_PARTS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+# The same of Hugging Face: as their files have them, then as their modules are called since v5.
+HUGGING_FACE_PARTS = {
+    "norm1": ("layernorm_before",),
+    "attn.q": ("attention.attention.query", "attention.q_proj"),
+    "attn.k": ("attention.attention.key", "attention.k_proj"),
+    "attn.v": ("attention.attention.value", "attention.v_proj"),
+    "attn.proj": ("attention.output.dense", "attention.o_proj"),
+    "norm2": ("layernorm_after",),
+    "mlp.fc1": ("intermediate.dense", "mlp.fc1"),
+    "mlp.fc2": ("output.dense", "mlp.fc2"),
+}
+EMBEDDING_NAMES = ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias")
+
+
+def _one_of(words: Sequence[str]) -> str:
+    return f"(?:{'|'.join(map(re.escape, words))})"
+
+
+_KIND = r"\.(weight|bias)"
+ENCODER = rf"(?:{_one_of(EMBEDDING_NAMES)}|blocks\.\d+\.{_one_of(BLOCK_PARTS)}\.(?:weight|bias))"
+
+
+class WeightNames(NamedTuple):
+    """How a kind of file calls its weights."""
+
+    kind: str
+    patterns: dict[str, str]
+    """Pattern of a whole name -> timm's name, "" for what is left out; the first match counts."""
+
+    def rename(self, name: str) -> str | None:
+        """The name of timm's; "" for what is left out, None for what is unknown."""
+        matches = ((re.fullmatch(p, name), new) for p, new in self.patterns.items())
+        return next((match.expand(new) for match, new in matches if match), None)
+
+
+PRETRAINED = WeightNames(
+    "pre-training checkpoint of this project",
+    {
+        rf"encoder\.({ENCODER})": r"\1",
+        rf"decoder\.context_norm{_KIND}": r"norm.\1",
+        r"decoder\..+": "",
+    },
+)
+TIMM = WeightNames(
+    "released or timm weights",
+    {
+        rf"({ENCODER}|(?:fc_)?norm\.(?:weight|bias)|head\..+)": r"\1",
+        r"mask_token|(?:decoder_|wfm\.|dec_norms\.|pre_logits\.).+": "",
+    },
+)
+HUGGING_FACE = WeightNames(
+    "Hugging Face weights",
+    {
+        r"(?:vit\.)?embeddings\.cls_token": "cls_token",
+        r"(?:vit\.)?embeddings\.position_embeddings": "pos_embed",
+        rf"(?:vit\.)?embeddings\.patch_embeddings\.projection{_KIND}": r"patch_embed.proj.\1",
+        **{
+            rf"(?:vit\.)?(?:encoder\.layer|layers)\.(\d+)\.{_one_of(theirs)}{_KIND}": (
+                rf"blocks.\1.{ours}.\2"
+            )
+            for ours, theirs in HUGGING_FACE_PARTS.items()
+        },
+        rf"(?:vit\.)?layernorm{_KIND}": r"norm.\1",
+        rf"classifier{_KIND}": r"head.\1",
+        r"(?:vit\.)?(?:pooler\.|embeddings\.mask_token|decoder\.).*": "",
+    },
+)
+# A final norm beside one of these is that of a mix of feature maps, not of the last one (App. A.3).
+MIXING_WEIGHTS = r"decoder\.inter_block_attention\..+|wfm\..+"
+
+
+def hugging_face_names(
+    state: dict[str, Tensor], names: dict[str, str], *, layers: str
+) -> dict[str, Tensor]:
+    """Rename weights of timm's names to those in Hugging Face's files.
+
+    Args:
+        state: weights.
+        names: timm's name outside the blocks -> Hugging Face's, both without .weight and .bias.
+        layers: what comes before the number of a block, such as "encoder.layer".
+    """
+    renamed = {}
+    for name, tensor in state.items():
+        if not name.startswith("blocks."):
+            part, dot, kind = name.rpartition(".")
+            renamed[names[part] + dot + kind if part else names[name]] = tensor
+            continue
+        _, block, *parts, kind = name.split(".")
+        part = ".".join(parts)
+        split = {part: tensor}
+        if part == "attn.qkv":
+            split = dict(zip(("attn.q", "attn.k", "attn.v"), tensor.chunk(3), strict=True))
+        for ours, piece in split.items():
+            renamed[f"{layers}.{block}.{HUGGING_FACE_PARTS[ours][0]}.{kind}"] = piece
+    return renamed
+
+
+# The names that `hugging_face_names` takes, of an encoder and of an MAE's decoder.
+ENCODER_NAMES = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+}
+DECODER_NAMES = {
+    "mask_token": "decoder.mask_token",
+    "pos_embed": "decoder.decoder_pos_embed",
+    "embed": "decoder.decoder_embed",
+    "norm": "decoder.decoder_norm",
+    "pred": "decoder.decoder_pred",
+}
