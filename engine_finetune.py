@@ -8,44 +8,23 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import Mixup
-from torch import Tensor
 
 from util.compute.distributed import rank, stack_over_processes
 from util.compute.precision import Precision
 from util.data.batch import Batch
 from util.data.broken_images import BrokenImages
 from util.data.classes import check_labels
+from util.data.images import IndexedImages, names_hash
 from util.data.loaders import StepLoader
+from util.data.mixing import mix_images
+from util.data.streams import StreamedImages
 from util.runs.checkpoint import BEST_NAME, TrainState, last_checkpoint
 from util.runs.run_log import read_log
-from util.runs.training import LossOfBatch, train_epoch
+from util.runs.training import training_steps
 from util.seeding import seed_everything
+from util.weights.encoder import EncoderWeights
 
 _logger = logging.getLogger(__name__)
-
-
-def mix_images(
-    mixup: Mixup, images: Tensor, labels: Tensor, num_classes: int
-) -> tuple[Tensor, Tensor]:
-    """Mix the images of a micro-batch with each other, and their labels alike (Table 11).
-
-    timm mixes the i-th with the i-th last, of an even number. The last of an odd number stays as it
-    is.
-
-    Args:
-        mixup: timm's, drawing from numpy's global generator; without label smoothing.
-        images: (B, C, H, W); changed.
-        labels: (B,).
-        num_classes: N.
-
-    Returns:
-        images (B, C, H, W) and targets (B, N), whose rows sum to 1.
-    """
-    even = len(images) // 2 * 2
-    targets = F.one_hot(labels, num_classes).to(images.dtype)  # (B, N)
-    if even:
-        images[:even], targets[:even] = mixup(images[:even], labels[:even])
-    return images, targets
 
 
 def train_one_epoch(
@@ -53,14 +32,14 @@ def train_one_epoch(
     loader: StepLoader,
     state: TrainState,
     *,
-    mixup: Mixup | None,
-    smoothing: float,
     num_classes: int,
     seed: int,
     device: torch.device,
+    mixup: Mixup | None = None,
+    smoothing: float = 0.0,
     **options: object,
 ) -> dict[str, float]:
-    """Train for one epoch, or for what a resume has left of it: see `util.runs.training`.
+    """Train for one epoch, or for what a resume has left of it.
 
     Drop path and mixup draw from the global generators, which start every step from the seed, the
     step and the process.
@@ -69,37 +48,32 @@ def train_one_epoch(
         model: images -> logits, perhaps wrapped to average gradients.
         loader: the epoch's steps.
         state: what training changes.
-        mixup: timm's, without label smoothing; None leaves images as they are.
-        smoothing: share of every target that is spread over all classes.
         num_classes: of the head.
         seed: of the run.
         device: where the model is.
-        options: the others of `train_epoch`: lr_at, log_every, run_log, checkpoints.
+        mixup: timm's, without label smoothing; None leaves images as they are.
+        smoothing: share of every target that is spread over all classes.
+        options: the others of `training_steps`: lr_at, log_every, run_log, checkpoints.
 
     Returns:
         Mean metrics of the epoch.
+
+    Raises:
+        InputError: a label is no class.
     """
-
-    def start_step(step: int, _: int) -> LossOfBatch:
-        seed_everything("train", seed, step, rank())
-
-        def loss_of(batch: Batch, _: int) -> Tensor:
+    model.train()
+    for step in training_steps(model, loader, state, device=device, **options):
+        seed_everything("train", seed, step.number, rank())
+        for batch, _ in step.micro_batches():
+            check_labels(batch.labels, num_classes)
             images, labels = batch.to(device)  # (B, C, H, W), (B,)
-            if mixup is not None:
-                images, labels = mix_images(mixup, images, labels, num_classes)
-            return F.cross_entropy(model(images).float(), labels, label_smoothing=smoothing)
-
-        return loss_of
-
-    return train_epoch(
-        model,
-        loader,
-        state,
-        start_step=start_step,
-        num_classes=num_classes,
-        device=device,
-        **options,
-    )
+            with step.autocast():
+                if mixup is not None:
+                    images, labels = mix_images(mixup, images, labels, num_classes)
+                logits = model(images).float()  # (B, num_classes)
+                loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+            step.backward(loss)
+    return state.end_epoch()
 
 
 @torch.no_grad()
@@ -107,7 +81,6 @@ def evaluate(
     model: nn.Module,
     loader: Iterable[Batch],
     *,
-    device: torch.device,
     precision: Precision,
     broken: BrokenImages,
 ) -> dict[str, float]:
@@ -116,8 +89,7 @@ def evaluate(
     Args:
         model: images -> logits, without the wrapper that averages gradients.
         loader: this process's share of the images.
-        device: where the model is.
-        precision: for autocast.
+        precision: for autocast, on the model's device.
         broken: keeps the books on images that cannot be read.
 
     Returns:
@@ -127,6 +99,7 @@ def evaluate(
         InputError: too many images cannot be read, or a label is no class.
     """
     model.eval()
+    device = precision.device
     sums = torch.zeros(4, device=device)  # of losses, hits, hits among the best five, images
     for batch in loader:
         images, labels = batch.to(device)  # (B, C, H, W), (B,)
@@ -178,3 +151,48 @@ def report(output_dir: Path, title: str) -> None:
         _logger.info("%s, best epoch, %d: %s", title, best["epoch"], describe(best))
         _logger.info("checkpoint of the best epoch: %s", output_dir / BEST_NAME)
     _logger.info("checkpoint: %s", path)
+
+
+def describe_classifier(
+    model_name: str,
+    options: dict,
+    *,
+    weights: EncoderWeights | None,
+    train_set: IndexedImages | StreamedImages,
+    dataset: str,
+    mean: list[float],
+    std: list[float],
+    crop_pct: float,
+) -> tuple[dict, dict]:
+    """What fine-tuning and probing have in common of `open_run`'s fixed settings, and their header.
+
+    Args:
+        model_name: such as vit_base_patch16.
+        options: of its factory: img_size, num_classes, pool and perhaps more.
+        weights: that the run starts from, if any.
+        train_set: the images to train on.
+        dataset: its name.
+        mean, std: of the channels.
+        crop_pct: of the side of held-out images that is seen.
+    """
+    fixed = {
+        "--model": model_name,
+        "hash of the weights it starts from": weights and weights.hash(),
+        "--input_size": options["img_size"],
+        "--pool": options["pool"],
+        "number of classes": options["num_classes"],
+        "hash of the names of classes": names_hash(train_set.classes),
+        "--dataset": dataset,
+        "--mean": mean,
+        "--std": std,
+        **train_set.identity(),
+    }
+    header = {
+        "model_name": model_name,
+        "model_options": options,
+        "mean": mean,
+        "std": std,
+        "crop_pct": crop_pct,
+        "classes": train_set.classes and list(train_set.classes),
+    }
+    return fixed, header

@@ -13,49 +13,47 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from timm.data import Mixup
 from timm.utils import ModelEmaV3
 
-from engine_finetune import describe, evaluate, report, train_one_epoch
-from models import build_classifier, choose_size
-from models_vit import POOLS, SIZES, make_linear_probe
-from util.arguments import (
-    Parser,
-    add_data_args,
-    add_encoder_args,
-    add_memory_args,
-    add_optim_args,
-    add_precision_args,
-    add_run_args,
-    check_batch_args,
-    check_data_args,
-    check_sharding_args,
-    check_warmup,
-    natural_float,
-    positive_int,
-    schedule_settings,
-    share,
-)
-from util.compute.batch_size import micro_steps
+from engine_finetune import describe, describe_classifier, evaluate, report, train_one_epoch
+from models import EncoderSettings, add_encoder_args, build_classifier, starting_point
+from models_vit import make_linear_probe
+from util.arguments import Parser, given_options, share, take
+from util.compute.batch_size import plan_batches
 from util.compute.compiling import compile_model
 from util.compute.distributed import data_parallel, is_main_process
-from util.compute.precision import Precision, blank_images
-from util.compute.sharding import shard, unsharded
+from util.compute.precision import blank_images
+from util.compute.setup import ComputeSettings, add_memory_args, add_precision_args, place_model
+from util.compute.sharding import unsharded
 from util.data.broken_images import BrokenImages
 from util.data.classes import check_classes
-from util.data.datasets import default_dataset, open_heldout, open_pair
-from util.data.loaders import build_loaders, build_own_eval_loader
-from util.data.transforms import default_crop_share, eval_transform, finetune_transform
-from util.errors import InputError, value_errors_are_input_errors
-from util.optim import build_layer_decay_adamw
-from util.recompute import set_memory
-from util.runs.checkpoint import Progress, TrainState
-from util.runs.meters import EpochMeters
-from util.runs.resume import EFFECTIVE_BATCH, newest_good_checkpoint
-from util.runs.run import describe_classifier, log_settings, open_run, run_main, start_run
-from util.schedule import lr_schedule, scaled_lr
-from util.weights.encoder import input_format, load_encoder, read_encoder
+from util.data.datasets import open_labelled, open_val
+from util.data.loaders import build_eval_loader, build_loaders
+from util.data.mixing import MixSettings, add_mix_args, build_mixup
+from util.data.settings import DataSettings, add_data_args
+from util.data.transforms import (
+    AugmentSettings,
+    add_augmentation_args,
+    default_crop_pct,
+    eval_transform,
+    finetune_transform,
+)
+from util.errors import InputError
+from util.optim import OptimSettings, add_optim_args, build_layer_decay_adamw
+from util.runs.checkpoint import TrainState
+from util.runs.resume import (
+    EFFECTIVE_BATCH,
+    changeable_settings,
+    log_settings,
+    newest_good_checkpoint,
+    open_run,
+)
+from util.runs.run import RunSettings, add_run_args, run_main, start_run
+from util.schedule import plan_learning_rate
+from util.weights.encoder import load_encoder
 
+SETTINGS = (RunSettings, DataSettings, OptimSettings, ComputeSettings)
+SETTINGS += (EncoderSettings, AugmentSettings, MixSettings)
 MEMORY_ADVICE = "lower --batch_size and raise --accum_iter, or use --memory medium or low"
 
 _logger = logging.getLogger(__name__)
@@ -82,10 +80,6 @@ RECIPES = {
     "giant_patch14": HUGE_RECIPE,  # the paper has no ViT-g
 }
 WARMUP_EPOCHS = 5  # and at most a tenth of the run
-AUGMENTATION = (
-    *("auto_augment", "color_jitter", "reprob", "remode", "recount"),
-    *("mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "mixup_mode", "smoothing"),
-)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -96,7 +90,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_run_args(parser, output_dir="output/finetune", save_every=1)
     add_data_args(parser, input_size=None)
-    add_encoder_args(parser, models=[f"vit_{size}" for size in SIZES], pools=POOLS, pool="avg")
+    add_encoder_args(parser, pool="avg")
     add_optim_args(
         parser,
         batch_size=128,
@@ -108,7 +102,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_precision_args(parser)
     add_memory_args(parser)
-
     group = parser.add_argument_group("fine-tuning")
     group.add_argument(
         "--layer_decay", type=share, help="of the learning rate, per layer (by the model's size)"
@@ -125,61 +118,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--eval", action="store_true", help="evaluate --finetune's or OUTPUT_DIR's classifier only"
     )
-
-    group = parser.add_argument_group("augmentation")
-    group.add_argument(
-        "--auto_augment",
-        "--aa",
-        default="rand-m9-mstd0.5-inc1",
-        help="in timm's language, none for none (%(default)s)",
-    )
-    group.add_argument(
-        "--color_jitter", type=natural_float, help="strength, without --auto_augment (off)"
-    )
-    group.add_argument(
-        "--reprob", type=share, default=0.25, help="share of images erased in part (%(default)s)"
-    )
-    group.add_argument(
-        "--remode",
-        choices=("const", "rand", "pixel"),
-        default="pixel",
-        help="what erased pixels become (%(default)s)",
-    )
-    group.add_argument(
-        "--recount", type=positive_int, default=1, help="most erased regions (%(default)s)"
-    )
-    group.add_argument(
-        "--mixup", type=natural_float, default=0.8, help="alpha, 0 for none (%(default)s)"
-    )
-    group.add_argument(
-        "--cutmix", type=natural_float, default=1.0, help="alpha, 0 for none (%(default)s)"
-    )
-    group.add_argument(
-        "--mixup_prob", type=share, default=1.0, help="share of batches mixed (%(default)s)"
-    )
-    group.add_argument(
-        "--mixup_switch_prob",
-        type=share,
-        default=0.5,
-        help="share of those that are cut (%(default)s)",
-    )
-    group.add_argument(
-        "--mixup_mode",
-        choices=("batch", "pair", "elem"),
-        default="batch",
-        help="what shares one mixing ratio (%(default)s)",
-    )
-    group.add_argument(
-        "--smoothing", type=share, default=0.1, help="of labels over all classes (%(default)s)"
-    )
+    add_augmentation_args(parser)
+    add_mix_args(parser)
     args = parser.parse_args(argv)
-    check_data_args(args)
-    check_batch_args(args)
-    check_sharding_args(args)
+    for settings in SETTINGS:
+        take(settings, args)
     if args.fsdp and args.ema is not None:
         raise InputError("--ema does not go with --fsdp: leave one of them out")
-    if args.smoothing == 1:
-        raise InputError("--smoothing 1 would leave nothing of the labels: lower it")
     if args.ema == 1:
         raise InputError("--ema 1 would never take in what is trained: lower it")
     if args.drop_path == 1:
@@ -193,308 +138,202 @@ def resolve_recipe(args: argparse.Namespace, size: str) -> Recipe:
     return RECIPES[size]._replace(**{n: v for n, v in given.items() if v is not None})
 
 
-def find_classifier(args: argparse.Namespace) -> str | Path:
+def find_classifier(run: RunSettings, finetune: str | None) -> str | Path:
     """The file that --eval is about.
 
     Raises:
         InputError: there is none, or there are two.
     """
-    resumed = None if args.resume in ("auto", "none") else args.resume
-    if args.finetune and resumed:
+    resumed = None if run.resume in ("auto", "none") else run.resume
+    if finetune and resumed:
         raise InputError("--eval takes one classifier: leave --finetune or --resume out")
-    if args.finetune or resumed:
-        return args.finetune or resumed
-    path = newest_good_checkpoint(Path(args.output_dir), "finetune")
+    if finetune or resumed:
+        return finetune or resumed
+    path = newest_good_checkpoint(run.folder, "finetune")
     if path is None:
         raise InputError(
-            f"--eval found no checkpoint in {args.output_dir}: name a fine-tuned one by --finetune"
+            f"--eval found no checkpoint in {run.folder}: name a fine-tuned one by --finetune"
         )
     return path
 
 
-def evaluate_only(args: argparse.Namespace, device: torch.device) -> None:
-    """Measure a fine-tuned classifier on the held-out images; nothing is written.
+def evaluate_only(
+    path: str | Path,
+    run: RunSettings,
+    data: DataSettings,
+    compute: ComputeSettings,
+    encoder: EncoderSettings,
+    *,
+    batch_size: int,
+    device: torch.device,
+) -> None:
+    """Measure a fine-tuned classifier on the validation images; nothing is written.
 
     Raises:
         InputError: the file holds no classifier, or it does not go with the images.
     """
-    path = find_classifier(args)
-    weights = read_encoder(path)
+    start = starting_point(
+        path, encoder.model, img_size=data.input_size, mean=data.mean, std=data.std
+    )
+    weights = start.weights
     if weights.num_classes is None:
         raise InputError(f"{path} has no head to evaluate: fine-tune it first, without --eval")
-    if args.num_classes not in (None, weights.num_classes):
+    if encoder.num_classes not in (None, weights.num_classes):
         raise InputError(
             f"{path} has a head of {weights.num_classes} classes: correct --num_classes "
-            f"{args.num_classes}, or leave it out"
+            f"{encoder.num_classes}, or leave it out"
         )
-    with value_errors_are_input_errors(f"{path} cannot be evaluated"):
-        size = choose_size(args.model, weights.shape)
-    img_size, mean, std = input_format(
-        weights,
-        img_size=args.input_size,
-        mean=args.mean,
-        std=args.std,
-        default_size=SIZES[size].img_size,
-    )
-    crop_share = args.crop_share or weights.crop_share or default_crop_share(img_size)
-    transform = eval_transform(img_size, mean, std, crop_share)
-    dataset = default_dataset(args.dataset, args.data_path, args.val_path)
-    val_set = open_heldout(
-        dataset, args.data_path, val_path=args.val_path, transform=transform, seed=args.seed
-    )
+    crop_pct = data.crop_pct or weights.crop_pct or default_crop_pct(start.img_size)
+    transform = eval_transform(start.img_size, start.mean, start.std, crop_pct)
+    val_set = open_val(data, transform, seed=run.seed)
     if val_set is None:
-        raise InputError(f"{dataset} has no held-out images to evaluate: name some by --val_path")
+        raise InputError(f"{data.name} has no held-out images to evaluate: name some by --val_path")
     num_classes = check_classes(None, val_set, weights.num_classes, weights.classes)
+    pool = encoder.pool or weights.pool
     model = build_classifier(
-        size, img_size=img_size, num_classes=num_classes, pool=args.pool or weights.pool
+        start.size, img_size=start.img_size, num_classes=num_classes, pool=pool
     )
     if weights.is_linear_probe:
         make_linear_probe(model, num_classes)
     load_encoder(model, weights, head=True)
-    model.to(device)
-    precision = Precision(args.amp, device, attention_backend=args.attention_backend)
-    precision.check_attention_backend(model, blank_images(img_size, device))
-    stats = evaluate(
-        model,
-        build_own_eval_loader(
-            val_set,
-            batch_size=args.batch_size,
-            num_workers=args.num_workers,
-            device=device,
-        ),
-        device=device,
-        precision=precision,
-        broken=BrokenImages(len(val_set), args.max_broken),
+    example = blank_images(start.img_size, device)
+    precision = place_model(model, compute, device, example=example)
+    sizes = {"batch_size": batch_size, "num_workers": data.num_workers}
+    loader = build_eval_loader(val_set, **sizes, device=device)
+    broken = BrokenImages(len(val_set), data.max_broken)
+    _logger.info(
+        "%s: %s", path, describe(evaluate(model, loader, precision=precision, broken=broken))
     )
-    _logger.info("%s: %s", path, describe(stats))
-
-
-def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
-    """timm's mixup and CutMix; None if both are off."""
-    if not (args.mixup or args.cutmix) or not args.mixup_prob:
-        return None
-    return Mixup(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        label_smoothing=0.0,  # cross-entropy smooths
-        num_classes=num_classes,
-    )
-
-
-def run_settings(
-    args: argparse.Namespace,
-    recipe: Recipe,
-    *,
-    common: dict[str, object],
-    batch_size: int,
-    lr: float,
-    warmup_epochs: float,
-    amp: str,
-) -> tuple[dict, dict]:
-    """What makes a run the run it is, and what may change when it is continued."""
-    identity = {
-        **common,
-        "--layer_decay": recipe.layer_decay,
-        "--drop_path": recipe.drop_path,
-        "--weight_decay": args.weight_decay,
-        **{f"--{name}": getattr(args, name) for name in AUGMENTATION},
-        "--ema": args.ema,
-        "--seed": args.seed,
-        EFFECTIVE_BATCH: batch_size,
-    }
-    may_change = schedule_settings(
-        args, epochs=recipe.epochs, warmup_epochs=warmup_epochs, lr=lr, amp=amp
-    )
-    if args.fsdp:
-        may_change["--fsdp"] = True
-    return identity, may_change
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Fine-tune from the start, or from where the last start was stopped."""
     args = parse_args(argv)
-    device = start_run(device=args.device, seed=args.seed, timeout_minutes=args.timeout_minutes)
+    run, data, optim, compute, encoder, augment, mix = (take(group, args) for group in SETTINGS)
+    device = start_run(device=run.device, seed=run.seed, timeout_minutes=run.timeout_minutes)
     if args.eval:
-        evaluate_only(args, device)
+        path, sizes = find_classifier(run, encoder.finetune), {"batch_size": optim.batch_size}
+        evaluate_only(path, run, data, compute, encoder, **sizes, device=device)
         return
-    output_dir = Path(args.output_dir)
-    log_dir = Path(args.log_dir or output_dir / "tensorboard")
 
-    weights = read_encoder(args.finetune) if args.finetune else None
-    with value_errors_are_input_errors("--finetune cannot be loaded"):
-        size = choose_size(args.model, weights and weights.shape)
-    recipe = resolve_recipe(args, size)
-    img_size, mean, std = input_format(
-        weights,
-        img_size=args.input_size,
-        mean=args.mean,
-        std=args.std,
-        default_size=SIZES[size].img_size,
+    # The weights decide how images are read, and their size the recipe.
+    start = starting_point(
+        encoder.finetune, encoder.model, img_size=data.input_size, mean=data.mean, std=data.std
     )
-
-    dataset = default_dataset(args.dataset, args.data_path, args.val_path)
-    crop_share = args.crop_share or default_crop_share(img_size)
-    transforms = (
-        finetune_transform(
-            img_size,
-            mean,
-            std,
-            auto_augment=None if args.auto_augment == "none" else args.auto_augment,
-            color_jitter=args.color_jitter,
-            erase_prob=args.reprob,
-            erase_mode=args.remode,
-            erase_count=args.recount,
-        ),
-        eval_transform(img_size, mean, std, crop_share),
+    recipe = resolve_recipe(args, start.size)
+    warmup_epochs = min(WARMUP_EPOCHS, recipe.epochs / 10)
+    optim = optim.with_defaults(epochs=recipe.epochs, blr=recipe.blr, warmup_epochs=warmup_epochs)
+    form = (start.img_size, start.mean, start.std)
+    crop_pct = data.crop_pct or default_crop_pct(start.img_size)
+    train_set, val_set, num_classes = open_labelled(
+        data,
+        finetune_transform(*form, augment),
+        eval_transform(*form, crop_pct),
+        seed=run.seed,
+        batch_size=optim.batch_size,
+        num_classes=encoder.num_classes,
     )
-    train_set, val_set = open_pair(
-        dataset,
-        args.data_path,
-        val_path=args.val_path,
-        transforms=transforms,
-        seed=args.seed,
-        num_samples=args.num_samples,
-        batch_size=args.batch_size,
-    )
-    num_classes = check_classes(train_set, val_set, args.num_classes)
+    batches = plan_batches(optim)
     loader, val_loader = build_loaders(
-        train_set,
-        val_set,
-        name=dataset,
-        batch_size=args.batch_size,
-        accum_iter=micro_steps(args.batch_size, args.accum_iter, args.effective_batch_size),
-        seed=args.seed,
-        num_workers=args.num_workers,
-        device=device,
+        train_set, val_set, data, batches, seed=run.seed, device=device
     )
-    num_images, num_steps = loader.sampler.num_samples, loader.steps_per_epoch
 
-    pool = args.pool or "avg"
+    # The model
+    pool = encoder.pool or "avg"
     options = {
-        "img_size": list(img_size),
+        "img_size": list(start.img_size),
         "num_classes": num_classes,
         "pool": pool,
         "drop_path": recipe.drop_path,
     }
-    model = build_classifier(size, **options)
-    set_memory(model, args.memory)
-    if weights is not None:
-        load_encoder(model, weights, head=False)
-    if args.fsdp:
-        shard(model, model.blocks, device)
-    else:
-        model.to(device)
-
-    batch_size = loader.effective_batch_size
-    lr = args.lr or scaled_lr(recipe.blr, batch_size)
-    warmup_epochs = (
-        min(WARMUP_EPOCHS, recipe.epochs / 10) if args.warmup_epochs is None else args.warmup_epochs
+    build = partial(build_classifier, start.size, **options)
+    model = build()
+    if start.weights is not None:
+        load_encoder(model, start.weights, head=False)
+    precision = place_model(
+        model,
+        compute,
+        device,
+        example=blank_images(start.img_size, device),
+        batch_size=optim.batch_size,
+        clip_grad=optim.clip_grad,
     )
-    check_warmup(warmup_epochs, recipe.epochs)
-    lr_at = lr_schedule(
-        lr=lr,
-        min_lr=args.min_lr,
-        warmup_epochs=warmup_epochs,
-        epochs=recipe.epochs,
-        steps_per_epoch=num_steps,
-    )
-    precision = Precision(
-        args.amp, device, clip_grad=args.clip_grad, attention_backend=args.attention_backend
-    )
-    precision.check_attention_backend(model, blank_images(img_size, device), args.batch_size)
     ema = None if args.ema is None else ModelEmaV3(model, decay=args.ema)
-    compile_model(model, args.compile, device=device)
+    compile_model(model, compute.compile, device=device)
 
-    # Where the run goes on, and whether it is still the same run.
-    state = TrainState(
-        model=model,
-        optimizer=build_layer_decay_adamw(
-            model,
-            weight_decay=args.weight_decay,
-            layer_decay=recipe.layer_decay,
-            betas=(0.9, 0.999),
-        ),
-        precision=precision,
-        progress=Progress(),
-        meters=EpochMeters(device),
-        broken=BrokenImages(num_images, args.max_broken),
-        ema=ema,
+    # How it is trained
+    lr = plan_learning_rate(
+        optim,
+        effective_batch_size=loader.effective_batch_size,
+        steps_per_epoch=loader.steps_per_epoch,
     )
-    progress = state.progress
-    common, header = describe_classifier(
-        f"vit_{size}",
+    optimizer = build_layer_decay_adamw(
+        model, weight_decay=optim.weight_decay, layer_decay=recipe.layer_decay, betas=(0.9, 0.999)
+    )
+    broken = BrokenImages(loader.sampler.num_samples, data.max_broken)
+    state = TrainState(model, optimizer, precision, broken, ema=ema)
+
+    # What makes the run the run it is, and what may change when it goes on
+    fixed, header = describe_classifier(
+        f"vit_{start.size}",
         options,
-        weights=weights,
+        weights=start.weights,
         train_set=train_set,
-        dataset=dataset,
-        mean=mean,
-        std=std,
-        crop_share=crop_share,
+        dataset=data.name,
+        mean=start.mean,
+        std=start.std,
+        crop_pct=crop_pct,
     )
-    identity, may_change = run_settings(
-        args,
-        recipe,
-        common=common,
-        batch_size=batch_size,
-        lr=lr,
-        warmup_epochs=warmup_epochs,
-        amp=precision.amp,
-    )
-    log_settings({**identity, **may_change})
-    checkpoints, run_log = open_run(
+    fixed |= {
+        "--layer_decay": recipe.layer_decay,
+        "--drop_path": recipe.drop_path,
+        "--weight_decay": optim.weight_decay,
+        **{f"--{name}": value for name, value in {**vars(augment), **vars(mix)}.items()},
+        "--ema": args.ema,
+        "--seed": run.seed,
+        EFFECTIVE_BATCH: loader.effective_batch_size,
+    }
+    may_change = changeable_settings(optim, data, lr=lr.peak, amp=precision.amp, fsdp=compute.fsdp)
+    log_settings({**fixed, **may_change})
+    with open_run(
         state,
         loader,
+        run,
         kind="finetune",
-        output_dir=output_dir,
-        log_dir=log_dir,
-        resume=args.resume,
-        identity=identity,
-        recipe=may_change,
+        fixed=fixed,
+        may_change=may_change,
         header=header,
         args=vars(args),
-        every_minutes=args.save_every_minutes,
-        keep_last=args.keep_last,
-    )
+        given=given_options(args, parse_args([])),
+    ) as (checkpoints, run_log):
+        progress, parallel_model = state.progress, data_parallel(model, device)
+        mixup = build_mixup(mix, num_classes)
+        while progress.epoch < optim.epochs:
+            stats = train_one_epoch(
+                parallel_model,
+                loader,
+                state,
+                num_classes=num_classes,
+                seed=run.seed,
+                device=device,
+                mixup=mixup,
+                smoothing=mix.smoothing,
+                lr_at=lr.at,
+                log_every=run.log_every,
+                run_log=run_log,
+                checkpoints=checkpoints,
+            )
+            if val_loader:
+                broken = BrokenImages(len(val_set), data.max_broken)
+                with unsharded(model, build) as whole:
+                    whole = whole if ema is None else ema.module
+                    stats |= evaluate(whole, val_loader, precision=precision, broken=broken)
+            run_log.end_epoch(stats, epoch=progress.epoch, step=progress.step)
+            checkpoints.save_if_best(stats, by="val_top1")
+            checkpoints.end_epoch(is_last=progress.epoch == optim.epochs)
 
-    parallel_model = data_parallel(model, device)
-    mixup = build_mixup(args, num_classes)
-    while progress.epoch < recipe.epochs:
-        stats = train_one_epoch(
-            parallel_model,
-            loader,
-            state,
-            mixup=mixup,
-            smoothing=args.smoothing,
-            num_classes=num_classes,
-            seed=args.seed,
-            device=device,
-            lr_at=lr_at,
-            log_every=args.log_every,
-            run_log=run_log,
-            checkpoints=checkpoints,
-        )
-        if val_loader:
-            with unsharded(model, partial(build_classifier, size, **options)) as whole:
-                stats |= evaluate(
-                    whole if ema is None else ema.module,
-                    val_loader,
-                    device=device,
-                    precision=precision,
-                    broken=BrokenImages(len(val_set), args.max_broken),
-                )
-        run_log.end_epoch(stats, epoch=progress.epoch, step=progress.step)
-        checkpoints.save_if_best(stats, by="val_top1")
-        if progress.epoch == recipe.epochs or progress.epoch % args.save_every == 0:
-            checkpoints.save()
-        else:
-            checkpoints.save_if_due()
-
-    run_log.close()
     if is_main_process():
-        report(output_dir, "fine-tuning" if weights else "training from scratch")
+        report(run.folder, "fine-tuning" if start.weights else "training from scratch")
 
 
 if __name__ == "__main__":

@@ -13,31 +13,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models import build_classifier, find_size
-from models_vit import POOLS, SIZES
-from util.arguments import (
-    Parser,
-    add_data_args,
-    add_precision_args,
-    check_data_args,
-    positive_float,
-    positive_int,
-    seed_number,
-)
+from models import build_classifier, starting_point
+from models_vit import POOLS
+from util.arguments import Parser, positive_float, positive_int, seed_number, take
 from util.compute.compiling import compile_model
 from util.compute.distributed import is_main_process
-from util.compute.precision import Precision, blank_images
+from util.compute.precision import blank_images
+from util.compute.setup import ComputeSettings, add_precision_args, place_model
 from util.data.broken_images import BrokenImages
 from util.data.classes import check_classes, check_labels
-from util.data.datasets import default_dataset, open_pair
+from util.data.datasets import open_train_val
 from util.data.images import IndexedImages
-from util.data.loaders import build_own_eval_loader
+from util.data.loaders import build_eval_loader
+from util.data.settings import DataSettings, add_data_args
 from util.data.streams import StreamedImages
-from util.data.transforms import default_crop_share, eval_transform
-from util.errors import InputError, value_errors_are_input_errors
+from util.data.transforms import default_crop_pct, eval_transform
+from util.errors import InputError
 from util.eval.knn import extract_features, knn_accuracy, logistic_accuracy
 from util.runs.run import run_main, start_run, write_args, write_json
-from util.weights.encoder import input_format, load_encoder, read_encoder
+from util.weights.encoder import load_encoder
 
 REPORT = "knn.json"
 MEMORY_ADVICE = "lower --batch_size"
@@ -122,7 +116,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--num_classes", type=positive_int, help="where the data do not tell (what they tell)"
     )
     args = parser.parse_args(argv)
-    check_data_args(args)
+    for group in (DataSettings, ComputeSettings):
+        take(group, args)
     return args
 
 
@@ -176,50 +171,29 @@ def table(results: dict[str, dict[str, float]]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the features of one file of weights."""
     args = parse_args(argv)
+    data, compute = take(DataSettings, args), take(ComputeSettings, args)
     device = start_run(device=args.device, seed=args.seed)
     output_dir = Path(args.output_dir)
 
-    weights = read_encoder(args.finetune)
-    with value_errors_are_input_errors(f"{args.finetune} cannot be loaded"):
-        size = find_size(*weights.shape)
-    img_size, mean, std = input_format(
-        weights,
-        img_size=args.input_size,
-        mean=args.mean,
-        std=args.std,
-        default_size=SIZES[size].img_size,
+    start = starting_point(args.finetune, img_size=data.input_size, mean=data.mean, std=data.std)
+    crop_pct = data.crop_pct or default_crop_pct(start.img_size)
+    transform = eval_transform(start.img_size, start.mean, start.std, crop_pct)
+    train_set, val_set = open_train_val(
+        data, transform, transform, seed=args.seed, batch_size=args.batch_size
     )
-    crop_share = args.crop_share or default_crop_share(img_size)
-    transform = eval_transform(img_size, mean, std, crop_share)
+    num_classes = check_datasets(data.name, train_set, val_set, args.num_classes)
 
-    dataset = default_dataset(args.dataset, args.data_path, args.val_path)
-    train_set, val_set = open_pair(
-        dataset,
-        args.data_path,
-        val_path=args.val_path,
-        transforms=(transform, transform),
-        seed=args.seed,
-        num_samples=args.num_samples,
-        batch_size=args.batch_size,
-    )
-    num_classes = check_datasets(dataset, train_set, val_set, args.num_classes)
-
-    model = build_classifier(size, img_size=img_size, num_classes=0, pool=args.pool)
-    model = model.to(device).eval()
-    precision = Precision(args.amp, device, attention_backend=args.attention_backend)
-    precision.check_attention_backend(model, blank_images(img_size, device))
-    compile_model(model, args.compile, device=device)
+    model = build_classifier(start.size, img_size=start.img_size, num_classes=0, pool=args.pool)
+    example = blank_images(start.img_size, device)
+    precision = place_model(model.eval(), compute, device, example=example)
+    compile_model(model, compute.compile, device=device)
     versions = write_args(output_dir, vars(args))
 
     def features_of(images: IndexedImages) -> Labelled:
         _logger.info("computing the features of %d images", len(images))
-        loader = build_own_eval_loader(
-            images,
-            batch_size=args.batch_size,
-            num_workers=args.num_workers,
-            device=device,
-        )
-        broken = BrokenImages(len(images), args.max_broken)
+        sizes = {"batch_size": args.batch_size, "num_workers": data.num_workers}
+        loader = build_eval_loader(images, **sizes, device=device)
+        broken = BrokenImages(len(images), data.max_broken)
         features, labels = extract_features(
             model, loader, device=device, precision=precision, broken=broken
         )
@@ -228,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # The model is at its random start until the weights are loaded.
     untrained = (features_of(train_set), features_of(val_set)) if args.untrained else None
-    load_encoder(model, weights, head=False)
+    load_encoder(model, start.weights, head=False)
     features = {"pre-trained": (features_of(train_set), features_of(val_set))}
     if untrained:
         features["untrained"] = untrained
@@ -238,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = {name: measure(args, *sets, device) for name, sets in features.items()}
     _logger.info(
         "accuracy in %% on %d images of %s after %d labelled ones, vit_%s, %s pool",
-        *(len(val_set), dataset, len(train_set), size, args.pool),
+        *(len(val_set), data.name, len(train_set), start.size, args.pool),
     )
     for line in table(results):
         _logger.info("%s", line)
@@ -246,12 +220,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "args": vars(args),
         "versions": versions,
         "weights": args.finetune,
-        "model": f"vit_{size}",
+        "model": f"vit_{start.size}",
         "pool": args.pool,
-        "input_size": list(img_size),
-        "mean": list(mean),
-        "std": list(std),
-        "crop_share": crop_share,
+        "input_size": list(start.img_size),
+        "mean": list(start.mean),
+        "std": list(start.std),
+        "crop_pct": crop_pct,
         "num_images": {"training": len(train_set), "held-out": len(val_set)},
         "num_classes": num_classes,
         "results": results,

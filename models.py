@@ -1,7 +1,10 @@
 """Models by their names, and from files of weights: the one place that knows both."""
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -9,10 +12,11 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 import models_crossmae
 import models_mae
 from models_crossmae import MaskedAutoencoder
-from models_vit import SIZES, VisionTransformer, build_vit
+from models_vit import POOLS, SIZES, VisionTransformer, build_vit
+from util.arguments import positive_int
 from util.errors import InputError, value_errors_are_input_errors
 from util.masking import MASK_SAMPLINGS
-from util.weights.encoder import checked_colours
+from util.weights.encoder import EncoderWeights, checked_colours, input_format, read_encoder
 from util.weights.files import check_format, read_weights_file, strange_content_is_input_error
 from util.weights.released import from_released, released_options
 
@@ -22,6 +26,97 @@ MODELS: dict[str, Callable[..., MaskedAutoencoder]] = {
 }
 # Of a decoder; beyond them no machine could build one, and some would try until they stand still.
 MAX_DEPTH, MAX_WIDTH = 1000, 2**14
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which network is pre-trained (Sec. 3, Tables 3, 7, 8, 9); None is the model's own default.
+
+    Raises:
+        InputError: MAE has no such option.
+    """
+
+    model: str
+    norm_pix_loss: bool = True
+    decoder_depth: int | None = None
+    decoder_embed_dim: int | None = None
+    decoder_num_heads: int | None = None
+    decoder_self_attention: bool = False
+    feature_maps: str | list[int] | None = None
+    iba_init: str = "normal"
+    iba_softmax: bool = False
+    iba_projection: bool = False
+
+    def __post_init__(self) -> None:
+        if self.is_mae and self.decoder_self_attention:
+            raise InputError(
+                f"--decoder_self_attention is an option of CrossMAE; {self.model} has nothing else"
+            )
+
+    @property
+    def is_mae(self) -> bool:
+        """Whether every masked patch is decoded together, by self-attention."""
+        return self.model.startswith("mae_")
+
+    def options(self, input_size: Sequence[int]) -> dict[str, object]:
+        """The arguments of the model's factory, as plain values that a checkpoint keeps.
+
+        Args:
+            input_size: a side, or height and width, in pixels.
+        """
+        left_out = {"model"} | ({"decoder_self_attention"} if self.is_mae else set())
+        options = {n: v for n, v in vars(self).items() if n not in left_out and v is not None}
+        return {"img_size": list(input_size) * (2 // len(input_size)), **options}
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """Which encoder is used, and what of it is classified; None is what the weights say."""
+
+    finetune: str | None = None
+    model: str | None = None
+    pool: str | None = None
+    num_classes: int | None = None
+
+
+class StartingPoint(NamedTuple):
+    """The weights that an encoder starts from, if any, and the size and input that go with them."""
+
+    weights: EncoderWeights | None
+    size: str
+    img_size: tuple[int, int]
+    mean: list[float]
+    std: list[float]
+
+
+def starting_point(
+    path: str | Path | None,
+    model: str | None = None,
+    *,
+    img_size: Sequence[int] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> StartingPoint:
+    """Read the weights of an encoder, and how images have to be for them.
+
+    Args:
+        path: of a file that `read_encoder` reads; None starts from random weights.
+        model: such as vit_base_patch16, as the user names it; None is the weights' own size, or
+            ViT-B/16.
+        img_size, mean, std: as the user gives them; None is what the weights were trained with.
+
+    Raises:
+        InputError: see `read_encoder`; or no size of ours is like the file's.
+    """
+    weights = read_encoder(path) if path else None
+    with value_errors_are_input_errors(f"{path} cannot be loaded"):
+        size = choose_size(model, weights and weights.shape)
+    default_size = SIZES[size].img_size
+    colours = {"mean": mean, "std": std}
+    img_size, mean, std = input_format(
+        weights, img_size=img_size, default_size=default_size, **colours
+    )
+    return StartingPoint(weights, size, img_size, mean, std)
 
 
 def find_size(patch_size: int, embed_dim: int, depth: int) -> str:
@@ -134,3 +229,91 @@ def _load_model(content: dict, path: str | Path) -> tuple[MaskedAutoencoder, dic
     model.load_state_dict(state)
     training = {"mean": mean, "std": std, "mask_ratio": ratio, "mask_sampling": sampling}
     return model.eval(), training
+
+
+def feature_map_choice(text: str) -> str | list[int]:
+    """Either "all", "last" or indices with commas between."""
+    if text in ("all", "last"):
+        return text
+    try:
+        return [int(index) for index in text.split(",")]
+    except ValueError:
+        message = f"{text!r} is neither all, nor last, nor indices such as 0,4,8,12"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def add_model_args(parser: argparse.ArgumentParser, *, model: str) -> None:
+    """The flags of ModelSettings."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", choices=MODELS, default=model, metavar="NAME", help="%(choices)s (%(default)s)"
+    )
+    group.add_argument(
+        "--norm_pix_loss",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="predict pixels normalised by their patch (on)",
+    )
+    group.add_argument(
+        "--decoder_depth", type=positive_int, help="decoder blocks (12 for CrossMAE, 8 for MAE)"
+    )
+    group.add_argument(
+        "--decoder_embed_dim", type=positive_int, help="decoder's width (512; small 256, tiny 128)"
+    )
+    group.add_argument(
+        "--decoder_num_heads", type=positive_int, help="decoder's heads (16; small 8, tiny 4)"
+    )
+    group.add_argument(
+        "--decoder_self_attention",
+        action="store_true",
+        help="CrossMAE with self-attention in the decoder, Table 3a (off)",
+    )
+    group.add_argument(
+        "--feature_maps",
+        type=feature_map_choice,
+        help="encoder maps that inter-block attention mixes: all, or indices such as 0,4,8,12, 0 "
+        "being the encoder's input; last is no inter-block attention, Table 3d (all for CrossMAE, "
+        "last for MAE)",
+    )
+    group.add_argument(
+        "--iba_init",
+        choices=("normal", "xavier"),
+        default="normal",
+        help="start of the mixing weights; xavier is what the released code used (%(default)s)",
+    )
+    group.add_argument(
+        "--iba_softmax", action="store_true", help="mixing weights that sum to one, Table 8 (off)"
+    )
+    group.add_argument(
+        "--iba_projection",
+        action="store_true",
+        help="a linear layer for each map before the mix, Table 9 (off)",
+    )
+
+
+def add_encoder_args(parser: argparse.ArgumentParser, *, pool: str) -> None:
+    """The flags of EncoderSettings; `pool` is what is classified by default."""
+    group = parser.add_argument_group("encoder")
+    group.add_argument(
+        "--finetune",
+        metavar="PATH",
+        help="weights to start from: a checkpoint of this project, of the released CrossMAE or "
+        "MAE, or a file of timm's or Hugging Face's (none, which is training from scratch)",
+    )
+    group.add_argument(
+        "--model",
+        choices=[f"vit_{size}" for size in SIZES],
+        metavar="NAME",
+        help="%(choices)s (that of --finetune's file, else vit_base_patch16)",
+    )
+    group.add_argument(
+        "--pool",
+        choices=POOLS,
+        help=f"classify the mean of the patch tokens, or the class token ({pool})",
+    )
+    group.add_argument(
+        "--num_classes",
+        "--nb_classes",
+        type=positive_int,
+        help="outputs of the head (the classes of the data)",
+    )

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts.benchmark.step import describe_machine
 from util.arguments import Parser, positive_int, process_count
 from util.data.batch import Sample, collate, denormalize
-from util.data.datasets import build_dataset, default_dataset
+from util.data.datasets import build_dataset
 from util.data.images import IndexedImages
 from util.data.loaders import build_train_loader
 from util.data.transforms import pretrain_transform
@@ -86,8 +86,7 @@ def open_images(path: str, size: tuple[int, int], num_crops: int = 1) -> Indexed
         InputError: there are none.
     """
     transform = pretrain_transform(size, *NORMALIZATION, num_crops=num_crops)
-    name = default_dataset(None, path, None)
-    return build_dataset(name, path, split="train", transform=transform, seed=0)
+    return build_dataset("", path, split="train", transform=transform, seed=0)
 
 
 def reference_epochs(args: argparse.Namespace, images: IndexedImages) -> Iterator[int]:

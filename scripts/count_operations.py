@@ -34,7 +34,7 @@ from scripts.benchmark.tables import markdown
 from util.arguments import Parser, check_output_folders, positive_int, ratio
 from util.compute.precision import Precision
 from util.data.batch import Batch, Normalization
-from util.masking import TokenCounts, count_tokens, random_split
+from util.masking import Masking, MaskSettings
 from util.optim import build_adamw
 from util.recompute import MEMORY_MODES, set_memory
 from util.runs.run import run_main, start_logging, versions, write_json
@@ -171,13 +171,13 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     precision: Precision,
     batch: Batch,
-    counts: TokenCounts,
+    masking: Masking,
 ) -> None:
     """A step as engine_pretrain.py makes it."""
-    noise = step_noise(0, 0, len(batch.labels), counts.patches, DEVICE)  # (B, L)
+    noise = step_noise(masking, 0, batch.num_images, 1, DEVICE)  # (B, L)
     images = batch.raw(DEVICE)  # (B, 3, H, W)
     with precision.autocast():
-        loss = model(images, random_split(noise, counts))
+        loss = model(images, masking.split(noise))
     precision.backward(loss)
     precision.step(optimizer, model)
     optimizer.zero_grad(set_to_none=True)
@@ -209,12 +209,10 @@ def count_step(
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
                 module.register_forward_pre_hook(as_cuda_autocasts)
-        num_patches = model.encoder.num_patches
-        counts = count_tokens(
-            num_patches, mask_ratio, None if name.startswith("mae_") else pred_ratio
-        )
+        masks, is_mae = MaskSettings(mask_ratio, pred_ratio), name.startswith("mae_")
+        masking = Masking.of(masks, model.encoder.grid_size, seed=0, all_masked=is_mae)
         optimizer = build_adamw(model, weight_decay=0.05, betas=(0.9, 0.95))
-        step = model, optimizer, precision, fake_batch(batch_size, model.encoder.img_size), counts
+        step = model, optimizer, precision, fake_batch(batch_size, model.encoder.img_size), masking
         train_step(*step)  # makes the optimizer's moments
         states = [*model.parameters(), *model.buffers(), *optimizer.state.values()]
         attention = model.decoder.inter_block_attention

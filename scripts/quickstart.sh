@@ -16,4 +16,4 @@ echo "pre-training a tiny CrossMAE on digits"
 echo "classifying held-out digits by the nearest of the others"
 checkpoint=$(find output/quickstart -name 'checkpoint-e*.pth' | sort | tail -n 1)
 .venv/bin/python main_knn.py --finetune "$checkpoint" --dataset digits --untrained --no-logistic \
-    --crop_share 1 --num_workers 0 --output_dir output/quickstart-knn
+    --crop_pct 1 --num_workers 0 --output_dir output/quickstart-knn

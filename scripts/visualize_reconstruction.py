@@ -16,7 +16,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine_pretrain import draw_reconstructions, heldout_split
 from models import load_model
 from util.arguments import Parser, positive_int, ratio, seed_number
 from util.compute.precision import Precision
@@ -24,7 +23,9 @@ from util.data.batch import Sample, collate
 from util.data.decode import read_pixels
 from util.data.transforms import eval_transform
 from util.errors import InputError
-from util.masking import count_tokens, split_tokens
+from util.eval.figures import draw_reconstructions
+from util.eval.monitor import val_split
+from util.masking import Masking, MaskSettings
 from util.runs.run import run_main, start_run
 
 _logger = logging.getLogger(__name__)
@@ -85,18 +86,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     transform = eval_transform(encoder.img_size, mean, std)
     samples = [Sample(transform(read_image(path)), label=-1, broken=[]) for path in files]
     images, _ = collate(samples).to(device)  # (B, 3, H, W)
-    split = heldout_split(
-        range(len(images)),
-        lambda noise: split_tokens(
-            noise,
-            count_tokens(encoder.num_patches, args.mask_ratio or training["mask_ratio"], None),
-            encoder.grid_size,
-            training["mask_sampling"],
-        ),
-        num_patches=encoder.num_patches,
-        seed=args.seed,
-        device=device,
-    )
+    mask_ratio = args.mask_ratio or training["mask_ratio"]
+    masks = MaskSettings(mask_ratio, mask_sampling=training["mask_sampling"])
+    masking = Masking.of(masks, encoder.grid_size, seed=args.seed, all_masked=True)
+    split = val_split(masking, range(len(images)), device)
     figure = draw_reconstructions(
         model, images, split, mean=mean, std=std, precision=Precision("fp32", device)
     )

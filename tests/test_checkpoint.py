@@ -23,7 +23,6 @@ from util.runs.checkpoint import (
     read_checkpoint,
     write_atomically,
 )
-from util.runs.meters import EpochMeters
 from util.runs.resume import newest_good_checkpoint
 
 CPU = torch.device("cpu")
@@ -35,8 +34,6 @@ def make_state(amp="fp32"):
         model=model,
         optimizer=build_adamw(model, weight_decay=0.05, betas=(0.9, 0.95)),
         precision=Precision(amp, CPU),
-        progress=Progress(),
-        meters=EpochMeters(CPU),
         broken=BrokenImages(100, 0.5),
     )
 

@@ -6,6 +6,7 @@ import random
 import struct
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,10 @@ from torchvision.datasets import ImageFolder, cifar, places365
 from util.data.batch import collate
 from util.data.broken_images import BrokenImages
 from util.data.classes import check_classes
-from util.data.datasets import build_dataset, open_heldout, open_pair
+from util.data.datasets import build_dataset, open_train_val, open_val
 from util.data.images import IndexedImages
 from util.data.loaders import build_eval_loader, build_train_loader
+from util.data.settings import DataSettings
 from util.data.transforms import Augmentation, eval_transform, pretrain_transform
 from util.errors import InputError
 
@@ -75,7 +77,7 @@ def train_loader(dataset, **options):
 
 
 def eval_loader(dataset, **options):
-    usual = {"batch_size": 4, "rank": 0, "world_size": 1, "num_workers": 0, "pin_memory": False}
+    usual = {"batch_size": 4, "rank": 0, "world_size": 1, "num_workers": 0, "device": CPU}
     return build_eval_loader(dataset, **(usual | options))
 
 
@@ -462,9 +464,8 @@ def test_a_pair_has_its_own_transforms(tmp_path):
     write_images(tmp_path / "val" / "cat", [3])
     write_images(tmp_path / "other", [4, 5])
     for val_path, values in ((None, [3]), (tmp_path / "other", [4, 5])):
-        train_set, val_set = open_pair(
-            "", tmp_path, val_path=val_path, transforms=(RANDOM, STILL), seed=SEED
-        )
+        data = DataSettings(data_path=tmp_path, val_path=val_path)
+        train_set, val_set = open_train_val(data, RANDOM, STILL, seed=SEED)
         assert (train_set.transform, train_set.seed) == (RANDOM, SEED)
         assert all_values(train_set) == [1, 2]
         assert val_set.transform is STILL
@@ -473,13 +474,14 @@ def test_a_pair_has_its_own_transforms(tmp_path):
 
 def test_a_pair_may_lack_held_out_images_or_be_a_stream(tmp_path):
     write_shards(tmp_path, [2, 2])
-    options = {"transforms": (RANDOM, STILL), "seed": SEED, "num_samples": 4, "batch_size": 2}
-    stream = ("wds/train-{0..1}.tar", tmp_path)
-    train_set, val_set = open_pair(*stream, val_path=None, **options)
+    options = {"seed": SEED, "batch_size": 2}
+    data = DataSettings(dataset="wds/train-{0..1}.tar", data_path=tmp_path, num_samples=4)
+    train_set, val_set = open_train_val(data, RANDOM, STILL, **options)
     assert train_set.num_samples == 4
     assert val_set is None
     write_images(tmp_path / "held_out", [7])
-    assert all_values(open_pair(*stream, val_path=tmp_path / "held_out", **options)[1]) == [7]
+    data = replace(data, val_path=tmp_path / "held_out")
+    assert all_values(open_train_val(data, RANDOM, STILL, **options)[1]) == [7]
 
 
 @pytest.mark.parametrize(
@@ -489,13 +491,12 @@ def test_a_pair_may_lack_held_out_images_or_be_a_stream(tmp_path):
 def test_evaluation_needs_no_training_images(tmp_path, name, data_path, val_path):
     write_images(tmp_path / "val" / "cat", [1])
     write_images(tmp_path / "val" / "dog", [2])
-    dataset = open_heldout(
-        name,
-        None if data_path is None else tmp_path / data_path,
+    data = DataSettings(
+        dataset=name,
+        data_path=None if data_path is None else tmp_path / data_path,
         val_path=val_path and tmp_path / val_path,
-        transform=STILL,
-        seed=SEED,
     )
+    dataset = open_val(data, STILL, seed=SEED)
     assert all_values(dataset) == [1, 2]
     assert check_classes(None, dataset, None) == 2
 

@@ -17,18 +17,18 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 
 import engine_finetune
-from engine_finetune import describe, evaluate, mix_images, report, train_one_epoch
+from engine_finetune import describe, evaluate, report, train_one_epoch
 from models_vit import build_vit, make_linear_probe
 from tests.helpers.runs import NANO, assert_identical
 from util.compute.precision import Precision
 from util.data.batch import Batch, collate
 from util.data.broken_images import BrokenImages
 from util.data.images import IndexedImages
+from util.data.mixing import mix_images
 from util.data.sources import Digits
 from util.data.transforms import eval_transform
 from util.errors import InputError, RunError
 from util.optim import build_lars, build_layer_decay_adamw
-from util.runs import training
 from util.runs.checkpoint import (
     BEST_NAME,
     CheckpointWriter,
@@ -38,7 +38,7 @@ from util.runs.checkpoint import (
     read_checkpoint,
 )
 from util.runs.meters import EpochMeters
-from util.runs.resume import newest_good_checkpoint, resume_run
+from util.runs.resume import continue_run, newest_good_checkpoint
 from util.runs.run_log import LOG_NAME
 from util.seeding import seed_everything
 
@@ -66,8 +66,6 @@ def make_state(model, optimizer=None, *, ema=None):
         model=model,
         optimizer=optimizer,
         precision=Precision("fp32", CPU),
-        progress=Progress(),
-        meters=EpochMeters(CPU),
         broken=BrokenImages(100, 0.0),
         ema=None if ema is None else ModelEmaV3(model, decay=ema),
     )
@@ -120,10 +118,17 @@ def measure(model, batches, broken=None):
     return evaluate(
         model,
         batches,
-        device=CPU,
         precision=Precision("fp32", CPU),
         broken=broken or BrokenImages(100, 0.0),
     )
+
+
+def test_a_wrong_label_ends_training_before_the_step():
+    loader, state = make_loader((4,), (4,)), make_state(vit_nano())
+    loader.prepared[1][0].labels[2] = NUM_CLASSES
+    with pytest.raises(InputError, match=f"label {NUM_CLASSES}"):
+        train(loader, state)
+    assert state.progress.step == 1
 
 
 # Mixing
@@ -309,7 +314,7 @@ def test_a_label_that_is_no_class_ends_training():
 def test_the_host_waits_for_the_device_at_log_points_only(monkeypatch, mixup):
     checked = []
     # Labels are checked before they go to the device, which costs no waiting.
-    monkeypatch.setattr(training, "check_labels", lambda labels, _: checked.append(labels))
+    monkeypatch.setattr(engine_finetune, "check_labels", lambda labels, _: checked.append(labels))
     # On a CPU, unlike on a GPU, this looks for labels that are no class.
     monkeypatch.setattr(F, "one_hot", lambda labels, n: torch.eye(n, dtype=torch.int64)[labels])
     monkeypatch.setattr(EpochMeters, "read", lambda _: {})
@@ -540,21 +545,13 @@ def test_a_best_epoch_that_could_not_be_written_is_not_taken_for_kept(tmp_path, 
 
 
 def test_resuming_from_the_best_epoch_is_refused(tmp_path):
-    best, other = tmp_path / "a", tmp_path / "b"
-    best.mkdir()
-    other.mkdir()
+    best = tmp_path
     writer = make_writer(best, make_state(vit_nano(), ema=0.9))
     writer.save_if_best({"val_top1": 70.0}, by="val_top1")
+    state, path = make_state(vit_nano(), ema=0.9), best / BEST_NAME
+    settings = {"fixed": {}, "may_change": {"--epochs": 3}, "given": ()}
     with pytest.raises(InputError, match="--finetune"):
-        resume_run(
-            make_state(vit_nano(), ema=0.9),
-            other,
-            str(best / BEST_NAME),
-            kind="finetune",
-            identity={},
-            recipe={"--epochs": 3},
-            resumes_mid_epoch=True,
-        )
+        continue_run(state, path, read_checkpoint(path, "finetune"), **settings)
 
 
 @pytest.mark.parametrize("label", [3, -1])

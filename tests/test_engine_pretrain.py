@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,34 +12,26 @@ from sklearn.datasets import load_digits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine_pretrain
-from engine_pretrain import (
-    Batch,
-    draw_reconstructions,
-    evaluate,
-    heldout_split,
-    step_noise,
-    train_one_epoch,
-)
+from engine_pretrain import step_noise, train_one_epoch
 from tests.helpers.runs import crossmae_nano, mae_nano, write_images
 from util.compute.distributed import data_parallel
 from util.compute.precision import Precision
-from util.data.batch import Normalization
+from util.data.batch import Batch, Normalization
 from util.data.broken_images import BrokenImages
 from util.data.datasets import build_dataset
-from util.data.loaders import build_eval_loader, build_train_loader
-from util.data.transforms import eval_transform, pretrain_transform
+from util.data.loaders import build_train_loader
+from util.data.transforms import pretrain_transform
 from util.errors import InputError, NonFiniteLossError
-from util.masking import count_tokens, random_split
+from util.masking import Masking, count_tokens, random_split
 from util.optim import build_adamw
-from util.patches import patchify
 from util.runs.checkpoint import Progress, TrainState
 from util.runs.meters import EpochMeters
 
 CPU = torch.device("cpu")
 IMG_SIZE, NUM_PATCHES = (16, 16), 16  # of the nano models, with patches of 4 pixels
 MEAN, STD = (0.5, 0.4, 0.3), (0.3, 0.25, 0.2)
-SPLIT = {
-    gamma: partial(random_split, counts=count_tokens(NUM_PATCHES, 0.75, gamma))
+MASKING = {
+    gamma: Masking((4, 4), count_tokens(NUM_PATCHES, 0.75, gamma), "random", seed=0)
     for gamma in (0.25, None)
 }
 
@@ -72,8 +65,6 @@ def make_state(model, *, optimizer=None, amp="fp32", clip_grad=None, max_broken=
         model=model,
         optimizer=optimizer or build_adamw(model, weight_decay=0.05, betas=(0.9, 0.95)),
         precision=Precision(amp, CPU, clip_grad=clip_grad),
-        progress=Progress(),
-        meters=EpochMeters(CPU),
         broken=BrokenImages(100, max_broken),
     )
 
@@ -116,9 +107,7 @@ def train(model, loader, state, *, gamma=0.25, lr=1e-3, log_every=100, recorder=
         loader,
         state,
         lr_at=lr if callable(lr) else lambda step: lr,
-        split_tokens=SPLIT[gamma],
-        num_patches=NUM_PATCHES,
-        seed=0,
+        masking=MASKING[gamma],
         device=CPU,
         log_every=log_every,
         run_log=recorder,
@@ -212,35 +201,37 @@ def test_accumulation_equals_the_large_batch(images, build, gamma, parts):
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=2e-6)
 
 
+def noise_of(num_images, num_crops=1, *, step=7, seed=3):
+    masking = replace(MASKING[None], seed=seed)
+    return step_noise(masking, step, num_images, num_crops, CPU)
+
+
 def test_every_process_draws_its_rows_of_the_same_noise(monkeypatch):
-    place = {"seed": 3, "step": 7, "num_patches": NUM_PATCHES, "device": CPU}
-    whole = step_noise(num_images=7, **place)
+    whole = noise_of(7)
     assert whole.shape == (7, NUM_PATCHES)
     monkeypatch.setattr(engine_pretrain, "world_size", lambda: 3)
     for rank, rows in enumerate(([0, 3, 6], [1, 4], [2, 5])):
         monkeypatch.setattr(engine_pretrain, "rank", lambda rank=rank: rank)
-        assert torch.equal(step_noise(num_images=7, **place), whole[rows])
+        assert torch.equal(noise_of(7), whole[rows])
     # With two images, the third process has noise for its stand-in.
-    assert step_noise(num_images=2, **place).shape == (1, NUM_PATCHES)
+    assert noise_of(2).shape == (1, NUM_PATCHES)
 
 
 def test_an_images_crops_have_their_masks_on_the_process_that_reads_it(monkeypatch):
-    place = {"seed": 3, "step": 7, "num_patches": NUM_PATCHES, "device": CPU}
-    whole = step_noise(num_images=14, num_crops=2, **place)  # of seven images
-    assert torch.equal(whole, step_noise(num_images=14, **place))
+    whole = noise_of(14, 2)  # of seven images
+    assert torch.equal(whole, noise_of(14))
     monkeypatch.setattr(engine_pretrain, "world_size", lambda: 3)
     for rank, images in enumerate(([0, 3, 6], [1, 4], [2, 5])):
         monkeypatch.setattr(engine_pretrain, "rank", lambda rank=rank: rank)
         rows = [2 * image + crop for image in images for crop in range(2)]
-        assert torch.equal(step_noise(num_images=14, num_crops=2, **place), whole[rows])
-    assert step_noise(num_images=4, num_crops=2, **place).shape == (2, NUM_PATCHES)  # a stand-in's
+        assert torch.equal(noise_of(14, 2), whole[rows])
+    assert noise_of(4, 2).shape == (2, NUM_PATCHES)  # a stand-in's
 
 
 def test_masks_differ_between_images_steps_and_seeds():
-    noise = partial(step_noise, num_images=2, num_patches=NUM_PATCHES, device=CPU)
-    rows = [row for seed in (0, 1) for step in (0, 1) for row in noise(seed=seed, step=step)]
-    visible = {tuple(SPLIT[None](row.unsqueeze(0)).visible[0].tolist()) for row in rows}
-    assert len(visible) == 8
+    rows = [row for seed in (0, 1) for step in (0, 1) for row in noise_of(2, step=step, seed=seed)]
+    splits = [MASKING[None].split(row.unsqueeze(0)) for row in rows]
+    assert len({tuple(split.visible[0].tolist()) for split in splits}) == 8
 
 
 @pytest.fixture
@@ -379,156 +370,6 @@ def test_broken_images_are_counted_and_end_the_run_above_the_limit():
     assert stats["broken_images"] == 7
     with pytest.raises(InputError, match=r"a\.png"):
         train(model, prepared(7, broken=broken), make_state(model))
-
-
-# Measuring
-
-
-def make_eval_loader(images, batch_size=8, rank=0, world_size=1):
-    transform = eval_transform(IMG_SIZE, MEAN, STD)
-    dataset = build_dataset("folder", images, split="train", transform=transform, seed=0)
-    share = {"rank": rank, "world_size": world_size, "num_workers": 0, "pin_memory": False}
-    return build_eval_loader(dataset, batch_size=batch_size, **share)
-
-
-def measure(model, loader, seed=0, amp="fp32"):
-    return evaluate(
-        model,
-        loader,
-        split_tokens=SPLIT[None],
-        num_patches=NUM_PATCHES,
-        seed=seed,
-        mean=MEAN,
-        std=STD,
-        precision=Precision(amp, CPU),
-        device=CPU,
-    )
-
-
-def restored(images):
-    """Pixels in [0, 1] again."""
-    return images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
-
-
-@pytest.mark.parametrize("build", [crossmae_nano, mae_nano])
-@pytest.mark.parametrize("norm_pix_loss", [True, False])
-def test_evaluation_equals_the_formulas_written_out(images, build, norm_pix_loss):
-    model = build(norm_pix_loss=norm_pix_loss)
-    all_images = torch.cat([batch.to(CPU)[0] for batch in make_eval_loader(images)])
-    losses, psnrs = [], []
-    for index, image in enumerate(all_images.unsqueeze(1)):
-        split = heldout_split([index], SPLIT[None], num_patches=NUM_PATCHES, seed=0, device=CPU)
-        ids = split.predicted[0]
-        pred = model.predict(image, split)[0].detach()  # (P, p*p*C)
-        patches = patchify(image, 4)[0, ids]
-        target = patches
-        if norm_pix_loss:
-            mean = patches.mean(dim=1, keepdim=True)
-            deviation = (patches.var(dim=1, keepdim=True) + 1e-6) ** 0.5
-            target = (patches - mean) / deviation
-        losses.append(((pred - target) ** 2).mean())
-
-        # Put the predictions into the image, and compare masked pixels.
-        pixels = pred * deviation + mean if norm_pix_loss else pred
-        canvas = patchify(image, 4)[0]
-        canvas[ids] = pixels
-        canvas = canvas.view(4, 4, 4, 4, 3).permute(4, 0, 2, 1, 3).reshape(3, 16, 16)
-        difference = restored(canvas).clamp(0, 1) - restored(image[0])
-        error = (difference**2).sum() / (len(ids) * 4 * 4 * 3)
-        psnrs.append(10 * math.log10(1 / error))
-    assert measure(model, make_eval_loader(images)) == {
-        "val_loss": pytest.approx(sum(losses).item() / 41, rel=1e-4),
-        "val_psnr": pytest.approx(sum(psnrs) / 41, rel=1e-4),
-        "val_images": 41,
-    }
-
-
-def test_batch_size_changes_nothing_and_the_seed_does(images):
-    model = crossmae_nano()
-    expected = measure(model, make_eval_loader(images, batch_size=8))
-    for batch_size in (1, 5, 64):
-        got = measure(model, make_eval_loader(images, batch_size=batch_size))
-        assert got == pytest.approx(expected, rel=1e-5)
-    assert measure(model, make_eval_loader(images))["val_loss"] == expected["val_loss"]
-    other = measure(model, make_eval_loader(images), seed=1)
-    assert other["val_loss"] != pytest.approx(expected["val_loss"], rel=1e-4)
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 64])
-def test_processes_count_each_image_once(images, monkeypatch, world_size):
-    model = crossmae_nano()
-    expected = measure(model, make_eval_loader(images))
-    sums = []
-
-    def keep(values):
-        sums.append(values)
-        return torch.ones(1, 3)
-
-    monkeypatch.setattr(engine_pretrain, "world_size", lambda: world_size)
-    monkeypatch.setattr(engine_pretrain, "stack_over_processes", keep)
-    for rank in range(world_size):
-        monkeypatch.setattr(engine_pretrain, "rank", lambda rank=rank: rank)
-        measure(model, make_eval_loader(images, 8, rank, world_size))
-    loss, psnr, num_images = torch.stack(sums).sum(dim=0).tolist()
-    assert num_images == 41
-    assert loss / 41 == pytest.approx(expected["val_loss"], rel=1e-5)
-    assert psnr / 41 == pytest.approx(expected["val_psnr"], rel=1e-5)
-
-
-def test_a_perfect_prediction_has_no_loss_and_the_highest_psnr(images):
-    model = crossmae_nano()
-    model.predict = model.target
-    stats = measure(model, make_eval_loader(images))
-    assert stats["val_loss"] == 0
-    assert stats["val_psnr"] == pytest.approx(100)
-
-
-def test_evaluation_leaves_the_model_and_the_random_state_as_they_were(images):
-    model = crossmae_nano()
-    weights, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    measure(model, make_eval_loader(images), amp="bf16")
-    assert torch.equal(torch.get_rng_state(), random)
-    torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-# Pictures
-
-
-@pytest.mark.parametrize("build", [crossmae_nano, mae_nano])
-def test_pictures_decode_every_masked_patch(images, build, monkeypatch):
-    model = build()
-    if build is crossmae_nano:
-        train(model, make_loader(images), make_state(model), gamma=0.25)
-    batch, _ = next(iter(make_eval_loader(images, batch_size=3))).to(CPU)
-    split = heldout_split(range(3), SPLIT[None], num_patches=NUM_PATCHES, seed=0, device=CPU)
-    seen = []
-    panels = engine_pretrain.reconstruction_panels
-
-    def keep(*inputs):
-        seen.extend(panels(*inputs))
-        return seen
-
-    monkeypatch.setattr(engine_pretrain, "reconstruction_panels", keep)
-    precision = Precision("fp32", CPU)
-    figure = draw_reconstructions(model, batch, split, mean=MEAN, std=STD, precision=precision)
-    assert figure.dtype == "uint8"
-    assert figure.ndim == 3
-    original, masked, reconstruction, whole = (patchify(panel, 4) for panel in seen)
-    torch.testing.assert_close(seen[0], restored(batch))
-    for i in range(3):
-        visible, hidden = split.visible[i], split.predicted[i]
-        assert len(visible) + len(hidden) == NUM_PATCHES
-        assert (masked[i, hidden] == 0.5).all()
-        assert torch.equal(whole[i, visible], original[i, visible])
-        assert torch.equal(whole[i, hidden], reconstruction[i, hidden])
-        assert (reconstruction[i, hidden] != 0.5).float().mean() > 0.9
-    pred = model.pixels(model.predict(batch, split), batch, split).detach()
-    pred = pred.view(3, -1, 16, 3) * torch.tensor(STD) + torch.tensor(MEAN)
-    for i in range(3):
-        torch.testing.assert_close(
-            reconstruction[i, split.predicted[i]], pred[i].clamp(0, 1).flatten(1)
-        )
 
 
 def test_raw_images_train_as_normalised_ones_to_the_bit():

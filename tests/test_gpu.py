@@ -20,10 +20,10 @@ from tests.helpers.runs import TINY, log_without_time, run, run_until, write_ima
 from util.compute.batch_size import find_batch_size
 from util.compute.compiling import compile_model
 from util.compute.precision import ATTENTION_BACKENDS, Precision
-from util.data.batch import Batch, CopyStream, Normalization, Sample, collate
+from util.data.batch import Batch, Normalization, Sample, collate
 from util.data.transforms import RandomCrops
 from util.errors import InputError
-from util.masking import count_tokens, random_split
+from util.masking import Masking, count_tokens, random_split
 from util.optim import build_adamw, set_lr
 from util.recompute import MEMORY_MODES, set_memory
 from util.runs.meters import EpochMeters
@@ -138,12 +138,13 @@ def test_the_host_never_waits_for_the_device_within_a_step(amp, memory):
     flips = torch.tensor([True, False] * 4).pin_memory()
     labels = torch.zeros(8, dtype=torch.long).pin_memory()
     batch = Batch(pixels, labels, [], flips, Normalization((0.5,) * 3, (0.5,) * 3))
-    copies = CopyStream(CUDA)
+
+    masking = Masking((14, 14), COUNTS, "random", seed=0)
 
     def step(number):
         set_lr(optimizer, 1e-4)
-        split = random_split(step_noise(0, number, 8, 196, CUDA), COUNTS)
-        images = copies.copy(batch).raw(CUDA)
+        split = masking.split(step_noise(masking, number, 8, 1, CUDA))
+        images = batch.raw(CUDA)
         with precision.autocast():
             loss = model(images, split)
         precision.backward(loss)
@@ -173,10 +174,10 @@ def test_batches_copied_beside_the_computing_arrive_whole():
         )
         for number in range(20)
     ]
-    copies, found = CopyStream(CUDA), []
+    found = []
     a = torch.randn(4096, 4096, device=CUDA)
     for batch in batches:  # the device is far behind the host, and memory is used again
-        images, labels = copies.copy(batch).to(CUDA)
+        images, labels = batch.to(CUDA)
         a = a @ a / a.norm()
         found.append(((images * 255).mean() + labels.float().mean()) / 2)
     assert torch.stack(found).tolist() == pytest.approx(range(20), abs=1e-3)

@@ -169,7 +169,7 @@ def digits_loader(num_images, rank=0, world_size=1):
     dataset = IndexedImages(Digits("validation"), transform, seed=0)
     dataset.num_samples = num_images
     place = {"rank": rank, "world_size": world_size}
-    return build_eval_loader(dataset, batch_size=4, num_workers=0, pin_memory=False, **place)
+    return build_eval_loader(dataset, batch_size=4, num_workers=0, device=CPU, **place)
 
 
 def extract(loader, *, encode=encode, precision=FP32, max_broken=1.0):

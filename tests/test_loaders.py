@@ -107,7 +107,7 @@ def test_a_source_of_arrays_is_read_too():
     source = [(array, label) for label, array in enumerate(pixels.numpy())]
     dataset = IndexedImages(source, eval_transform((20, 30), PLAIN.mean, PLAIN.std), seed=0)
     loader = build_eval_loader(
-        dataset, batch_size=5, rank=0, world_size=1, num_workers=0, pin_memory=False
+        dataset, batch_size=5, rank=0, world_size=1, num_workers=0, device=CPU
     )
     ((images, labels),) = (batch.to(CPU) for batch in loader)
     assert torch.equal((images * 255).round().to(torch.uint8), pixels.permute(0, 3, 1, 2))

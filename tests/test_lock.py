@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import signal
@@ -41,6 +42,31 @@ def test_the_lock_of_a_killed_process_is_free(other, tmp_path):
     assert owner["process"] == os.getpid()
     lock.release()
     assert not (tmp_path / "run" / LOCK_NAME).exists()
+
+
+def test_a_folder_that_was_made_for_nothing_goes_again(tmp_path):
+    FolderLock(tmp_path / "a" / "run").release()
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "b").mkdir()
+    FolderLock(tmp_path / "b").release()
+    assert (tmp_path / "b").exists()
+    lock = FolderLock(tmp_path / "c")
+    (tmp_path / "c" / "args.json").touch()
+    lock.release()
+    assert (tmp_path / "c" / "args.json").exists()
+
+
+def test_a_lock_that_its_owner_removes_in_the_meantime_is_taken_again(tmp_path, monkeypatch):
+    first, lockf = FolderLock(tmp_path), fcntl.lockf
+
+    def release_then_lock(*args):
+        monkeypatch.setattr(fcntl, "lockf", lockf)
+        first.release()
+        lockf(*args)
+
+    monkeypatch.setattr(fcntl, "lockf", release_then_lock)
+    second = FolderLock(tmp_path)
+    assert second.path.samefile(f"/proc/self/fd/{second.file.fileno()}")
 
 
 def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(tmp_path):

@@ -37,6 +37,7 @@ from tests.helpers.runs import (
 )
 from util.runs.checkpoint import BEST_NAME, list_checkpoints, read_checkpoint
 from util.runs.run_log import read_log
+from util.weights.encoder import read_encoder
 
 QUICK = ["--batch_size", "8", "--epochs", "2", "--num_workers", "0", "--amp", "fp32"]
 QUICK += ["--device", "cpu"]
@@ -148,7 +149,7 @@ def test_a_run_starts_from_the_weights_of_a_file_and_says_what_is_new(
     argv = [*QUICK, "--finetune", path, "--data_path", images, "--epochs", 1]
     # So small a rate changes nothing.
     finetune(*argv, "--lr", 1e-30, "--min_lr", 0, "--output_dir", tmp_path / "run")
-    weights = main_finetune.read_encoder(path)
+    weights = read_encoder(path)
     model = last_checkpoint(tmp_path / "run")["model"]
     for name, tensor in weights.encoder.items():
         assert torch.allclose(model[name], tensor, rtol=0, atol=1e-20), name
@@ -397,7 +398,7 @@ def test_held_out_images_may_come_later(tmp_path, images, capsys):
         ["--auto_augment", "rand-m10-n9-inc1"],  # the strongest, which a default run draws at times
         ["--aa", "augmix-m5-w4-d2", "--remode", "const", "--recount", "3", "--reprob", "1"],
         ["--batch_size", "36", "--pool", "cls"],  # one image is left over
-        ["--nb_classes", "3", "--layer_decay", "1", "--crop_share", "1", "--num_workers", "1"],
+        ["--nb_classes", "3", "--layer_decay", "1", "--crop_pct", "1", "--num_workers", "1"],
     ],
     ids=" ".join,
 )
@@ -748,7 +749,7 @@ REFUSED = {
     "--reprob 2": "2 does not lie in 0 to 1",
     "--remode noise": "invalid choice: 'noise'",
     "--recount 0": "0 is not at least 1",
-    "--crop_share 0": "0 does not lie in 0.1 to 1",
+    "--crop_pct 0": "0 does not lie in 0.1 to 1",
     "--warmup_epochs 2": "--warmup_epochs 2 is not below --epochs 2",
     "--epochs 0": "0 is not at least 1",
     "--lr 0": "0 is not above 0",

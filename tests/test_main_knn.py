@@ -99,7 +99,7 @@ def test_digits_from_start_to_end(tmp_path, weights, capsys):
 @pytest.mark.parametrize("pool", ["avg", "cls"])
 def test_numbers_are_those_of_the_encoder_loaded_and_at_its_start(tmp_path, images, weights, pool):
     argv = ["--data_path", images, "--pool", pool, "--k", 1, 7, "--temperature", 0.5]
-    argv += ["--seed", 3, "--crop_share", 1, "--no-logistic"]
+    argv += ["--seed", 3, "--crop_pct", 1, "--no-logistic"]
     report = measure(tmp_path / "beside", weights, *argv, "--untrained")
     assert report["mean"] == [0.4, 0.5, 0.6]
     assert report["input_size"] == [16, 16]
@@ -129,11 +129,11 @@ def test_numbers_are_those_of_the_encoder_loaded_and_at_its_start(tmp_path, imag
 
 def test_given_sizes_and_colours_come_before_those_of_the_weights(tmp_path, images, weights):
     colours = ["--mean", 0, 0, 0, "--std", 1, 1, 1]
-    argv = ["--data_path", images, "--input_size", 24, 20, *colours, "--crop_share", 0.5]
+    argv = ["--data_path", images, "--input_size", 24, 20, *colours, "--crop_pct", 0.5]
     report = measure(tmp_path, weights, *argv, "--attention_backend", "math")
     assert report["input_size"] == [24, 20]
     assert (report["mean"], report["std"]) == ([0, 0, 0], [1, 1, 1])
-    assert report["crop_share"] == 0.5
+    assert report["crop_pct"] == 0.5
 
 
 def test_held_out_images_from_elsewhere(tmp_path, images, weights):
@@ -165,8 +165,8 @@ REFUSED = {
     "--dataset wds/a.tar --num_samples 9": "stream",
     "--input_size 18": "patches of 4 px do not divide 18 x 18 px",
     "--std 0 1 1": "--std must be above 0",
-    "--crop_share 0": "0 does not lie in 0.1 to 1",
-    "--crop_share 2": "--crop_share",
+    "--crop_pct 0": "0 does not lie in 0.1 to 1",
+    "--crop_pct 2": "--crop_pct",
     "--k 0": "0 is not at least 1",
     "--temperature 0": "0 is not above 0",
     "--shots 0": "0 is not at least 1",

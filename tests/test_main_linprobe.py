@@ -219,7 +219,7 @@ def test_without_held_out_images_a_probe_says_so_and_trains(tmp_path, images, we
     "options",
     [
         ["--amp", "bf16", "--accum_iter", "2"],
-        ["--input_size", "24", "20", "--crop_share", "1", "--num_workers", "1"],
+        ["--input_size", "24", "20", "--crop_pct", "1", "--num_workers", "1"],
         ["--attention_backend", "math", "--clip_grad", "0.1", "--nb_classes", "3"],
     ],
     ids=" ".join,
@@ -338,7 +338,7 @@ REFUSED = {
     "--data_path nowhere": "nowhere does not exist",
     "--num_samples 10": "drop --num_samples",
     "--std 0 1 1": "--std must be above 0",
-    "--crop_share 2": "2 does not lie in 0.1 to 1",
+    "--crop_pct 2": "2 does not lie in 0.1 to 1",
     "--warmup_epochs 2": "--warmup_epochs 2 is not below --epochs 2",
     "--epochs 0": "0 is not at least 1",
     "--blr 0": "0 is not above 0",

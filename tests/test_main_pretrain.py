@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main_knn
 import main_pretrain
-from engine_pretrain import evaluate, train_one_epoch
+from engine_pretrain import train_one_epoch
 from main_pretrain import parse_args
 from models import MODELS, load_model
 from models_vit import SIZES
@@ -36,6 +36,8 @@ from tests.helpers.runs import (
     write_images,
 )
 from util.errors import InputError
+from util.eval import monitor
+from util.eval.monitor import evaluate
 from util.runs.checkpoint import list_checkpoints, read_checkpoint
 from util.runs.run import versions
 from util.runs.run_log import read_log
@@ -130,19 +132,19 @@ def test_a_run_predicts_its_share_and_held_out_images_are_decoded_whole(
 ):
     seen = {}
 
-    def predicted_by(split_tokens):
-        return split_tokens(torch.rand(2, 16)).predicted.shape[1]
+    def predicted_by(split):
+        return split(torch.rand(2, 16)).predicted.shape[1]
 
-    def train(model, loader, state, *, split_tokens, **options):
-        seen["training"] = predicted_by(split_tokens)
-        return train_one_epoch(model, loader, state, split_tokens=split_tokens, **options)
+    def train(model, loader, state, *, masking, **options):
+        seen["training"] = predicted_by(masking.split)
+        return train_one_epoch(model, loader, state, masking=masking, **options)
 
-    def measure(model, loader, *, split_tokens, **options):
-        seen["held out"] = predicted_by(split_tokens)
-        return evaluate(model, loader, split_tokens=split_tokens, **options)
+    def measure(model, loader, *, masking, **options):
+        seen["held out"] = predicted_by(masking.full_split)
+        return evaluate(model, loader, masking=masking, **options)
 
     monkeypatch.setattr(main_pretrain, "train_one_epoch", train)
-    monkeypatch.setattr(main_pretrain, "evaluate", measure)
+    monkeypatch.setattr(monitor, "evaluate", measure)
     run(*TINY, *argv, "--epochs", 1, "--data_path", images, "--output_dir", tmp_path)
     mask_ratio = float(argv[1]) if argv[0] == "--mask_ratio" else 0.75
     num_masked = 16 - math.floor(16 * (1 - mask_ratio))
@@ -186,7 +188,7 @@ def test_a_run_shows_whether_it_learns_by_nearest_neighbours(tmp_path, capsys, m
 
     # The same as main_knn.py measures on the checkpoint.
     argv = ["--finetune", list_checkpoints(tmp_path)[-1], "--dataset", "digits", "--no-logistic"]
-    argv += ["--amp", "fp32", "--crop_share", 1, "--num_workers", 0, "--output_dir", tmp_path]
+    argv += ["--amp", "fp32", "--crop_pct", 1, "--num_workers", 0, "--output_dir", tmp_path]
     run(*argv, main=main_knn.main)
     report = json.loads((tmp_path / "knn.json").read_text())["results"]["pre-trained"]
     assert report == {f"{k}-NN": read_log(tmp_path)[-1][f"knn{k}"] for k in (10, 20, 100)}
@@ -353,7 +355,7 @@ def test_a_stopped_run_with_several_crops_of_an_image_continues_bit_for_bit(
 def test_the_crops_of_an_image_are_part_of_what_a_run_is(tmp_path, images, capsys, nano):
     place = ["--data_path", images, "--output_dir", tmp_path / "run", "--epochs", 1]
     run(*TINY, *place, "--repeated_aug", 2)
-    assert "--repeated_aug was 2 and is now None" in refusal(capsys, *TINY, *place)
+    assert "--repeated_aug was 2 and is now 1" in refusal(capsys, *TINY, *place)
 
 
 def kill_after_saving(num_times, words):

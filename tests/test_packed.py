@@ -9,7 +9,7 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 
-from util.data.datasets import build_dataset, default_dataset, open_heldout
+from util.data.datasets import build_dataset, open_val
 from util.data.packed import (
     FIELDS,
     INDEX,
@@ -19,6 +19,7 @@ from util.data.packed import (
     holds_packed,
     write_packed,
 )
+from util.data.settings import DataSettings
 from util.errors import InputError
 
 SIZES = [(5, 7), (1, 9), (300, 2)]
@@ -85,8 +86,8 @@ def test_packed_folders_are_known_by_their_index(folder):
 def test_packed_images_are_a_data_set_found_by_name_or_by_themselves(folder):
     shutil.copytree(folder, folder.parent / "val")
     options = {"transform": None, "seed": 0}
-    assert default_dataset(None, folder.parent, None) == "packed"
-    assert default_dataset(None, None, folder) == "packed"
+    assert DataSettings(data_path=folder.parent).name == "packed"
+    assert DataSettings(val_path=folder).name == "packed"
     for name in ("", "packed", "Packed"):
         for path in (folder, folder.parent):
             images = build_dataset(name, path, split="train", **options)
@@ -96,7 +97,7 @@ def test_packed_images_are_a_data_set_found_by_name_or_by_themselves(folder):
         held_out = build_dataset(name, folder.parent, split="validation", **options)
         assert held_out.reader.root == folder.parent / "val"
     # Wherever a folder of images could be named.
-    held_out = open_heldout("digits", None, val_path=folder.parent / "val", **options)
+    held_out = open_val(DataSettings(dataset="digits", val_path=folder.parent / "val"), **options)
     assert held_out.reader.root == folder.parent / "val"
 
 

@@ -26,8 +26,9 @@ from tests.helpers.runs import (
     write_classes,
 )
 from util.data.classes import check_classes
-from util.data.datasets import build_dataset, default_dataset, open_pair
+from util.data.datasets import build_dataset, open_train_val
 from util.data.decode import read_rgb
+from util.data.settings import DataSettings
 from util.errors import InputError
 from util.runs.checkpoint import list_checkpoints, read_checkpoint
 
@@ -78,8 +79,7 @@ def prepare(images, out, *options):
 
 
 def opened(path, split="train"):
-    name = default_dataset(None, path, None)
-    return build_dataset(name, path, split=split, transform=None, seed=0)
+    return build_dataset("", path, split=split, transform=None, seed=0)
 
 
 def names_of(images):
@@ -165,13 +165,8 @@ def test_a_folder_without_classes_and_splits(images, tmp_path, form):
 
 def test_held_out_images_alone_are_named_by_their_own_path(images, prepared):
     for place in ("uint8/val", "jpeg/val.tar"):
-        train_set, val_set = open_pair(
-            "folder",
-            images,
-            val_path=prepared / place,
-            transforms=(None, None),
-            seed=0,
-        )
+        data = DataSettings(dataset="folder", data_path=images, val_path=prepared / place)
+        train_set, val_set = open_train_val(data, None, None, seed=0)
         assert (len(train_set), len(val_set)) == (15, 9)
         assert check_classes(train_set, val_set, None) == 3
 

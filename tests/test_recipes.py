@@ -18,7 +18,6 @@ from tests.helpers.runs import ROOT
 from util.compute.precision import Precision
 from util.data.broken_images import BrokenImages
 from util.runs.checkpoint import CheckpointWriter, Progress, TrainState
-from util.runs.meters import EpochMeters
 
 RECIPES = ROOT / "scripts" / "recipes"
 EXPECTED = {  # by the paper, in percent
@@ -197,7 +196,6 @@ def test_a_run_that_ends_writes_the_checkpoint_that_is_finetuned(tmp_path, epoch
         optimizer=torch.optim.SGD(model.parameters()),
         precision=Precision("fp32", device),
         progress=Progress(epoch=epochs),
-        meters=EpochMeters(device),
         broken=BrokenImages(1, 0.0),
     )
     options = {"kind": "pretrain", "every_minutes": None, "keep_last": 3}

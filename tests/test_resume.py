@@ -8,13 +8,13 @@ from test_checkpoint import save_at, truncate
 
 from tests.helpers.runs import assert_identical
 from util.errors import InputError
-from util.runs.checkpoint import read_checkpoint
+from util.runs.checkpoint import list_checkpoints, read_checkpoint
 from util.runs.resume import EFFECTIVE_BATCH, check_same_run, newest_good_checkpoint, read_resume
 
 
 def find_resume(folder, resume):
     """The path of the checkpoint that a run continues from."""
-    found = read_resume(folder, resume, "pretrain")
+    found = read_resume(folder, resume, "pretrain", list_checkpoints(folder))
     if found is None:
         return None
     path, content = found
@@ -178,3 +178,16 @@ def test_another_batch_is_refused_with_what_holds_on_any_number_of_processes():
     before = CHECKPOINT | {"identity": IDENTITY | {EFFECTIVE_BATCH: 4096}}
     with pytest.raises(InputError, match="--effective_batch_size 4096 holds on any number"):
         check_same_run(before, IDENTITY | {EFFECTIVE_BATCH: 2048}, RECIPE, PATH)
+
+
+def test_an_option_of_a_newer_version_that_was_not_given_changes_nothing(caplog):
+    fixed, may_change = IDENTITY | {"--new": 3}, RECIPE | {"--speed": "high"}
+    check_same_run(CHECKPOINT, fixed, may_change, PATH, {"--epochs"})
+    assert caplog.messages == []
+
+
+def test_an_option_of_a_newer_version_that_was_given_is_a_difference(caplog):
+    with pytest.raises(InputError, match="--new was None and is now 4"):
+        check_same_run(CHECKPOINT, IDENTITY | {"--new": 4}, RECIPE, PATH, {"--new"})
+    check_same_run(CHECKPOINT, IDENTITY, RECIPE | {"--speed": "low"}, PATH, {"--speed"})
+    assert caplog.messages == ["continuing with a change: --speed was None and is now 'low'"]

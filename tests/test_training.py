@@ -6,10 +6,9 @@ from test_engine_pretrain import CPU, PreparedLoader, Recorder, make_state
 from timm.utils import ModelEmaV3
 
 from util.data.batch import Batch
-from util.errors import InputError
 from util.optim import build_adamw
 from util.runs import training
-from util.runs.training import train_epoch
+from util.runs.training import training_steps
 
 NUM_PIXELS, NUM_CLASSES = 12, 3
 
@@ -38,36 +37,25 @@ def errors_of(model, batch):
     return torch.nn.functional.cross_entropy(model(batch.images), batch.labels, reduction="none")
 
 
-def train(model, loader, state, *, seen=None, num_classes=NUM_CLASSES, lr=0.1, **options):
-    """One epoch; `seen` takes down what the loss of each micro-batch is told."""
+def train(model, loader, state, *, seen=None, lr=0.1, **options):
+    """One epoch; `seen` takes down the place of each micro-batch."""
     seen, recorder = [] if seen is None else seen, Recorder()
-
-    def start_step(step, num_images):
-        def loss_of(batch, first):
-            seen.append((step, num_images, len(batch.images), first))
-            return errors_of(model, batch).mean()
-
-        return loss_of
-
     usual = {"log_every": 100, "run_log": recorder, "checkpoints": recorder, "device": CPU}
-    return train_epoch(
-        model,
-        loader,
-        state,
-        start_step=start_step,
-        lr_at=lambda _: lr,
-        num_classes=num_classes,
-        **usual | options,
-    )
+    for step in training_steps(model, loader, state, lr_at=lambda _: lr, **usual | options):
+        for batch, rows in step.micro_batches():
+            seen.append((step.number, step.num_images, len(batch.images), rows))
+            step.backward(errors_of(model, batch).mean())
+    return state.end_epoch()
 
 
-def test_the_loss_knows_its_place_in_the_step():
+def test_a_micro_batch_knows_its_place_in_the_step():
     model, seen = make_model(), []
     state = sgd_state(model)
     state.progress.step, state.progress.epoch = 20, 2
     train(model, make_loader((4, 4), (2, 1)), state, seen=seen)
-    # Step in the run, images of the step, images of the micro-batch, images before it.
-    assert seen == [(20, 8, 4, 0), (20, 8, 4, 4), (21, 3, 2, 0), (21, 3, 1, 2)]
+    # Step in the run, images of the step, images of the micro-batch, which of the step's they are.
+    first, second = [(20, 8, 4, slice(0, 4)), (20, 8, 4, slice(4, 8))]
+    assert seen == [first, second, (21, 3, 2, slice(0, 2)), (21, 3, 1, slice(2, 3))]
 
 
 @pytest.mark.parametrize("sizes", [(5,), (4, 1), (1, 2, 2)])
@@ -117,12 +105,7 @@ def test_the_moving_average_equals_its_formula():
     assert not torch.allclose(expected["1.weight"], model[1].weight)
 
 
-def test_a_wrong_label_ends_training_before_the_step_and_unused_ones_are_not_read():
-    model, loader = make_model(), make_loader((4,), (4,))
-    loader.prepared[1][0].labels[2] = 7
-    state = sgd_state(model)
-    with pytest.raises(InputError, match="label 7"):
-        train(model, loader, state)
-    assert state.progress.step == 1
-    loader.prepared[1][0].labels[2] = -100  # which cross-entropy passes over
-    train(model, PreparedLoader(loader.prepared[1:]), sgd_state(model), num_classes=None)
+def test_labels_are_not_read():
+    model, loader = make_model(), make_loader((4,))
+    loader.prepared[0][0].labels[2] = -100  # which cross-entropy passes over
+    train(model, loader, sgd_state(model))

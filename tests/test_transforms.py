@@ -12,7 +12,8 @@ from util.data.batch import Sample, collate, denormalize
 from util.data.images import IndexedImages
 from util.data.loaders import build_train_loader
 from util.data.transforms import (
-    default_crop_share,
+    AugmentSettings,
+    default_crop_pct,
     draw_box,
     eval_transform,
     finetune_transform,
@@ -81,9 +82,8 @@ def coordinates_image(side=256):
 
 
 def finetune(size=(32, 48), normalization=IDENTITY, **options):
-    plain = {"auto_augment": None, "color_jitter": None}
-    plain |= {"erase_prob": 0.0, "erase_mode": "pixel", "erase_count": 1}
-    return finetune_transform(size, *normalization, **(plain | options))
+    plain = {"auto_augment": "none", "reprob": 0.0}
+    return finetune_transform(size, *normalization, AugmentSettings(**(plain | options)))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_eval_transform_equals_torchvisions_for_squares():
             v2.Normalize(MEAN, STD),
         ]
     )
-    ours = eval_transform((224, 224), MEAN, STD, crop_share=224 / 256)
+    ours = eval_transform((224, 224), MEAN, STD, crop_pct=224 / 256)
     for width, height in ((300, 500), (640, 333), (256, 256), (50, 40)):
         noise = torch.randint(256, (height, width, 3), dtype=torch.uint8).numpy()
         image = Image.fromarray(noise)
@@ -144,7 +144,7 @@ def test_eval_transform_equals_torchvisions_for_squares():
 @pytest.mark.parametrize("image_size", [(400, 100), (100, 400), (256, 256), (7, 5)])
 def test_eval_transform_cuts_the_centre_without_padding(image_size):
     image = Image.new("RGB", image_size, "white")
-    (tensor,) = prepared(eval_transform((32, 64), *IDENTITY, crop_share=0.8), image)
+    (tensor,) = prepared(eval_transform((32, 64), *IDENTITY, crop_pct=0.8), image)
     assert tensor.shape == (3, 32, 64)
     assert (tensor == 1).all()
 
@@ -161,12 +161,12 @@ def test_eval_transform_keeps_the_aspect_ratio_and_the_middle():
     [((224, 224), 0.875), ((32, 32), 0.875), ((225, 225), 1), ((192, 384), 1), ((384, 384), 1)],
 )
 def test_small_images_are_cut_out_of_larger_ones(size, share):
-    assert default_crop_share(size) == share
+    assert default_crop_pct(size) == share
 
 
 def test_crop_share_above_one_is_refused():
-    with pytest.raises(ValueError, match="crop_share"):
-        eval_transform((32, 32), MEAN, STD, crop_share=1.1)
+    with pytest.raises(ValueError, match="crop_pct"):
+        eval_transform((32, 32), MEAN, STD, crop_pct=1.1)
 
 
 def test_normalised_with_mean_and_std_and_back():
@@ -180,7 +180,7 @@ def test_normalised_with_mean_and_std_and_back():
 
 # Augmentation of fine-tuning
 
-STRONG = {"auto_augment": "rand-m9-mstd0.5-inc1", "erase_prob": 0.5}
+STRONG = {"auto_augment": "rand-m9-mstd0.5-inc1", "reprob": 0.5}
 
 
 class Noise:
@@ -211,7 +211,7 @@ def epoch_of(transform, epoch, num_workers=0):
     "options",
     [
         STRONG,
-        STRONG | {"erase_prob": 1.0, "erase_count": 3, "erase_mode": "rand"},
+        STRONG | {"reprob": 1.0, "recount": 3, "remode": "rand"},
         {"color_jitter": 0.4},
         {"auto_augment": "augmix-m5-w4-d2-mstd1"},
         {"auto_augment": "rand-m9-n3-p0.5-mmax10-tweights"},
@@ -246,7 +246,7 @@ def test_finetune_images_are_normalised_float32(size):
 
 @pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
 def test_random_erasing_replaces_a_rectangle(mode):
-    transform = finetune((64, 64), (MEAN, STD), erase_prob=1.0, erase_mode=mode)
+    transform = finetune((64, 64), (MEAN, STD), reprob=1.0, remode=mode)
     image = prepared(transform, Image.new("RGB", (64, 64), "white"))[0, 0]
     erased = image[image != image[image.isclose(torch.tensor((1 - MEAN[0]) / STD[0]))][0]]
     assert 0.01 < erased.numel() / image.numel() < 0.35  # timm's rectangles: 2 to 33 % of the area
@@ -257,7 +257,7 @@ def test_random_erasing_replaces_a_rectangle(mode):
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "none", "rand-9", "rand-mm9", "rand-m9.5", "rand-mstd", "rand-m9-tfoo", "random-m9"),
+        *("", "rand-9", "rand-mm9", "rand-m9.5", "rand-mstd", "rand-m9-tfoo", "random-m9"),
         *("augmix-n3", "original-m9", "v1", "rand-m9,mstd0.5", "rand-m9-"),
     ],
 )

@@ -1,12 +1,15 @@
 """Which patches the encoder sees and which the decoder predicts (Sec. 3.3, App. B.4)."""
 
+import argparse
 import math
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from util.arguments import ratio
 from util.errors import InputError
 
 MASK_SAMPLINGS = ("random", "grid")
@@ -129,7 +132,112 @@ def split_tokens(
     raise ValueError(f"masks are drawn in one of the ways {MASK_SAMPLINGS}, not {sampling!r}")
 
 
+@dataclass(frozen=True)
+class MaskSettings:
+    """Which patches are masked, and which of those are predicted.
+
+    Raises:
+        InputError: more is to be predicted than is masked.
+    """
+
+    mask_ratio: float
+    pred_ratio: float | None = None
+    """None is the mask ratio."""
+    mask_sampling: str = "random"
+
+    def __post_init__(self) -> None:
+        if self.pred_ratio is not None and self.pred_ratio > self.mask_ratio:
+            raise InputError(
+                f"--pred_ratio {self.pred_ratio} is above --mask_ratio {self.mask_ratio}: only "
+                "hidden patches can be predicted, so lower it or hide more"
+            )
+
+    @property
+    def predicted(self) -> float:
+        """γ."""
+        return self.pred_ratio or self.mask_ratio
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How patches are split in a run: some of the masked ones are predicted in training.
+
+    Args:
+        grid_size: patches (down, across).
+        counts: of training.
+        sampling: one of MASK_SAMPLINGS.
+        seed: of the run.
+    """
+
+    grid_size: tuple[int, int]
+    counts: TokenCounts
+    sampling: str
+    seed: int
+
+    @classmethod
+    def of(
+        cls,
+        settings: MaskSettings,
+        grid_size: tuple[int, int],
+        *,
+        seed: int,
+        all_masked: bool = False,
+    ) -> "Masking":
+        """The masking of a model with this grid of patches.
+
+        Args:
+            settings: the ratios and the way of sampling.
+            grid_size: patches (down, across).
+            seed: of the run.
+            all_masked: predict every masked patch, as MAE does. γ = p may differ by a patch of
+                rounding.
+
+        Raises:
+            InputError: the ratios or the way of sampling do not fit the number of patches.
+        """
+        if settings.mask_sampling == "grid":
+            check_grid(grid_size, settings.mask_ratio)
+        pred_ratio = None if all_masked else settings.predicted
+        counts = count_tokens(math.prod(grid_size), settings.mask_ratio, pred_ratio)
+        return cls(grid_size, counts, settings.mask_sampling, seed)
+
+    @property
+    def num_patches(self) -> int:
+        """L."""
+        return self.counts.patches
+
+    def split(self, noise: Tensor) -> TokenSplit:
+        """Split the patches of a training batch by noise (B, L), see `split_tokens`."""
+        return split_tokens(noise, self.counts, self.grid_size, self.sampling)
+
+    def full_split(self, noise: Tensor) -> TokenSplit:
+        """The same, but every masked patch is predicted."""
+        counts = self.counts._replace(predicted=self.counts.masked)
+        return split_tokens(noise, counts, self.grid_size, self.sampling)
+
+
 def hidden_mask(split: TokenSplit, num_patches: int) -> Tensor:
     """Bool (B, L), True where a patch is masked; for display."""
     mask = torch.ones(split.visible.shape[0], num_patches, dtype=torch.bool)
     return mask.to(split.visible.device).scatter(1, split.visible, False)
+
+
+def add_masking_args(parser: argparse.ArgumentParser, *, mask_ratio: float) -> None:
+    """The flags of MaskSettings."""
+    group = parser.add_argument_group("masking")
+    group.add_argument(
+        "--mask_ratio", type=ratio, default=mask_ratio, help="share of patches hidden (%(default)s)"
+    )
+    group.add_argument(
+        "--pred_ratio",
+        "--kept_mask_ratio",
+        type=ratio,
+        help="share of all patches predicted; 0.25 is the setting of the paper's efficiency claims "
+        "(the mask ratio)",
+    )
+    group.add_argument(
+        "--mask_sampling",
+        choices=MASK_SAMPLINGS,
+        default="random",
+        help="grid is Table 15 (%(default)s)",
+    )

@@ -1,8 +1,53 @@
 """The optimizers and their parameter groups (Tables 10 and 11, App. B.1)."""
 
+import argparse
+from dataclasses import dataclass, replace
+
 import torch.nn as nn
 from timm.optim import Lars, param_groups_layer_decay, param_groups_weight_decay
 from torch.optim import AdamW, Optimizer
+
+from util.arguments import natural_float, positive_float, positive_int
+from util.errors import InputError
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """How weights are updated; see the flags. None is what depends on the model or on the others.
+
+    Raises:
+        InputError: they leave a step's images open or say them twice, or the warm-up never ends.
+    """
+
+    batch_size: int | str
+    """Images of a process and micro-step, or "auto"."""
+    accum_iter: int = 1
+    effective_batch_size: int | None = None
+    epochs: int | None = None
+    warmup_epochs: float | None = None
+    blr: float | None = None
+    lr: float | None = None
+    min_lr: float = 0.0
+    weight_decay: float = 0.0
+    clip_grad: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size == "auto" and self.effective_batch_size is None:
+            raise InputError(
+                "--batch_size auto needs --effective_batch_size, such as 4096: the learning rate "
+                "follows from it"
+            )
+        if self.effective_batch_size is not None and self.accum_iter > 1:
+            raise InputError("--effective_batch_size sets --accum_iter: give only one of them")
+        if None not in (self.warmup_epochs, self.epochs) and self.warmup_epochs >= self.epochs:
+            raise InputError(
+                f"--warmup_epochs {self.warmup_epochs:g} is not below --epochs {self.epochs}: the "
+                "learning rate would never reach its peak"
+            )
+
+    def with_defaults(self, **defaults: float) -> "OptimSettings":
+        """The same settings, with values for what they leave open."""
+        return replace(self, **{n: v for n, v in defaults.items() if getattr(self, n) is None})
 
 
 def build_adamw(model: nn.Module, *, weight_decay: float, betas: tuple[float, float]) -> AdamW:
@@ -59,3 +104,69 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
     """Set the learning rate of the next step in every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def batch_size_choice(text: str) -> int | str:
+    """A whole number from 1, or "auto"."""
+    return text if text == "auto" else positive_int(text)
+
+
+def add_optim_args(
+    parser: argparse.ArgumentParser,
+    *,
+    batch_size: int,
+    epochs: int | None,
+    blr: float | None,
+    weight_decay: float,
+    warmup_epochs: str = "EPOCHS / 20",
+    min_lr: float = 0.0,
+    auto_batch_size: bool = False,
+) -> None:
+    """How weights are updated; `epochs` and `blr` of None depend on the model's size."""
+    by_size = "by the model's size"
+    group = parser.add_argument_group("optimization")
+    group.add_argument(
+        "--batch_size",
+        type=batch_size_choice if auto_batch_size else positive_int,
+        default=batch_size,
+        help="images of a process and micro-step"
+        + (", auto for as many as the GPU holds" if auto_batch_size else "")
+        + " (%(default)s)",
+    )
+    group.add_argument(
+        "--accum_iter", type=positive_int, default=1, help="micro-steps a step (%(default)s)"
+    )
+    group.add_argument(
+        "--effective_batch_size",
+        type=positive_int,
+        metavar="N",
+        help="images of a step in all processes, however many there are; sets --accum_iter (what "
+        "the others give)",
+    )
+    group.add_argument(
+        "--epochs",
+        type=positive_int,
+        default=epochs,
+        help=f"length of the run ({epochs or by_size})",
+    )
+    group.add_argument(
+        "--warmup_epochs",
+        type=natural_float,
+        help=f"rise of the learning rate ({warmup_epochs})",
+    )
+    group.add_argument(
+        "--blr",
+        type=positive_float,
+        default=blr,
+        help=f"learning rate for a batch of 256 ({blr or by_size})",
+    )
+    group.add_argument(
+        "--lr", type=positive_float, help="learning rate as it is (BLR, scaled to the batch)"
+    )
+    group.add_argument(
+        "--min_lr", type=natural_float, default=min_lr, help="where the cosine ends (%(default)s)"
+    )
+    group.add_argument(
+        "--weight_decay", type=natural_float, default=weight_decay, help="(%(default)s)"
+    )
+    group.add_argument("--clip_grad", type=positive_float, help="largest gradient norm (off)")

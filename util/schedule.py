@@ -1,8 +1,21 @@
 """The learning rate: its peak (App. A.6) and its course over a run (Table 10)."""
 
+import logging
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
+
+from util.optim import OptimSettings
+
+_logger = logging.getLogger(__name__)
+
+
+class LearningRate(NamedTuple):
+    """A run's peak rate, and the rate of every step by its number in the run."""
+
+    peak: float
+    at: Callable[[int], float]
 
 
 def scaled_lr(
@@ -43,3 +56,36 @@ def lr_schedule(
         warmup_steps=round(warmup_epochs * steps_per_epoch),
         total_steps=epochs * steps_per_epoch,
     )
+
+
+def plan_learning_rate(
+    optim: OptimSettings,
+    *,
+    effective_batch_size: int,
+    steps_per_epoch: int,
+    mask_ratio: float = 1.0,
+    pred_ratio: float = 1.0,
+) -> LearningRate:
+    """The learning rate of a run, which the log explains.
+
+    Args:
+        optim: with epochs and warmup_epochs, and blr or lr.
+        effective_batch_size: images of a step in all processes.
+        steps_per_epoch: optimizer steps.
+        mask_ratio, pred_ratio: p and γ, see `scaled_lr`.
+    """
+    peak, origin = optim.lr, "as given"
+    if peak is None:
+        ratios = {"mask_ratio": mask_ratio, "pred_ratio": pred_ratio}
+        peak = scaled_lr(optim.blr, effective_batch_size, **ratios)
+        scale = "batch / 256" + (" x pred_ratio / mask_ratio" if mask_ratio < 1 else "")
+        origin = f"= {optim.blr:g} x {peak / optim.blr:.4g} ({scale})"
+    _logger.info("lr %.4g %s", peak, origin)
+    at = lr_schedule(
+        lr=peak,
+        min_lr=optim.min_lr,
+        warmup_epochs=optim.warmup_epochs,
+        epochs=optim.epochs,
+        steps_per_epoch=steps_per_epoch,
+    )
+    return LearningRate(peak, at)

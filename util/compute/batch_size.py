@@ -1,17 +1,68 @@
-"""The largest micro-batch that a GPU's memory holds, for `--batch_size auto`."""
+"""How the images of a step are shared out; the largest micro-batch that a GPU's memory holds."""
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 
 from util.compute.distributed import list_over_processes, world_size
+from util.compute.precision import Precision
 from util.errors import InputError, is_out_of_memory
+from util.optim import OptimSettings
 
 logger = logging.getLogger(__name__)
 
 SHARE = 0.9  # of the memory that is free, the rest is for fragments and for loading ahead
+
+
+class BatchPlan(NamedTuple):
+    """How many images a process takes at once, and how often in a step."""
+
+    batch_size: int
+    accum_iter: int
+
+
+def plan_batches(
+    optim: OptimSettings,
+    model: nn.Module | None = None,
+    *,
+    example: Callable[[int], tuple] | None = None,
+    precision: Precision | None = None,
+    multiple_of: int = 1,
+) -> BatchPlan:
+    """The batches that are asked for; the others are for "auto", which tries the model.
+
+    Args:
+        optim: how many images.
+        model: inputs -> loss, on its device.
+        example: number of images -> inputs of the model.
+        precision: of a step.
+        multiple_of: what the size has to be a multiple of, the crops of an image.
+
+    Raises:
+        InputError: the effective batch size cannot be reached, "auto" does not work here, or the
+            chosen attention kernel cannot run a batch of that size.
+    """
+    batch_size = optim.batch_size
+    if batch_size == "auto":
+
+        def train_on(num_images: int) -> None:
+            with precision.autocast():
+                loss = model(*example(num_images))
+            precision.backward(loss)
+
+        batch_size = find_batch_size(
+            train_on,
+            optim.effective_batch_size,
+            model=model,
+            device=precision.device,
+            multiple_of=multiple_of,
+        )
+        precision.check_attention_backend(model, example, batch_size)
+    accum_iter = micro_steps(batch_size, optim.accum_iter, optim.effective_batch_size)
+    return BatchPlan(batch_size, accum_iter)
 
 
 def micro_steps(batch_size: int, accum_iter: int, effective_batch_size: int | None) -> int:

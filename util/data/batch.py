@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -139,58 +140,57 @@ class Batch(NamedTuple):
     normalization: Normalization | None = None  # of uint8 images
     encoded: EncodedCrops | None = None  # those that are not among `images`
 
+    @property
+    def num_images(self) -> int:
+        """B."""
+        return len(self.labels)
+
     def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W), float32 and normalised, and labels (B,), on the device.
 
         The host does not wait for the device, unless that decodes.
         """
-        images, labels = self._upright(device), self.labels.to(device, non_blocking=True)
-        return images if self.normalization is None else self.normalization(images), labels
+        batch = self.copied(device)
+        images = batch.upright()
+        return images if self.normalization is None else self.normalization(images), batch.labels
 
     def raw(self, device: torch.device) -> Tensor | RawImages:
         """The images of `to`, normalised only where patches of them are read, if they are uint8."""
-        images = self._upright(device)
+        images = self.copied(device).upright()
         return images if self.normalization is None else self.normalization.later(images)
 
-    def _upright(self, device: torch.device) -> Tensor:
-        """Images (B, 3, H, W) on the device: decoded, and flipped where they are to be."""
-        images = self.images.to(device, non_blocking=True)
+    def copied(self, device: torch.device) -> "Batch":
+        """The batch with its tensors on the device, for what is launched from now on.
+
+        The host is a step or so ahead of a GPU, so that the next batch is on its way while the one
+        before is computed.
+        """
+        names = [name for name in ("images", "labels", "flips") if getattr(self, name) is not None]
+        on_gpu = device.type == "cuda"
+        with torch.cuda.stream(copy_stream(device)) if on_gpu else nullcontext():
+            copies = {n: getattr(self, n).to(device, non_blocking=True) for n in names}
+        if on_gpu:
+            computing = torch.cuda.current_stream(device)
+            computing.wait_stream(copy_stream(device))
+            for tensor in copies.values():
+                tensor.record_stream(computing)  # its memory is free when that has read it
+        return self._replace(**copies)
+
+    def upright(self) -> Tensor:
+        """Images (B, 3, H, W) where the batch is: decoded, and flipped where they are to be."""
+        images = self.images
         if self.encoded is not None:
-            decoded, others = iter(self.encoded.decode(device)), iter(images)
+            decoded, others = iter(self.encoded.decode(images.device)), iter(images)
             images = torch.stack([next(decoded if e else others) for e in self.encoded.is_encoded])
         if self.flips is not None:
-            flips = self.flips.to(device, non_blocking=True).view(-1, 1, 1, 1)
-            images = torch.where(flips, images.flip(3), images)
+            images = torch.where(self.flips.view(-1, 1, 1, 1), images.flip(3), images)
         return images
 
 
-class CopyStream:
-    """Copies batches to a GPU on a stream of its own, beside what the GPU computes.
-
-    The host is a step or so ahead of a GPU, so that the next batch is on its way while the one
-    before is computed.
-
-    Args:
-        device: where batches go. Copies to anything but a GPU, and files that the device decodes,
-            are left to `Batch`.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def copy(self, batch: Batch) -> Batch:
-        """The batch with its tensors on the GPU, for what is launched from now on."""
-        if self.stream is None:
-            return batch
-        names = [name for name in ("images", "labels", "flips") if getattr(batch, name) is not None]
-        with torch.cuda.stream(self.stream):
-            copies = {n: getattr(batch, n).to(self.device, non_blocking=True) for n in names}
-        computing = torch.cuda.current_stream(self.device)
-        computing.wait_stream(self.stream)
-        for tensor in copies.values():
-            tensor.record_stream(computing)  # its memory is free when that has read it
-        return batch._replace(**copies)
+@cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which batches are copied to a GPU, beside what it computes."""
+    return torch.cuda.Stream(device)
 
 
 def collate(samples: list[Sample | InputError | RunError]) -> Batch | InputError | RunError:

@@ -18,8 +18,10 @@ import timm.data
 from torch.utils.data import Dataset
 
 from util.data.broken_images import reason_of
+from util.data.classes import check_classes
 from util.data.images import IMAGE_SUFFIXES, IndexedImages, Transform
-from util.data.packed import PackedImages, holds_packed
+from util.data.packed import PackedImages, kind_of
+from util.data.settings import DataSettings
 from util.data.sources import Digits, INat2019, TarImages
 from util.data.streams import StreamedImages, adapt_hub_reader
 from util.errors import InputError
@@ -84,7 +86,7 @@ def build_dataset(
             "torch/<name>, hfds/<name>, hfids/<name>, tfds/<name> or wds/<pattern>.tar"
         )
     kind, _, rest = name.partition("/")
-    kind = kind.lower() or _kind_of(data_path)
+    kind = kind.lower() or kind_of(data_path)
     kind = "folder" if kind == "tar" else kind
     if num_samples is not None and kind not in STREAMS:
         raise InputError(f"--dataset {name} knows its length: drop --num_samples")
@@ -110,83 +112,82 @@ def build_dataset(
     return None if source is None else IndexedImages(source, transform, seed=seed)
 
 
-def default_dataset(
-    name: str | None, data_path: str | Path | None, val_path: str | Path | None
-) -> str:
-    """The data set that is meant: by its name, else what a path holds, else the digits."""
-    return name or (_kind_of(data_path or val_path) if data_path or val_path else "digits")
-
-
-def open_heldout(
-    name: str,
-    data_path: str | Path | None,
-    *,
-    val_path: str | Path | None,
-    transform: Transform,
-    seed: int,
-) -> IndexedImages | None:
-    """Open the held-out images alone; no training images need be there.
+def open_val(data: DataSettings, transform: Transform, *, seed: int) -> IndexedImages | None:
+    """Open the validation images alone; no training images need be there.
 
     Args:
-        name: see `build_dataset`.
-        data_path: see `build_dataset`; not looked at if there is a `val_path`.
-        val_path: a folder, packed or not, or .tar file of held-out images, taken as given.
+        data: whose `val_path`, a folder, packed or not, or .tar file, is taken as given; without
+            one, the data set's own validation images are opened.
         transform: how images are read, and what is made of them.
         seed: the run's seed.
 
     Returns:
-        None where the source has no held-out split.
+        None where the source has no validation images.
 
     Raises:
         InputError: see `build_dataset`.
     """
     options = {"split": "validation", "transform": transform, "seed": seed}
-    if val_path:
-        return build_dataset("", val_path, search_split=False, **options)
-    return build_dataset(name, data_path, **options)
+    if data.val_path:
+        return build_dataset("", data.val_path, search_split=False, **options)
+    return build_dataset(data.name, data.data_path, **options)
 
 
-def open_pair(
-    name: str,
-    data_path: str | Path | None,
+def open_train_val(
+    data: DataSettings,
+    train_transform: Transform,
+    val_transform: Transform,
     *,
-    val_path: str | Path | None,
-    transforms: tuple[Transform, Transform],
     seed: int,
-    num_samples: int | None = None,
     batch_size: int = 1,
 ) -> tuple[IndexedImages | StreamedImages, IndexedImages | None]:
-    """Open the images to train on and the held-out ones.
+    """Open the images to train on and the validation images.
 
     Args:
-        name: see `build_dataset`.
-        data_path: see `build_dataset`.
-        val_path: a folder or .tar file of held-out images, instead of those of the data set.
-        transforms: of the training images, and of the held-out ones.
+        data: which images.
+        train_transform, val_transform: how they are read, and what is made of them.
         seed: the run's seed.
-        num_samples: images in an epoch of a stream that does not know it.
         batch_size: of a micro-batch, a hint for timm's streams.
 
     Returns:
-        Both sets; None for the second where there are no held-out images.
+        Both sets; None for the second where there are no validation images.
 
     Raises:
         InputError: see `build_dataset`.
     """
-    train_transform, heldout_transform = transforms
     train_set = build_dataset(
-        name,
-        data_path,
+        data.name,
+        data.data_path,
         split="train",
         transform=train_transform,
         seed=seed,
-        num_samples=num_samples,
+        num_samples=data.num_samples,
         batch_size=batch_size,
     )
-    val_set = open_heldout(
-        name, data_path, val_path=val_path, transform=heldout_transform, seed=seed
+    return train_set, open_val(data, val_transform, seed=seed)
+
+
+def open_labelled(
+    data: DataSettings,
+    train_transform: Transform,
+    val_transform: Transform,
+    *,
+    seed: int,
+    batch_size: int = 1,
+    num_classes: int | None = None,
+) -> tuple[IndexedImages | StreamedImages, IndexedImages | None, int]:
+    """`open_train_val` for training on labels, and the number of classes.
+
+    Args:
+        num_classes: as given by the user; None to find it, see `check_classes`.
+
+    Raises:
+        InputError: see `build_dataset` and `check_classes`.
+    """
+    train_set, val_set = open_train_val(
+        data, train_transform, val_transform, seed=seed, batch_size=batch_size
     )
-    return train_set, val_set
+    return train_set, val_set, check_classes(train_set, val_set, num_classes)
 
 
 def _places365_options(root: str, split: str) -> dict[str, bool]:
@@ -214,10 +215,6 @@ def _checked_path(data_path: str | Path | None, *, required: bool) -> str | None
     if required and not path.exists():
         raise InputError(f"{path} does not exist: correct --data_path or --val_path")
     return str(path)
-
-
-def _kind_of(path: str | Path | None) -> str:
-    return "packed" if path and holds_packed(path) else "folder"
 
 
 def _place_of_split(root: str, split: str, *, tars: bool) -> str | None:

@@ -9,12 +9,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from util.compute import distributed
+from util.compute.batch_size import BatchPlan
 from util.compute.signals import leave_signals_to_parent
 from util.compute.watchdog import doing
 from util.compute.worker_deaths import note_workers
 from util.data.batch import Batch, collate
 from util.data.images import IndexedImages
 from util.data.sampler import StepSampler
+from util.data.settings import DataSettings
 from util.data.streams import StreamedImages
 from util.errors import InputError, RunError
 from util.seeding import generator_for
@@ -169,10 +171,10 @@ def build_eval_loader(
     dataset: IndexedImages,
     *,
     batch_size: int,
-    rank: int,
-    world_size: int,
     num_workers: int,
-    pin_memory: bool,
+    device: torch.device,
+    rank: int | None = None,
+    world_size: int | None = None,
     limit: int | None = None,
 ) -> Batches:
     """Every image once, in order, without padding: rank r reads r, r + world_size, ... or none.
@@ -180,78 +182,63 @@ def build_eval_loader(
     Args:
         dataset: the images.
         batch_size: of this process.
-        rank, world_size: of the processes.
-        num_workers, pin_memory: of the DataLoader.
+        num_workers: loader processes.
+        device: where the batches go.
+        rank, world_size: of the processes; None for this process's.
         limit: read only so many images, spread over the data set.
     """
+    rank = distributed.rank() if rank is None else rank
+    world_size = distributed.world_size() if world_size is None else world_size
     count = len(dataset) if limit is None else min(limit, len(dataset))
     keys = [(0, i * len(dataset) // count) for i in range(rank, count, world_size)]
     return Batches(
         dataset,
         batch_sampler=[keys[i : i + batch_size] for i in range(0, len(keys), batch_size)],
         num_workers=num_workers,
-        pin_memory=pin_memory,
-    )
-
-
-def build_own_eval_loader(
-    dataset: IndexedImages, *, device: torch.device, **options: int | None
-) -> Batches:
-    """`build_eval_loader` for this process: every image comes up on one of them.
-
-    Args:
-        dataset: the images.
-        device: where the batches go.
-        options: batch_size, num_workers and perhaps limit.
-    """
-    return build_eval_loader(
-        dataset,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
         pin_memory=device.type == "cuda",
-        **options,
     )
 
 
 def build_loaders(
     train_set: IndexedImages | StreamedImages,
     val_set: IndexedImages | None,
+    data: DataSettings,
+    batches: BatchPlan,
     *,
-    name: str,
-    batch_size: int,
-    accum_iter: int,
     seed: int,
-    num_workers: int,
     device: torch.device,
 ) -> tuple[StepLoader | StreamStepLoader, Batches | None]:
-    """This process's loaders of training and held-out images; the log says how much there is.
+    """This process's loaders of training and validation images; the log says how much there is.
 
     Args:
-        train_set, val_set: the images; None where none are held out.
-        name: of the data set, for the log.
-        batch_size: of a micro-batch.
-        accum_iter: micro-batches of a step.
+        train_set, val_set: the images; None where there are none for validation.
+        data: their name, and how many loader processes read them.
+        batches: how many at once.
         seed: of the run.
-        num_workers: loader processes.
         device: where the batches go.
     """
+    world_size = distributed.world_size()
     loader = build_train_loader(
         train_set,
-        batch_size=batch_size,
-        accum_iter=accum_iter,
+        batch_size=batches.batch_size,
+        accum_iter=batches.accum_iter,
         rank=distributed.rank(),
-        world_size=distributed.world_size(),
+        world_size=world_size,
         seed=seed,
-        num_workers=num_workers,
+        num_workers=data.num_workers,
         pin_memory=device.type == "cuda",
     )
     logger.info(
         "%s: %d images%s, %d steps an epoch, %s images held out",
-        *(name, loader.sampler.num_samples),
+        *(data.name, loader.sampler.num_samples),
         f" x {loader.num_crops} crops" if loader.num_crops > 1 else "",
         *(loader.steps_per_epoch, len(val_set) if val_set else "no"),
     )
+    logger.info(
+        "effective batch size %d = %d x %d (--accum_iter) x %d (processes)",
+        *(loader.effective_batch_size, *batches, world_size),
+    )
     if val_set is None:
         return loader, None
-    sizes = {"batch_size": batch_size, "num_workers": num_workers}
-    return loader, build_own_eval_loader(val_set, **sizes, device=device)
+    sizes = {"batch_size": batches.batch_size, "num_workers": data.num_workers}
+    return loader, build_eval_loader(val_set, **sizes, device=device)

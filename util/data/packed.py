@@ -27,6 +27,11 @@ def holds_packed(path: str | Path) -> bool:
     return any((folder / split / INDEX).is_file() for split in ("", "train", "val"))
 
 
+def kind_of(path: str | Path | None) -> str:
+    """What --dataset a path holds unless told otherwise: packed images, or a folder of files."""
+    return "packed" if path and holds_packed(path) else "folder"
+
+
 def write_packed(
     folder: Path,
     images: Iterable[tuple[str, int, int, int, bytes]],

@@ -1,5 +1,6 @@
 """From an image to the views of it that a model sees: random crops, or the centre."""
 
+import argparse
 import math
 import random
 import re
@@ -11,6 +12,7 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 
+from util.arguments import natural_float, positive_int, share
 from util.data.batch import Box, Crops, Normalization, resize_crop
 from util.data.decode import Jpeg, Record, read_for_device, read_pixels, read_rgb
 from util.errors import InputError
@@ -160,16 +162,35 @@ def probe_transform(
     return RandomCrops(tuple(img_size), Normalization(tuple(mean), tuple(std)), 0.08)
 
 
+@dataclass(frozen=True)
+class AugmentSettings:
+    """timm's augmentation in fine-tuning (Table 11); see the flags.
+
+    Raises:
+        InputError: auto_augment is not in timm's language.
+    """
+
+    auto_augment: str = "rand-m9-mstd0.5-inc1"
+    """RandAugment, AugMix or AutoAugment; "none" for none."""
+    color_jitter: float | None = None
+    """It counts only without auto_augment, or with one of the 3a kinds."""
+    reprob: float = 0.25
+    remode: str = "pixel"
+    recount: int = 1
+
+    def __post_init__(self) -> None:
+        if self.auto_augment != "none" and not re.fullmatch(AUTO_AUGMENT, self.auto_augment):
+            raise InputError(
+                f"--auto_augment '{self.auto_augment}' is not understood: write it as in "
+                "rand-m9-mstd0.5-inc1, augmix-m5-w4-d2 or original-mstd0.5"
+            )
+
+
 def finetune_transform(
     img_size: tuple[int, int],
     mean: Sequence[float],
     std: Sequence[float],
-    *,
-    auto_augment: str | None,
-    color_jitter: float | None,
-    erase_prob: float,
-    erase_mode: str,
-    erase_count: int,
+    augment: AugmentSettings,
 ) -> Augmentation:
     """timm's augmentation: crop of 8 to 100 % of the area, flip, RandAugment, random erasing.
 
@@ -177,40 +198,26 @@ def finetune_transform(
         img_size: (height, width) in pixels.
         mean: of each RGB channel, in [0, 1].
         std: of each RGB channel, in units of the [0, 1] range.
-        auto_augment: timm's description of RandAugment, AugMix or AutoAugment, for instance
-            `rand-m9-mstd0.5-inc1`; None for none.
-        color_jitter: change of brightness, contrast and saturation, 0.4 for instance. It counts
-            only without `auto_augment`, or with one of the 3a kinds.
-        erase_prob: share of images in which rectangles are erased, in [0, 1].
-        erase_mode: what replaces them: `const` (the mean), `rand` (a colour) or `pixel` (noise).
-        erase_count: at most so many rectangles, which share the area of one.
-
-    Raises:
-        InputError: auto_augment is not in timm's language.
+        augment: what is done besides cropping and flipping.
     """
-    if auto_augment is not None and not re.fullmatch(AUTO_AUGMENT, auto_augment):
-        raise InputError(
-            f"--auto_augment '{auto_augment}' is not understood: write it as in "
-            "rand-m9-mstd0.5-inc1, augmix-m5-w4-d2 or original-mstd0.5"
-        )
-    augment = create_transform(
+    transform = create_transform(
         img_size,
         is_training=True,
         scale=(0.08, 1.0),
         interpolation="bicubic",
         mean=mean,
         std=std,
-        auto_augment=auto_augment,
-        color_jitter=color_jitter,
-        re_prob=erase_prob,
-        re_mode=erase_mode,
-        re_count=erase_count,
+        auto_augment=None if augment.auto_augment == "none" else augment.auto_augment,
+        color_jitter=augment.color_jitter,
+        re_prob=augment.reprob,
+        re_mode=augment.remode,
+        re_count=augment.recount,
     )
-    return Augmentation(augment)
+    return Augmentation(transform)
 
 
-def default_crop_share(img_size: tuple[int, int]) -> float:
-    """MAE's `crop_share` of `eval_transform`: 224 / 256 up to 224 pixels, all above."""
+def default_crop_pct(img_size: tuple[int, int]) -> float:
+    """MAE's `crop_pct` of `eval_transform`: 224 / 256 up to 224 pixels, all above."""
     return 224 / 256 if max(img_size) <= 224 else 1.0
 
 
@@ -218,17 +225,43 @@ def eval_transform(
     img_size: tuple[int, int],
     mean: Sequence[float],
     std: Sequence[float],
-    crop_share: float = 1.0,
+    crop_pct: float = 1.0,
 ) -> CentreCrop:
-    """Resize to cover `img_size / crop_share`, then cut `img_size` out of the centre.
+    """Resize to cover `img_size / crop_pct`, then cut `img_size` out of the centre.
 
     Args:
         img_size: (height, width) in pixels.
         mean: of each RGB channel, in [0, 1].
         std: of each RGB channel, in units of the [0, 1] range.
-        crop_share: side of the crop over the side it is cut from, in (0, 1]; MAE's is 224 / 256.
+        crop_pct: side of the crop over the side it is cut from, in (0, 1]; MAE's is 224 / 256.
     """
-    if not 0 < crop_share <= 1:
-        raise ValueError(f"crop_share must lie in (0, 1], not {crop_share}")
-    cover_size = tuple(round(side / crop_share) for side in img_size)
+    if not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct must lie in (0, 1], not {crop_pct}")
+    cover_size = tuple(round(side / crop_pct) for side in img_size)
     return CentreCrop(tuple(img_size), cover_size, Normalization(tuple(mean), tuple(std)))
+
+
+def add_augmentation_args(parser: argparse.ArgumentParser) -> None:
+    """The flags of AugmentSettings."""
+    group = parser.add_argument_group("augmentation")
+    group.add_argument(
+        "--auto_augment",
+        "--aa",
+        default="rand-m9-mstd0.5-inc1",
+        help="in timm's language, none for none (%(default)s)",
+    )
+    group.add_argument(
+        "--color_jitter", type=natural_float, help="strength, without --auto_augment (off)"
+    )
+    group.add_argument(
+        "--reprob", type=share, default=0.25, help="share of images erased in part (%(default)s)"
+    )
+    group.add_argument(
+        "--remode",
+        choices=("const", "rand", "pixel"),
+        default="pixel",
+        help="what erased pixels become (%(default)s)",
+    )
+    group.add_argument(
+        "--recount", type=positive_int, default=1, help="most erased regions (%(default)s)"
+    )

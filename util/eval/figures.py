@@ -1,12 +1,17 @@
 """Reconstructions as a picture (Fig. 2)."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from util.compute.precision import Precision
+from util.data.batch import denormalize
 from util.masking import TokenSplit, hidden_mask
-from util.patches import scatter_patches, unpatchify
+from util.patches import denormalize_patches, scatter_patches, unpatchify
 
 COLUMNS = ("original", "masked", "reconstruction", "+ visible patches")
 MOMENTS_NOTE = "Trained on normalised pixels: each patch's mean and deviation are the original's."
@@ -69,3 +74,34 @@ def draw_figure(panels: list[Tensor], *, note: str = "") -> np.ndarray:
     if note:
         draw.text((0, size[1] - TEXT_HEIGHT + 3), note, fill="black", font=font)
     return np.asarray(figure)
+
+
+@torch.no_grad()
+def draw_reconstructions(
+    model: nn.Module,
+    images: Tensor,
+    split: TokenSplit,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    precision: Precision,
+) -> np.ndarray:
+    """Draw images, what the encoder saw of them, and what the decoder made of that (Fig. 2).
+
+    Args:
+        model: a MaskedAutoencoder, without the wrapper that averages gradients.
+        images: (B, C, H, W), normalised, on the model's device.
+        split: which patches are seen and predicted.
+        mean, std: of the normalisation of channels.
+        precision: for autocast.
+
+    Returns:
+        uint8 (height, width, 3).
+    """
+    model.eval()
+    with precision.autocast():
+        pred = model.predict(images, split)
+    pixels = denormalize_patches(model.pixels(pred.float(), images, split), mean, std)
+    originals = denormalize(images, mean, std)
+    panels = reconstruction_panels(originals, pixels, split, model.encoder.patch_size)
+    return draw_figure(panels, note=MOMENTS_NOTE if model.norm_pix_loss else "")

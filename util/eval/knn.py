@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
@@ -17,11 +18,16 @@ from util.compute.distributed import stack_over_processes
 from util.compute.precision import Precision
 from util.data.batch import Batch
 from util.data.broken_images import BrokenImages
+from util.data.classes import check_classes
+from util.data.images import IndexedImages
+from util.data.loaders import Batches, build_eval_loader
+from util.data.streams import StreamedImages
 from util.errors import InputError
 from util.seeding import generator_for
 
 logger = logging.getLogger(__name__)
 
+KNN_IMAGES = {"training": 50_000, "held-out": 10_000}  # at most, beside a run
 ROWS_AT_ONCE = 4096  # of each process, when features are exchanged
 SIMILARITIES_AT_ONCE = 2**26  # 256 MiB
 MAX_ITER = 1000  # of logistic regression
@@ -218,3 +224,93 @@ def draw_shots(labels: Tensor, shots: int, *, seed: int) -> Tensor:
 
 def _percent_equal(guesses: Tensor, labels: Tensor) -> float:
     return 100 * (guesses == labels).double().mean().item()
+
+
+def check_knn_images(
+    train_set: IndexedImages | StreamedImages, val_set: IndexedImages | None
+) -> None:
+    """Refuse images that k-NN cannot be measured on."""
+    if val_set is None or not isinstance(train_set, IndexedImages):
+        raise InputError(
+            "--knn_every needs training images that are no stream, and held-out ones: name some "
+            "by --val_path, or leave it out"
+        )
+    check_classes(train_set, val_set, None)
+
+
+def build_knn_loaders(
+    train_set: IndexedImages | StreamedImages,
+    val_set: IndexedImages | None,
+    *,
+    every: int | None,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+) -> tuple[Batches, Batches] | None:
+    """Loaders of labelled images, training and held-out, not augmented, for `measure_knn`.
+
+    Args:
+        train_set, val_set: the images; None where none are held out.
+        every: epochs between measurements; 0 for none, None for as often as the images allow.
+        batch_size: of a process.
+        num_workers: loader processes.
+        device: where the batches go.
+
+    Returns:
+        None for no k-NN.
+
+    Raises:
+        InputError: k-NN was asked for, and the images do not allow it.
+    """
+    if every == 0:
+        return None
+    try:
+        check_knn_images(train_set, val_set)
+    except InputError as error:
+        if every is None:
+            logger.info("k-NN accuracy is not measured: %s", error)
+            return None
+        raise
+    options = {"batch_size": batch_size, "num_workers": num_workers, "device": device}
+    plain_train_set = train_set.with_transform(val_set.transform)
+    return (
+        build_eval_loader(plain_train_set, limit=KNN_IMAGES["training"], **options),
+        build_eval_loader(val_set, limit=KNN_IMAGES["held-out"], **options),
+    )
+
+
+def measure_knn(
+    encoder: nn.Module,
+    train_loader: Batches,
+    val_loader: Batches,
+    *,
+    device: torch.device,
+    precision: Precision,
+) -> dict[str, float]:
+    """Classify held-out images by their nearest training images in the encoder's features.
+
+    Args:
+        encoder: with `features(images) -> (B, D)`.
+        train_loader: this process's share of labelled training images, not augmented.
+        val_loader: the same of held-out images.
+        device: where the encoder is.
+        precision: for autocast.
+
+    Returns:
+        `knn10`, `knn20`, `knn100`: accuracy in percent with so many neighbours.
+    """
+    encoder.eval()
+    sets = []
+    for loader in (train_loader, val_loader):
+        broken = BrokenImages(len(loader.dataset), max_share=1.0)
+        sets += extract_features(
+            encoder.features, loader, device=device, precision=precision, broken=broken
+        )
+    accuracy = knn_accuracy(*sets, device=device)
+    return {f"knn{k}": percent for k, percent in accuracy.items()}
+
+
+def describe_knn(stats: dict[str, float]) -> str:
+    """What `measure_knn` measured, in words."""
+    values = ", ".join(f"{name[3:]}-NN {stats[name]:.1f} %" for name in stats if "knn" in name)
+    return f"accuracy on held-out images {values}"

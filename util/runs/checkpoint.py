@@ -56,12 +56,16 @@ class TrainState:
     model: nn.Module
     optimizer: Optimizer
     precision: Precision
-    progress: Progress
-    meters: EpochMeters
     broken: BrokenImages
     ema: ModelEmaV3 | None = None
+    lr: float = 0.0
+    """Of the last step; not saved."""
     unwritten: list[dict] = field(default_factory=list)
     """Lines that `log.jsonl` had no room for so far."""
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        self.meters = EpochMeters(self.precision.device)
 
     def state_dict(self) -> dict:
         """Tensors and plain values, for a checkpoint."""
@@ -106,6 +110,17 @@ class TrainState:
         self.meters.load_state_dict(content["meters"])
         self.broken.load_state_dict(content["broken"])
         self.unwritten[:] = content.get("unwritten", [])
+
+    def end_epoch(self) -> dict[str, float]:
+        """Move to the next epoch; return the mean metrics of the one that is done."""
+        means = {
+            **self.meters.means(),
+            "lr": self.lr,
+            "broken_images": self.broken.take_count(),
+        }
+        self.meters.reset()
+        self.progress.epoch, self.progress.step_in_epoch = self.progress.epoch + 1, 0
+        return means
 
     def rewind_epoch(self) -> None:
         """Go back to the start of the epoch under way, for data that cannot start within one."""
@@ -168,6 +183,7 @@ class CheckpointWriter:
         state: what changes; read at every save.
         header: what does not: plain values that are stored beside it.
         kind: one of KINDS.
+        every_epochs: how often `end_epoch` saves.
         every_minutes: how often `save_if_due` saves; None for never.
         keep_last: older checkpoints than this many are deleted, which the log says; 0 keeps all.
     """
@@ -179,10 +195,12 @@ class CheckpointWriter:
         header: dict,
         *,
         kind: str,
-        every_minutes: float | None,
-        keep_last: int,
+        every_epochs: int = 1,
+        every_minutes: float | None = None,
+        keep_last: int = 0,
     ) -> None:
         self.folder, self.state = folder, state
+        self.every_epochs = every_epochs
         self.header = {"format": f"crossmae-{kind}", "version": VERSION, **header}
         self.every_minutes, self.keep_last = every_minutes, keep_last
         self.last_save = time.monotonic()
@@ -212,6 +230,17 @@ class CheckpointWriter:
                 f"{progress.step_in_epoch} steps: start the same command again to continue",
                 signals[0],
             )
+
+    def end_epoch(self, *, is_last: bool) -> None:
+        """Save after the last epoch and every `every_epochs`, after others if it is due.
+
+        Raises:
+            RunError, StoppedError: see `save` and `save_if_due`.
+        """
+        if is_last or self.state.progress.epoch % self.every_epochs == 0:
+            self.save()
+        else:
+            self.save_if_due()
 
     def save(self) -> Path | None:
         """Write a checkpoint named after its place in the run; return its path.

@@ -25,7 +25,7 @@ class FolderLock:
     which loader processes do not inherit: they may outlive a killed run by some seconds.
 
     Args:
-        folder: to take; made if it is not there.
+        folder: to take; made if it is not there, and removed again if it stays empty.
 
     Raises:
         InputError: another process has it, which the message names, or it cannot be written.
@@ -33,35 +33,53 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK_NAME
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("a+b", buffering=0)
-        except OSError as error:
-            raise InputError(
-                f"cannot write {self.path} ({error}): choose another --output_dir"
-            ) from error
-        try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            owner = _owner(self.file)
+        self.made = [path for path in (folder, *folder.parents) if not path.exists()]
+        self.file = self._locked()
+        while not self._is_in_place():  # the owner before removed it between opening and locking
             self.file.close()
-            raise InputError(
-                f"another run, {owner}, is writing to {folder}: wait for its end or stop it, or "
-                "choose another --output_dir"
-            ) from error
-        except OSError as error:  # some network file systems have no locks
-            _logger.warning("%s cannot be locked (%s): start only one run in it", folder, error)
+            self.file = self._locked()
         owner = {"process": os.getpid(), "host": socket.gethostname()}
         owner["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
         self.file.truncate(0)
         with suppress(OSError):  # only for the message to others
             self.file.write(json.dumps(owner).encode())
 
+    def _locked(self) -> BinaryIO:
+        folder = self.path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = self.path.open("a+b", buffering=0)
+        except OSError as error:
+            raise InputError(
+                f"cannot write {self.path} ({error}): choose another --output_dir"
+            ) from error
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            owner = _owner(file)
+            file.close()
+            raise InputError(
+                f"another run, {owner}, is writing to {folder}: wait for its end or stop it, or "
+                "choose another --output_dir"
+            ) from error
+        except OSError as error:  # some network file systems have no locks
+            _logger.warning("%s cannot be locked (%s): start only one run in it", folder, error)
+        return file
+
+    def _is_in_place(self) -> bool:
+        with suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self.file.fileno()), self.path.stat())
+        return False
+
     def release(self) -> None:
-        """Leave the folder to others."""
-        if not self.file.closed:
-            self.path.unlink(missing_ok=True)
-            self.file.close()
+        """Leave the folder to others, and no folder where none was and nothing was written."""
+        if self.file.closed:
+            return
+        self.path.unlink(missing_ok=True)
+        self.file.close()
+        with suppress(OSError):  # of a folder that is not empty
+            for path in self.made:
+                path.rmdir()
 
 
 def _owner(file: BinaryIO) -> str:

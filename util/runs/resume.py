@@ -1,16 +1,135 @@
-"""Which checkpoint a run goes on from, and whether it is still the same run."""
+"""A run goes on: from which checkpoint, whether it is still the same run, and where it writes."""
 
 import logging
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from util.compute.distributed import from_main_process, is_main_process
+from util.compute.distributed import from_main_process, is_main_process, world_size
+from util.data.loaders import StepLoader
+from util.data.settings import DataSettings
 from util.errors import InputError
-from util.runs.checkpoint import TrainState, checkpoint_place, list_checkpoints, read_checkpoint
+from util.optim import OptimSettings
+from util.runs.checkpoint import (
+    CheckpointWriter,
+    TrainState,
+    checkpoint_place,
+    list_checkpoints,
+    read_checkpoint,
+)
+from util.runs.lock import lock_folder
+from util.runs.run import RunSettings, write_args
+from util.runs.run_log import RunLog
 from util.weights.files import check_format, read_weights_file, strange_content_is_input_error
 
 EFFECTIVE_BATCH = "effective batch size"  # among what makes a run the run it is
 
 _logger = logging.getLogger(__name__)
+
+
+def changeable_settings(
+    optim: OptimSettings, data: DataSettings, *, lr: float, amp: str, fsdp: bool = False
+) -> dict[str, object]:
+    """What may change when a run is continued.
+
+    Args:
+        optim: with all its values.
+        data: whose place may change.
+        lr: the peak rate.
+        amp: the number format that was chosen.
+        fsdp: whether the model is sharded.
+    """
+    return {
+        "--epochs": optim.epochs,
+        "--warmup_epochs": optim.warmup_epochs,
+        "lr": lr,
+        "--min_lr": optim.min_lr,
+        "--clip_grad": optim.clip_grad,
+        "--amp": amp,
+        "--fsdp": fsdp,
+        "--data_path": data.data_path,
+        "--val_path": data.val_path,
+        "processes": world_size(),
+    }
+
+
+@contextmanager
+def open_run(
+    state: TrainState,
+    loader: StepLoader,
+    run: RunSettings,
+    *,
+    kind: str,
+    fixed: dict,
+    may_change: dict,
+    header: dict,
+    args: dict,
+    given: Collection[str],
+) -> Iterator[tuple[CheckpointWriter, RunLog]]:
+    """Context of a run: put where it was stopped, with its checkpoints and its log.
+
+    The output folder is locked as long as it lasts.
+
+    Args:
+        state: of a run that starts; changed where it continues.
+        loader: of its steps.
+        run: where it writes, and what it continues.
+        kind: one of util.weights.files.KINDS.
+        fixed: see `check_same_run`.
+        may_change: the same; it has "--epochs".
+        header: what else every checkpoint keeps: the model's name and options, mean, std.
+        args: of the command line, for the record.
+        given: see `check_same_run`.
+
+    Raises:
+        InputError: the run cannot be continued, or nothing can be written.
+        RunError: at the end, `log.jsonl` lacks lines.
+    """
+    lock = lock_folder(run.folder)
+    try:
+        own = list_checkpoints(run.folder)
+        found = read_resume(run.folder, run.resume, kind, own)
+        if found is not None:
+            path, checkpoint = found
+            continue_run(state, path, checkpoint, fixed=fixed, may_change=may_change, given=given)
+            if not loader.resumes_mid_epoch:
+                state.rewind_epoch()
+            check_left(state, path, run.folder, may_change["--epochs"])
+        if run.folder not in run.log_folder.parents:
+            try:
+                run.log_folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"cannot write to --log_dir {run.log_folder}: {error}") from error
+        settings = {"identity": fixed, "recipe": may_change, "args": args}
+        checkpoints = CheckpointWriter(
+            run.folder,
+            state,
+            {**header, **settings, "versions": write_args(run.folder, args)},
+            kind=kind,
+            every_epochs=run.save_every,
+            every_minutes=run.save_every_minutes,
+            keep_last=run.keep_last,
+        )
+        run_log = RunLog(
+            run.folder,
+            run.log_folder,
+            num_epochs=may_change["--epochs"],
+            steps_per_epoch=loader.steps_per_epoch,
+            epoch=state.progress.epoch,
+            step=state.progress.step,
+            device=state.precision.device,
+            unwritten=state.unwritten,
+        )
+        yield checkpoints, run_log
+        run_log.close()
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def log_settings(settings: dict) -> None:
+    """Say what a run is going to do, defaults that depend on something included."""
+    _logger.info("recipe: %s", ", ".join(f"{k.lstrip('-')} {v}" for k, v in settings.items()))
 
 
 def _read_good(path: Path, kind: str) -> dict | None:
@@ -22,14 +141,13 @@ def _read_good(path: Path, kind: str) -> dict | None:
     return check_format(content, path, kind)
 
 
-def _read_newest_good(folder: Path, kind: str) -> tuple[Path, dict] | None:
-    paths = list_checkpoints(folder)
+def _read_newest_good(paths: Sequence[Path], kind: str) -> tuple[Path, dict] | None:
     contents = ((path, _read_good(path, kind)) for path in reversed(paths))
     found = next(((path, content) for path, content in contents if content is not None), None)
     if paths and found is None:
         raise InputError(
-            f"none of the {len(paths)} checkpoints in {folder} can be read: choose another "
-            "--output_dir, or move them away to start again"
+            f"none of the {len(paths)} checkpoints in {paths[0].parent} can be read: choose "
+            "another --output_dir, or move them away to start again"
         )
     return found
 
@@ -40,11 +158,13 @@ def newest_good_checkpoint(folder: Path, kind: str) -> Path | None:
     Raises:
         InputError: there are checkpoints and none can be read.
     """
-    found = _read_newest_good(folder, kind)
+    found = _read_newest_good(list_checkpoints(folder), kind)
     return found and found[0]
 
 
-def read_resume(folder: Path, resume: str, kind: str) -> tuple[Path, dict] | None:
+def read_resume(
+    folder: Path, resume: str, kind: str, own: Sequence[Path]
+) -> tuple[Path, dict] | None:
     """The checkpoint that a run continues from, the same on every process, and its content.
 
     A run's own checkpoints come first, so that a restarted job with `--resume PATH` of another
@@ -54,6 +174,7 @@ def read_resume(folder: Path, resume: str, kind: str) -> tuple[Path, dict] | Non
         folder: the run's output folder.
         resume: "auto" for the run's own newest good checkpoint, "none", or a path.
         kind: one of KINDS.
+        own: the folder's checkpoints, oldest first, as the main process sees them.
 
     Raises:
         InputError: nothing can be read, or the choice would overwrite checkpoints.
@@ -61,7 +182,7 @@ def read_resume(folder: Path, resume: str, kind: str) -> tuple[Path, dict] | Non
     answer = found = None
     if is_main_process():
         try:
-            found = _read_resume(folder, resume, kind)
+            found = _read_resume(folder, resume, kind, own)
             answer = found and found[0]
         except InputError as error:
             answer = error
@@ -73,10 +194,11 @@ def read_resume(folder: Path, resume: str, kind: str) -> tuple[Path, dict] | Non
     return answer, read_checkpoint(answer, kind)
 
 
-def _read_resume(folder: Path, resume: str, kind: str) -> tuple[Path, dict] | None:
+def _read_resume(
+    folder: Path, resume: str, kind: str, own: Sequence[Path]
+) -> tuple[Path, dict] | None:
     if resume == "auto":
-        return _read_newest_good(folder, kind)
-    own = list_checkpoints(folder)
+        return _read_newest_good(own, kind)
     if resume == "none":
         if own:
             raise InputError(
@@ -87,7 +209,7 @@ def _read_resume(folder: Path, resume: str, kind: str) -> tuple[Path, dict] | No
     path = Path(resume)
     found = None
     if path.resolve().parent != folder.resolve():
-        found = _read_newest_good(folder, kind)
+        found = _read_newest_good(own, kind)
     else:
         place = checkpoint_place(path)
         newer = [other for other in own if place is None or checkpoint_place(other) > place]
@@ -99,74 +221,85 @@ def _read_resume(folder: Path, resume: str, kind: str) -> tuple[Path, dict] | No
     return found or (path, read_checkpoint(path, kind))
 
 
-def resume_run(
+def continue_run(
     state: TrainState,
-    folder: Path,
-    resume: str,
+    path: Path,
+    checkpoint: dict,
     *,
-    kind: str,
-    identity: dict,
-    recipe: dict,
-    resumes_mid_epoch: bool,
+    fixed: dict,
+    may_change: dict,
+    given: Collection[str],
 ) -> None:
-    """Put the state where the run was stopped, or leave it at the start; the log says which.
+    """Put the state where a checkpoint was written.
 
     Args:
         state: of a run that starts.
-        folder, resume, kind: see `read_resume`.
-        identity, recipe: see `check_same_run`; the recipe has "--epochs".
-        resumes_mid_epoch: False goes back to the start of the epoch under way.
+        path: of the checkpoint.
+        checkpoint: its content.
+        fixed, may_change, given: see `check_same_run`.
 
     Raises:
-        InputError: the checkpoint cannot be read, is of another run, or has nothing left to do.
+        InputError: the checkpoint is of another run, or not one that training can go on from.
     """
-    found = read_resume(folder, resume, kind)
-    if found is None:
-        return
-    path, checkpoint = found
     if "optimizer" not in checkpoint:
         raise InputError(
             f"{path} holds the weights of the best epoch, which training cannot go on from: resume "
             "another checkpoint, or start anew from these by --finetune"
         )
     with strange_content_is_input_error(path):
-        check_same_run(checkpoint, identity, recipe, path)
+        check_same_run(checkpoint, fixed, may_change, path, given)
         state.load_state_dict(checkpoint)
-    progress, epochs = state.progress, recipe["--epochs"]
-    if progress.epoch >= epochs and path.resolve().parent != folder.resolve():
-        raise InputError(f"{path} has all {epochs} epochs done: raise --epochs")
-    if not resumes_mid_epoch:
-        state.rewind_epoch()
-    place = (progress.epoch, progress.step_in_epoch)
+
+
+def check_left(state: TrainState, path: Path, folder: Path, epochs: int) -> None:
+    """Say where a run goes on, and whether anything is left to train.
+
+    Raises:
+        InputError: another run's checkpoint has all epochs done.
+    """
+    progress = state.progress
     if progress.epoch < epochs:
+        place = (progress.epoch, progress.step_in_epoch)
         _logger.info("continuing %s after %d epochs and %d steps", path, *place)
+    elif path.resolve().parent != folder.resolve():
+        raise InputError(f"{path} has all {epochs} epochs done: raise --epochs")
     else:
         _logger.info("%s is the end of this run: nothing is left to train", path)
 
 
-def check_same_run(checkpoint: dict, identity: dict, recipe: dict, path: Path) -> None:
+def check_same_run(
+    checkpoint: dict, fixed: dict, may_change: dict, path: Path, given: Collection[str] = ()
+) -> None:
     """Refuse to continue a checkpoint as another run; say which settings change on the way.
 
+    A setting that the checkpoint does not have is one of a newer version. It counts as unchanged
+    unless it was given, because its default is what the older version did.
+
     Args:
-        checkpoint: with the `identity` and `recipe` of the start that wrote it.
-        identity: name -> plain value, what must not change: model, ratios, data.
-        recipe: name -> plain value, what may: learning rate, schedule, precision.
+        checkpoint: with the settings of the start that wrote it, as `identity` and `recipe`.
+        fixed: name -> plain value, what must not change: model, ratios, data.
+        may_change: name -> plain value, what may: learning rate, schedule, precision.
         path: of the checkpoint, for the message.
+        given: the options that this start does not leave at their defaults.
 
     Raises:
         InputError: with the list of differences.
     """
-    different = changes(checkpoint["identity"], identity)
+    known, before = (
+        {**{name: value for name, value in now.items() if name not in given}, **saved}
+        for now, saved in ((fixed, checkpoint["identity"]), (may_change, checkpoint["recipe"]))
+    )
+    different = changes(known, fixed)
     if different:
         size = checkpoint["identity"].get(EFFECTIVE_BATCH)
         advice = "Give it the same arguments"
-        if identity.get(EFFECTIVE_BATCH) != size:
+        if fixed.get(EFFECTIVE_BATCH) != size:
             advice += f" (--effective_batch_size {size} holds on any number of processes)"
         raise InputError(
             f"{path} was written by another run: {'; '.join(different)}. {advice}, or start anew "
             "in another --output_dir"
         )
-    done, epochs, before = checkpoint["progress"]["epoch"], recipe["--epochs"], checkpoint["recipe"]
+    done, epochs = checkpoint["progress"]["epoch"], may_change["--epochs"]
     if epochs < before["--epochs"]:
         raise InputError(
             f"--epochs {epochs} is below the {before['--epochs']} that {path} was started with, "
@@ -180,15 +313,15 @@ def check_same_run(checkpoint: dict, identity: dict, recipe: dict, path: Path) -
             "schedule, so the run differs from one started with %d epochs",
             *(before["--epochs"], epochs, done, epochs),
         )
-    processes = recipe.get("processes")
-    if before.get("processes", processes) != processes:
+    processes = may_change.get("processes")
+    if before.get("processes") != processes:
         _logger.warning(
             "the number of processes was %s and is now %s: steps have the same images and masks as "
             "before, but sums are rounded in another order, and drop path and mixup, where there "
             "are any, draw other numbers, so the result is not the same to the bit",
             *(before["processes"], processes),
         )
-    for change in changes({**before, "--epochs": epochs, "processes": processes}, recipe):
+    for change in changes({**before, "--epochs": epochs, "processes": processes}, may_change):
         _logger.warning("continuing with a change: %s", change)
 
 

@@ -1,5 +1,6 @@
 """The frame of a run: how it starts, what it records about itself, and how it ends."""
 
+import argparse
 import errno
 import json
 import logging
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,8 +20,9 @@ import torch
 import torchvision
 from tqdm import tqdm
 
+from util.arguments import natural_float, natural_int, positive_float, positive_int, seed_number
 from util.compute.distributed import (
-    from_main_process,
+    TIMEOUT_MINUTES,
     is_main_process,
     rank,
     start_processes,
@@ -28,9 +31,6 @@ from util.compute.distributed import (
 from util.compute.signals import signals_noted
 from util.compute.watchdog import first_to_tell, lost_process, start_watchdog, stop_watchdog
 from util.compute.worker_deaths import dead_loader, end_loaders
-from util.data.images import IndexedImages, names_hash
-from util.data.loaders import StepLoader
-from util.data.streams import StreamedImages
 from util.errors import (
     InputError,
     RunError,
@@ -40,11 +40,6 @@ from util.errors import (
     out_of_memory_message,
 )
 from util.kernels import cpu_linear
-from util.runs.checkpoint import CheckpointWriter, TrainState, list_checkpoints
-from util.runs.lock import lock_folder
-from util.runs.resume import resume_run
-from util.runs.run_log import RunLog
-from util.weights.encoder import EncoderWeights
 
 TIME_FORMAT = "%Y%m%d-%H%M%S"
 SECONDS_BEFORE_SPEAKING = 5
@@ -52,6 +47,79 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 BAD_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM)
 
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where a run computes, writes and continues; see the flags."""
+
+    output_dir: str
+    log_dir: str | None = None
+    device: str | None = None
+    seed: int = 0
+    resume: str = "auto"
+    save_every: int = 1
+    save_every_minutes: float | None = None
+    keep_last: int = 3
+    log_every: int = 20
+    timeout_minutes: float | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Of checkpoints, logs and figures."""
+        return Path(self.output_dir)
+
+    @property
+    def log_folder(self) -> Path:
+        """TensorBoard's."""
+        return Path(self.log_dir or self.folder / "tensorboard")
+
+
+def add_run_args(parser: argparse.ArgumentParser, *, output_dir: str, save_every: int = 20) -> None:
+    """The flags of RunSettings."""
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--output_dir",
+        default=output_dir,
+        help="folder of checkpoints, logs and figures (%(default)s)",
+    )
+    group.add_argument("--log_dir", help="TensorBoard's folder (OUTPUT_DIR/tensorboard)")
+    group.add_argument("--device", help="such as cuda, cuda:1 or cpu (cuda where there is one)")
+    group.add_argument(
+        "--seed", type=seed_number, default=0, help="decides everything random (%(default)s)"
+    )
+    group.add_argument(
+        "--resume",
+        default="auto",
+        help="auto continues the newest good checkpoint in OUTPUT_DIR, a path that checkpoint, "
+        "none starts anew (%(default)s)",
+    )
+    group.add_argument(
+        "--save_every",
+        type=positive_int,
+        default=save_every,
+        help="epochs between checkpoints (%(default)s)",
+    )
+    group.add_argument(
+        "--save_every_minutes",
+        type=natural_float,
+        help="also save within epochs, at the first log point after so many minutes (off)",
+    )
+    group.add_argument(
+        "--keep_last",
+        type=natural_int,
+        default=3,
+        help="how many checkpoints to keep, 0 for all (%(default)s)",
+    )
+    group.add_argument(
+        "--log_every", type=positive_int, default=20, help="steps between log points (%(default)s)"
+    )
+    group.add_argument(
+        "--timeout_minutes",
+        type=positive_float,
+        default=TIMEOUT_MINUTES,
+        help="a process that does nothing for so long ends those that wait for it (%(default)s)",
+    )
 
 
 class TerminalHandler(logging.Handler):
@@ -178,133 +246,6 @@ def write_json(path: Path, content: dict, *, keep_earlier: bool = True) -> None:
         when = time.strftime(TIME_FORMAT, time.localtime(path.stat().st_mtime))
         path.rename(path.with_name(f"{path.stem}-{when}{path.suffix}"))
     temporary.replace(path)
-
-
-def log_settings(settings: dict) -> None:
-    """Say what a run is going to do, defaults that depend on something included."""
-    _logger.info("recipe: %s", ", ".join(f"{k.lstrip('-')} {v}" for k, v in settings.items()))
-
-
-def describe_classifier(
-    model_name: str,
-    options: dict,
-    *,
-    weights: EncoderWeights | None,
-    train_set: IndexedImages | StreamedImages,
-    dataset: str,
-    mean: list[float],
-    std: list[float],
-    crop_share: float,
-) -> tuple[dict, dict]:
-    """What fine-tuning and probing have in common of `open_run`'s identity, and their header.
-
-    Args:
-        model_name: such as vit_base_patch16.
-        options: of its factory: img_size, num_classes, pool and perhaps more.
-        weights: that the run starts from, if any.
-        train_set: the images to train on.
-        dataset: its name.
-        mean, std: of the channels.
-        crop_share: of the side of held-out images that is seen.
-    """
-    identity = {
-        "--model": model_name,
-        "hash of the weights it starts from": weights and weights.hash(),
-        "--input_size": options["img_size"],
-        "--pool": options["pool"],
-        "number of classes": options["num_classes"],
-        "hash of the names of classes": names_hash(train_set.classes),
-        "--dataset": dataset,
-        "--mean": mean,
-        "--std": std,
-        **train_set.identity(),
-    }
-    header = {
-        "model_name": model_name,
-        "model_options": options,
-        "mean": mean,
-        "std": std,
-        "crop_share": crop_share,
-        "classes": train_set.classes and list(train_set.classes),
-    }
-    return identity, header
-
-
-def open_run(
-    state: TrainState,
-    loader: StepLoader,
-    *,
-    kind: str,
-    output_dir: Path,
-    log_dir: Path,
-    resume: str,
-    identity: dict,
-    recipe: dict,
-    header: dict,
-    args: dict,
-    every_minutes: float | None,
-    keep_last: int,
-) -> tuple[CheckpointWriter, RunLog]:
-    """Put a run where it was stopped, record this start, and open its checkpoints and its log.
-
-    Args:
-        state: of a run that starts; changed where it continues.
-        loader: of its steps.
-        kind: one of util.runs.checkpoint.KINDS.
-        output_dir: of checkpoints, `log.jsonl` and `args.json`.
-        log_dir: of TensorBoard.
-        resume: see `read_resume`.
-        identity: see `check_same_run`.
-        recipe: the same; it has "--epochs".
-        header: what else every checkpoint keeps: the model's name and options, mean, std.
-        args: of the command line.
-        every_minutes: see CheckpointWriter.
-        keep_last: the same.
-
-    Raises:
-        InputError: the run cannot be continued, or nothing can be written.
-    """
-    found = list_checkpoints(output_dir)
-    resume_run(
-        state,
-        output_dir,
-        resume,
-        kind=kind,
-        identity=identity,
-        recipe=recipe,
-        resumes_mid_epoch=loader.resumes_mid_epoch,
-    )
-    if output_dir not in log_dir.parents:
-        try:
-            log_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot write to --log_dir {log_dir}: {error}") from error
-    lock = lock_folder(output_dir)  # nothing has been written there so far
-    if from_main_process(list_checkpoints(output_dir) != found):
-        raise InputError(
-            f"another run has written to {output_dir} meanwhile: start the same command again"
-        )
-    settings = {"identity": identity, "recipe": recipe, "args": args}
-    checkpoints = CheckpointWriter(
-        output_dir,
-        state,
-        {**header, **settings, "versions": write_args(output_dir, args)},
-        kind=kind,
-        every_minutes=every_minutes,
-        keep_last=keep_last,
-    )
-    run_log = RunLog(
-        output_dir,
-        log_dir,
-        num_epochs=recipe["--epochs"],
-        steps_per_epoch=loader.steps_per_epoch,
-        epoch=state.progress.epoch,
-        step=state.progress.step,
-        device=state.precision.device,
-        unwritten=state.unwritten,
-        lock=lock,
-    )
-    return checkpoints, run_log
 
 
 def run_main(

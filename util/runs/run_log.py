@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from util.compute.distributed import is_main_process
 from util.errors import InputError, RunError
-from util.runs.lock import FolderLock
 
 LOG_NAME = "log.jsonl"
 
@@ -81,7 +80,6 @@ class RunLog:
         step: steps done; later TensorBoard points of an interrupted run are hidden.
         device: whose memory is shown.
         unwritten: lines that wait for room in `log.jsonl`, kept by checkpoints meanwhile.
-        lock: of output_dir, released by `close`.
     """
 
     def __init__(
@@ -95,9 +93,8 @@ class RunLog:
         step: int,
         device: torch.device,
         unwritten: list[dict],
-        lock: FolderLock | None = None,
     ) -> None:
-        self.unwritten, self.lock = unwritten, lock
+        self.unwritten = unwritten
         self.num_epochs, self.steps_per_epoch, self.device = num_epochs, steps_per_epoch, device
         self.output_dir, self.path = output_dir, output_dir / LOG_NAME
         self.bar = None
@@ -246,8 +243,6 @@ class RunLog:
                 tensorboard.close()
         if self.unwritten:
             self._write_lines()
-        if self.lock is not None:
-            self.lock.release()
         if self.unwritten:
             raise RunError(
                 f"{self.path} lacks the lines of {len(self.unwritten)} epochs, see above: make "

@@ -44,6 +44,7 @@ _logger = logging.getLogger(__name__)
 _MOVING_AVERAGES = ("ema", "state_dict_ema", "model_ema")
 _STATE_KEYS = (*_MOVING_AVERAGES, "state_dict", "model")
 ENCODER_FORMAT = "crossmae-encoder"  # in the metadata of an encoder-only file
+OLD_KEYS = {"crop_share": "crop_pct"}  # as earlier versions called them
 
 
 class EncoderWeights(NamedTuple):
@@ -63,7 +64,7 @@ class EncoderWeights(NamedTuple):
     classes: list[str] | None = None
     pool: str | None = None
     """What a head classifies: "avg", the patch tokens' mean, or "cls", the class token."""
-    crop_share: float | None = None
+    crop_pct: float | None = None
     """Of the side of held-out images that a classifier was evaluated on."""
     num_heads: int | None = None
     norm_eps: float | None = None
@@ -188,7 +189,7 @@ def _read_encoder(content: dict, path: Path) -> EncoderWeights:
         std=std,
         classes=told.get("classes") if has_head else None,
         pool=told.get("pool") or (pool if has_head else None),
-        crop_share=told.get("crop_share"),
+        crop_pct=told.get("crop_pct"),
         num_heads=told.get("num_heads"),
         norm_eps=told.get("norm_eps"),
         left_out=tuple(left_out),
@@ -255,7 +256,8 @@ def _told_by_file(content: dict, path: Path) -> dict:
     """What a file of this project tells: img_size, mean, std and the like."""
     metadata = content.get("metadata", {})
     if metadata.get("format") == ENCODER_FORMAT:
-        return {key: json.loads(value) for key, value in metadata.items() if key != "format"}
+        told = {key: json.loads(value) for key, value in metadata.items() if key != "format"}
+        return {OLD_KEYS.get(key, key): value for key, value in told.items()}
     if "model_options" not in content:
         return {}
     kind = str(content.get("format")).removeprefix("crossmae-")
@@ -268,7 +270,7 @@ def _told_by_file(content: dict, path: Path) -> dict:
         "mean": content["mean"],
         "std": content["std"],
         "classes": content.get("classes"),
-        "crop_share": content.get("crop_share"),
+        "crop_pct": content.get("crop_pct", content.get("crop_share")),
     }
 
 
@@ -291,11 +293,11 @@ def checked_colours(
 
 def _check_told(told: dict) -> None:
     """Raise TypeError or ValueError where a file tells settings that mean nothing."""
-    classes, pool, share = (told.get(name) for name in ("classes", "pool", "crop_share"))
+    classes, pool, share = (told.get(name) for name in ("classes", "pool", "crop_pct"))
     if not all(isinstance(name, str) for name in classes or []):
         raise TypeError("classes are called by strings")
     if pool not in (None, "avg", "cls") or not 0 < (1 if share is None else share) <= 1:
-        raise ValueError(f"pool {pool}, crop_share {share}")
+        raise ValueError(f"pool {pool}, crop_pct {share}")
     if not 0 <= (told.get("norm_eps") or 0) < 1:
         raise ValueError(f"layer_norm_eps {told['norm_eps']}")
 
