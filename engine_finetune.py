@@ -22,7 +22,7 @@ from util.runs.checkpoint import BEST_NAME, TrainState, last_checkpoint
 from util.runs.run_log import read_log
 from util.runs.training import training_steps
 from util.seeding import seed_everything
-from util.weights.encoder import EncoderWeights
+from util.weights.encoder import StartingPoint
 
 _logger = logging.getLogger(__name__)
 
@@ -154,44 +154,38 @@ def report(output_dir: Path, title: str) -> None:
 
 
 def describe_classifier(
-    model_name: str,
+    start: StartingPoint,
     options: dict,
-    *,
-    weights: EncoderWeights | None,
     train_set: IndexedImages | StreamedImages,
+    *,
     dataset: str,
-    mean: list[float],
-    std: list[float],
     crop_pct: float,
 ) -> tuple[dict, dict]:
-    """What fine-tuning and probing have in common of `open_run`'s fixed settings, and their header.
+    """What fine-tuning and probing have in common of a run's fixed settings, and their header.
 
     Args:
-        model_name: such as vit_base_patch16.
-        options: of its factory: img_size, num_classes, pool and perhaps more.
-        weights: that the run starts from, if any.
+        start: where the encoder starts from.
+        options: of the model: img_size, num_classes, pool and perhaps more.
         train_set: the images to train on.
         dataset: its name.
-        mean, std: of the channels.
-        crop_pct: of the side of held-out images that is seen.
+        crop_pct: share of the side of validation images that is seen.
     """
+    form = {"mean": start.mean, "std": start.std}
     fixed = {
-        "--model": model_name,
-        "hash of the weights it starts from": weights and weights.hash(),
+        "--model": f"vit_{start.size}",
+        "hash of the weights it starts from": start.weights and start.weights.hash(),
         "--input_size": options["img_size"],
         "--pool": options["pool"],
         "number of classes": options["num_classes"],
         "hash of the names of classes": names_hash(train_set.classes),
         "--dataset": dataset,
-        "--mean": mean,
-        "--std": std,
+        **{f"--{name}": value for name, value in form.items()},
         **train_set.identity(),
     }
     header = {
-        "model_name": model_name,
+        "model_name": f"vit_{start.size}",
         "model_options": options,
-        "mean": mean,
-        "std": std,
+        **form,
         "crop_pct": crop_pct,
         "classes": train_set.classes and list(train_set.classes),
     }

@@ -43,6 +43,7 @@ from util.optim import OptimSettings, add_optim_args, build_layer_decay_adamw
 from util.runs.checkpoint import TrainState
 from util.runs.resume import (
     EFFECTIVE_BATCH,
+    RunRecord,
     changeable_settings,
     log_settings,
     newest_good_checkpoint,
@@ -184,7 +185,7 @@ def evaluate_only(
             f"{encoder.num_classes}, or leave it out"
         )
     crop_pct = data.crop_pct or weights.crop_pct or default_crop_pct(start.img_size)
-    transform = eval_transform(start.img_size, start.mean, start.std, crop_pct)
+    transform = eval_transform(*start.input_format, crop_pct)
     val_set = open_val(data, transform, seed=run.seed)
     if val_set is None:
         raise InputError(f"{data.name} has no held-out images to evaluate: name some by --val_path")
@@ -197,7 +198,7 @@ def evaluate_only(
         make_linear_probe(model, num_classes)
     load_encoder(model, weights, head=True)
     example = blank_images(start.img_size, device)
-    precision = place_model(model, compute, device, example=example)
+    precision = place_model(model, compute, device, example)
     sizes = {"batch_size": batch_size, "num_workers": data.num_workers}
     loader = build_eval_loader(val_set, **sizes, device=device)
     broken = BrokenImages(len(val_set), data.max_broken)
@@ -223,20 +224,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe = resolve_recipe(args, start.size)
     warmup_epochs = min(WARMUP_EPOCHS, recipe.epochs / 10)
     optim = optim.with_defaults(epochs=recipe.epochs, blr=recipe.blr, warmup_epochs=warmup_epochs)
-    form = (start.img_size, start.mean, start.std)
     crop_pct = data.crop_pct or default_crop_pct(start.img_size)
-    train_set, val_set, num_classes = open_labelled(
-        data,
-        finetune_transform(*form, augment),
-        eval_transform(*form, crop_pct),
-        seed=run.seed,
-        batch_size=optim.batch_size,
-        num_classes=encoder.num_classes,
+    transforms = (
+        finetune_transform(*start.input_format, augment),
+        eval_transform(*start.input_format, crop_pct),
     )
+    sizes = {"batch_size": optim.batch_size, "num_classes": encoder.num_classes}
+    train_set, val_set, num_classes = open_labelled(data, *transforms, seed=run.seed, **sizes)
     batches = plan_batches(optim)
-    loader, val_loader = build_loaders(
-        train_set, val_set, data, batches, seed=run.seed, device=device
-    )
+    place = {"seed": run.seed, "device": device}
+    loader, val_loader = build_loaders(train_set, val_set, data, batches, **place)
 
     # The model
     pool = encoder.pool or "avg"
@@ -250,23 +247,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = build()
     if start.weights is not None:
         load_encoder(model, start.weights, head=False)
-    precision = place_model(
-        model,
-        compute,
-        device,
-        example=blank_images(start.img_size, device),
-        batch_size=optim.batch_size,
-        clip_grad=optim.clip_grad,
-    )
+    example = blank_images(start.img_size, device)
+    precision = place_model(model, compute, device, example, optim)
     ema = None if args.ema is None else ModelEmaV3(model, decay=args.ema)
     compile_model(model, compute.compile, device=device)
 
     # How it is trained
-    lr = plan_learning_rate(
-        optim,
-        effective_batch_size=loader.effective_batch_size,
-        steps_per_epoch=loader.steps_per_epoch,
-    )
+    lr = plan_learning_rate(optim, loader)
     optimizer = build_layer_decay_adamw(
         model, weight_decay=optim.weight_decay, layer_decay=recipe.layer_decay, betas=(0.9, 0.999)
     )
@@ -275,14 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # What makes the run the run it is, and what may change when it goes on
     fixed, header = describe_classifier(
-        f"vit_{start.size}",
-        options,
-        weights=start.weights,
-        train_set=train_set,
-        dataset=data.name,
-        mean=start.mean,
-        std=start.std,
-        crop_pct=crop_pct,
+        start, options, train_set, dataset=data.name, crop_pct=crop_pct
     )
     fixed |= {
         "--layer_decay": recipe.layer_decay,
@@ -295,17 +275,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     may_change = changeable_settings(optim, data, lr=lr.peak, amp=precision.amp, fsdp=compute.fsdp)
     log_settings({**fixed, **may_change})
-    with open_run(
-        state,
-        loader,
-        run,
-        kind="finetune",
-        fixed=fixed,
-        may_change=may_change,
-        header=header,
-        args=vars(args),
-        given=given_options(args, parse_args([])),
-    ) as (checkpoints, run_log):
+    given = given_options(args, parse_args([]))
+    record = RunRecord("finetune", fixed, may_change, header, vars(args), given)
+    with open_run(state, loader, run, record) as (checkpoints, run_log):
         progress, parallel_model = state.progress, data_parallel(model, device)
         mixup = build_mixup(mix, num_classes)
         while progress.epoch < optim.epochs:

@@ -10,9 +10,6 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from models import build_classifier, starting_point
 from models_vit import POOLS
 from util.arguments import Parser, positive_float, positive_int, seed_number, take
@@ -21,15 +18,19 @@ from util.compute.distributed import is_main_process
 from util.compute.precision import blank_images
 from util.compute.setup import ComputeSettings, add_precision_args, place_model
 from util.data.broken_images import BrokenImages
-from util.data.classes import check_classes, check_labels
+from util.data.classes import check_labels
 from util.data.datasets import open_train_val
 from util.data.images import IndexedImages
 from util.data.loaders import build_eval_loader
 from util.data.settings import DataSettings, add_data_args
-from util.data.streams import StreamedImages
 from util.data.transforms import default_crop_pct, eval_transform
-from util.errors import InputError
-from util.eval.knn import extract_features, knn_accuracy, logistic_accuracy
+from util.eval.knn import (
+    Labelled,
+    accuracies,
+    accuracy_table,
+    check_measurable,
+    extract_features,
+)
 from util.runs.run import run_main, start_run, write_args, write_json
 from util.weights.encoder import load_encoder
 
@@ -37,9 +38,6 @@ REPORT = "knn.json"
 MEMORY_ADVICE = "lower --batch_size"
 
 _logger = logging.getLogger(__name__)
-
-Labelled = tuple[Tensor, Tensor]
-"""Features (N, D) and labels (N,)."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -121,53 +119,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def check_datasets(
-    name: str,
-    train_set: IndexedImages | StreamedImages,
-    val_set: IndexedImages | None,
-    num_classes: int | None,
-) -> int:
-    """The number of classes, once both sets can be read image by image and have the same classes.
-
-    Raises:
-        InputError: they cannot, or have not.
-    """
-    if not isinstance(train_set, IndexedImages):
-        raise InputError(
-            f"{name} is a stream, in which images have no number: name an indexed source such as "
-            "folder, tar, torch/<name> or hfds/<name> by --dataset"
-        )
-    if val_set is None:
-        raise InputError(f"{name} has no held-out images to measure on: name some by --val_path")
-    return check_classes(train_set, val_set, num_classes)
-
-
-def measure(
-    args: argparse.Namespace, train: Labelled, held_out: Labelled, device: torch.device
-) -> dict[str, float]:
-    """Accuracy on the held-out images in percent, by the name of what finds the labels."""
-    sets = (*train, *held_out)
-    accuracy = knn_accuracy(*sets, ks=args.k, temperature=args.temperature, device=device)
-    results = {f"{k}-NN": percent for k, percent in accuracy.items()}
-    for shots in [None] * args.logistic + args.shots:
-        images = "all images" if shots is None else f"{shots} per class"
-        results[f"logistic regression, {images}"] = logistic_accuracy(
-            *sets, shots=shots, seed=args.seed
-        )
-    return results
-
-
-def table(results: dict[str, dict[str, float]]) -> list[str]:
-    """Lines of a table: a column for each network, a row for each measure."""
-    rows = list(next(iter(results.values())))
-    width = max(map(len, rows))
-    lines = [" " * width + "".join(f"{name:>13}" for name in results)]
-    return lines + [
-        f"{row:{width}}" + "".join(f"{column[row]:13.2f}" for column in results.values())
-        for row in rows
-    ]
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the features of one file of weights."""
     args = parse_args(argv)
@@ -177,15 +128,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     start = starting_point(args.finetune, img_size=data.input_size, mean=data.mean, std=data.std)
     crop_pct = data.crop_pct or default_crop_pct(start.img_size)
-    transform = eval_transform(start.img_size, start.mean, start.std, crop_pct)
+    transform = eval_transform(*start.input_format, crop_pct)
     train_set, val_set = open_train_val(
         data, transform, transform, seed=args.seed, batch_size=args.batch_size
     )
-    num_classes = check_datasets(data.name, train_set, val_set, args.num_classes)
+    num_classes = check_measurable(data.name, train_set, val_set, args.num_classes)
 
     model = build_classifier(start.size, img_size=start.img_size, num_classes=0, pool=args.pool)
     example = blank_images(start.img_size, device)
-    precision = place_model(model.eval(), compute, device, example=example)
+    precision = place_model(model.eval(), compute, device, example)
     compile_model(model, compute.compile, device=device)
     versions = write_args(output_dir, vars(args))
 
@@ -209,12 +160,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not is_main_process():
         return
 
-    results = {name: measure(args, *sets, device) for name, sets in features.items()}
+    options = {"ks": args.k, "temperature": args.temperature, "seed": args.seed}
+    shots = [None] * args.logistic + args.shots
+    results = {
+        name: accuracies(*sets, shots=shots, device=device, **options)
+        for name, sets in features.items()
+    }
     _logger.info(
         "accuracy in %% on %d images of %s after %d labelled ones, vit_%s, %s pool",
         *(len(val_set), data.name, len(train_set), start.size, args.pool),
     )
-    for line in table(results):
+    for line in accuracy_table(results):
         _logger.info("%s", line)
     report = {
         "args": vars(args),

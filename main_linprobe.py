@@ -23,7 +23,7 @@ from util.data.settings import DataSettings, add_data_args
 from util.data.transforms import default_crop_pct, eval_transform, probe_transform
 from util.optim import OptimSettings, add_optim_args, build_lars
 from util.runs.checkpoint import TrainState
-from util.runs.resume import EFFECTIVE_BATCH, changeable_settings, log_settings, open_run
+from util.runs.resume import EFFECTIVE_BATCH, RunRecord, changeable_settings, log_settings, open_run
 from util.runs.run import RunSettings, add_run_args, run_main, start_run
 from util.schedule import plan_learning_rate
 from util.weights.encoder import load_encoder
@@ -66,20 +66,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = starting_point(
         encoder.finetune, encoder.model, img_size=data.input_size, mean=data.mean, std=data.std
     )
-    form = (start.img_size, start.mean, start.std)
     crop_pct = data.crop_pct or default_crop_pct(start.img_size)
     train_set, val_set, num_classes = open_labelled(
         data,
-        probe_transform(*form),
-        eval_transform(*form, crop_pct),
+        probe_transform(*start.input_format),
+        eval_transform(*start.input_format, crop_pct),
         seed=run.seed,
         batch_size=optim.batch_size,
         num_classes=encoder.num_classes,
     )
     batches = plan_batches(optim)
-    loader, val_loader = build_loaders(
-        train_set, val_set, data, batches, seed=run.seed, device=device
-    )
+    place = {"seed": run.seed, "device": device}
+    loader, val_loader = build_loaders(train_set, val_set, data, batches, **place)
 
     # The frozen encoder and its head
     pool = encoder.pool or "cls"
@@ -88,37 +86,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if start.weights is not None:
         load_encoder(model, start.weights, head=False)
     make_linear_probe(model, num_classes)
-    precision = place_model(
-        model,
-        compute,
-        device,
-        example=blank_images(start.img_size, device),
-        batch_size=optim.batch_size,
-        clip_grad=optim.clip_grad,
-    )
+    example = blank_images(start.img_size, device)
+    precision = place_model(model, compute, device, example, optim)
     compile_model(model, compute.compile, device=device)
 
     # How it is trained
     optim = optim.with_defaults(warmup_epochs=optim.epochs * WARMUP_SHARE)
-    lr = plan_learning_rate(
-        optim,
-        effective_batch_size=loader.effective_batch_size,
-        steps_per_epoch=loader.steps_per_epoch,
-    )
+    lr = plan_learning_rate(optim, loader)
     optimizer = build_lars(model, weight_decay=optim.weight_decay)
     broken = BrokenImages(loader.sampler.num_samples, data.max_broken)
     state = TrainState(model, optimizer, precision, broken)
 
     # What makes the run the run it is, and what may change when it goes on
     fixed, header = describe_classifier(
-        f"vit_{start.size}",
-        options,
-        weights=start.weights,
-        train_set=train_set,
-        dataset=data.name,
-        mean=start.mean,
-        std=start.std,
-        crop_pct=crop_pct,
+        start, options, train_set, dataset=data.name, crop_pct=crop_pct
     )
     fixed |= {
         "--weight_decay": optim.weight_decay,
@@ -127,17 +108,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     may_change = changeable_settings(optim, data, lr=lr.peak, amp=precision.amp)
     log_settings({**fixed, **may_change})
-    with open_run(
-        state,
-        loader,
-        run,
-        kind="linprobe",
-        fixed=fixed,
-        may_change=may_change,
-        header=header,
-        args=vars(args),
-        given=given_options(args, parse_args([])),
-    ) as (checkpoints, run_log):
+    given = given_options(args, parse_args([]))
+    record = RunRecord("linprobe", fixed, may_change, header, vars(args), given)
+    with open_run(state, loader, run, record) as (checkpoints, run_log):
         progress, parallel_model = state.progress, data_parallel(model, device)
         while progress.epoch < optim.epochs:
             stats = train_one_epoch(

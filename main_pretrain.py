@@ -28,7 +28,7 @@ from util.eval.monitor import MonitorSettings, add_monitor_args, draw, measure, 
 from util.masking import Masking, MaskSettings, add_masking_args
 from util.optim import OptimSettings, add_optim_args, build_adamw
 from util.runs.checkpoint import TrainState
-from util.runs.resume import EFFECTIVE_BATCH, changeable_settings, open_run
+from util.runs.resume import EFFECTIVE_BATCH, RunRecord, changeable_settings, open_run
 from util.runs.run import RunSettings, add_run_args, run_main, start_run
 from util.schedule import plan_learning_rate
 
@@ -100,31 +100,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     grid_size = model.encoder.grid_size
     masking = Masking.of(masks, grid_size, seed=run.seed, all_masked=network.is_mae)
     example = partial(blank_batch, masking, options["img_size"], **colours, device=device)
-    precision = place_model(
-        model,
-        compute,
-        device,
-        example=example,
-        batch_size=known_batch_size,
-        clip_grad=optim.clip_grad,
-    )
+    precision = place_model(model, compute, device, example, optim)
     batches = plan_batches(
         optim, model, example=example, precision=precision, multiple_of=args.repeated_aug
     )
     compile_model(model, compute.compile, device=device, blocks=model.blocks)
-    loader, val_loader = build_loaders(
-        train_set, val_set, data, batches, seed=run.seed, device=device
-    )
+    place = {"seed": run.seed, "device": device}
+    loader, val_loader = build_loaders(train_set, val_set, data, batches, **place)
 
     # How weights are updated (App. A.6)
     optim = optim.with_defaults(warmup_epochs=optim.epochs / 20)
-    lr = plan_learning_rate(
-        optim,
-        effective_batch_size=loader.effective_batch_size,
-        steps_per_epoch=loader.steps_per_epoch,
-        mask_ratio=masks.mask_ratio,
-        pred_ratio=masks.predicted,
-    )
+    ratios = {"mask_ratio": masks.mask_ratio, "pred_ratio": masks.predicted}
+    lr = plan_learning_rate(optim, loader, **ratios)
     optimizer = build_adamw(model, weight_decay=optim.weight_decay, betas=(0.9, 0.95))
     broken = BrokenImages(loader.sampler.num_samples, data.max_broken)
     state = TrainState(model, optimizer, precision, broken)
@@ -168,17 +155,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         batch_size=batches.batch_size,
         plain_transform=plain_transform,
     )
-    with open_run(
-        state,
-        loader,
-        run,
-        kind="pretrain",
-        fixed=fixed,
-        may_change=may_change,
-        header=header,
-        args=vars(args),
-        given=given_options(args, parse_args([])),
-    ) as (checkpoints, run_log):
+    given = given_options(args, parse_args([]))
+    record = RunRecord("pretrain", fixed, may_change, header, vars(args), given)
+    with open_run(state, loader, run, record) as (checkpoints, run_log):
         progress, parallel_model = state.progress, data_parallel(model, device)
         if monitor.knn_loaders and progress.step == 0:
             with unsharded(model, build) as whole:

@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -16,7 +15,7 @@ from models_vit import POOLS, SIZES, VisionTransformer, build_vit
 from util.arguments import positive_int
 from util.errors import InputError, value_errors_are_input_errors
 from util.masking import MASK_SAMPLINGS
-from util.weights.encoder import EncoderWeights, checked_colours, input_format, read_encoder
+from util.weights.encoder import StartingPoint, checked_colours, input_format, read_encoder
 from util.weights.files import check_format, read_weights_file, strange_content_is_input_error
 from util.weights.released import from_released, released_options
 
@@ -77,16 +76,6 @@ class EncoderSettings:
     model: str | None = None
     pool: str | None = None
     num_classes: int | None = None
-
-
-class StartingPoint(NamedTuple):
-    """The weights that an encoder starts from, if any, and the size and input that go with them."""
-
-    weights: EncoderWeights | None
-    size: str
-    img_size: tuple[int, int]
-    mean: list[float]
-    std: list[float]
 
 
 def starting_point(

@@ -38,7 +38,7 @@ from util.runs.checkpoint import (
     read_checkpoint,
 )
 from util.runs.meters import EpochMeters
-from util.runs.resume import continue_run, newest_good_checkpoint
+from util.runs.resume import RunRecord, continue_run, newest_good_checkpoint
 from util.runs.run_log import LOG_NAME
 from util.seeding import seed_everything
 
@@ -549,9 +549,9 @@ def test_resuming_from_the_best_epoch_is_refused(tmp_path):
     writer = make_writer(best, make_state(vit_nano(), ema=0.9))
     writer.save_if_best({"val_top1": 70.0}, by="val_top1")
     state, path = make_state(vit_nano(), ema=0.9), best / BEST_NAME
-    settings = {"fixed": {}, "may_change": {"--epochs": 3}, "given": ()}
+    record = RunRecord("finetune", {}, {"--epochs": 3}, {}, {}, ())
     with pytest.raises(InputError, match="--finetune"):
-        continue_run(state, path, read_checkpoint(path, "finetune"), **settings)
+        continue_run(state, path, read_checkpoint(path, "finetune"), record)
 
 
 @pytest.mark.parametrize("label", [3, -1])

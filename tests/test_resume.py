@@ -9,7 +9,13 @@ from test_checkpoint import save_at, truncate
 from tests.helpers.runs import assert_identical
 from util.errors import InputError
 from util.runs.checkpoint import list_checkpoints, read_checkpoint
-from util.runs.resume import EFFECTIVE_BATCH, check_same_run, newest_good_checkpoint, read_resume
+from util.runs.resume import (
+    EFFECTIVE_BATCH,
+    RunRecord,
+    check_same_run,
+    newest_good_checkpoint,
+    read_resume,
+)
 
 
 def find_resume(folder, resume):
@@ -134,15 +140,20 @@ CHECKPOINT = {"identity": IDENTITY, "recipe": RECIPE, "progress": {"epoch": 4}}
 PATH = Path("c.pth")
 
 
+def check(checkpoint, fixed, may_change, given=()):
+    record = RunRecord("pretrain", fixed, may_change, {}, {}, given)
+    check_same_run(checkpoint, record, PATH)
+
+
 def test_the_same_run_goes_on_without_a_word(caplog):
-    check_same_run(CHECKPOINT, dict(IDENTITY), dict(RECIPE), PATH)
+    check(CHECKPOINT, dict(IDENTITY), dict(RECIPE))
     assert caplog.messages == []
 
 
 def test_another_run_is_refused_with_the_list_of_differences():
     other = IDENTITY | {"--mask_ratio": 0.5, "--pred_ratio": 0.25}
     with pytest.raises(InputError) as caught:
-        check_same_run(CHECKPOINT, other, RECIPE, PATH)
+        check(CHECKPOINT, other, RECIPE)
     message = str(caught.value)
     assert "--mask_ratio was 0.75 and is now 0.5" in message
     assert "--pred_ratio was None and is now 0.25" in message
@@ -151,7 +162,7 @@ def test_another_run_is_refused_with_the_list_of_differences():
 
 
 def test_a_change_of_the_recipe_is_named(caplog):
-    check_same_run(CHECKPOINT, IDENTITY, RECIPE | {"lr": 5e-4, "--amp": "fp32"}, PATH)
+    check(CHECKPOINT, IDENTITY, RECIPE | {"lr": 5e-4, "--amp": "fp32"})
     assert caplog.messages == [
         "continuing with a change: lr was 0.001 and is now 0.0005",
         "continuing with a change: --amp was 'bf16' and is now 'fp32'",
@@ -159,35 +170,35 @@ def test_a_change_of_the_recipe_is_named(caplog):
 
 
 def test_epochs_may_grow_with_a_warning_and_not_shrink(caplog):
-    check_same_run(CHECKPOINT, IDENTITY, RECIPE | {"--epochs": 12}, PATH)
+    check(CHECKPOINT, IDENTITY, RECIPE | {"--epochs": 12})
     assert "--epochs grew from 10 to 12: from epoch 4 on" in caplog.text
     with pytest.raises(InputError, match=r"--epochs 8 is below the 10 .* 4 of them done"):
-        check_same_run(CHECKPOINT, IDENTITY, RECIPE | {"--epochs": 8}, PATH)
+        check(CHECKPOINT, IDENTITY, RECIPE | {"--epochs": 8})
 
 
 def test_another_number_of_processes_is_told(caplog):
     before = CHECKPOINT | {"recipe": RECIPE | {"processes": 8}}
-    check_same_run(before, IDENTITY, RECIPE | {"processes": 4}, PATH)
+    check(before, IDENTITY, RECIPE | {"processes": 4})
     (message,) = caplog.messages
     assert message.startswith("the number of processes was 8 and is now 4")
-    check_same_run(CHECKPOINT, IDENTITY, RECIPE | {"processes": 4}, PATH)  # of an older version
+    check(CHECKPOINT, IDENTITY, RECIPE | {"processes": 4})  # of an older version
     assert len(caplog.messages) == 1
 
 
 def test_another_batch_is_refused_with_what_holds_on_any_number_of_processes():
     before = CHECKPOINT | {"identity": IDENTITY | {EFFECTIVE_BATCH: 4096}}
     with pytest.raises(InputError, match="--effective_batch_size 4096 holds on any number"):
-        check_same_run(before, IDENTITY | {EFFECTIVE_BATCH: 2048}, RECIPE, PATH)
+        check(before, IDENTITY | {EFFECTIVE_BATCH: 2048}, RECIPE)
 
 
 def test_an_option_of_a_newer_version_that_was_not_given_changes_nothing(caplog):
     fixed, may_change = IDENTITY | {"--new": 3}, RECIPE | {"--speed": "high"}
-    check_same_run(CHECKPOINT, fixed, may_change, PATH, {"--epochs"})
+    check(CHECKPOINT, fixed, may_change, {"--epochs"})
     assert caplog.messages == []
 
 
 def test_an_option_of_a_newer_version_that_was_given_is_a_difference(caplog):
     with pytest.raises(InputError, match="--new was None and is now 4"):
-        check_same_run(CHECKPOINT, IDENTITY | {"--new": 4}, RECIPE, PATH, {"--new"})
-    check_same_run(CHECKPOINT, IDENTITY, RECIPE | {"--speed": "low"}, PATH, {"--speed"})
+        check(CHECKPOINT, IDENTITY | {"--new": 4}, RECIPE, {"--new"})
+    check(CHECKPOINT, IDENTITY, RECIPE | {"--speed": "low"}, {"--speed"})
     assert caplog.messages == ["continuing with a change: --speed was None and is now 'low'"]

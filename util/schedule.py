@@ -4,11 +4,18 @@ import logging
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from util.optim import OptimSettings
 
 _logger = logging.getLogger(__name__)
+
+
+class Steps(Protocol):
+    """What the rate follows from, for instance a loader."""
+
+    effective_batch_size: int
+    steps_per_epoch: int
 
 
 class LearningRate(NamedTuple):
@@ -59,25 +66,19 @@ def lr_schedule(
 
 
 def plan_learning_rate(
-    optim: OptimSettings,
-    *,
-    effective_batch_size: int,
-    steps_per_epoch: int,
-    mask_ratio: float = 1.0,
-    pred_ratio: float = 1.0,
+    optim: OptimSettings, steps: Steps, *, mask_ratio: float = 1.0, pred_ratio: float = 1.0
 ) -> LearningRate:
     """The learning rate of a run, which the log explains.
 
     Args:
         optim: with epochs and warmup_epochs, and blr or lr.
-        effective_batch_size: images of a step in all processes.
-        steps_per_epoch: optimizer steps.
+        steps: of the run.
         mask_ratio, pred_ratio: p and γ, see `scaled_lr`.
     """
     peak, origin = optim.lr, "as given"
     if peak is None:
         ratios = {"mask_ratio": mask_ratio, "pred_ratio": pred_ratio}
-        peak = scaled_lr(optim.blr, effective_batch_size, **ratios)
+        peak = scaled_lr(optim.blr, steps.effective_batch_size, **ratios)
         scale = "batch / 256" + (" x pred_ratio / mask_ratio" if mask_ratio < 1 else "")
         origin = f"= {optim.blr:g} x {peak / optim.blr:.4g} ({scale})"
     _logger.info("lr %.4g %s", peak, origin)
@@ -86,6 +87,6 @@ def plan_learning_rate(
         min_lr=optim.min_lr,
         warmup_epochs=optim.warmup_epochs,
         epochs=optim.epochs,
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=steps.steps_per_epoch,
     )
     return LearningRate(peak, at)

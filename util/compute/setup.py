@@ -10,6 +10,7 @@ import torch.nn as nn
 from util.compute.precision import AMP_DTYPES, ATTENTION_BACKENDS, Precision
 from util.compute.sharding import shard
 from util.errors import InputError
+from util.optim import OptimSettings
 from util.recompute import MEMORY_MODES, set_memory
 
 
@@ -38,10 +39,8 @@ def place_model(
     model: nn.Module,
     compute: ComputeSettings,
     device: torch.device,
-    *,
     example: Callable[[int], tuple],
-    batch_size: int = 1,
-    clip_grad: float | None = None,
+    optim: OptimSettings | None = None,
 ) -> Precision:
     """Put a model where it is trained: what it keeps, on which devices, in which numbers.
 
@@ -50,8 +49,8 @@ def place_model(
         compute: how a step is computed.
         device: of this process.
         example: number of images -> inputs of the model.
-        batch_size: with how many images a chosen attention kernel is tried on a GPU.
-        clip_grad: see Precision.
+        optim: how it is trained, if it is: a GPU is tried with a batch of that size, where it is
+            known yet.
 
     Raises:
         InputError: there are no processes to shard it over, or the chosen attention kernel cannot
@@ -63,8 +62,12 @@ def place_model(
     else:
         model.to(device)
     precision = Precision(
-        compute.amp, device, clip_grad=clip_grad, attention_backend=compute.attention_backend
+        compute.amp,
+        device,
+        clip_grad=optim and optim.clip_grad,
+        attention_backend=compute.attention_backend,
     )
+    batch_size = 1 if optim is None or optim.batch_size == "auto" else optim.batch_size
     precision.check_attention_backend(model, example, batch_size)
     return precision
 

@@ -25,6 +25,9 @@ from util.data.streams import StreamedImages
 from util.errors import InputError
 from util.seeding import generator_for
 
+Labelled = tuple[Tensor, Tensor]
+"""Features (N, D) and labels (N,)."""
+
 logger = logging.getLogger(__name__)
 
 KNN_IMAGES = {"training": 50_000, "held-out": 10_000}  # at most, beside a run
@@ -314,3 +317,64 @@ def describe_knn(stats: dict[str, float]) -> str:
     """What `measure_knn` measured, in words."""
     values = ", ".join(f"{name[3:]}-NN {stats[name]:.1f} %" for name in stats if "knn" in name)
     return f"accuracy on held-out images {values}"
+
+
+def check_measurable(
+    name: str,
+    train_set: IndexedImages | StreamedImages,
+    val_set: IndexedImages | None,
+    num_classes: int | None,
+) -> int:
+    """The number of classes, once both sets can be read image by image and have the same classes.
+
+    Raises:
+        InputError: they cannot, or have not.
+    """
+    if not isinstance(train_set, IndexedImages):
+        raise InputError(
+            f"{name} is a stream, in which images have no number: name an indexed source such as "
+            "folder, tar, torch/<name> or hfds/<name> by --dataset"
+        )
+    if val_set is None:
+        raise InputError(f"{name} has no held-out images to measure on: name some by --val_path")
+    return check_classes(train_set, val_set, num_classes)
+
+
+def accuracies(
+    train: Labelled,
+    val: Labelled,
+    *,
+    ks: Sequence[int],
+    temperature: float,
+    shots: Sequence[int | None],
+    seed: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """Accuracy on validation images in percent, by the name of what finds the labels.
+
+    Args:
+        train, val: features and labels.
+        ks, temperature: of k-NN, see `knn_accuracy`.
+        shots: one logistic regression for each: images of a class, None for all.
+        seed: of the choice of those images.
+        device: where neighbours are found.
+    """
+    sets = (*train, *val)
+    found = knn_accuracy(*sets, ks=ks, temperature=temperature, device=device)
+    results = {f"{k}-NN": percent for k, percent in found.items()}
+    for number in shots:
+        images = "all images" if number is None else f"{number} per class"
+        percent = logistic_accuracy(*sets, shots=number, seed=seed)
+        results[f"logistic regression, {images}"] = percent
+    return results
+
+
+def accuracy_table(results: dict[str, dict[str, float]]) -> list[str]:
+    """Lines of a table: a column for each network, a row for each measure."""
+    rows = list(next(iter(results.values())))
+    width = max(map(len, rows))
+    lines = [" " * width + "".join(f"{name:>13}" for name in results)]
+    return lines + [
+        f"{row:{width}}" + "".join(f"{column[row]:13.2f}" for column in results.values())
+        for row in rows
+    ]

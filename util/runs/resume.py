@@ -4,6 +4,7 @@ import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from util.compute.distributed import from_main_process, is_main_process, world_size
 from util.data.loaders import StepLoader
@@ -53,18 +54,26 @@ def changeable_settings(
     }
 
 
+class RunRecord(NamedTuple):
+    """What a run writes about itself, and is recognised by."""
+
+    kind: str
+    """One of util.weights.files.KINDS."""
+    fixed: dict[str, object]
+    """Settings that must match on resume, see `check_same_run`."""
+    may_change: dict[str, object]
+    """Settings that may change, "--epochs" among them."""
+    header: dict[str, object]
+    """What else every checkpoint keeps: the model's name and options, mean, std."""
+    args: dict[str, object]
+    """Of the command line."""
+    given: Collection[str]
+    """The options that are not at their defaults."""
+
+
 @contextmanager
 def open_run(
-    state: TrainState,
-    loader: StepLoader,
-    run: RunSettings,
-    *,
-    kind: str,
-    fixed: dict,
-    may_change: dict,
-    header: dict,
-    args: dict,
-    given: Collection[str],
+    state: TrainState, loader: StepLoader, run: RunSettings, record: RunRecord
 ) -> Iterator[tuple[CheckpointWriter, RunLog]]:
     """Context of a run: put where it was stopped, with its checkpoints and its log.
 
@@ -74,12 +83,7 @@ def open_run(
         state: of a run that starts; changed where it continues.
         loader: of its steps.
         run: where it writes, and what it continues.
-        kind: one of util.weights.files.KINDS.
-        fixed: see `check_same_run`.
-        may_change: the same; it has "--epochs".
-        header: what else every checkpoint keeps: the model's name and options, mean, std.
-        args: of the command line, for the record.
-        given: see `check_same_run`.
+        record: what the run is.
 
     Raises:
         InputError: the run cannot be continued, or nothing can be written.
@@ -88,24 +92,26 @@ def open_run(
     lock = lock_folder(run.folder)
     try:
         own = list_checkpoints(run.folder)
-        found = read_resume(run.folder, run.resume, kind, own)
+        found = read_resume(run.folder, run.resume, record.kind, own)
+        epochs = record.may_change["--epochs"]
         if found is not None:
             path, checkpoint = found
-            continue_run(state, path, checkpoint, fixed=fixed, may_change=may_change, given=given)
+            continue_run(state, path, checkpoint, record)
             if not loader.resumes_mid_epoch:
                 state.rewind_epoch()
-            check_left(state, path, run.folder, may_change["--epochs"])
+            check_left(state, path, run.folder, epochs)
         if run.folder not in run.log_folder.parents:
             try:
                 run.log_folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise InputError(f"cannot write to --log_dir {run.log_folder}: {error}") from error
-        settings = {"identity": fixed, "recipe": may_change, "args": args}
+        versions = write_args(run.folder, record.args)
+        settings = {"identity": record.fixed, "recipe": record.may_change, "args": record.args}
         checkpoints = CheckpointWriter(
             run.folder,
             state,
-            {**header, **settings, "versions": write_args(run.folder, args)},
-            kind=kind,
+            {**record.header, **settings, "versions": versions},
+            kind=record.kind,
             every_epochs=run.save_every,
             every_minutes=run.save_every_minutes,
             keep_last=run.keep_last,
@@ -113,7 +119,7 @@ def open_run(
         run_log = RunLog(
             run.folder,
             run.log_folder,
-            num_epochs=may_change["--epochs"],
+            num_epochs=epochs,
             steps_per_epoch=loader.steps_per_epoch,
             epoch=state.progress.epoch,
             step=state.progress.step,
@@ -221,22 +227,14 @@ def _read_resume(
     return found or (path, read_checkpoint(path, kind))
 
 
-def continue_run(
-    state: TrainState,
-    path: Path,
-    checkpoint: dict,
-    *,
-    fixed: dict,
-    may_change: dict,
-    given: Collection[str],
-) -> None:
+def continue_run(state: TrainState, path: Path, checkpoint: dict, record: RunRecord) -> None:
     """Put the state where a checkpoint was written.
 
     Args:
         state: of a run that starts.
         path: of the checkpoint.
         checkpoint: its content.
-        fixed, may_change, given: see `check_same_run`.
+        record: of the run.
 
     Raises:
         InputError: the checkpoint is of another run, or not one that training can go on from.
@@ -247,7 +245,7 @@ def continue_run(
             "another checkpoint, or start anew from these by --finetune"
         )
     with strange_content_is_input_error(path):
-        check_same_run(checkpoint, fixed, may_change, path, given)
+        check_same_run(checkpoint, record, path)
         state.load_state_dict(checkpoint)
 
 
@@ -267,9 +265,7 @@ def check_left(state: TrainState, path: Path, folder: Path, epochs: int) -> None
         _logger.info("%s is the end of this run: nothing is left to train", path)
 
 
-def check_same_run(
-    checkpoint: dict, fixed: dict, may_change: dict, path: Path, given: Collection[str] = ()
-) -> None:
+def check_same_run(checkpoint: dict, record: RunRecord, path: Path) -> None:
     """Refuse to continue a checkpoint as another run; say which settings change on the way.
 
     A setting that the checkpoint does not have is one of a newer version. It counts as unchanged
@@ -277,14 +273,13 @@ def check_same_run(
 
     Args:
         checkpoint: with the settings of the start that wrote it, as `identity` and `recipe`.
-        fixed: name -> plain value, what must not change: model, ratios, data.
-        may_change: name -> plain value, what may: learning rate, schedule, precision.
+        record: of this start.
         path: of the checkpoint, for the message.
-        given: the options that this start does not leave at their defaults.
 
     Raises:
         InputError: with the list of differences.
     """
+    fixed, may_change, given = record.fixed, record.may_change, record.given
     known, before = (
         {**{name: value for name, value in now.items() if name not in given}, **saved}
         for now, saved in ((fixed, checkpoint["identity"]), (may_change, checkpoint["recipe"]))

@@ -112,6 +112,22 @@ class EncoderWeights(NamedTuple):
         return digest.hexdigest()
 
 
+class StartingPoint(NamedTuple):
+    """The weights that an encoder starts from, if any, and the size and input that go with them."""
+
+    weights: EncoderWeights | None
+    size: str
+    """Such as base_patch16."""
+    img_size: tuple[int, int]
+    mean: list[float]
+    std: list[float]
+
+    @property
+    def input_format(self) -> tuple[tuple[int, int], list[float], list[float]]:
+        """What every transform needs: the size of images, mean and std of their channels."""
+        return self.img_size, self.mean, self.std
+
+
 def count_blocks(encoder: Mapping[str, Tensor]) -> int:
     """The depth of an encoder by timm's names."""
     ids = (int(name.split(".")[1]) for name in encoder if name.startswith("blocks."))
