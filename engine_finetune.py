@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import Mixup
 
-from util.compute.distributed import rank, stack_over_processes
+from util.compute.distributed import all_gather, rank
 from util.compute.precision import Precision
 from util.data.batch import Batch
 from util.data.broken_images import BrokenImages
@@ -115,7 +115,7 @@ def evaluate(
         sums[3] += len(labels)
         broken.add(batch.broken)
     broken.check()
-    loss, top1, top5, num_images = stack_over_processes(sums).sum(dim=0).tolist()
+    loss, top1, top5, num_images = all_gather(sums).sum(dim=0).tolist()
     return {
         "val_loss": loss / num_images,
         "val_top1": 100 * top1 / num_images,

@@ -13,7 +13,7 @@ from models_vit import make_linear_probe
 from util.arguments import Parser, given_options, take
 from util.compute.batch_size import plan_batches
 from util.compute.compiling import compile_model
-from util.compute.distributed import data_parallel, is_main_process, same_buffers
+from util.compute.distributed import broadcast_buffers, data_parallel, is_main_process
 from util.compute.precision import blank_images
 from util.compute.setup import ComputeSettings, add_precision_args, place_model
 from util.data.broken_images import BrokenImages
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 run_log=run_log,
                 checkpoints=checkpoints,
             )
-            same_buffers(model)  # each process has normalised its own features
+            broadcast_buffers(model)  # each process has normalised its own features
             if val_loader:
                 broken = BrokenImages(len(val_set), data.max_broken)
                 stats |= evaluate(model, val_loader, precision=precision, broken=broken)

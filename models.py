@@ -13,10 +13,10 @@ import models_mae
 from models_crossmae import MaskedAutoencoder
 from models_vit import POOLS, SIZES, VisionTransformer, build_vit
 from util.arguments import positive_int
-from util.errors import InputError, value_errors_are_input_errors
+from util.errors import InputError, as_input_error
 from util.masking import MASK_SAMPLINGS
-from util.weights.encoder import StartingPoint, checked_colours, input_format, read_encoder
-from util.weights.files import check_format, read_weights_file, strange_content_is_input_error
+from util.weights.encoder import StartingPoint, check_mean_std, input_format, read_encoder
+from util.weights.files import check_format, read_weights_file, unknown_content
 from util.weights.released import from_released, released_options
 
 MODELS: dict[str, Callable[..., MaskedAutoencoder]] = {
@@ -98,7 +98,7 @@ def starting_point(
         InputError: see `read_encoder`; or no size of ours is like the file's.
     """
     weights = read_encoder(path) if path else None
-    with value_errors_are_input_errors(f"{path} cannot be loaded"):
+    with as_input_error(f"{path} cannot be loaded"):
         size = choose_size(model, weights and weights.shape)
     default_size = SIZES[size].img_size
     colours = {"mean": mean, "std": std}
@@ -146,7 +146,7 @@ def build_model(name: str, options: dict) -> MaskedAutoencoder:
         InputError: the options do not fit together, or leave encoder blocks untrained.
     """
     depth, width = options.get("decoder_depth", 1), options.get("decoder_embed_dim", 1)
-    with value_errors_are_input_errors(f"{name} cannot be built"):
+    with as_input_error(f"{name} cannot be built"):
         if not (1 <= depth <= MAX_DEPTH and 1 <= width <= MAX_WIDTH):
             raise ValueError(
                 f"a decoder has 1 to {MAX_DEPTH} blocks, 1 to {MAX_WIDTH} wide, not {depth} "
@@ -168,7 +168,7 @@ def build_classifier(size: str, **options: object) -> VisionTransformer:
     Raises:
         InputError: the sizes do not fit together.
     """
-    with value_errors_are_input_errors(f"vit_{size} cannot be built"):
+    with as_input_error(f"vit_{size} cannot be built"):
         return build_vit(SIZES[size], **options)
 
 
@@ -185,14 +185,14 @@ def load_model(path: str | Path) -> tuple[MaskedAutoencoder, dict]:
         InputError: the file is missing, damaged or holds no masked autoencoder.
     """
     content = read_weights_file(path)
-    with strange_content_is_input_error(path):
+    with unknown_content(path):
         return _load_model(content, path)
 
 
 def _load_model(content: dict, path: str | Path) -> tuple[MaskedAutoencoder, dict]:
     if "format" in content:
         checkpoint = check_format(content, path, "pretrain")
-        mean, std = checked_colours(checkpoint["mean"], checkpoint["std"])
+        mean, std = check_mean_std(checkpoint["mean"], checkpoint["std"])
         ratio, sampling = checkpoint["mask_ratio"], checkpoint["mask_sampling"]
         if not 0 < ratio < 1 or sampling not in MASK_SAMPLINGS:
             raise InputError(f"{path} tells of masks that there are none of: use another file")

@@ -45,14 +45,14 @@ MAE_DECODERS = {"decoder.embed.weight", "decoder_embed.weight"}
 _logger = logging.getLogger(__name__)
 
 
-def fold_probe(behind: dict[str, Tensor]) -> dict[str, Tensor]:
+def fold_probe(head_state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Make the head of a linear probe, a normalisation and a linear layer, one linear layer."""
-    if "head.0.running_var" not in behind:
-        return behind
-    scale = (behind["head.0.running_var"] + NORM_EPS).rsqrt()
-    weight = behind["head.1.weight"] * scale
-    bias = behind["head.1.bias"] - weight @ behind["head.0.running_mean"]
-    rest = {name: tensor for name, tensor in behind.items() if not name.startswith("head.")}
+    if "head.0.running_var" not in head_state:
+        return head_state
+    scale = (head_state["head.0.running_var"] + NORM_EPS).rsqrt()
+    weight = head_state["head.1.weight"] * scale
+    bias = head_state["head.1.bias"] - weight @ head_state["head.0.running_mean"]
+    rest = {name: tensor for name, tensor in head_state.items() if not name.startswith("head.")}
     return {**rest, "head.weight": weight, "head.bias": bias}
 
 
@@ -63,7 +63,7 @@ def build(weights: EncoderWeights, size: str, *, head: bool) -> VisionTransforme
         img_size=weights.img_size,
         in_chans=weights.in_chans,
         num_classes=(weights.num_classes or 0) if head else 0,
-        pool="avg" if "fc_norm.weight" in weights.behind else "cls",
+        pool="avg" if "fc_norm.weight" in weights.head_state else "cls",
     )
 
 
@@ -86,17 +86,17 @@ def write_timm(weights: EncoderWeights, size: str, output: Path) -> None:
     """
     if output.suffix not in (".pth", ".safetensors"):
         raise InputError(f"--output {output} of --format timm should end in .pth or .safetensors")
-    weights = weights._replace(behind=fold_probe(weights.behind))
+    weights = weights._replace(head_state=fold_probe(weights.head_state))
     model = complete(weights, size, head=True)
-    norms = [name for name in weights.behind if name in ("norm.weight", "fc_norm.weight")]
+    norms = [name for name in weights.head_state if name in ("norm.weight", "fc_norm.weight")]
     if not norms:
         _logger.info("no final norm was trained: one of scale 1 and shift 0 is written")
     state = model.state_dict()
     if output.suffix == ".pth":
         write_new(output, partial(torch.save, state))
     else:
-        behind = {name: state[name] for name in state if name not in weights.encoder}
-        write_new(output, partial(save_encoder, weights._replace(behind=behind)))
+        head_state = {name: state[name] for name in state if name not in weights.encoder}
+        write_new(output, partial(save_encoder, weights._replace(head_state=head_state)))
 
     name = TIMM_NAMES[size]
     options = {"num_classes": weights.num_classes or 0, "img_size": model.img_size}
@@ -202,11 +202,11 @@ def write_hugging_face(checkpoint: Path, weights: EncoderWeights, size: str, out
         InputError: the folder cannot be written.
     """
     # Its layernorm acts on every token, as fc_norm does not.
-    behind = {name: t for name, t in weights.behind.items() if name.startswith("norm.")}
-    lost = [name for name in weights.behind if name not in behind]
+    head_state = {name: t for name, t in weights.head_state.items() if name.startswith("norm.")}
+    lost = [name for name in weights.head_state if name not in head_state]
     if lost:
         _logger.info("left out, as ViTModel ends before it: %s", ", ".join(lost))
-    model = complete(weights._replace(behind=behind), size, head=False)
+    model = complete(weights._replace(head_state=head_state), size, head=False)
     mae = read_mae(checkpoint, weights)
     config, prefix, decoder = vit_config(weights, size), "", {}
     if mae is not None:
@@ -216,7 +216,7 @@ def write_hugging_face(checkpoint: Path, weights: EncoderWeights, size: str, out
         theirs = whole.decoder.state_dict().items()
         parts = {name: t for name, t in theirs if not name.startswith("context_norm.")}
         decoder = hugging_face_names(parts, DECODER_NAMES, layers="decoder.decoder_layers")
-    elif not behind:
+    elif not head_state:
         _logger.info("no final norm was trained: one of scale 1 and shift 0 is written")
     encoder = hugging_face_names(model.state_dict(), ENCODER_NAMES, layers="encoder.layer")
     state = {**{prefix + name: tensor for name, tensor in encoder.items()}, **decoder}

@@ -578,5 +578,5 @@ def test_a_program_that_does_not_answer(program, words, tmp_path, capsys, monkey
     assert words in refuse(capsys, *QUICK, *TINY, "--against", path)
 
 
-def test_models_to_compare_have_the_yardsticks_names():
+def test_models_to_compare_have_the_reference_programs_names():
     assert list(THEIR_MODELS.values()) == ["tiny", "small", "base", "large", "huge"]

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from test_datasets import (
-    open_held_out,
     open_shards,
     open_train,
+    open_val_split,
     write_images,
     write_parquet,
     write_shards,
@@ -23,7 +23,7 @@ def folder_of(path, classes, held_out=False):
     """A data set with one image a class; "" is an image beside the class folders."""
     for value, name in enumerate(classes):
         write_images(path / name, [value])
-    return open_held_out("", path, search_split=False) if held_out else open_train("", path)
+    return open_val_split("", path, search_split=False) if held_out else open_train("", path)
 
 
 @pytest.mark.parametrize(
@@ -97,8 +97,8 @@ def test_readers_that_sort_otherwise_are_told_apart(tmp_path):
         folder_of(tmp_path / split, ["9", "10"])  # as numbers for timm, as text for torchvision
     train_set = open_train("torch/folder", tmp_path)
     with pytest.raises(InputError, match="the same ones are in another order"):
-        check_classes(train_set, open_held_out("folder", tmp_path), None)
-    assert check_classes(train_set, open_held_out("torch/folder", tmp_path), None) == 2
+        check_classes(train_set, open_val_split("folder", tmp_path), None)
+    assert check_classes(train_set, open_val_split("torch/folder", tmp_path), None) == 2
 
 
 def test_two_folders_of_one_name_are_not_taken_for_one_class(tmp_path):

@@ -66,7 +66,7 @@ def open_train(name, path, transform=STILL, **options):
     return build_dataset(name, path, split="train", transform=transform, seed=SEED, **options)
 
 
-def open_held_out(name, path, **options):
+def open_val_split(name, path, **options):
     return build_dataset(name, path, split="validation", transform=STILL, seed=SEED, **options)
 
 
@@ -130,7 +130,7 @@ def test_flat_folder_without_labels(tmp_path):
     assert all_labels(dataset) == [-1, -1, -1]
     assert dataset.num_classes is dataset.classes is None
     assert dataset.name(0) == str(tmp_path / "001.png")
-    assert open_held_out("", tmp_path) is None
+    assert open_val_split("", tmp_path) is None
 
 
 def test_class_folders(tmp_path):
@@ -140,22 +140,22 @@ def test_class_folders(tmp_path):
     assert all_values(dataset) == [1, 2, 3]
     assert all_labels(dataset) == [0, 0, 1]
     assert (dataset.classes, dataset.num_classes) == (("cat", "dog"), 2)
-    assert open_held_out("folder", tmp_path) is None
+    assert open_val_split("folder", tmp_path) is None
 
 
 @pytest.mark.parametrize("held_out", ["val", "validation", "valid", "eval"])
 @pytest.mark.parametrize("name", ["", "folder", "torch/folder"])
-def test_train_and_held_out_folders(tmp_path, name, held_out):
+def test_train_and_val_folders(tmp_path, name, held_out):
     write_images(tmp_path / "train" / "cat", [1, 2])
     write_images(tmp_path / held_out / "cat", [3])
     assert all_values(open_train(name, tmp_path)) == [1, 2]
-    assert all_values(open_held_out(name, tmp_path)) == [3]
+    assert all_values(open_val_split(name, tmp_path)) == [3]
 
 
-def test_without_val_the_training_images_are_not_held_out(tmp_path):
+def test_without_val_the_training_images_are_not_val(tmp_path):
     write_images(tmp_path / "train", [1, 2])
     assert all_values(open_train("", tmp_path)) == [1, 2]
-    assert open_held_out("", tmp_path) is None
+    assert open_val_split("", tmp_path) is None
 
 
 def test_val_without_train_is_refused(tmp_path):
@@ -168,8 +168,8 @@ def test_val_without_train_is_refused(tmp_path):
 def test_a_path_of_its_own_is_taken_as_given(tmp_path):
     write_images(tmp_path / "train", [1])
     write_images(tmp_path / "other", [2])
-    assert all_values(open_held_out("", tmp_path, search_split=False)) == [2, 1]
-    assert all_values(open_held_out("", tmp_path / "other", search_split=False)) == [2]
+    assert all_values(open_val_split("", tmp_path, search_split=False)) == [2, 1]
+    assert all_values(open_val_split("", tmp_path / "other", search_split=False)) == [2]
 
 
 @pytest.mark.parametrize("name", ["", "tar"])
@@ -181,8 +181,8 @@ def test_tar(tmp_path, name):
     assert all_labels(dataset) == [0, 0, 1]
     assert dataset.classes == ("cat", "dog")
     assert dataset.name(0) == "cat/a.png"
-    assert open_held_out(name, tmp_path / "images.tar") is None
-    given = open_held_out(name, tmp_path / "images.tar", search_split=False)
+    assert open_val_split(name, tmp_path / "images.tar") is None
+    given = open_val_split(name, tmp_path / "images.tar", search_split=False)
     assert all_values(given) == [1, 2, 3]
 
 
@@ -190,11 +190,11 @@ def test_tars_of_splits_are_found_unless_there_are_folders(tmp_path):
     write_images(tmp_path, [9])
     write_tar(tmp_path / "train.tar", {"cat/a.png": encoded(1), "dog/b.png": encoded(2)})
     assert all_values(open_train("", tmp_path)) == [1, 2]
-    assert open_held_out("", tmp_path) is None
+    assert open_val_split("", tmp_path) is None
     write_tar(tmp_path / "val.tar", {"cat/a.png": encoded(3)})
-    assert all_values(open_held_out("", tmp_path)) == [3]
+    assert all_values(open_val_split("", tmp_path)) == [3]
     write_images(tmp_path / "validation", [4])
-    assert all_values(open_held_out("", tmp_path)) == [4]
+    assert all_values(open_val_split("", tmp_path)) == [4]
     (tmp_path / "train.tar").unlink()
     with pytest.raises(InputError, match="no train/: move the training images there"):
         open_train("", tmp_path)
@@ -244,7 +244,7 @@ def test_torchvision_data_sets(tmp_path):
     assert all_values(dataset) == all_labels(dataset) == [1, 2, 3]
     assert dataset.num_classes == 10
     assert dataset.classes[7] == "7 - seven"
-    assert all_values(open_held_out("torch/mnist", tmp_path)) == [4, 5]
+    assert all_values(open_val_split("torch/mnist", tmp_path)) == [4, 5]
 
 
 def test_torchvision_folders_read_16_bit_too(tmp_path):
@@ -275,10 +275,10 @@ def test_hugging_face_parquet_with_train_and_test(tmp_path):
     assert all_labels(dataset) == [1, 2, 0]
     assert dataset.classes == ("a", "b", "c")
     assert dataset.name(1) == "image 1"
-    assert all_values(open_held_out(f"hfds/{tmp_path}/set", tmp_path / "cache")) == [4]
+    assert all_values(open_val_split(f"hfds/{tmp_path}/set", tmp_path / "cache")) == [4]
 
 
-def test_hugging_face_folder_without_labels_and_held_out_split(tmp_path):
+def test_hugging_face_folder_without_labels_and_val_split(tmp_path):
     write_images(tmp_path / "set", [1, 2])
     name = f"hfds/{tmp_path}/set"
     dataset = open_train(name, tmp_path / "cache")
@@ -287,7 +287,7 @@ def test_hugging_face_folder_without_labels_and_held_out_split(tmp_path):
     with pytest.raises(InputError, match="have no labels"):
         check_classes(dataset, None, 2)
     assert dataset.name(0) == str(tmp_path / "set" / "001.png")
-    assert open_held_out(name, tmp_path / "cache") is None
+    assert open_val_split(name, tmp_path / "cache") is None
 
 
 def skip_checksums(monkeypatch, module):
@@ -317,7 +317,7 @@ def test_places365_in_the_version_that_is_there(tmp_path, monkeypatch, caplog, s
     assert all_labels(dataset) == [2, 0, 1]
     assert dataset.classes == ("/a/arch", "/b/bog", "/a/abbey")
     assert dataset.name(0) == str(tmp_path / f"data_{size}_standard/x/001.png")
-    held_out = open_held_out("torch/Places365", tmp_path)
+    held_out = open_val_split("torch/Places365", tmp_path)
     assert all_values(held_out) == [4, 5, 6]
     assert check_classes(dataset, held_out, None) == 3
 
@@ -327,7 +327,7 @@ def test_incomplete_places365_is_one_sentence(tmp_path, monkeypatch):
         open_train("torch/places365", tmp_path)
     (tmp_path / "data_256_standard").mkdir()
     with pytest.raises(InputError, match="no folder val_256"):
-        open_held_out("torch/places365", tmp_path)
+        open_val_split("torch/places365", tmp_path)
     with pytest.raises(InputError, match=r"download the files first.*categories_places365.txt"):
         open_train("torch/places365", tmp_path)
 
@@ -346,7 +346,7 @@ def test_cifar(tmp_path, monkeypatch, name, key):
         batch = {"data": np.full((1, 3072), value, np.uint8), "labels": [value % 3]}
         (folder / file).write_bytes(pickle.dumps(batch))
     (folder / source.meta["filename"]).write_bytes(pickle.dumps({key: ["owl", "ant", "elk"]}))
-    dataset, held_out = (open_(f"torch/{name}", tmp_path) for open_ in (open_train, open_held_out))
+    dataset, held_out = (open_(f"torch/{name}", tmp_path) for open_ in (open_train, open_val_split))
     num_train = len(source.train_list)
     assert all_values(dataset) == list(range(1, num_train + 1))
     assert all_values(held_out) == [num_train + 1]
@@ -363,7 +363,7 @@ def test_inaturalist_2021(tmp_path):
             write_images(tmp_path / folder / name, [value])
     dataset = open_train("torch/inat", tmp_path)
     assert (dataset.classes, all_labels(dataset)) == (classes, [0, 1, 2])
-    assert all_values(open_held_out("torch/inat", tmp_path)) == [4, 5, 6]
+    assert all_values(open_val_split("torch/inat", tmp_path)) == [4, 5, 6]
 
 
 def test_imagenet_goes_by_its_folders_names_for_not_all_others_are_unique(tmp_path):
@@ -373,7 +373,7 @@ def test_imagenet_goes_by_its_folders_names_for_not_all_others_are_unique(tmp_pa
         for value, wnid in enumerate(names):
             write_images(tmp_path / split / wnid, [value])
     for name in ("torch/imagenet", "folder"):
-        for open_ in (open_train, open_held_out):
+        for open_ in (open_train, open_val_split):
             dataset = open_(name, tmp_path)
             assert (dataset.classes, all_labels(dataset)) == (("n01", "n02"), [0, 1])
 
@@ -472,7 +472,7 @@ def test_a_pair_has_its_own_transforms(tmp_path):
         assert all_values(val_set) == values
 
 
-def test_a_pair_may_lack_held_out_images_or_be_a_stream(tmp_path):
+def test_a_pair_may_lack_validation_images_or_be_a_stream(tmp_path):
     write_shards(tmp_path, [2, 2])
     options = {"seed": SEED, "batch_size": 2}
     data = DataSettings(dataset="wds/train-{0..1}.tar", data_path=tmp_path, num_samples=4)
@@ -818,9 +818,9 @@ def test_a_stream_shorter_than_a_step_is_refused(tmp_path):
         train_loader(open_shards(tmp_path, 3), batch_size=4)
 
 
-def test_a_stream_has_no_held_out_split(tmp_path):
+def test_a_stream_has_no_val_split(tmp_path):
     write_shards(tmp_path, [2, 1])
-    assert open_held_out("wds/train-{0..1}.tar", tmp_path, num_samples=3) is None
+    assert open_val_split("wds/train-{0..1}.tar", tmp_path, num_samples=3) is None
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

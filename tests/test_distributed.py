@@ -18,15 +18,15 @@ import main_pretrain
 from tests.helpers.runs import ROOT, TINY, command, finish, run, start, write_images
 from util.compute import distributed
 from util.compute.distributed import (
+    all_gather,
+    broadcast_object,
     data_parallel,
     default_workers,
-    from_main_process,
     gradient_sync,
+    init_distributed,
     is_main_process,
     rank,
     share_of_cores,
-    stack_over_processes,
-    start_processes,
     world_size,
 )
 from util.compute.watchdog import stop_watchdog
@@ -187,12 +187,12 @@ def test_without_torchrun_there_is_one_process(monkeypatch):
     for name, value in {"WORLD_SIZE": "4", "RANK": "1", **slurm}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert start_processes("cpu") == CPU
+    assert init_distributed("cpu") == CPU
     assert (rank(), world_size(), is_main_process()) == (0, 1, True)
     assert not dist.is_initialized()
-    assert from_main_process({"a": 1}) == {"a": 1}
+    assert broadcast_object({"a": 1}) == {"a": 1}
     values = torch.arange(3.0)
-    assert torch.equal(stack_over_processes(values), values.unsqueeze(0))
+    assert torch.equal(all_gather(values), values.unsqueeze(0))
     model = torch.nn.Linear(2, 2)
     assert data_parallel(model, CPU) is model
     with gradient_sync(model, enabled=False):
@@ -206,7 +206,7 @@ def test_incomplete_variables_are_refused(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.delenv("MASTER_PORT", raising=False)
     with pytest.raises(InputError, match="MASTER_ADDR, MASTER_PORT is not set"):
-        start_processes("cpu")
+        init_distributed("cpu")
 
 
 def test_nccl_is_told_which_gpu_is_a_process_s_own(monkeypatch):
@@ -219,7 +219,7 @@ def test_nccl_is_told_which_gpu_is_a_process_s_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(distributed, "_open_store", lambda *_: None)
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **options: asked.update(options))
-    assert start_processes("cuda") == asked["device_id"] == torch.device("cuda", 1)
+    assert init_distributed("cuda") == asked["device_id"] == torch.device("cuda", 1)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_a_task_of_slurm_has_cores_of_its_own(tasks, cpus_per_task, cores, monke
 @pytest.mark.parametrize("device", ["abacus", "meta", "cuda:x"])
 def test_devices_that_cannot_compute_are_refused(device):
     with pytest.raises(InputError, match=f"--device {device}") as caught:
-        start_processes(device)
+        init_distributed(device)
     assert "\n" not in str(caught.value)
 
 
@@ -277,7 +277,7 @@ def test_gpus_that_are_not_there_are_refused(
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     monkeypatch.setenv("WORLD_SIZE", str(num_processes))
     with pytest.raises(InputError, match=f"{wanted} needs .* and {num_gpus} are there"):
-        start_processes(device)
+        init_distributed(device)
 
 
 if __name__ == "__main__":

@@ -412,7 +412,7 @@ def measure_on_two_processes(rank, folder):
 
 def test_two_processes_measure_what_one_does(tmp_path):
     # Forked, for fresh ones would spend seconds on imports.
-    torch.multiprocessing.start_processes(
+    torch.multiprocessing.init_distributed(
         measure_on_two_processes, (tmp_path,), nprocs=2, start_method="fork"
     )
     both = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
@@ -476,7 +476,7 @@ def test_a_resumed_run_knows_the_best_so_far(tmp_path, top1, is_better):
     assert resumed.progress.best["epoch"] == (3 if is_better else 1)
 
 
-def test_without_held_out_images_no_epoch_is_the_best(tmp_path):
+def test_without_validation_images_no_epoch_is_the_best(tmp_path):
     state = make_state(vit_nano())
     make_writer(tmp_path, state).save_if_best({"loss": 1.0}, by="val_top1")
     assert state.progress.best is None
@@ -517,7 +517,7 @@ def test_a_finished_run_says_what_it_reached(tmp_path, caplog):
     assert describe(lines[1]) == "top-1 70.00 %, top-5 99.00 %, loss 0.5000 over 8 images"
 
 
-def test_a_finished_run_without_held_out_images_names_its_checkpoint_alone(tmp_path, caplog):
+def test_a_finished_run_without_validation_images_names_its_checkpoint_alone(tmp_path, caplog):
     write_run(tmp_path, None, None)
     with caplog.at_level("INFO"):
         report(tmp_path, "fine-tuning")
@@ -555,7 +555,7 @@ def test_resuming_from_the_best_epoch_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("label", [3, -1])
-def test_a_held_out_label_that_is_no_class_is_refused(label):
+def test_a_val_label_that_is_no_class_is_refused(label):
     batches, _, _ = logits_in_batches(8, 3)
     batches[1].labels[0] = label
     with pytest.raises(InputError, match=f"label {label}"):

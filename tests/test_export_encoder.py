@@ -239,7 +239,7 @@ def test_our_own_files_hold_what_was_trained(export, tmp_path, content):
     path, _ = export(content, "safetensors", "encoder.safetensors")
     original, again = read_encoder(tmp_path / "checkpoint.pth"), read_encoder(path)
     assert again.hash() == original.hash()
-    assert again.behind.keys() == original.behind.keys()
+    assert again.head_state.keys() == original.head_state.keys()
     assert (again.mean, again.std) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
 
 

@@ -240,7 +240,7 @@ def test_processes_share_the_images_and_have_all_features_in_order(
         ranks[threading.get_ident()] = rank
         return extract(digits_loader(num_images, rank, world_size))
 
-    monkeypatch.setattr(knn, "stack_over_processes", stack)
+    monkeypatch.setattr(knn, "all_gather", stack)
     monkeypatch.setattr(knn, "ROWS_AT_ONCE", 3)
     with ThreadPoolExecutor(world_size) as pool:
         found = list(pool.map(process, range(world_size)))

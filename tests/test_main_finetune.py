@@ -369,7 +369,7 @@ def test_digits_from_scratch(tmp_path, capsys):
     assert "training from scratch, last epoch, 2" in out
 
 
-def test_without_held_out_images_a_run_says_so_and_trains(tmp_path, images, capsys):
+def test_without_validation_images_a_run_says_so_and_trains(tmp_path, images, capsys):
     argv = [*SCRATCH, "--data_path", images / "train", "--epochs", 1, "--output_dir", tmp_path]
     finetune(*argv)
     out = capsys.readouterr().out
@@ -379,7 +379,7 @@ def test_without_held_out_images_a_run_says_so_and_trains(tmp_path, images, caps
     assert not (tmp_path / BEST_NAME).exists()
 
 
-def test_held_out_images_may_come_later(tmp_path, images, capsys):
+def test_val_images_may_come_later(tmp_path, images, capsys):
     argv = [*SCRATCH, "--data_path", images / "train", "--output_dir", tmp_path]
     finetune(*argv, "--epochs", 1)
     finetune(*argv, "--val_path", images / "val")

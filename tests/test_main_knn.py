@@ -136,7 +136,7 @@ def test_given_sizes_and_colours_come_before_those_of_the_weights(tmp_path, imag
     assert report["crop_pct"] == 0.5
 
 
-def test_held_out_images_from_elsewhere(tmp_path, images, weights):
+def test_val_images_from_elsewhere(tmp_path, images, weights):
     paths = ["--data_path", images / "train", "--val_path", images / "val"]
     elsewhere = measure(tmp_path / "elsewhere", weights, *paths)
     together = measure(tmp_path / "together", weights, "--data_path", images)

@@ -208,7 +208,7 @@ def test_one_image_left_over_is_trained_on(tmp_path, images, weights):
     assert all(tensor.isfinite().all() for tensor in last_checkpoint(tmp_path)["model"].values())
 
 
-def test_without_held_out_images_a_probe_says_so_and_trains(tmp_path, images, weights, capsys):
+def test_without_validation_images_a_probe_says_so_and_trains(tmp_path, images, weights, capsys):
     argv = [*QUICK, "--finetune", weights["crossmae"], "--data_path", images / "train"]
     probe(*argv, "--output_dir", tmp_path)
     assert "no images held out" in capsys.readouterr().out

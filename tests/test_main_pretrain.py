@@ -127,7 +127,7 @@ def test_the_optimizer_is_that_of_table_10(finished):
         (["--mask_ratio", "0.65", *MAE], 11),  # where round(16 x .65) is 10
     ],
 )
-def test_a_run_predicts_its_share_and_held_out_images_are_decoded_whole(
+def test_a_run_predicts_its_share_and_validation_images_are_decoded_whole(
     images, tmp_path, monkeypatch, nano, argv, num_predicted
 ):
     seen = {}
@@ -206,7 +206,7 @@ def test_nearest_neighbours_change_nothing_in_training(tmp_path, images, nano):
 @pytest.mark.parametrize(
     ("options", "reason"), [([], "held-out ones"), (["--val_path", "VAL"], "no labels")]
 )
-def test_nearest_neighbours_need_labels_and_held_out_images(
+def test_nearest_neighbours_need_labels_and_validation_images(
     tmp_path, capsys, nano, options, reason
 ):
     images = write_images(tmp_path / "images", 8)
@@ -219,14 +219,14 @@ def test_nearest_neighbours_need_labels_and_held_out_images(
 
 
 @pytest.mark.parametrize("model", [[], MAE])
-def test_folder_with_held_out_images(tmp_path, images, capsys, nano, model):
+def test_folder_with_validation_images(tmp_path, images, capsys, nano, model):
     run(*TINY, *model, "--data_path", images, "--eval_every", 1, "--output_dir", tmp_path)
     log = assert_complete(tmp_path, 2, held_out=True)
     assert [line["val_images"] for line in log] == [5, 5]
     assert "folder: 37 images, 5 steps an epoch, 5 images held out" in capsys.readouterr().out
 
 
-def test_folder_without_held_out_images(tmp_path, images, capsys, nano):
+def test_folder_without_validation_images(tmp_path, images, capsys, nano):
     run(*TINY, "--data_path", images / "train", "--output_dir", tmp_path)
     assert_complete(tmp_path, 2, held_out=False)
     out = capsys.readouterr().out
@@ -234,7 +234,7 @@ def test_folder_without_held_out_images(tmp_path, images, capsys, nano):
     assert "held-out loss" not in out
 
 
-def test_held_out_images_from_elsewhere(tmp_path, images, nano):
+def test_val_images_from_elsewhere(tmp_path, images, nano):
     paths = ["--data_path", images / "train", "--val_path", images / "val"]
     run(*TINY, *paths, "--output_dir", tmp_path)
     assert assert_complete(tmp_path, 2, held_out=True)[-1]["val_images"] == 5
@@ -661,7 +661,7 @@ def test_too_many_broken_images_end_the_run_in_one_sentence(tmp_path, images, ca
 
 
 @pytest.mark.faults
-def test_broken_held_out_images_are_named(tmp_path, images, capsys, nano):
+def test_broken_validation_images_are_named(tmp_path, images, capsys, nano):
     folder = copied(images, tmp_path / "images")
     (folder / "val" / "003.png").write_bytes(b"")
     run(*TINY, "--data_path", folder, "--max_broken", 0.5, "--output_dir", tmp_path / "run")

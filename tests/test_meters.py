@@ -44,11 +44,11 @@ def let_processes_meet(monkeypatch, *processes):
         rows.append(row)
         return row.unsqueeze(0)
 
-    monkeypatch.setattr("util.runs.meters.stack_over_processes", keep)
+    monkeypatch.setattr("util.runs.meters.all_gather", keep)
     for meters in processes:
         with suppress(NonFiniteLossError):
             copy.deepcopy(meters).read()
-    monkeypatch.setattr("util.runs.meters.stack_over_processes", lambda row: torch.stack(rows))
+    monkeypatch.setattr("util.runs.meters.all_gather", lambda row: torch.stack(rows))
 
 
 def test_the_loss_is_the_mean_of_the_processes(monkeypatch):

@@ -113,7 +113,7 @@ def test_processes_count_each_image_once(images, monkeypatch, world_size):
         return torch.ones(1, 3)
 
     monkeypatch.setattr(monitor, "world_size", lambda: world_size)
-    monkeypatch.setattr(monitor, "stack_over_processes", keep)
+    monkeypatch.setattr(monitor, "all_gather", keep)
     for rank in range(world_size):
         monkeypatch.setattr(monitor, "rank", lambda rank=rank: rank)
         measure(model, make_eval_loader(images, 8, rank, world_size))

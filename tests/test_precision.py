@@ -152,7 +152,9 @@ def test_only_the_forced_kernel_is_allowed(backend):
 
 
 def test_cudnn_is_never_pytorchs_choice_in_a_run_on_a_gpu(monkeypatch):
-    monkeypatch.setattr("util.runs.run.start_processes", lambda *_, **options: torch.device("cuda"))
+    monkeypatch.setattr(
+        "util.runs.run.init_distributed", lambda *_, **options: torch.device("cuda")
+    )
     before, matmul = enabled_backends(), torch.get_float32_matmul_precision()
     try:
         with logging_restored():

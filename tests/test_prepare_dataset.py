@@ -163,7 +163,7 @@ def test_a_folder_without_classes_and_splits(images, tmp_path, form):
     assert opened(tmp_path / "out", "validation") is None
 
 
-def test_held_out_images_alone_are_named_by_their_own_path(images, prepared):
+def test_val_images_alone_are_named_by_their_own_path(images, prepared):
     for place in ("uint8/val", "jpeg/val.tar"):
         data = DataSettings(dataset="folder", data_path=images, val_path=prepared / place)
         train_set, val_set = open_train_val(data, None, None, seed=0)

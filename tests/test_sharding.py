@@ -29,8 +29,8 @@ from tests.helpers.runs import (
     write_classes,
     write_images,
 )
-from util.compute.distributed import gradient_sync, is_main_process, start_processes
-from util.compute.sharding import gathered, shard, unsharded
+from util.compute.distributed import gradient_sync, init_distributed, is_main_process
+from util.compute.sharding import gather_state, shard, unsharded
 from util.compute.watchdog import stop_watchdog
 from util.masking import count_tokens, random_split
 from util.runs.checkpoint import list_checkpoints
@@ -65,7 +65,7 @@ def copy_first_epoch(source, target):
 
 def work(folder):
     """What each process does: all the runs, and a look at what it keeps of a model."""
-    start_processes("cpu")
+    init_distributed("cpu")
     use_nano_models(pytest.MonkeyPatch())
     for name, (main, options, before) in RUNS.items():
         if before and is_main_process():
@@ -81,7 +81,7 @@ def work(folder):
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     kept = sum(parameter.to_local().numel() for parameter in model.parameters())
     assert kept < 0.6 * sum(parameter.numel() for parameter in whole.parameters())
-    state = gathered({"models": [dict(model.state_dict())]})["models"][0]
+    state = gather_state({"models": [dict(model.state_dict())]})["models"][0]
     if is_main_process():
         assert_identical(state, dict(whole.state_dict()))
     else:

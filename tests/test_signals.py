@@ -18,7 +18,7 @@ from tests.helpers.runs import (
     start,
     write_images,
 )
-from util.compute.signals import SIGNALS, signals_noted, stop_signal
+from util.compute.signals import SIGNALS, deferred_signals, stop_signal
 from util.errors import StoppedError
 from util.runs import checkpoint
 from util.runs.checkpoint import list_checkpoints
@@ -129,7 +129,7 @@ def test_a_signal_during_evaluation_stops_after_the_epoch_is_saved(images, tmp_p
 
 def test_signals_are_noted_and_handlers_put_back():
     before = [signal.getsignal(number) for number in SIGNALS]
-    with signals_noted():
+    with deferred_signals():
         assert stop_signal() is None
         signal.raise_signal(signal.SIGUSR1)
         signal.raise_signal(signal.SIGTERM)

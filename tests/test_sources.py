@@ -9,8 +9,8 @@ from test_datasets import (
     all_values,
     encoded,
     eval_loader,
-    open_held_out,
     open_train,
+    open_val_split,
     values_of,
     write_tar,
 )
@@ -53,7 +53,7 @@ def test_tar_read_here_first_and_then_by_workers(tmp_path):
 
 
 def test_digits_hold_out_every_fifth():
-    train, held_out = open_train("digits", None), open_held_out("digits", None)
+    train, held_out = open_train("digits", None), open_val_split("digits", None)
     assert (len(train), len(held_out)) == (1437, 360)
     assert train.num_classes == held_out.num_classes == 10
     assert train.classes == held_out.classes == tuple("0123456789")
@@ -85,7 +85,7 @@ def write_inat(folder, split="train", ids=(7, 30, 400), names=("ash", "bee", "co
 def test_inaturalist_2019(tmp_path):
     write_inat(tmp_path)
     write_inat(tmp_path, "val", ids=(7, 400), names=("ash", "cod"))
-    dataset, held_out = open_train("inat2019", tmp_path), open_held_out("iNat2019", tmp_path)
+    dataset, held_out = open_train("inat2019", tmp_path), open_val_split("iNat2019", tmp_path)
     assert all_values(dataset) == [1, 2, 3, 4, 5, 6]
     assert all_labels(dataset) == [0, 0, 1, 1, 2, 2]
     assert (dataset.classes, dataset.num_classes) == (("ash", "bee", "cod"), 3)
@@ -134,4 +134,4 @@ def test_what_is_no_inaturalist_list_is_one_sentence(tmp_path, content):
     with pytest.raises(InputError, match=r"train2019.json is no list of iNaturalist 2019"):
         open_train("inat2019", tmp_path)
     with pytest.raises(InputError, match=r"val2019.json does not exist: give the folder"):
-        open_held_out("inat2019", tmp_path)
+        open_val_split("inat2019", tmp_path)

@@ -422,7 +422,7 @@ def test_pretrained_encoders_are_read_bit_for_bit(tmp_path, factory, feature_map
     assert_identical(weights.encoder, dict(model.encoder.state_dict()))
     # A norm of mixed feature maps is none of the last one.
     expected = getattr(model.decoder, norm).state_dict() if norm else {}
-    assert_identical(weights.behind, {f"norm.{kind}": t for kind, t in expected.items()})
+    assert_identical(weights.head_state, {f"norm.{kind}": t for kind, t in expected.items()})
     assert (weights.shape, weights.img_size, weights.grid_size) == ((4, 32, 2), (16, 16), (4, 4))
     assert weights.num_classes is weights.pool is weights.classes is None
     assert weights.mean == ([0.1, 0.2, 0.3] if style is pretrained else None)
@@ -490,7 +490,7 @@ def test_features_of_hugging_face_weights_are_theirs(tmp_path, kind, form):
         path = tmp_path
     weights = read_encoder(path)
     assert weights.num_heads == 2 and weights.img_size == (16, 16)
-    assert ("head.weight" in weights.behind) == (kind == "ViTForImageClassification")
+    assert ("head.weight" in weights.head_state) == (kind == "ViTForImageClassification")
 
     model = build_vit(NANO, pool="cls", num_classes=0).eval()
     load_encoder(model, weights, head=False)
@@ -553,7 +553,7 @@ def test_half_precision_becomes_float32(tmp_path, dtype):
     state = {name: t.to(dtype) for name, t in vit_nano().state_dict().items()}
     weights = read_encoder(stored(tmp_path / "half.pth", state))
     expected = {name: t.float() for name, t in state.items()}
-    assert_identical(weights.encoder | weights.behind, dict(expected))
+    assert_identical(weights.encoder | weights.head_state, dict(expected))
 
 
 @pytest.mark.parametrize(
@@ -714,7 +714,7 @@ def test_encoder_files_come_back_bit_for_bit(tmp_path, img_size):
     weights = read_encoder(stored(tmp_path / "weights.pth", content))
     save_encoder(weights, tmp_path / "encoder.safetensors")
     again = read_encoder(tmp_path / "encoder.safetensors")
-    for key in ("encoder", "behind"):
+    for key in ("encoder", "head_state"):
         pair = (dict(sorted(getattr(w, key).items())) for w in (again, weights))
         assert_identical(*pair)
     told = ("img_size", "kind", "mean", "std", "classes", "pool", "num_heads", "norm_eps")

@@ -1,7 +1,7 @@
 """The ways in which a run ends early, and the exit codes they stand for."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -80,13 +80,19 @@ def one_line(message: str) -> str:
 
 
 @contextmanager
-def value_errors_are_input_errors(what: str) -> Iterator[None]:
-    """Turn a ValueError of a model or another pure function into wrong input.
+def as_input_error(
+    message: str | Callable[[Exception], str], *kinds: type[Exception]
+) -> Iterator[None]:
+    """Turn errors of pure functions into wrong input.
 
     Args:
-        what: did not work, for the message: "vit_tiny_patch16 cannot be built".
+        message: what did not work, before the error's own text; or the whole sentence, made of the
+            error.
+        kinds: which errors; none given stands for ValueError.
     """
+    expected = kinds or (ValueError,)
     try:
         yield
-    except ValueError as error:
-        raise InputError(f"{what}: {error}") from error
+    except expected as error:
+        text = message(error) if callable(message) else f"{message}: {error}"
+        raise InputError(text) from error

@@ -54,7 +54,7 @@ def run_python(words: Sequence[str], *, threads: int) -> str:
     return result.stdout
 
 
-def run_yardstick(program: str, flags: dict[str, object], threads: int) -> dict:
+def run_program(program: str, flags: dict[str, object], threads: int) -> dict:
     """Run a program and read its JSON line.
 
     Args:
@@ -83,7 +83,7 @@ def saved_by_twice(program: str, flags: dict[str, object], threads: int) -> floa
     """MiB for each image of twice the batch; None where that is too much for the program."""
     twice = {**flags, "batch_size": 2 * flags["batch_size"], "steps": 1, "warmup": 0}
     try:
-        return run_yardstick(program, twice, threads)["saved_activation_mb_per_image"]
+        return run_program(program, twice, threads)["saved_activation_mb_per_image"]
     except InputError:
         return None
 
@@ -166,6 +166,6 @@ def compare_in_turns(
     for _ in tqdm(range(rounds), disable=None, unit="round", leave=False):
         for (run_ours, flags), found in zip(matches, pairs, strict=True):
             ours = run_ours()
-            found.append((ours, run_yardstick(program, flags, threads)))
+            found.append((ours, run_program(program, flags, threads)))
         yield rows([None] * len(matches))
     yield rows([saved_by_twice(program, flags, threads) for _, flags in matches])

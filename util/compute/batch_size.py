@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-from util.compute.distributed import list_over_processes, world_size
+from util.compute.distributed import all_gather_objects, world_size
 from util.compute.precision import Precision
 from util.errors import InputError, is_out_of_memory
 from util.optim import OptimSettings
@@ -186,6 +186,6 @@ def find_batch_size(
         )
     sizes = candidates(effective_batch_size, multiple_of)
     size = largest_that_fits(sizes, lambda n: step_fits(train_on, n, model=model, device=device))
-    size = min(list_over_processes([size]))
+    size = min(all_gather_objects([size]))
     logger.info("the largest batch that fits is %d of a process's %d", size, sizes[-1])
     return size

@@ -19,7 +19,7 @@ MAX_DEFAULT_WORKERS = 32  # of a process: more would feed no GPU faster, and eac
 TIMEOUT_MINUTES = 30.0  # that processes wait for each other, unless they are told otherwise
 
 
-def start_processes(device: str, *, timeout_minutes: float | None = None) -> torch.device:
+def init_distributed(device: str, *, timeout_minutes: float | None = None) -> torch.device:
     """Join the other processes where torchrun started several; return this process's device.
 
     Only torchrun's variables count, so that a shell inside a SLURM job stays a single process.
@@ -159,7 +159,7 @@ def is_main_process() -> bool:
     return rank() == 0
 
 
-def stack_over_processes(values: Tensor) -> Tensor:
+def all_gather(values: Tensor) -> Tensor:
     """Put every process's (N,) tensor below each other, (world size, N), on all processes."""
     if not dist.is_initialized():
         return values.unsqueeze(0)
@@ -168,7 +168,7 @@ def stack_over_processes(values: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def list_over_processes(values: list) -> list:
+def all_gather_objects(values: list) -> list:
     """Join every process's list of picklable objects, on all processes."""
     if not dist.is_initialized():
         return values
@@ -177,7 +177,7 @@ def list_over_processes(values: list) -> list:
     return [value for part in lists for value in part]
 
 
-def from_main_process(value: object) -> object:
+def broadcast_object(value: object) -> object:
     """Give every process the main process's value, any picklable object."""
     if not dist.is_initialized():
         return value
@@ -210,7 +210,7 @@ def gradient_sync(model: nn.Module, *, enabled: bool) -> AbstractContextManager:
     return nullcontext()
 
 
-def same_buffers(model: nn.Module) -> None:
+def broadcast_buffers(model: nn.Module) -> None:
     """Give every process the main process's buffers, such as running statistics."""
     if dist.is_initialized():
         for buffer in model.buffers():

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
-from util.compute.sharding import whole
+from util.compute.sharding import full_tensor
 from util.errors import InputError, is_out_of_memory
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -121,4 +121,4 @@ class Precision:
             nn.utils.clip_grads_with_norm_(model.parameters(), self.clip_grad, norm)
         self.scaler.step(optimizer)
         self.scaler.update()
-        return whole(norm)
+        return full_tensor(norm)

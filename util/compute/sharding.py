@@ -41,27 +41,27 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -
     fully_shard(model, mesh=mesh)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor, wherever its parts are; all processes have to call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(content: object) -> object:
+def gather_state(content: object) -> object:
     """Nested dicts and lists with whole tensors, in the host's memory, instead of shares.
 
     Only the main process gets them, the others get None for each; all have to call it.
     """
     if isinstance(content, dict):
-        return {key: gathered(value) for key, value in content.items()}
+        return {key: gather_state(value) for key, value in content.items()}
     if isinstance(content, list):
-        return [gathered(value) for value in content]
+        return [gather_state(value) for value in content]
     if isinstance(content, DTensor):
         tensor = content.full_tensor()
         return tensor.cpu() if is_main_process() else None
     return content
 
 
-def share_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """The share of a whole tensor that goes with a parameter's; the tensor itself for whole ones.
 
     Args:
@@ -77,7 +77,7 @@ def share_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 def load_model_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Load whole tensors into a model, sharded or not."""
     own = model.state_dict()
-    model.load_state_dict({n: share_like(t, own[n]) if n in own else t for n, t in state.items()})
+    model.load_state_dict({n: shard_like(t, own[n]) if n in own else t for n, t in state.items()})
 
 
 def load_optimizer_state(optimizer: Optimizer, state: dict) -> None:
@@ -85,7 +85,7 @@ def load_optimizer_state(optimizer: Optimizer, state: dict) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     shares = {
         index: {
-            name: share_like(value, parameters[index]) if isinstance(value, Tensor) else value
+            name: shard_like(value, parameters[index]) if isinstance(value, Tensor) else value
             for name, value in entry.items()
         }
         for index, entry in state["state"].items()
@@ -106,7 +106,7 @@ def unsharded(model: nn.Module, build: Callable[[], nn.Module]) -> Iterator[nn.M
         return
     with torch.device("meta"):
         copy = build()
-    state = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+    state = {name: full_tensor(tensor) for name, tensor in model.state_dict().items()}
     copy.load_state_dict(state, assign=True)
     del state
     yield copy

@@ -10,7 +10,7 @@ _received: list[int] = []  # a process has only one handler for a signal, so one
 
 
 @contextmanager
-def signals_noted() -> Iterator[None]:
+def deferred_signals() -> Iterator[None]:
     """Note signals inside instead of ending at once."""
     before = {number: signal.signal(number, _note) for number in SIGNALS}
     try:
@@ -30,7 +30,7 @@ def stop_signal() -> int | None:
     return _received[0] if _received else None
 
 
-def leave_signals_to_parent(*_: object) -> None:
+def ignore_stop_signals(*_: object) -> None:
     """Ignore the signals in a loader process: clusters send them to all, and its run ends it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

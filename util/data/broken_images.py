@@ -4,7 +4,7 @@ import logging
 
 from PIL import Image, UnidentifiedImageError
 
-from util.compute.distributed import is_main_process, list_over_processes
+from util.compute.distributed import all_gather_objects, is_main_process
 from util.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class BrokenImages:
     def take_count(self) -> int:
         """How often all processes met a broken image since the last call, in an epoch for one."""
         count, self.count, self.count_elsewhere = self.count, 0, 0
-        return sum(list_over_processes([count]))
+        return sum(all_gather_objects([count]))
 
     def check(self) -> None:
         """Stop the run once too large a share of the data set is broken.
@@ -66,8 +66,8 @@ class BrokenImages:
         Raises:
             InputError: with the number, the limit and the list of the distinct broken files.
         """
-        self.reasons = dict(list_over_processes(list(self.reasons.items())))
-        self.count_elsewhere = sum(list_over_processes([self.count])) - self.count
+        self.reasons = dict(all_gather_objects(list(self.reasons.items())))
+        self.count_elsewhere = sum(all_gather_objects([self.count])) - self.count
         names = list(self.reasons)
         found = len(names)
         if found <= self.max_share * self.num_images:

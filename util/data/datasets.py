@@ -29,8 +29,8 @@ from util.errors import InputError
 logger = logging.getLogger(__name__)
 
 TRAIN_FOLDERS = ("train", "training")
-HELD_OUT_FOLDERS = ("validation", "val", "valid", "eval", "evaluation")
-HELD_OUT_SPLITS = (*HELD_OUT_FOLDERS, "test")
+VAL_FOLDERS = ("validation", "val", "valid", "eval", "evaluation")
+VAL_SPLITS = (*VAL_FOLDERS, "test")
 
 STREAMS = ("hfids", "tfds", "wds")
 FROM_FILES = ("folder", "inat2019", "packed", "torch", "wds")
@@ -105,7 +105,7 @@ def build_dataset(
         root = _place_of_split(root, split, tars=kind == "folder")
         if root is None:
             return None
-    splits = HELD_OUT_SPLITS if (kind, split) == ("hfds", "validation") else (split,)
+    splits = VAL_SPLITS if (kind, split) == ("hfds", "validation") else (split,)
     options = _places365_options(root, split) if name.lower() == "torch/places365" else {}
     sources = (_open(name or kind, root, split, **options) for split in splits)
     source = next((source for source in sources if source is not None), None)
@@ -233,13 +233,13 @@ def _place_of_split(root: str, split: str, *, tars: bool) -> str | None:
             found += [tar for tar in (Path(f"{p}.tar") for p in places) if tar.is_file()]
         return str(found[0]) if found else None
 
-    train, held_out = existing(TRAIN_FOLDERS), existing(HELD_OUT_FOLDERS)
+    train, val = existing(TRAIN_FOLDERS), existing(VAL_FOLDERS)
     if split == "validation":
-        return held_out
-    if held_out and not train:
+        return val
+    if val and not train:
         raise InputError(
             f"{root} has held-out images but no train/: move the training images there, "
-            f"or give their folder by --data_path and {held_out} by --val_path"
+            f"or give their folder by --data_path and {val} by --val_path"
         )
     return train or root
 
@@ -267,7 +267,7 @@ def _open(name: str, root: str | None, split: str, **options: object) -> Dataset
     except ImportError as error:
         raise InputError(f"--dataset {name} needs the package {error.name}: install it") from error
     except Exception as error:
-        if "Unknown split" in str(error) and split in HELD_OUT_SPLITS:
+        if "Unknown split" in str(error) and split in VAL_SPLITS:
             return None
         # What timm raises about a .tar file without images says something else.
         empty_tar = kind == "folder" and isinstance(error, ValueError)

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from util.compute import distributed
 from util.compute.batch_size import BatchPlan
-from util.compute.signals import leave_signals_to_parent
-from util.compute.watchdog import doing
+from util.compute.signals import ignore_stop_signals
+from util.compute.watchdog import activity
 from util.compute.worker_deaths import note_workers
 from util.data.batch import Batch, collate
 from util.data.images import IndexedImages
@@ -30,15 +30,13 @@ class Batches(DataLoader):
     def __init__(self, dataset: Dataset, **options: object) -> None:
         # Without a generator of its own it would draw from torch's global one.
         options = {"generator": torch.Generator(), **options}
-        super().__init__(
-            dataset, collate_fn=collate, worker_init_fn=leave_signals_to_parent, **options
-        )
+        super().__init__(dataset, collate_fn=collate, worker_init_fn=ignore_stop_signals, **options)
 
     def __iter__(self) -> Iterator[Batch]:
         batches = super().__iter__()
         note_workers()
         while True:
-            with doing("waiting for images"):
+            with activity("waiting for images"):
                 batch = next(batches, None)
             if batch is None:
                 return

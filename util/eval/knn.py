@@ -14,7 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from util.compute.distributed import stack_over_processes
+from util.compute.distributed import all_gather
 from util.compute.precision import Precision
 from util.data.batch import Batch
 from util.data.broken_images import BrokenImages
@@ -86,13 +86,13 @@ def _interleaved(rows: Tensor, device: torch.device) -> Tensor:
         rows: on the CPU; D counts only where n > 0.
         device: over which processes exchange tensors.
     """
-    shapes = stack_over_processes(torch.tensor(rows.shape, device=device))  # (world size, 2)
+    shapes = all_gather(torch.tensor(rows.shape, device=device))  # (world size, 2)
     most_rows, dim = shapes.amax(dim=0).tolist()
     padded = rows.new_zeros(most_rows, dim)
     if len(rows):
         padded[: len(rows)] = rows
     parts = [
-        stack_over_processes(part.to(device)).transpose(0, 1).flatten(0, 1).cpu()
+        all_gather(part.to(device)).transpose(0, 1).flatten(0, 1).cpu()
         for part in padded.split(ROWS_AT_ONCE)
     ]
     return torch.cat(parts)[: shapes[:, 0].sum()]

@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from util.arguments import natural_int, positive_int
-from util.compute.distributed import is_main_process, rank, stack_over_processes, world_size
+from util.compute.distributed import all_gather, is_main_process, rank, world_size
 from util.compute.precision import Precision
 from util.data.batch import Batch, collate
 from util.data.broken_images import BrokenImages
@@ -79,7 +79,7 @@ def evaluate(
         error = (pixels - denormalize_patches(originals, mean, std)).square().mean(dim=(1, 2))
         psnr = -10 * error.clamp(min=1e-10).log10()  # (B,), at most 100 dB
         sums += torch.stack((loss.sum(), psnr.sum(), torch.full_like(loss[0], len(images))))
-    loss, psnr, num_images = stack_over_processes(sums).sum(dim=0).tolist()
+    loss, psnr, num_images = all_gather(sums).sum(dim=0).tolist()
     return {
         "val_loss": loss / num_images,
         "val_psnr": psnr / num_images,

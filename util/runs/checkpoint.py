@@ -18,11 +18,11 @@ import torch.nn as nn
 from timm.utils import ModelEmaV3
 from torch.optim import Optimizer
 
-from util.compute.distributed import from_main_process, is_main_process, list_over_processes
+from util.compute.distributed import all_gather_objects, broadcast_object, is_main_process
 from util.compute.precision import Precision
-from util.compute.sharding import gathered, load_model_state, load_optimizer_state
+from util.compute.sharding import gather_state, load_model_state, load_optimizer_state
 from util.compute.signals import stop_signal
-from util.compute.watchdog import doing
+from util.compute.watchdog import activity
 from util.compute.worker_deaths import dead_loader
 from util.data.broken_images import BrokenImages
 from util.errors import RunError, StoppedError
@@ -217,13 +217,13 @@ class CheckpointWriter:
         Raises:
             StoppedError: after a signal to any process, on all at once.
         """
-        signals = [number for number in list_over_processes([stop_signal()]) if number]
+        signals = [number for number in all_gather_objects([stop_signal()]) if number]
         minutes = (time.monotonic() - self.last_save) / 60
         is_time = self.every_minutes is not None and minutes >= self.every_minutes
-        if signals or from_main_process(is_time):
+        if signals or broadcast_object(is_time):
             self.save()
         if signals:
-            from_main_process(None)  # one that ends has launchers end the others: await the save
+            broadcast_object(None)  # one that ends has launchers end the others: await the save
             progress = self.state.progress
             raise StoppedError(
                 f"stopped by {Signals(signals[0]).name} after {progress.epoch} epochs and "
@@ -271,7 +271,7 @@ class CheckpointWriter:
         if by in stats and (before is None or stats[by] > before[by]):
             progress.best = {"epoch": progress.epoch, **stats}
             written = self._write(self.folder / BEST_NAME, self._weights)
-            if not from_main_process(bool(written)):
+            if not broadcast_object(bool(written)):
                 progress.best = before  # so that the next good epoch is kept
 
     def _weights(self) -> dict:
@@ -279,7 +279,7 @@ class CheckpointWriter:
         return {name: state[name] for name in ("model", "ema", "progress")}
 
     def _write(self, path: Path, take_state: Callable[[], dict]) -> Path | None:
-        state = gathered(take_state())
+        state = gather_state(take_state())
         if not is_main_process():
             return None
         bad = next(not_finite(state), None)
@@ -289,7 +289,7 @@ class CheckpointWriter:
                 "saved: lower the learning rate, then continue from the last checkpoint"
             )
         try:
-            with doing("saving"):
+            with activity("saving"):
                 write_atomically({**self.header, **state}, path)
         except (OSError, RuntimeError) as error:
             if dead_loader(error):

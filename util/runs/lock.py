@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from util.compute.distributed import from_main_process, is_main_process
+from util.compute.distributed import broadcast_object, is_main_process
 from util.errors import InputError
 
 LOCK_NAME = "lock"
@@ -103,7 +103,7 @@ def lock_folder(folder: Path) -> FolderLock | None:
             lock = FolderLock(folder)
         except InputError as refusal:
             error = refusal
-    error = from_main_process(error)
+    error = broadcast_object(error)
     if error is not None:
         raise error
     return lock

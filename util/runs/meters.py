@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from util.compute.distributed import stack_over_processes
+from util.compute.distributed import all_gather
 from util.errors import NonFiniteLossError
 
 
@@ -52,7 +52,7 @@ class EpochMeters:
         Raises:
             NonFiniteLossError: on all processes at once.
         """
-        rows = stack_over_processes(torch.cat((self.sums, self.first_bad_step)))
+        rows = all_gather(torch.cat((self.sums, self.first_bad_step)))
         *sums, _ = rows.mean(dim=0).tolist()
         bad_step, process = rows[:, -1].min(dim=0)
         if bad_step < math.inf:

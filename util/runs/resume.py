@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from util.compute.distributed import from_main_process, is_main_process, world_size
+from util.compute.distributed import broadcast_object, is_main_process, world_size
 from util.data.loaders import StepLoader
 from util.data.settings import DataSettings
 from util.errors import InputError
@@ -21,7 +21,7 @@ from util.runs.checkpoint import (
 from util.runs.lock import lock_folder
 from util.runs.run import RunSettings, write_args
 from util.runs.run_log import RunLog
-from util.weights.files import check_format, read_weights_file, strange_content_is_input_error
+from util.weights.files import check_format, read_weights_file, unknown_content
 
 EFFECTIVE_BATCH = "effective batch size"  # among what makes a run the run it is
 
@@ -192,7 +192,7 @@ def read_resume(
             answer = found and found[0]
         except InputError as error:
             answer = error
-    answer = from_main_process(answer)
+    answer = broadcast_object(answer)
     if isinstance(answer, InputError):
         raise answer
     if answer is None or found is not None:
@@ -244,7 +244,7 @@ def continue_run(state: TrainState, path: Path, checkpoint: dict, record: RunRec
             f"{path} holds the weights of the best epoch, which training cannot go on from: resume "
             "another checkpoint, or start anew from these by --finetune"
         )
-    with strange_content_is_input_error(path):
+    with unknown_content(path):
         check_same_run(checkpoint, record, path)
         state.load_state_dict(checkpoint)
 

@@ -23,13 +23,13 @@ from tqdm import tqdm
 from util.arguments import natural_float, natural_int, positive_float, positive_int, seed_number
 from util.compute.distributed import (
     TIMEOUT_MINUTES,
+    init_distributed,
     is_main_process,
     rank,
-    start_processes,
     stop_processes,
 )
-from util.compute.signals import signals_noted
-from util.compute.watchdog import first_to_tell, lost_process, start_watchdog, stop_watchdog
+from util.compute.signals import deferred_signals
+from util.compute.watchdog import claim_report, lost_process, start_watchdog, stop_watchdog
 from util.compute.worker_deaths import dead_loader, end_loaders
 from util.errors import (
     InputError,
@@ -194,7 +194,7 @@ def start_run(
     Raises:
         InputError: the device is not there, or the environment asks for kernels that do not exist.
     """
-    chosen = start_processes(
+    chosen = init_distributed(
         device or ("cuda" if torch.cuda.is_available() else "cpu"), timeout_minutes=timeout_minutes
     )
     start_logging()
@@ -262,7 +262,7 @@ def run_main(
     """
     try:
         # Noted until all is told, because torchrun ends all processes as soon as one has ended.
-        with signals_noted() if trains else nullcontext():
+        with deferred_signals() if trains else nullcontext():
             code = exit_code(main, memory_advice)
     finally:
         end_loaders()
@@ -285,7 +285,7 @@ def exit_code(main: Callable[[], None], memory_advice: str) -> int:
         death = None if message else dead_loader(error, seconds=1)
         message = message or death or lost_process(error)
         if message is None:
-            first_to_tell()  # the traceback does
+            claim_report()  # the traceback does
             raise
         wrong_input = isinstance(error, InputError) or getattr(error, "errno", None) in BAD_PATH
         program = Path(sys.argv[0]).name
@@ -293,7 +293,7 @@ def exit_code(main: Callable[[], None], memory_advice: str) -> int:
             # If the main process fails too, it says so meanwhile.
             time.sleep(SECONDS_BEFORE_SPEAKING)
             program += f" (process {rank()})"
-        if first_to_tell():
+        if claim_report():
             with suppress(OSError):
                 sys.stdout.flush()
             sys.stderr.write(f"{program}: error: {one_line(message)}\n")

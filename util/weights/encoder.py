@@ -25,7 +25,7 @@ from util.weights.files import (
     check_format,
     read_weights_file,
     save_safetensors,
-    strange_content_is_input_error,
+    unknown_content,
 )
 from util.weights.names import (
     BLOCK_PARTS,
@@ -52,8 +52,8 @@ class EncoderWeights(NamedTuple):
 
     encoder: dict[str, Tensor]
     """cls_token, pos_embed (1, 1+L, D), patch_embed.proj.*, blocks.*"""
-    behind: dict[str, Tensor]
-    """What the file has behind the blocks: norm.*, fc_norm.*, head.*; perhaps nothing."""
+    head_state: dict[str, Tensor]
+    """Final norm and head, if the file has them: norm.*, fc_norm.*, head.*"""
     img_size: tuple[int, int]
     """Height and width in pixels."""
     kind: str
@@ -95,18 +95,20 @@ class EncoderWeights(NamedTuple):
     @property
     def num_classes(self) -> int | None:
         """Of the head; None where there is none."""
-        head = (t for name, t in self.behind.items() if name.startswith("head.") and t.ndim == 2)
+        head = (
+            t for name, t in self.head_state.items() if name.startswith("head.") and t.ndim == 2
+        )
         return next((weight.shape[0] for weight in head), None)
 
     @property
     def is_linear_probe(self) -> bool:
         """Whether the head normalises features first."""
-        return "head.0.running_var" in self.behind
+        return "head.0.running_var" in self.head_state
 
     def hash(self) -> str:
         """A digest of all the weights: equal for equal ones, whatever file they come from."""
         digest = hashlib.blake2b(digest_size=8)
-        for name, tensor in sorted({**self.encoder, **self.behind}.items()):
+        for name, tensor in sorted({**self.encoder, **self.head_state}.items()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()
@@ -146,7 +148,7 @@ def read_encoder(path: str | Path) -> EncoderWeights:
     """
     file = _file_of(Path(path))
     content = read_weights_file(file)
-    with strange_content_is_input_error(path):
+    with unknown_content(path):
         weights = _read_encoder(content, file)
     if weights.left_out:
         groups = sorted({re.split(r"\.", name)[0] for name in weights.left_out})
@@ -181,33 +183,35 @@ def _read_encoder(content: dict, path: Path) -> EncoderWeights:
     if bad:
         raise InputError(f"{path} cannot be used: {bad} is not finite")
     encoder = {name: t for name, t in renamed.items() if re.fullmatch(ENCODER, name)}
-    behind = {name: t for name, t in renamed.items() if name not in encoder}
-    has_head = any(name.startswith("head.") for name in behind)
-    _check_complete(encoder, behind, path)
+    head_state = {name: t for name, t in renamed.items() if name not in encoder}
+    has_head = any(name.startswith("head.") for name in head_state)
+    _check_complete(encoder, head_state, path)
 
-    told = _told_by_file(content, path)
+    metadata = _own_metadata(content, path)
     if names is HUGGING_FACE:
-        told |= _told_by_hugging_face(path.parent)
+        metadata |= _hf_metadata(path.parent)
     *_, patch_height, patch_size = encoder["patch_embed.proj.weight"].shape
     if patch_height != patch_size:
         raise InputError(f"{path} has patches of {patch_height} x {patch_size} px; ours are square")
     _, num_positions, _ = encoder["pos_embed"].shape
-    img_size = _image_size(num_positions - 1, patch_size, told, path)
-    mean, std = checked_colours(told.get("mean"), told.get("std"))
-    _check_told(told)
-    pool = "avg" if "fc_norm.weight" in behind else "cls" if "norm.weight" in behind else None
+    img_size = _image_size(num_positions - 1, patch_size, metadata, path)
+    mean, std = check_mean_std(metadata.get("mean"), metadata.get("std"))
+    _check_metadata(metadata)
+    pool = (
+        "avg" if "fc_norm.weight" in head_state else "cls" if "norm.weight" in head_state else None
+    )
     return EncoderWeights(
         encoder,
-        behind,
+        head_state,
         img_size,
-        kind=told.get("kind") or names.kind,
+        kind=metadata.get("kind") or names.kind,
         mean=mean,
         std=std,
-        classes=told.get("classes") if has_head else None,
-        pool=told.get("pool") or (pool if has_head else None),
-        crop_pct=told.get("crop_pct"),
-        num_heads=told.get("num_heads"),
-        norm_eps=told.get("norm_eps"),
+        classes=metadata.get("classes") if has_head else None,
+        pool=metadata.get("pool") or (pool if has_head else None),
+        crop_pct=metadata.get("crop_pct"),
+        num_heads=metadata.get("num_heads"),
+        norm_eps=metadata.get("norm_eps"),
         left_out=tuple(left_out),
     )
 
@@ -248,7 +252,7 @@ def _join_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return joined
 
 
-def _check_complete(encoder: dict[str, Tensor], behind: dict[str, Tensor], path: Path) -> None:
+def _check_complete(encoder: dict[str, Tensor], head_state: dict[str, Tensor], path: Path) -> None:
     needed = [
         *EMBEDDING_NAMES,
         *(
@@ -262,18 +266,18 @@ def _check_complete(encoder: dict[str, Tensor], behind: dict[str, Tensor], path:
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"the encoder in {path} lacks {missing[0]}{more}: use another file")
-    if "norm.weight" in behind and "fc_norm.weight" in behind:
+    if "norm.weight" in head_state and "fc_norm.weight" in head_state:
         raise InputError(
             f"{path} has both norm and fc_norm, and our ViT computes one of them: use another file"
         )
 
 
-def _told_by_file(content: dict, path: Path) -> dict:
-    """What a file of this project tells: img_size, mean, std and the like."""
+def _own_metadata(content: dict, path: Path) -> dict:
+    """What a file of this project says: img_size, mean, std and the like."""
     metadata = content.get("metadata", {})
     if metadata.get("format") == ENCODER_FORMAT:
-        told = {key: json.loads(value) for key, value in metadata.items() if key != "format"}
-        return {OLD_KEYS.get(key, key): value for key, value in told.items()}
+        values = {key: json.loads(value) for key, value in metadata.items() if key != "format"}
+        return {OLD_KEYS.get(key, key): value for key, value in values.items()}
     if "model_options" not in content:
         return {}
     kind = str(content.get("format")).removeprefix("crossmae-")
@@ -290,7 +294,7 @@ def _told_by_file(content: dict, path: Path) -> dict:
     }
 
 
-def checked_colours(
+def check_mean_std(
     mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[list[float] | None, list[float] | None]:
     """The mean and standard deviation of RGB channels, as a file tells them, or None.
@@ -307,18 +311,18 @@ def checked_colours(
     return tuple(checked)
 
 
-def _check_told(told: dict) -> None:
+def _check_metadata(metadata: dict) -> None:
     """Raise TypeError or ValueError where a file tells settings that mean nothing."""
-    classes, pool, share = (told.get(name) for name in ("classes", "pool", "crop_pct"))
+    classes, pool, share = (metadata.get(name) for name in ("classes", "pool", "crop_pct"))
     if not all(isinstance(name, str) for name in classes or []):
         raise TypeError("classes are called by strings")
     if pool not in (None, "avg", "cls") or not 0 < (1 if share is None else share) <= 1:
         raise ValueError(f"pool {pool}, crop_pct {share}")
-    if not 0 <= (told.get("norm_eps") or 0) < 1:
-        raise ValueError(f"layer_norm_eps {told['norm_eps']}")
+    if not 0 <= (metadata.get("norm_eps") or 0) < 1:
+        raise ValueError(f"layer_norm_eps {metadata['norm_eps']}")
 
 
-def _told_by_hugging_face(folder: Path) -> dict:
+def _hf_metadata(folder: Path) -> dict:
     """The same of the files beside Hugging Face weights, as far as they are there."""
     config = _read_json(folder / "config.json")
     processor = _read_json(folder / "preprocessor_config.json")
@@ -351,9 +355,9 @@ def _read_json(path: Path) -> dict:
     return content
 
 
-def _image_size(num_patches: int, patch_size: int, told: dict, path: Path) -> tuple[int, int]:
+def _image_size(num_patches: int, patch_size: int, metadata: dict, path: Path) -> tuple[int, int]:
     """Height and width: as the file tells them, else a square; whole patches."""
-    size = told.get("img_size") or math.isqrt(num_patches) * patch_size
+    size = metadata.get("img_size") or math.isqrt(num_patches) * patch_size
     height, width = map(int, (size, size) if isinstance(size, int) else size)
     rows, columns = height // patch_size, width // patch_size
     if rows * columns != num_patches or rows < 1:
@@ -393,7 +397,7 @@ def load_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> No
     new = [name for name in model.state_dict() if name not in state]
     if new:
         _logger.info("new: %s", ", ".join(new))
-    left_out = [name for name in weights.behind if name not in state]
+    left_out = [name for name in weights.head_state if name not in state]
     if left_out:
         _logger.info("left out: %s", ", ".join(left_out))
 
@@ -409,7 +413,7 @@ def fit_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> dic
     wanted = (norm, "head.") if head else (norm,)
     state = {
         **weights.encoder,
-        **{name: tensor for name, tensor in weights.behind.items() if name.startswith(wanted)},
+        **{name: tensor for name, tensor in weights.head_state.items() if name.startswith(wanted)},
     }
     if weights.grid_size != model.grid_size:
         state["pos_embed"] = resample_abs_pos_embed(
@@ -491,9 +495,9 @@ def save_encoder(weights: EncoderWeights, path: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    told = weights._asdict()
-    for key in ("encoder", "behind", "left_out"):
-        told.pop(key)
-    metadata = {key: json.dumps(value) for key, value in told.items()}
+    metadata = weights._asdict()
+    for key in ("encoder", "head_state", "left_out"):
+        metadata.pop(key)
+    metadata = {key: json.dumps(value) for key, value in metadata.items()}
     metadata["format"] = ENCODER_FORMAT
-    save_safetensors({**weights.encoder, **weights.behind}, path, metadata)
+    save_safetensors({**weights.encoder, **weights.head_state}, path, metadata)

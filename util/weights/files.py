@@ -5,8 +5,8 @@ import pickle
 import pickletools
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from util.errors import InputError
+from util.errors import InputError, as_input_error
 
 VERSION = 1  # of this project's checkpoints
 MAX_PICKLE = 2**23  # bytes of a file that are not tensors; a ViT-H's checkpoint has 2**19
@@ -150,23 +150,15 @@ def _check_content(content: dict, path: Path) -> None:
             )
 
 
-@contextmanager
-def strange_content_is_input_error(path: str | Path) -> Iterator[None]:
-    """Turn what code raises that meets values of other types and names into wrong input."""
-    try:
-        yield
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise InputError(
+def unknown_content(path: str | Path) -> AbstractContextManager:
+    """Context in which a file's content is used: odd types and names in it are wrong input."""
+    return as_input_error(
+        lambda error: (
             f"{path} is damaged, or written by a program that this one does not know "
             f"({type(error).__name__}): use another file"
-        ) from error
+        ),
+        *(ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError),
+    )
 
 
 def check_format(content: dict, path: str | Path, kind: str) -> dict:
