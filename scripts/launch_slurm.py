@@ -36,7 +36,7 @@ from util.errors import InputError
 from util.runs.run import run_main
 
 ROOT = Path(__file__).resolve().parents[1]
-MAINS = ("pretrain", "finetune", "linprobe", "knn")
+MAINS = sorted(path.stem.removeprefix("main_") for path in ROOT.glob("main_*.py"))
 SBATCH_FLAGS = ("partition", "time", "account", "qos", "constraint", "mem", "cpus_per_task")
 # A task that ends by SIGUSR1 has saved, or had not begun to train. The job is queued again once all
 # have ended, so that none is cut off; where SLURM does not allow that, the job fails visibly.

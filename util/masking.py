@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
@@ -11,8 +12,6 @@ from torch import Tensor
 
 from util.arguments import ratio
 from util.errors import InputError
-
-MASK_SAMPLINGS = ("random", "grid")
 
 
 class TokenSplit(NamedTuple):
@@ -114,6 +113,12 @@ def check_grid(grid_size: tuple[int, int], mask_ratio: float) -> None:
         )
 
 
+MASK_SAMPLINGS: dict[str, Callable[[Tensor, TokenCounts, tuple[int, int]], TokenSplit]] = {
+    "random": lambda noise, counts, _: random_split(noise, counts),
+    "grid": grid_split,
+}
+
+
 def split_tokens(
     noise: Tensor, counts: TokenCounts, grid_size: tuple[int, int], sampling: str
 ) -> TokenSplit:
@@ -125,11 +130,10 @@ def split_tokens(
         grid_size: patches (down, across).
         sampling: "random" (Sec. 3.3) or "grid" (Table 15).
     """
-    if sampling == "random":
-        return random_split(noise, counts)
-    if sampling == "grid":
-        return grid_split(noise, counts, grid_size)
-    raise ValueError(f"masks are drawn in one of the ways {MASK_SAMPLINGS}, not {sampling!r}")
+    if sampling not in MASK_SAMPLINGS:
+        ways = ", ".join(MASK_SAMPLINGS)
+        raise ValueError(f"masks are drawn in one of the ways {ways}, not {sampling!r}")
+    return MASK_SAMPLINGS[sampling](noise, counts, grid_size)
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from torch.utils.data import Dataset
 from util.data.broken_images import reason_of
 from util.data.classes import check_classes
 from util.data.images import IMAGE_SUFFIXES, IndexedImages, Transform
-from util.data.packed import PackedImages, kind_of
+from util.data.packed import kind_of
 from util.data.settings import DataSettings
-from util.data.sources import Digits, INat2019, TarImages
+from util.data.sources import OWN_SOURCES, TarImages
 from util.data.streams import StreamedImages, adapt_hub_reader
 from util.errors import InputError
 
@@ -33,11 +33,12 @@ VAL_FOLDERS = ("validation", "val", "valid", "eval", "evaluation")
 VAL_SPLITS = (*VAL_FOLDERS, "test")
 
 STREAMS = ("hfids", "tfds", "wds")
-FROM_FILES = ("folder", "inat2019", "packed", "torch", "wds")
-DATASET_NAME = r"(folder|tar|packed|digits|inat2019)?|(torch|hfds|hfids|tfds)/.+|wds/.*"
+FROM_FILES = ("folder", "torch", "wds")
+FROM_FILES += tuple(name for name, source in OWN_SOURCES.items() if source.from_files)
+DATASET_NAME = rf"(folder|tar|{'|'.join(OWN_SOURCES)})?|(torch|hfds|hfids|tfds)/.+|wds/.*"
 ADVICE = {  # for a source of this kind that cannot be opened
     "folder": "give a folder or a .tar file that has images in it",
-    "digits": "install the requirements",
+    **{name: source.advice for name, source in OWN_SOURCES.items()},
     "torch": "check the name, and download the files first, which a run never does by itself",
     "hfds": "check the name and the network, and call the column of the images 'image'",
     "hfids": "check the name and the network, and give --num_samples if its length is unknown",
@@ -82,7 +83,7 @@ def build_dataset(
     """
     if not re.fullmatch(DATASET_NAME, name, re.IGNORECASE):
         raise InputError(
-            f"--dataset {name} is unknown: use folder, tar, packed, digits, inat2019, "
+            f"--dataset {name} is unknown: use folder, tar, {', '.join(OWN_SOURCES)}, "
             "torch/<name>, hfds/<name>, hfids/<name>, tfds/<name> or wds/<pattern>.tar"
         )
     kind, _, rest = name.partition("/")
@@ -247,23 +248,21 @@ def _place_of_split(root: str, split: str, *, tars: bool) -> str | None:
 def _open(name: str, root: str | None, split: str, **options: object) -> Dataset | None:
     """timm's data set; None when Hugging Face's does not have this held-out split."""
     kind = name.partition("/")[0].lower()
-    if kind == "inat2019":
-        return INat2019(root, split)
-    if kind == "packed":
-        return PackedImages(root)
     if kind in ("", "folder", "tar"):
         name, kind = "", "folder"
         timm.data.add_img_extensions(IMAGE_SUFFIXES)
         if Path(root).is_dir():
             _report_ignored_files(root)
     try:
-        if kind == "digits":
-            return Digits(split)
+        if kind in OWN_SOURCES:
+            return OWN_SOURCES[kind].open(root, split)
         if kind == "folder" and Path(root).is_file() and Path(root).suffix == ".tar":
             return TarImages(root)
         if kind == "wds":
             import_module("webdataset")  # timm goes on without it
         source = timm.data.create_dataset(name, root, split, search_split=False, **options)
+    except InputError:
+        raise
     except ImportError as error:
         raise InputError(f"--dataset {name} needs the package {error.name}: install it") from error
     except Exception as error:

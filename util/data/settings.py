@@ -9,6 +9,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from util.arguments import finite_float, natural_float, positive_int, process_count
 from util.compute.distributed import default_workers
 from util.data.packed import kind_of
+from util.data.sources import OWN_SOURCES
 from util.errors import InputError
 
 MIN_CROP_PCT = 0.1  # below it, resized images take more than a hundred times a crop's memory
@@ -73,7 +74,7 @@ def add_data_args(parser: argparse.ArgumentParser, *, input_size: int | None) ->
     group.add_argument("--data_path", help="folder or tar of images, or the root of --dataset")
     group.add_argument(
         "--dataset",
-        help="digits, folder, tar, packed, inat2019, or a name of timm's such as torch/cifar10, "
+        help=f"folder, tar, {', '.join(OWN_SOURCES)}, or a name of timm's such as torch/cifar10, "
         "torch/places365, hfds/NAME or wds/NAME (folder with --data_path, else digits)",
     )
     group.add_argument(

@@ -3,8 +3,9 @@
 import io
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -13,6 +14,7 @@ from torch.utils.data import Dataset
 
 from util.data.broken_images import reason_of
 from util.data.decode import to_rgb
+from util.data.packed import PackedImages
 from util.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -126,3 +128,21 @@ class TarImages(ReaderImageInTar):
         if len(data) < member.size:
             raise OSError("the archive ends within the image")
         return io.BytesIO(data), self.targets[index]
+
+
+class Source(NamedTuple):
+    """A data set that timm does not read."""
+
+    open: Callable[[str, str], Dataset]
+    """(--data_path, "train" or "validation") -> a data set of (image or its file, label)."""
+    advice: str
+    """What to do where it cannot be opened."""
+    from_files: bool = True
+    """Whether --data_path has to be given."""
+
+
+OWN_SOURCES = {
+    "packed": Source(lambda root, _: PackedImages(root), "prepare the images again"),
+    "digits": Source(lambda _, split: Digits(split), "install the requirements", from_files=False),
+    "inat2019": Source(INat2019, "download it again"),
+}
