@@ -151,11 +151,11 @@ def command(*argv, processes=None):
     return [str(word) for word in (*python, *argv)]
 
 
-def start(words, **variables):
+def start(words, cwd=ROOT, **variables):
     """Start a command in the repository, with one thread as in the tests' own process."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(words, cwd=ROOT, env=env, **pipes)
+    return subprocess.Popen(words, cwd=cwd, env=env, **pipes)
 
 
 def finish(process):
