@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from scripts.benchmark.against import ROW, compare_pairs
 from scripts.benchmark.step import MeasuredStep, measure_in_turns, saved_bytes, time_calls
@@ -60,19 +60,21 @@ def tables(text):
 
 
 class Mlp(torch.nn.Module):
-    """8 -> 16 -> 4; `recomputed` keeps the input alone."""
+    """8 -> 16 -> 4; `recomputed` keeps the input alone, and what operations `cached` return."""
 
-    def __init__(self, recomputed):
+    def __init__(self, recomputed, cached=()):
         super().__init__()
         self.fc1, self.fc2 = torch.nn.Linear(8, 16), torch.nn.Linear(16, 4)
         self.recomputed = recomputed
+        self.contexts = functools.partial(create_selective_checkpoint_contexts, list(cached))
 
     def inside(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
 
     def forward(self, x):
         if self.recomputed:
-            return checkpoint(self.inside, x, use_reentrant=False).sum()
+            how = {"preserve_rng_state": False, "context_fn": self.contexts}
+            return checkpoint(self.inside, x, use_reentrant=False, **how).sum()
         return self.inside(x).sum()
 
 
@@ -84,6 +86,22 @@ INPUT, HIDDEN = 10 * 8 * 4, 10 * 16 * 4  # bytes of ten rows in float32
 def test_saved_bytes_are_input_and_both_sides_of_the_gelu(recomputed, expected, requires_grad):
     model, x = Mlp(recomputed), torch.randn(10, 8, requires_grad=requires_grad)
     assert saved_bytes(lambda: model(x), model.parameters()) == expected
+
+
+def test_what_selective_checkpointing_caches_is_saved_too():
+    model, x = Mlp(True, cached=[torch.ops.aten.addmm.default]), torch.randn(10, 8)
+    expected = INPUT + HIDDEN + 10 * 4 * 4  # both layers' outputs
+    assert saved_bytes(lambda: model(x), model.parameters()) == expected
+
+
+def test_what_checkpointing_is_handed_in_a_list_is_saved_too():
+    x = torch.randn(10, 8, requires_grad=True)
+
+    def run():
+        parts = [x.exp(), x + 1]  # the sum is no one's input
+        return checkpoint(lambda both: both[0] * both[1], parts, use_reentrant=False).sum()
+
+    assert saved_bytes(run, [x]) >= 2 * INPUT
 
 
 def test_copies_of_weights_in_bf16_are_saved_too():

@@ -1,5 +1,6 @@
 """Measuring time and memory of training steps."""
 
+import gc
 import platform
 import statistics
 import time
@@ -42,10 +43,12 @@ MEASURED = (
 
 
 def saved_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward pass of `run()`: its distinct storages.
+    """Bytes that are kept for the backward pass of `run()`: distinct storages.
 
-    Of what is computed again in the backward pass, the inputs are kept and counted. Copies of
-    parameters in another dtype count, because they are kept; they do not grow with the batch.
+    Those in autograd's graph, and those that only Python holds: what selective checkpointing caches
+    is in no graph. Of what is computed again in the backward pass, the inputs are kept and counted.
+    Copies of parameters in another dtype count, because they are kept; they do not grow with the
+    batch.
 
     Args:
         run: a forward pass, which returns what the backward pass starts from.
@@ -55,7 +58,7 @@ def saved_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
     seen: dict[int, int] = {}
     opaque = []  # oneDNN's tensors have no storage; holding them keeps their ids apart
 
-    def pack(tensor: Tensor) -> Tensor:
+    def count(tensor: Tensor) -> Tensor:
         if tensor.is_mkldnn:
             opaque.append(tensor)
             seen[id(tensor)] = tensor.numel() * tensor.element_size()
@@ -64,11 +67,22 @@ def saved_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    before = live_tensors()  # alive until the count is made, so that their ids stay theirs
+    others = {id(tensor) for tensor in before}
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         result = run()  # alive until the count is made, and with it every address
+    for tensor in live_tensors():
+        if id(tensor) not in others and tensor is not result:
+            count(tensor)
     total = sum(size for address, size in seen.items() if address not in known)
     del result
     return total
+
+
+def live_tensors() -> list[Tensor]:
+    """Every tensor that Python knows, wherever it is held."""
+    gc.collect()
+    return [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter)]
 
 
 def time_calls(call: Callable[[], object], count: int, device: torch.device) -> list[float]:
