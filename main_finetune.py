@@ -40,6 +40,7 @@ from util.compute.batch_size import micro_steps
 from util.compute.compiling import compile_model
 from util.compute.distributed import data_parallel, is_main_process
 from util.compute.precision import Precision, blank_images
+from util.compute.recompute import set_memory
 from util.compute.sharding import shard, unsharded
 from util.data.broken_images import BrokenImages
 from util.data.classes import check_classes
@@ -48,7 +49,6 @@ from util.data.loaders import build_loaders, build_own_eval_loader
 from util.data.transforms import default_crop_share, eval_transform, finetune_transform
 from util.errors import InputError, value_errors_are_input_errors
 from util.optim import build_layer_decay_adamw
-from util.recompute import set_memory
 from util.runs.checkpoint import Progress, TrainState
 from util.runs.meters import EpochMeters
 from util.runs.resume import EFFECTIVE_BATCH, newest_good_checkpoint
@@ -380,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "drop_path": recipe.drop_path,
     }
     model = build_classifier(size, **options)
-    set_memory(model, args.memory)
+    set_memory(model.blocks, None, args.memory)
     if weights is not None:
         load_encoder(model, weights, head=False)
     if args.fsdp:

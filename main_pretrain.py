@@ -24,8 +24,7 @@ from engine_pretrain import (
     train_one_epoch,
 )
 from models import MODELS, build_model
-from models_crossmae import MaskedAutoencoder
-from models_vit import ViTEncoder
+from models_crossmae import MaskedAutoencoder, ViTEncoder
 from util.arguments import (
     Parser,
     add_crop_args,
@@ -50,6 +49,7 @@ from util.compute.batch_size import find_batch_size, micro_steps
 from util.compute.compiling import COMPILE_MODES, compile_model
 from util.compute.distributed import data_parallel, is_main_process, world_size
 from util.compute.precision import Precision
+from util.compute.recompute import set_memory
 from util.compute.sharding import shard, unsharded
 from util.data.batch import Normalization, collate
 from util.data.broken_images import BrokenImages
@@ -62,7 +62,6 @@ from util.errors import InputError
 from util.masking import TokenSplit, check_grid, count_tokens, split_tokens
 from util.optim import build_adamw
 from util.patches import RawImages
-from util.recompute import set_memory
 from util.runs.checkpoint import Progress, TrainState, last_checkpoint
 from util.runs.meters import EpochMeters
 from util.runs.resume import EFFECTIVE_BATCH
@@ -335,7 +334,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train_set, val_set, shown_set = open_datasets(args, dataset, options["img_size"])
 
     model = build_model(args.model, options)
-    set_memory(model, args.memory)
+    set_memory(model.blocks, model.mixer, args.memory)
     if args.fsdp:
         shard(model, model.blocks, device)
     else:

@@ -25,9 +25,9 @@ from scripts.benchmark_pretrain import (
 from tests.helpers.runs import crossmae_nano, refusal, run, use_nano_models
 from tests.test_flops import counted
 from util.compute.precision import Precision
+from util.compute.recompute import MEMORY_MODES, set_memory
 from util.masking import TokenCounts, random_split
 from util.optim import build_adamw
-from util.recompute import MEMORY_MODES
 
 benchmark = functools.partial(run, main=main)
 refuse = functools.partial(refusal, main=main)
@@ -128,7 +128,7 @@ def test_tensors_of_onednn_count():
 def measured(model, images, **options):
     optimizer = build_adamw(model, weight_decay=0.0, betas=(0.9, 0.95))
     precision = Precision(options.pop("amp", "fp32"), images.device)
-    step = MeasuredStep(model, optimizer, precision, images, **{"memory": "high", **options})
+    step = MeasuredStep(model, optimizer, precision, images, **options)
     step.prepare(warmup=1)
     return step
 
@@ -151,7 +151,9 @@ class Loss(torch.nn.Module):
 
 def test_less_memory_is_less_saved_also_where_a_model_is_shared():
     model, images = Loss(), torch.randn(2, 3, 16, 16)
-    steps = [measured(model, images, memory=memory) for memory in MEMORY_MODES]
+    parts = model.model.blocks, model.model.mixer
+    turns = [functools.partial(set_memory, *parts, memory) for memory in MEMORY_MODES]
+    steps = [measured(model, images, before_turn=turn) for turn in turns]
     for step in steps:
         step.take_turn(1)
     saved = [step.saved for step in steps]
@@ -163,9 +165,7 @@ def test_less_memory_is_less_saved_also_where_a_model_is_shared():
 def test_a_step_trains():
     model, images = Mlp(False), torch.randn(10, 8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    step = MeasuredStep(
-        model, optimizer, Precision("fp32", torch.device("cpu")), images, memory="high"
-    )
+    step = MeasuredStep(model, optimizer, Precision("fp32", torch.device("cpu")), images)
     before = model(images).item()
     step.take_turn(2)
     assert model(images).item() < before
@@ -223,7 +223,7 @@ def test_rows_take_turns(monkeypatch):
     cpu, model = torch.device("cpu"), Mlp(False)
     optimizer = build_adamw(model, weight_decay=0.0, betas=(0.9, 0.95))
     first, second = (
-        Recorded(model, optimizer, Precision(amp, cpu), torch.randn(2, 8), memory="high")
+        Recorded(model, optimizer, Precision(amp, cpu), torch.randn(2, 8))
         for amp in ("fp32", "bf16")
     )
     found = measure_in_turns([first, second], cpu, warmup=0, rounds=3, num_steps=5)
@@ -246,7 +246,7 @@ def test_a_model_compiles_once_and_in_its_first_step():
     optimizer = build_adamw(model, weight_decay=0.0, betas=(0.9, 0.95))
     precision = Precision("fp32", torch.device("cpu"), attention_backend="math")
     images = torch.randn(10, 8)
-    step = MeasuredStep(model, optimizer, precision, images, memory="high", compiled=True)
+    step = MeasuredStep(model, optimizer, precision, images, compiled=True)
     step.prepare(warmup=2)
     step.take_turn(2)
     assert backend.frame_count == 1

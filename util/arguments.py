@@ -14,9 +14,9 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from util.compute.distributed import TIMEOUT_MINUTES, default_workers, world_size
 from util.compute.precision import AMP_DTYPES, ATTENTION_BACKENDS
+from util.compute.recompute import MEMORY_MODES
 from util.errors import InputError, one_line
 from util.masking import MASK_SAMPLINGS
-from util.recompute import MEMORY_MODES
 
 MAX_COUNT = 10**9  # above it, the products of two no longer fit what they are computed in
 MAX_WORKERS = 1000  # processes

@@ -21,7 +21,6 @@ from util.compute.precision import Precision
 from util.errors import is_out_of_memory
 from util.flops import ForwardFlops
 from util.kernels import linear
-from util.recompute import set_memory
 
 MIB = 2**20
 VECTORS = ("avx", "amx", "sse4", "sve", "asimd")  # how their flags begin
@@ -146,12 +145,12 @@ class MeasuredStep:
     Other models may be there in the meantime; their memory is not counted.
 
     Args:
-        model: images -> loss; its Recomputing modules follow `memory`.
+        model: images -> loss.
         optimizer: of the model.
         precision: of the step.
         images: (B, C, H, W), on the device.
-        memory: one of util.recompute.MEMORY_MODES, set before every turn, since others may share
-            the model.
+        before_turn: called before every turn, since others may share the model: what --memory is
+            set by.
         compiled: the model compiles anew for every batch size, so that what one image more would
             keep is not measured.
     """
@@ -163,11 +162,11 @@ class MeasuredStep:
         precision: Precision,
         images: Tensor,
         *,
-        memory: str,
+        before_turn: Callable[[], object] = lambda: None,
         compiled: bool = False,
     ) -> None:
         self.model, self.optimizer, self.precision = model, optimizer, precision
-        self.images, self.memory, self.compiled = images, memory, compiled
+        self.images, self.before_turn, self.compiled = images, before_turn, compiled
         self.seconds: list[float] = []  # of a step, one median for each turn
         self.first: float | None = None  # seconds on the clock, compilation included
         self.kernels: list[dict] | None = None  # see profile
@@ -200,7 +199,7 @@ class MeasuredStep:
 
     def attempt(self, call: Callable[[], None]) -> bool:
         """Do something of which memory may run out; whether it did not."""
-        set_memory(self.model, self.memory)
+        self.before_turn()
         try:
             call()
         except RuntimeError as error:
