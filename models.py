@@ -3,25 +3,28 @@
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-import models_crossmae
-import models_mae
-from models_crossmae import MaskedAutoencoder
+from models_crossmae import MaskedAutoencoder, build_crossmae
+from models_mae import build_mae
 from models_vit import POOLS, SIZES, VisionTransformer, build_vit
 from util.arguments import positive_int
 from util.errors import InputError, as_input_error
+from util.kernels import use_fast_kernels
 from util.masking import MASK_SAMPLINGS
 from util.weights.encoder import StartingPoint, check_mean_std, input_format, read_encoder
 from util.weights.files import check_format, read_weights_file, unknown_content
 from util.weights.released import from_released, released_options
 
+BUILDERS = {"crossmae": build_crossmae, "mae": build_mae}
 MODELS: dict[str, Callable[..., MaskedAutoencoder]] = {
-    **{f"crossmae_vit_{s}": getattr(models_crossmae, f"crossmae_vit_{s}") for s in SIZES},
-    **{f"mae_vit_{s}": getattr(models_mae, f"mae_vit_{s}") for s in SIZES},
+    f"{method}_vit_{name}": partial(build, size)
+    for method, build in BUILDERS.items()
+    for name, size in SIZES.items()
 }
 # Of a decoder; beyond them no machine could build one, and some would try until they stand still.
 MAX_DEPTH, MAX_WIDTH = 1000, 2**14
@@ -153,12 +156,13 @@ def build_model(name: str, options: dict) -> MaskedAutoencoder:
                 f"blocks, {width} wide"
             )
         model = MODELS[name](**options)
-    attention, depth = model.decoder.inter_block_attention, len(model.encoder.blocks)
-    if attention is not None and max(attention.map_ids) < depth:
+    depth = len(model.encoder.blocks)
+    if model.mixer is not None and max(model.mixer.map_ids) < depth:
         raise InputError(
             f"--feature_maps without {depth}, the last block's, would leave the encoder's last "
             "blocks untrained: add it"
         )
+    use_fast_kernels(model)
     return model
 
 
@@ -169,7 +173,9 @@ def build_classifier(size: str, **options: object) -> VisionTransformer:
         InputError: the sizes do not fit together.
     """
     with as_input_error(f"vit_{size} cannot be built"):
-        return build_vit(SIZES[size], **options)
+        model = build_vit(SIZES[size], **options)
+    use_fast_kernels(model.blocks)
+    return model
 
 
 def load_model(path: str | Path) -> tuple[MaskedAutoencoder, dict]:

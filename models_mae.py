@@ -1,35 +1,23 @@
 """The MAE baseline: the same encoder with a self-attention decoder (Sec. 3.1, Fig. 3)."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from models_crossmae import MaskedAutoencoder, build_autoencoder, inter_block_attention
-from models_vit import (
-    BASE_PATCH16,
-    GIANT_PATCH14,
-    HUGE_PATCH14,
-    LARGE_PATCH16,
-    SMALL_PATCH16,
-    TINY_PATCH4,
-    TINY_PATCH16,
-    Block,
-    Linear,
-    ModelSize,
+from models_crossmae import (
+    MaskedAutoencoder,
     ViTEncoder,
-    fixed_positions,
-    layer_norm,
-    learned_token,
+    build_autoencoder,
+    inter_block_attention,
 )
+from models_vit import Block, ModelSize, fixed_positions, layer_norm, learned_token, xavier_linear
 from util.masking import TokenSplit
 from util.patches import gather_tokens
-from util.recompute import Recomputing
 
 
-class MAEDecoder(Recomputing):
+class MAEDecoder(nn.Module):
     """Decodes visible and mask tokens together by self-attention (Sec. 3.1).
 
     Every token sees every other, so all masked patches have to be decoded to predict any of them
@@ -62,10 +50,10 @@ class MAEDecoder(Recomputing):
             encoder, 1, feature_maps=feature_maps, **iba_options
         )
         self.context_norm = layer_norm(encoder.embed_dim)
-        self.embed = Linear(encoder.embed_dim, embed_dim)
+        self.embed = xavier_linear(encoder.embed_dim, embed_dim)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
         self.norm = layer_norm(embed_dim)
-        self.pred = Linear(embed_dim, encoder.patch_size**2 * encoder.in_chans)
+        self.pred = xavier_linear(embed_dim, encoder.patch_size**2 * encoder.in_chans)
 
     def forward(self, feature_maps: list[Tensor], split: TokenSplit) -> Tensor:
         """Predict the pixels of `split.predicted`, see CrossMAEDecoder.forward."""
@@ -74,7 +62,7 @@ class MAEDecoder(Recomputing):
         else:
             context = self.inter_block_attention(feature_maps)[0]  # (B, 1+V, D)
         positions = self.pos_embed[:, 1:]
-        x = self.recomputed(lambda x: self.embed(self.context_norm(x)), context)  # (B, 1+V, E)
+        x = self.embed(self.context_norm(context))  # (B, 1+V, E)
         # Attention knows no order, so the tokens need not go back to their places in the image.
         x = torch.cat(
             (
@@ -87,7 +75,7 @@ class MAEDecoder(Recomputing):
         for block in self.blocks:
             x = block(x)
         x = x[:, -split.predicted.shape[1] :]  # (B, P, E)
-        return self.recomputed(lambda x: self.pred(self.norm(x)), x)  # (B, P, p*p*C)
+        return self.pred(self.norm(x))  # (B, P, p*p*C)
 
 
 def build_mae(size: ModelSize, *, decoder_depth: int = 8, **options: object) -> MaskedAutoencoder:
@@ -99,12 +87,3 @@ def build_mae(size: ModelSize, *, decoder_depth: int = 8, **options: object) -> 
         options: of `build_autoencoder` and MAEDecoder.
     """
     return build_autoencoder(size, MAEDecoder, decoder_depth=decoder_depth, **options)
-
-
-mae_vit_tiny_patch4 = partial(build_mae, TINY_PATCH4)
-mae_vit_tiny_patch16 = partial(build_mae, TINY_PATCH16)
-mae_vit_small_patch16 = partial(build_mae, SMALL_PATCH16)
-mae_vit_base_patch16 = partial(build_mae, BASE_PATCH16)
-mae_vit_large_patch16 = partial(build_mae, LARGE_PATCH16)
-mae_vit_huge_patch14 = partial(build_mae, HUGE_PATCH14)
-mae_vit_giant_patch14 = partial(build_mae, GIANT_PATCH14)

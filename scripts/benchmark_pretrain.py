@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import MODELS, build_model
-from models_crossmae import MaskedAutoencoder
+from models_crossmae import HEAD_DIM, MaskedAutoencoder, decoder_width
 from models_vit import SIZES
 from scripts.benchmark.against import compare_in_turns, flag_words, run_python
 from scripts.benchmark.step import MeasuredStep, describe_machine, measure_in_turns
@@ -44,11 +44,11 @@ from scripts.benchmark.tables import (
 from util.arguments import Parser, check_output_folders, natural_int, positive_int, ratio
 from util.compute.compiling import COMPILE_MODES, RECOMPILE_LIMIT, compile_model
 from util.compute.precision import AMP_DTYPES, ATTENTION_BACKENDS, Precision
+from util.compute.recompute import MEMORY_MODES, set_memory
 from util.errors import InputError
 from util.flops import ForwardFlops, crossmae_decoder_flops, encoder_flops, mae_decoder_flops
 from util.masking import TokenCounts, count_tokens, random_split
 from util.optim import build_adamw, set_lr
-from util.recompute import MEMORY_MODES
 from util.runs.run import run_main, start_run, versions, write_json
 
 # transformers' ViTMAEForPreTraining, in our sizes.
@@ -129,7 +129,7 @@ class Config:
         """Operations for an image. An MAE of transformers' does more, which is no merit of it."""
         size, counts, options = SIZES[self.size], self.count_tokens(), json.loads(self.variant)
         patch_dim = 3 * size.patch_size**2
-        sizes = {"encoder_dim": size.embed_dim, "dim": size.decoder_embed_dim}
+        sizes = {"encoder_dim": size.embed_dim, "dim": decoder_width(size.embed_dim)}
         sizes |= {"depth": self.decoder_depth, "patch_dim": patch_dim}
         tokens = (counts.visible, counts.predicted)
         if self.model.startswith("crossmae"):
@@ -313,6 +313,7 @@ def build_hf(config: Config) -> nn.Module:
     from transformers import ViTMAEConfig, ViTMAEForPreTraining  # optional
 
     size = SIZES[config.size]
+    width = decoder_width(size.embed_dim)
     return ViTMAEForPreTraining(
         ViTMAEConfig(
             image_size=config.input_size,
@@ -321,10 +322,10 @@ def build_hf(config: Config) -> nn.Module:
             num_hidden_layers=size.depth,
             num_attention_heads=size.num_heads,
             intermediate_size=size.mlp_dim or 4 * size.embed_dim,
-            decoder_hidden_size=size.decoder_embed_dim,
+            decoder_hidden_size=width,
             decoder_num_hidden_layers=config.decoder_depth,
-            decoder_num_attention_heads=size.decoder_num_heads,
-            decoder_intermediate_size=4 * size.decoder_embed_dim,
+            decoder_num_attention_heads=width // HEAD_DIM,
+            decoder_intermediate_size=4 * width,
             mask_ratio=config.mask_ratio,
             norm_pix_loss=True,
         )
@@ -369,13 +370,14 @@ def build_steps(
         if (batch_size, pixels) not in images:
             images[batch_size, pixels] = torch.randn(batch_size, 3, pixels, pixels, device=device)
         model, optimizer = models[key]
+        parts = getattr(model, "blocks", ()), getattr(model, "mixer", None)  # transformers': none
         steps.append(
             MeasuredStep(
                 LossOfImages(model, config.count_tokens()),
                 optimizer,
                 Precision(config.dtype, device, attention_backend=backend),
                 images[batch_size, pixels],
-                memory=config.memory,
+                before_turn=partial(set_memory, *parts, config.memory),
                 compiled=bool(compiled),
             )
         )

@@ -33,10 +33,10 @@ from models_crossmae import MaskedAutoencoder
 from scripts.benchmark.tables import markdown
 from util.arguments import Parser, check_output_folders, positive_int, ratio
 from util.compute.precision import Precision
+from util.compute.recompute import MEMORY_MODES, set_memory
 from util.data.batch import Batch, Normalization
 from util.masking import Masking, MaskSettings
 from util.optim import build_adamw
-from util.recompute import MEMORY_MODES, set_memory
 from util.runs.run import run_main, start_logging, versions, write_json
 
 GB, TFLOP, GIB = 1e9, 1e12, 2**30
@@ -64,6 +64,8 @@ CLASSES = {
     "_foreach_add_": OPTIMIZER,
     "_fused_adamw_": OPTIMIZER,
 }
+# Stands for the GPU's, which reads and writes the same.
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 MOVES_NOTHING = ("empty", "new_empty", "new_empty_strided", "detach", "alias", "_unsafe_view")
 
 
@@ -205,7 +207,7 @@ def count_step(
     NORMALIZATION(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))  # keeps its numbers: let them be real
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = build_model(name, {"img_size": img_size}).train()
-        set_memory(model, memory)
+        set_memory(model.blocks, model.mixer, memory, attention=[FLASH])
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
                 module.register_forward_pre_hook(as_cuda_autocasts)
@@ -215,8 +217,7 @@ def count_step(
         step = model, optimizer, precision, fake_batch(batch_size, model.encoder.img_size), masking
         train_step(*step)  # makes the optimizer's moments
         states = [*model.parameters(), *model.buffers(), *optimizer.state.values()]
-        attention = model.decoder.inter_block_attention
-        mix = () if attention is None else tuple(attention.weight.shape)
+        mix = () if model.mixer is None else tuple(model.mixer.weight.shape)
         with OperationCounter(tensors_in(states, step[3]), mix) as counter:
             train_step(*step)
     return counter

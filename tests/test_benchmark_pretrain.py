@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from scripts.benchmark.against import ROW, compare_pairs
 from scripts.benchmark.step import MeasuredStep, measure_in_turns, saved_bytes, time_calls
@@ -25,9 +25,9 @@ from scripts.benchmark_pretrain import (
 from tests.helpers.runs import crossmae_nano, refusal, run, use_nano_models
 from tests.test_flops import counted
 from util.compute.precision import Precision
+from util.compute.recompute import MEMORY_MODES, set_memory
 from util.masking import TokenCounts, random_split
 from util.optim import build_adamw
-from util.recompute import MEMORY_MODES
 
 benchmark = functools.partial(run, main=main)
 refuse = functools.partial(refusal, main=main)
@@ -60,19 +60,21 @@ def tables(text):
 
 
 class Mlp(torch.nn.Module):
-    """8 -> 16 -> 4; `recomputed` keeps the input alone."""
+    """8 -> 16 -> 4; `recomputed` keeps the input alone, and what operations `cached` return."""
 
-    def __init__(self, recomputed):
+    def __init__(self, recomputed, cached=()):
         super().__init__()
         self.fc1, self.fc2 = torch.nn.Linear(8, 16), torch.nn.Linear(16, 4)
         self.recomputed = recomputed
+        self.contexts = functools.partial(create_selective_checkpoint_contexts, list(cached))
 
     def inside(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
 
     def forward(self, x):
         if self.recomputed:
-            return checkpoint(self.inside, x, use_reentrant=False).sum()
+            how = {"preserve_rng_state": False, "context_fn": self.contexts}
+            return checkpoint(self.inside, x, use_reentrant=False, **how).sum()
         return self.inside(x).sum()
 
 
@@ -84,6 +86,22 @@ INPUT, HIDDEN = 10 * 8 * 4, 10 * 16 * 4  # bytes of ten rows in float32
 def test_saved_bytes_are_input_and_both_sides_of_the_gelu(recomputed, expected, requires_grad):
     model, x = Mlp(recomputed), torch.randn(10, 8, requires_grad=requires_grad)
     assert saved_bytes(lambda: model(x), model.parameters()) == expected
+
+
+def test_what_selective_checkpointing_caches_is_saved_too():
+    model, x = Mlp(True, cached=[torch.ops.aten.addmm.default]), torch.randn(10, 8)
+    expected = INPUT + HIDDEN + 10 * 4 * 4  # both layers' outputs
+    assert saved_bytes(lambda: model(x), model.parameters()) == expected
+
+
+def test_what_checkpointing_is_handed_in_a_list_is_saved_too():
+    x = torch.randn(10, 8, requires_grad=True)
+
+    def run():
+        parts = [x.exp(), x + 1]  # the sum is no one's input
+        return checkpoint(lambda both: both[0] * both[1], parts, use_reentrant=False).sum()
+
+    assert saved_bytes(run, [x]) >= 2 * INPUT
 
 
 def test_copies_of_weights_in_bf16_are_saved_too():
@@ -110,7 +128,7 @@ def test_tensors_of_onednn_count():
 def measured(model, images, **options):
     optimizer = build_adamw(model, weight_decay=0.0, betas=(0.9, 0.95))
     precision = Precision(options.pop("amp", "fp32"), images.device)
-    step = MeasuredStep(model, optimizer, precision, images, **{"memory": "high", **options})
+    step = MeasuredStep(model, optimizer, precision, images, **options)
     step.prepare(warmup=1)
     return step
 
@@ -133,7 +151,9 @@ class Loss(torch.nn.Module):
 
 def test_less_memory_is_less_saved_also_where_a_model_is_shared():
     model, images = Loss(), torch.randn(2, 3, 16, 16)
-    steps = [measured(model, images, memory=memory) for memory in MEMORY_MODES]
+    parts = model.model.blocks, model.model.mixer
+    turns = [functools.partial(set_memory, *parts, memory) for memory in MEMORY_MODES]
+    steps = [measured(model, images, before_turn=turn) for turn in turns]
     for step in steps:
         step.take_turn(1)
     saved = [step.saved for step in steps]
@@ -145,9 +165,7 @@ def test_less_memory_is_less_saved_also_where_a_model_is_shared():
 def test_a_step_trains():
     model, images = Mlp(False), torch.randn(10, 8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    step = MeasuredStep(
-        model, optimizer, Precision("fp32", torch.device("cpu")), images, memory="high"
-    )
+    step = MeasuredStep(model, optimizer, Precision("fp32", torch.device("cpu")), images)
     before = model(images).item()
     step.take_turn(2)
     assert model(images).item() < before
@@ -205,7 +223,7 @@ def test_rows_take_turns(monkeypatch):
     cpu, model = torch.device("cpu"), Mlp(False)
     optimizer = build_adamw(model, weight_decay=0.0, betas=(0.9, 0.95))
     first, second = (
-        Recorded(model, optimizer, Precision(amp, cpu), torch.randn(2, 8), memory="high")
+        Recorded(model, optimizer, Precision(amp, cpu), torch.randn(2, 8))
         for amp in ("fp32", "bf16")
     )
     found = measure_in_turns([first, second], cpu, warmup=0, rounds=3, num_steps=5)
@@ -228,7 +246,7 @@ def test_a_model_compiles_once_and_in_its_first_step():
     optimizer = build_adamw(model, weight_decay=0.0, betas=(0.9, 0.95))
     precision = Precision("fp32", torch.device("cpu"), attention_backend="math")
     images = torch.randn(10, 8)
-    step = MeasuredStep(model, optimizer, precision, images, memory="high", compiled=True)
+    step = MeasuredStep(model, optimizer, precision, images, compiled=True)
     step.prepare(warmup=2)
     step.take_turn(2)
     assert backend.frame_count == 1

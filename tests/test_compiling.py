@@ -13,17 +13,18 @@ from models_vit import ModelSize, build_vit
 from tests.helpers.runs import TINY, run, use_nano_models, write_images
 from util.compute.compiling import compile_model
 from util.compute.distributed import data_parallel
+from util.compute.recompute import MEMORY_MODES, set_memory
 from util.errors import InputError
 from util.masking import count_tokens, random_split
 from util.patches import RawImages
-from util.recompute import MEMORY_MODES, set_memory
 
 CPU = torch.device("cpu")
-SMALL = ModelSize(4, 32, 3, 2, decoder_embed_dim=16, decoder_num_heads=2, img_size=32)
+SMALL = ModelSize(4, 32, 3, 2, img_size=32)
+DECODER = {"decoder_embed_dim": 16, "decoder_depth": 3, "decoder_num_heads": 2}
 PRETRAINED = {
-    "CrossMAE": partial(build_crossmae, SMALL, decoder_depth=3),
-    "last map": partial(build_crossmae, SMALL, decoder_depth=3, feature_maps="last"),
-    "MAE": partial(build_mae, SMALL, decoder_depth=3),
+    "CrossMAE": partial(build_crossmae, SMALL, **DECODER),
+    "last map": partial(build_crossmae, SMALL, **DECODER, feature_maps="last"),
+    "MAE": partial(build_mae, SMALL, **DECODER),
 }
 
 
@@ -58,7 +59,7 @@ CASES = {
 @pytest.mark.parametrize(("build", "loss_of"), CASES.values(), ids=CASES)
 def test_a_model_is_one_graph(build, loss_of, memory):
     model = build().train()
-    set_memory(model, memory)
+    set_memory(model.blocks, getattr(model, "mixer", None), memory)
     backend = CompileCounterWithBackend("aot_eager")
     model.compile(fullgraph=True, dynamic=False, backend=backend)
     with torch.autocast("cpu", torch.bfloat16):
@@ -91,7 +92,7 @@ def test_compiled_processes_recompute_and_average_gradients(tmp_path):
     )
     try:
         model = PRETRAINED["CrossMAE"]()
-        set_memory(model, "low")
+        set_memory(model.blocks, model.mixer, "low")
         parallel = data_parallel(model, CPU)
         gradients = []
         for _ in range(2):

@@ -21,7 +21,7 @@ from test_weights import (
 
 import models_vit
 from models import load_model
-from models_crossmae import crossmae_vit_tiny_patch4
+from models_crossmae import build_crossmae
 from models_mae import build_mae
 from models_vit import make_linear_probe
 from scripts.export_encoder import main
@@ -41,6 +41,7 @@ from util.errors import InputError
 from util.masking import TokenSplit
 from util.weights.encoder import load_encoder, read_encoder
 
+TINY_PATCH4 = models_vit.SIZES["tiny_patch4"]
 NANO_IN_TIMM = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
@@ -131,8 +132,8 @@ def test_weights_of_timm_come_back_as_they_were(export, pool):
 
 
 def test_the_line_in_the_log_loads_a_real_size(export, monkeypatch):
-    monkeypatch.setitem(models_vit.SIZES, "tiny_patch4", models_vit.TINY_PATCH4)
-    model = randomized(crossmae_vit_tiny_patch4(decoder_depth=1))
+    monkeypatch.setitem(models_vit.SIZES, "tiny_patch4", TINY_PATCH4)
+    model = randomized(build_crossmae(TINY_PATCH4, decoder_depth=1))
     _, log = export(pretrained(model), "timm", "encoder.pth")
     x = images(height=32, width=32)
     expected = torch.nn.functional.layer_norm(model.encoder(x)[-1], (192,), eps=1e-6)
@@ -334,7 +335,7 @@ def test_nothing_is_overwritten(tmp_path, capsys, form, name):
 
 
 def test_it_runs_as_a_script(tmp_path):
-    model = crossmae_vit_tiny_patch4(decoder_depth=1)
+    model = build_crossmae(TINY_PATCH4, decoder_depth=1)
     checkpoint = stored(tmp_path / "checkpoint.pth", pretrained(model, decoder_depth=1))
     output = tmp_path / "encoder.safetensors"
     words = ["--checkpoint", checkpoint, "--format", "safetensors", "--output", output]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.helpers.runs import NANO, crossmae_nano, mae_nano
+from tests.helpers.runs import NANO, NANO_DECODER, crossmae_nano, mae_nano
 from util.flops import (
     ForwardFlops,
     crossmae_decoder_flops,
@@ -15,7 +15,8 @@ from util.masking import count_tokens, random_split
 BATCH = 2
 BASE = {"encoder_dim": 768, "dim": 512, "patch_dim": 768}
 PATCH_DIM = NANO.patch_size**2 * 3
-WIDTHS = {"encoder_dim": NANO.embed_dim, "dim": NANO.decoder_embed_dim, "patch_dim": PATCH_DIM}
+WIDTHS = {"encoder_dim": NANO.embed_dim, "patch_dim": PATCH_DIM}
+WIDTHS["dim"] = NANO_DECODER["decoder_embed_dim"]
 
 
 def counted(model, counts, *, backward=False):

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from models_crossmae import CrossMAEDecoder, MaskedAutoencoder
+from models_crossmae import CrossMAEDecoder, MaskedAutoencoder, ViTEncoder
 from models_mae import MAEDecoder
-from models_vit import ViTEncoder
 from util.masking import TokenSplit
 from util.weights.released import from_released, released_feature_maps
 

@@ -20,12 +20,12 @@ from tests.helpers.runs import TINY, log_without_time, run, run_until, write_ima
 from util.compute.batch_size import find_batch_size
 from util.compute.compiling import compile_model
 from util.compute.precision import ATTENTION_BACKENDS, Precision
+from util.compute.recompute import MEMORY_MODES, set_memory
 from util.data.batch import Batch, Normalization, Sample, collate
 from util.data.transforms import RandomCrops
 from util.errors import InputError
 from util.masking import Masking, count_tokens, random_split
 from util.optim import build_adamw, set_lr
-from util.recompute import MEMORY_MODES, set_memory
 from util.runs.meters import EpochMeters
 
 pytestmark = [
@@ -35,7 +35,7 @@ pytestmark = [
 
 CUDA = torch.device("cuda")
 # Heads of 64 in the encoder and 32 in the decoder, 50 visible tokens: ViT-B's, but fewer blocks.
-SIZE = ModelSize(16, 768, 2, 12, decoder_embed_dim=512, decoder_num_heads=16)
+SIZE = ModelSize(16, 768, 2, 12)
 COUNTS = count_tokens(196, 0.75, 0.25)
 MODELS = {
     "CrossMAE": (partial(build_crossmae, SIZE, decoder_depth=2), COUNTS),
@@ -88,7 +88,7 @@ def test_memory_modes_change_gradients_by_rounding_only(build, counts, memory):
     model, inputs = build().to(CUDA), example(counts)
     precision = Precision("bf16", CUDA)
     expected = loss_and_gradients(model, precision, *inputs)
-    set_memory(model, memory)
+    set_memory(model.blocks, model.mixer, memory)
     got = loss_and_gradients(model, precision, *inputs)
     assert relative_error(got[0], expected[0]) < 1e-3
     assert relative_error(got[1], expected[1]) < 1e-2
@@ -98,7 +98,7 @@ def test_memory_modes_lower_the_peak():
     model, inputs = MODELS["CrossMAE"][0]().to(CUDA), example(batch_size=256)
     precision, peaks = Precision("bf16", CUDA), []
     for memory in MEMORY_MODES:
-        set_memory(model, memory)
+        set_memory(model.blocks, model.mixer, memory)
         model.zero_grad(set_to_none=True)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -131,7 +131,7 @@ def test_an_attention_kernel_agrees_with_the_others_or_is_refused(build, counts,
 @pytest.mark.parametrize("amp", ["bf16", "fp16", "fp32"])
 def test_the_host_never_waits_for_the_device_within_a_step(amp, memory):
     model = MODELS["CrossMAE"][0]().to(CUDA)
-    set_memory(model, memory)
+    set_memory(model.blocks, model.mixer, memory)
     optimizer = build_adamw(model, weight_decay=0.05, betas=(0.9, 0.95))
     precision, meters = Precision(amp, CUDA, clip_grad=1.0), EpochMeters(CUDA)
     pixels = torch.randint(0, 256, (8, 3, 224, 224), dtype=torch.uint8).pin_memory()

@@ -7,7 +7,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.helpers.runs import TINY, refusal, run, use_nano_models, write_images
 from util import kernels
-from util.kernels import attention, linear, stack_factors
+from util.kernels import (
+    linear,
+    scaled_dot_product_attention,
+    stack_factors,
+)
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN"
@@ -172,7 +176,7 @@ def test_cpu_attention_in_reduced_precision_rounds_no_worse_than_pytorchs_kernel
         [t.detach().double().requires_grad_() for t in inputs],
         grad.double(),
     )
-    got = output_and_gradients(attention, inputs, grad)
+    got = output_and_gradients(scaled_dot_product_attention, inputs, grad)
     pytorchs = output_and_gradients(F.scaled_dot_product_attention, inputs, grad)
     for ours, theirs, expected in zip(got, pytorchs, exact, strict=True):
         assert ours.dtype is dtype
@@ -183,13 +187,15 @@ def test_cpu_attention_in_reduced_precision_rounds_no_worse_than_pytorchs_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_cpu_attention_in_full_precision_is_pytorchs(dtype):
     (q, k, v), _ = heads(dtype)
-    assert torch.equal(attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    assert torch.equal(
+        scaled_dot_product_attention(q, k, v), F.scaled_dot_product_attention(q, k, v)
+    )
 
 
 @pytest.mark.parametrize("backend", [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
 def test_a_forced_attention_kernel_is_used(backend):
     (q, k, v), _ = heads(torch.bfloat16)
     with sdpa_kernel(backend):
-        got = attention(q, k, v)
+        got = scaled_dot_product_attention(q, k, v)
         assert torch.equal(got, F.scaled_dot_product_attention(q, k, v))
-    assert not torch.equal(attention(q, k, v), got)
+    assert not torch.equal(scaled_dot_product_attention(q, k, v), got)

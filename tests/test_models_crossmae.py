@@ -9,43 +9,37 @@ import torch
 import torch.nn as nn
 from timm.models.vision_transformer import VisionTransformer
 
-import models_crossmae
-import models_mae
+import models
 from models_crossmae import (
     CrossAttention,
     InterBlockAttention,
+    ViTEncoder,
     build_crossmae,
     inter_block_attention,
 )
 from models_mae import build_mae
-from models_vit import ModelSize, ViTEncoder
+from models_vit import ModelSize
 from util.errors import InputError
 from util.masking import TokenSplit, count_tokens, hidden_mask, random_split
 from util.patches import gather_patches
 
-SMALL = ModelSize(4, 16, 3, 2, decoder_embed_dim=8, decoder_num_heads=2, img_size=16)
+SMALL = ModelSize(4, 16, 3, 2, img_size=16)
+DECODER = {"decoder_embed_dim": 8, "decoder_depth": 2, "decoder_num_heads": 2}
 L = 16  # patches of an image of this size
 
 CROSSMAE = {
-    "all maps": partial(build_crossmae, SMALL, decoder_depth=2),
-    "last map": partial(build_crossmae, SMALL, decoder_depth=2, feature_maps="last"),
-    "chosen maps": partial(build_crossmae, SMALL, decoder_depth=2, feature_maps=[0, 2, 3]),
-    "xavier": partial(build_crossmae, SMALL, decoder_depth=2, iba_init="xavier"),
-    "softmax": partial(build_crossmae, SMALL, decoder_depth=2, iba_softmax=True),
-    "projection": partial(build_crossmae, SMALL, decoder_depth=2, iba_projection=True),
+    "all maps": partial(build_crossmae, SMALL, **DECODER),
+    "last map": partial(build_crossmae, SMALL, **DECODER, feature_maps="last"),
+    "chosen maps": partial(build_crossmae, SMALL, **DECODER, feature_maps=[0, 2, 3]),
+    "xavier": partial(build_crossmae, SMALL, **DECODER, iba_init="xavier"),
+    "softmax": partial(build_crossmae, SMALL, **DECODER, iba_softmax=True),
+    "projection": partial(build_crossmae, SMALL, **DECODER, iba_projection=True),
 }
 MODELS = CROSSMAE | {
-    "self-attention": partial(build_crossmae, SMALL, decoder_depth=2, decoder_self_attention=True),
-    "MAE": partial(build_mae, SMALL, decoder_depth=2),
-    "MAE, all maps": partial(build_mae, SMALL, decoder_depth=2, feature_maps="all"),
+    "self-attention": partial(build_crossmae, SMALL, **DECODER, decoder_self_attention=True),
+    "MAE": partial(build_mae, SMALL, **DECODER),
+    "MAE, all maps": partial(build_mae, SMALL, **DECODER, feature_maps="all"),
 }
-FACTORIES = {
-    name: getattr(module, name)
-    for module in (models_crossmae, models_mae)
-    for name in dir(module)
-    if name.startswith(("crossmae_vit", "mae_vit"))
-}
-
 every_crossmae = pytest.mark.parametrize("build", CROSSMAE.values(), ids=CROSSMAE)
 every_model = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 
@@ -115,10 +109,10 @@ def test_order_of_the_visible_patches_does_not_matter(build):
 def test_prediction_equals_the_decoder_written_out(name):
     model, images, split = away_from_start(MODELS[name]()).double(), pixels(), draw()
     decoder = model.decoder
-    contexts = decoder.contexts(model.encoder(images, split))
+    contexts = decoder.inter_block_attention(model.encoder(images, split))
     for b, ids in enumerate(split.predicted):
         x = decoder.mask_token + decoder.pos_embed[:, 1 + ids]
-        for block, (mix, norm) in zip(decoder.blocks, contexts, strict=True):
+        for block, mix, norm in zip(decoder.blocks, contexts, decoder.context_norms, strict=True):
             if name == "self-attention":  # Fig. 6
                 x = x + block.self_attn(block.norm0(x))
             x = x + block.cross_attn(block.norm1(x), norm(mix[b : b + 1]))
@@ -231,7 +225,7 @@ def test_images_of_another_size_are_refused(size):
 
 def test_patches_must_divide_the_image():
     with pytest.raises(ValueError, match="16 px do not divide 224 x 230 px"):
-        build_crossmae(ModelSize(16, 16, 1, 2, 8, 2), img_size=(224, 230))
+        build_crossmae(ModelSize(16, 16, 1, 2), img_size=(224, 230))
 
 
 # Inter-block attention
@@ -268,11 +262,26 @@ def test_inter_block_attention_equals_the_papers(map_ids):
 def test_each_decoder_block_reads_its_own_normalised_mix():
     model = away_from_start(CROSSMAE["all maps"]()).double()
     feature_maps = model.encoder(pixels(), draw())
-    decoder = model.decoder
-    for k, (context, norm) in enumerate(decoder.contexts(feature_maps)):
+    decoder, read = model.decoder, []
+    for block in decoder.blocks:
+        block.cross_attn.register_forward_pre_hook(lambda _, inputs: read.append(inputs[1]))
+    decoder(feature_maps, draw())
+    for k, (context, norm) in enumerate(zip(read, decoder.context_norms, strict=True)):
         weights = decoder.inter_block_attention.weight[k]
         mix = sum(w * x for w, x in zip(weights, feature_maps, strict=True))
-        torch.testing.assert_close(norm(context), decoder.context_norms[k](mix))
+        torch.testing.assert_close(context, norm(mix))
+
+
+def test_without_inter_block_attention_each_block_reads_the_last_map_by_one_norm():
+    model = away_from_start(CROSSMAE["last map"]()).double()
+    feature_maps = model.encoder(pixels(), draw())
+    decoder, read = model.decoder, []
+    for block in decoder.blocks:
+        block.cross_attn.register_forward_pre_hook(lambda _, inputs: read.append(inputs[1]))
+    decoder(feature_maps, draw())
+    expected = decoder.context_norm(feature_maps[-1])
+    assert len(read) == 2
+    assert all(torch.equal(context, expected) for context in read)
 
 
 def test_normal_start_has_variance_one_over_the_number_of_maps():
@@ -296,7 +305,7 @@ def test_no_sweep_overwrites_the_mixes_of_a_built_model(init, std):
     weights = []
     for seed in range(30):
         torch.manual_seed(seed)
-        model = build_crossmae(SMALL, decoder_depth=12, iba_init=init)
+        model = build_crossmae(SMALL, **{**DECODER, "decoder_depth": 12}, iba_init=init)
         weights.append(model.decoder.inter_block_attention.weight.detach())
     assert torch.stack(weights).std().item() == pytest.approx(std, rel=0.06)
 
@@ -344,7 +353,7 @@ def test_unknown_start_of_inter_block_attention_is_refused():
 # Initialisation
 
 
-INIT_SIZE = ModelSize(4, 64, 2, 2, decoder_embed_dim=32, decoder_num_heads=2, img_size=16)
+INIT_SIZE = ModelSize(4, 64, 2, 2, img_size=16)
 
 
 @pytest.mark.parametrize(
@@ -356,7 +365,7 @@ INIT_SIZE = ModelSize(4, 64, 2, 2, decoder_embed_dim=32, decoder_num_heads=2, im
     ids=["CrossMAE", "MAE"],
 )
 def test_every_layer_starts_as_in_mae(build):
-    model = build(decoder_depth=2)
+    model = build(decoder_embed_dim=32, decoder_depth=2)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             bound = (6 / (module.in_features + module.out_features)) ** 0.5
@@ -399,18 +408,18 @@ def num_values(tensors):
     ],
 )
 def test_sizes_of_the_released_checkpoints(name, num_tensors, num_parameters):
-    state = meta(FACTORIES[name]).state_dict()
+    state = meta(models.MODELS[name]).state_dict()
     assert len(state) == num_tensors
     assert num_values(state.values()) == num_parameters
 
 
 def test_vit_g_has_the_1011_million_parameters_of_its_paper():
-    state = meta(FACTORIES["crossmae_vit_giant_patch14"]).encoder.state_dict()
+    state = meta(models.MODELS["crossmae_vit_giant_patch14"]).encoder.state_dict()
     assert num_values(state.values()) == 1_011_199_616
 
 
 def test_mae_has_as_many_tensors_as_the_released_one():
-    assert len(meta(FACTORIES["mae_vit_base_patch16"]).state_dict()) == 254
+    assert len(meta(models.MODELS["mae_vit_base_patch16"]).state_dict()) == 254
 
 
 @pytest.mark.parametrize(
@@ -429,7 +438,7 @@ def test_mae_has_as_many_tensors_as_the_released_one():
 def test_encoders_have_the_shapes_of_timms(method, name, timm_name, options):
     with torch.device("meta"):
         vit = timm.create_model(timm_name, num_classes=0, final_norm=False, **options)
-    encoder = meta(FACTORIES[f"{method}_{name}"]).encoder
+    encoder = meta(models.MODELS[f"{method}_{name}"]).encoder
     ours = {key: value.shape for key, value in encoder.state_dict().items()}
     theirs = {key: value.shape for key, value in vit.state_dict().items()}
     assert ours == theirs
@@ -437,9 +446,9 @@ def test_encoders_have_the_shapes_of_timms(method, name, timm_name, options):
     assert heads == {vit.blocks[0].attn.num_heads}
 
 
-@pytest.mark.parametrize("name", sorted(FACTORIES))
+@pytest.mark.parametrize("name", sorted(models.MODELS))
 def test_factories_give_a_loss(name):
-    model = meta(FACTORIES[name])
+    model = meta(models.MODELS[name])
     num_patches = model.encoder.num_patches
     split = draw(2, num_patches, pred_ratio=0.75)
     images = torch.empty(2, 3, *model.encoder.img_size, device="meta")
@@ -452,7 +461,7 @@ def test_factories_give_a_loss(name):
 
 
 def test_there_are_fourteen_factories():
-    assert len(FACTORIES) == 14
+    assert len(models.MODELS) == 14
 
 
 @every_model

@@ -7,12 +7,12 @@ from models_mae import build_mae
 from models_vit import ModelSize
 from util.masking import count_tokens, random_split
 
-SMALL = ModelSize(4, 16, 3, 2, decoder_embed_dim=8, decoder_num_heads=2, img_size=(8, 20))
+SMALL = ModelSize(4, 16, 3, 2, img_size=(8, 20))
 L = 10
 
 
 def small_mae(**options):
-    model = build_mae(SMALL, decoder_depth=2, **options)
+    model = build_mae(SMALL, decoder_embed_dim=8, decoder_depth=2, decoder_num_heads=2, **options)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.2 * torch.randn_like(parameter)

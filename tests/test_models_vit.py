@@ -12,7 +12,6 @@ from models_vit import (
     SIZES,
     Block,
     FeatureNorm,
-    Linear,
     PatchEmbed,
     VisionTransformer,
     attend,
@@ -20,6 +19,7 @@ from models_vit import (
     layer_norm,
     make_linear_probe,
     split_heads,
+    xavier_linear,
 )
 from tests.helpers.runs import NANO, crossmae_nano, mae_nano
 from util.patches import patchify
@@ -44,7 +44,8 @@ def test_block_equals_timms():
 def test_patch_embedding_equals_its_convolution(patch_size, in_chans):
     embed = PatchEmbed(patch_size, in_chans, embed_dim=8).double()
     images = torch.randn(2, in_chans, 2 * patch_size, 3 * patch_size, dtype=torch.float64)
-    convolved = embed.proj(images).flatten(2).transpose(1, 2)
+    weight, bias = embed.proj.weight, embed.proj.bias
+    convolved = F.conv2d(images, weight, bias, stride=patch_size).flatten(2).transpose(1, 2)
     torch.testing.assert_close(embed(patchify(images, patch_size)), convolved)
 
 
@@ -56,6 +57,42 @@ def test_patch_embedding_starts_as_in_mae():
     assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.03)
     # MAE leaves the convolution's bias at PyTorch's default.
     assert 0 < bias.abs().max() <= (4 * 4 * 3) ** -0.5
+
+
+def called(model, images):
+    """Names of the modules that a forward hook sees."""
+    found = set()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: found.add(name))
+    model(images)
+    return found
+
+
+@pytest.mark.parametrize("pool", ["avg", "cls"])
+def test_hooks_see_every_module_that_computes(pool):
+    model = vit_nano(pool=pool)
+    lists = {"blocks"}  # are never called
+    assert called(model, torch.randn(2, 3, 16, 16)) == {n for n, _ in model.named_modules()} - lists
+
+
+def test_parts_of_a_block_can_be_replaced():
+    block, x = Block(8, num_heads=2), torch.randn(2, 3, 8)
+    block.mlp = torch.nn.Identity()
+    y = x + block.attn(block.norm1(x))
+    assert torch.equal(block(x), y + block.norm2(y))
+    block.attn = torch.nn.Linear(8, 8)
+    y = x + block.attn(block.norm1(x))
+    assert torch.equal(block(x), y + block.norm2(y))
+
+
+def test_the_patch_projection_can_be_replaced():
+    model, images = vit_nano(pool="avg"), torch.randn(2, 3, 16, 16)
+    expected, proj = model(images), model.patch_embed.proj
+    linear = torch.nn.Linear(4 * 4 * 3, 32)
+    linear.weight.data = proj.weight.data.permute(0, 2, 3, 1).flatten(1)
+    linear.bias.data = proj.bias.data
+    model.patch_embed.proj = torch.nn.Sequential(linear, torch.nn.Identity())
+    assert torch.equal(model(images), expected)
 
 
 def test_attention_is_a_softmax_over_the_context():
@@ -73,7 +110,7 @@ def test_heads_take_neighbouring_channels():
 
 
 def test_linear_layers_and_norms_start_as_in_mae():
-    linear = Linear(64, 192)
+    linear = xavier_linear(64, 192)
     bound = (6 / (64 + 192)) ** 0.5
     assert 0.98 * bound < linear.weight.abs().max() <= bound
     assert not linear.bias.any()

@@ -23,7 +23,8 @@ from util.runs.run_log import read_log
 
 GOLDEN = ROOT / "tests" / "golden"
 LOSSES = json.loads((GOLDEN / "losses_1db5dff.json").read_text())
-PICO = ModelSize(4, 8, 2, 2, decoder_embed_dim=8, decoder_num_heads=2, img_size=16)
+PICO = ModelSize(4, 8, 2, 2, img_size=16)
+DECODER = {"decoder_embed_dim": 8, "decoder_depth": 2, "decoder_num_heads": 2}
 COMMON = ["--epochs", 2, "--batch_size", 8, "--num_workers", 0, "--amp", "fp32", "--device", "cpu"]
 COMMON += ["--save_every", 1, "--keep_last", 0, "--lr", 0.01, "--warmup_epochs", 0]
 PRETRAIN = ["--input_size", 16, *COMMON]
@@ -53,7 +54,7 @@ def data(tmp_path_factory):
 def pico(monkeypatch):
     for kind, build in (("crossmae", build_crossmae), ("mae", build_mae)):
         name = f"{kind}_vit_tiny_patch4"
-        monkeypatch.setitem(models.MODELS, name, partial(build, PICO, decoder_depth=2))
+        monkeypatch.setitem(models.MODELS, name, partial(build, PICO, **DECODER))
     monkeypatch.setitem(models_vit.SIZES, "tiny_patch4", PICO)
 
 

@@ -92,7 +92,7 @@ LAYER_DECAY = 0.65
 
 
 def classifier(pool):
-    size = ModelSize(4, 8, DEPTH, 2, decoder_embed_dim=8, decoder_num_heads=2, img_size=8)
+    size = ModelSize(4, 8, DEPTH, 2, img_size=8)
     return build_vit(size, num_classes=3, pool=pool)
 
 

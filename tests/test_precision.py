@@ -8,9 +8,9 @@ import torch.nn as nn
 
 from tests.helpers.runs import crossmae_nano, logging_restored, mae_nano
 from util.compute.precision import ATTENTION_BACKENDS, Precision
+from util.compute.recompute import set_memory
 from util.errors import InputError
 from util.masking import count_tokens, random_split
-from util.recompute import set_memory
 from util.runs.run import start_run
 
 CPU = torch.device("cpu")
@@ -173,7 +173,7 @@ def test_a_forced_kernel_also_computes_what_is_computed_again(backend, memory):
     model, precision = crossmae_nano(), Precision("bf16", CPU, attention_backend=backend)
     gradients = []
     for mode in ("high", memory):
-        set_memory(model, mode)
+        set_memory(model.blocks, model.mixer, mode)
         model.zero_grad()
         with precision.autocast():
             loss = model(IMAGES, SPLIT)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
@@ -63,11 +64,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+class FastLinear(nn.Linear):
+    """A linear layer by the fastest kernel, see `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return linear(x, self.weight, self.bias)
+
+
+def use_fast_kernels(model: nn.Module) -> None:
+    """Let a model's linear layers be computed by `linear`, where that is not always PyTorch's."""
+    if cpu_linear() == "pytorch":
+        return
+    for module in model.modules():
+        if type(module) is nn.Linear and module.bias is not None:
+            module.__class__ = FastLinear
+
+
 class OneDNNLinear(torch.autograd.Function):
     """The gradients of a linear layer by oneDNN; its output is filled in by `linear`.
 
     PyTorch's own gradient through `to_mkldnn` would keep the output as well. And recomputation
-    (`util.recompute`) ends where the last tensor is kept, so the product has to come after that.
+    ends where the last tensor is kept, so the product has to come after that.
     """
 
     @staticmethod
@@ -102,8 +120,8 @@ def stack_factors(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(tensors)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention, q (B, h, N, d), k and v (B, h, M, d) -> (B, h, N, d).
+def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's function: q (B, h, N, d), k and v (B, h, M, d) -> (B, h, N, d).
 
     PyTorch chooses the kernel among those that `sdpa_kernel` allows: FlashAttention-2 on a GPU
     (App. A.7), unless the caller says otherwise. On a CPU in reduced precision these are plain

@@ -1,5 +1,6 @@
 """Measuring time and memory of training steps."""
 
+import gc
 import platform
 import statistics
 import time
@@ -20,7 +21,6 @@ from util.compute.precision import Precision
 from util.errors import is_out_of_memory
 from util.flops import ForwardFlops
 from util.kernels import linear
-from util.recompute import set_memory
 
 MIB = 2**20
 VECTORS = ("avx", "amx", "sse4", "sve", "asimd")  # how their flags begin
@@ -42,10 +42,12 @@ MEASURED = (
 
 
 def saved_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward pass of `run()`: its distinct storages.
+    """Bytes that are kept for the backward pass of `run()`: distinct storages.
 
-    Of what is computed again in the backward pass, the inputs are kept and counted. Copies of
-    parameters in another dtype count, because they are kept; they do not grow with the batch.
+    Those in autograd's graph, and those that only Python holds: what selective checkpointing caches
+    is in no graph. Of what is computed again in the backward pass, the inputs are kept and counted.
+    Copies of parameters in another dtype count, because they are kept; they do not grow with the
+    batch.
 
     Args:
         run: a forward pass, which returns what the backward pass starts from.
@@ -55,7 +57,7 @@ def saved_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
     seen: dict[int, int] = {}
     opaque = []  # oneDNN's tensors have no storage; holding them keeps their ids apart
 
-    def pack(tensor: Tensor) -> Tensor:
+    def count(tensor: Tensor) -> Tensor:
         if tensor.is_mkldnn:
             opaque.append(tensor)
             seen[id(tensor)] = tensor.numel() * tensor.element_size()
@@ -64,11 +66,22 @@ def saved_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    before = live_tensors()  # alive until the count is made, so that their ids stay theirs
+    others = {id(tensor) for tensor in before}
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         result = run()  # alive until the count is made, and with it every address
+    for tensor in live_tensors():
+        if id(tensor) not in others and tensor is not result:
+            count(tensor)
     total = sum(size for address, size in seen.items() if address not in known)
     del result
     return total
+
+
+def live_tensors() -> list[Tensor]:
+    """Every tensor that Python knows, wherever it is held."""
+    gc.collect()
+    return [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter)]
 
 
 def time_calls(call: Callable[[], object], count: int, device: torch.device) -> list[float]:
@@ -132,12 +145,12 @@ class MeasuredStep:
     Other models may be there in the meantime; their memory is not counted.
 
     Args:
-        model: images -> loss; its Recomputing modules follow `memory`.
+        model: images -> loss.
         optimizer: of the model.
         precision: of the step.
         images: (B, C, H, W), on the device.
-        memory: one of util.recompute.MEMORY_MODES, set before every turn, since others may share
-            the model.
+        before_turn: called before every turn, since others may share the model: what --memory is
+            set by.
         compiled: the model compiles anew for every batch size, so that what one image more would
             keep is not measured.
     """
@@ -149,11 +162,11 @@ class MeasuredStep:
         precision: Precision,
         images: Tensor,
         *,
-        memory: str,
+        before_turn: Callable[[], object] = lambda: None,
         compiled: bool = False,
     ) -> None:
         self.model, self.optimizer, self.precision = model, optimizer, precision
-        self.images, self.memory, self.compiled = images, memory, compiled
+        self.images, self.before_turn, self.compiled = images, before_turn, compiled
         self.seconds: list[float] = []  # of a step, one median for each turn
         self.first: float | None = None  # seconds on the clock, compilation included
         self.kernels: list[dict] | None = None  # see profile
@@ -186,7 +199,7 @@ class MeasuredStep:
 
     def attempt(self, call: Callable[[], None]) -> bool:
         """Do something of which memory may run out; whether it did not."""
-        set_memory(self.model, self.memory)
+        self.before_turn()
         try:
             call()
         except RuntimeError as error:

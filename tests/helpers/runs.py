@@ -29,9 +29,10 @@ from util.runs.run_log import RunLog, read_log
 
 ROOT = Path(__file__).parents[2]
 
-NANO = ModelSize(4, 32, 2, 2, decoder_embed_dim=32, decoder_num_heads=2, img_size=16)
-crossmae_nano = partial(build_crossmae, NANO, decoder_depth=2)
-mae_nano = partial(build_mae, NANO, decoder_depth=2)
+NANO = ModelSize(4, 32, 2, 2, img_size=16)
+NANO_DECODER = {"decoder_embed_dim": 32, "decoder_depth": 2, "decoder_num_heads": 2}
+crossmae_nano = partial(build_crossmae, NANO, **NANO_DECODER)
+mae_nano = partial(build_mae, NANO, **NANO_DECODER)
 
 # Of main_pretrain.py; five steps an epoch on 40 images.
 TINY = ["--model", "crossmae_vit_tiny_patch4", "--input_size", "16", "--decoder_depth", "1"]

@@ -1,5 +1,6 @@
 """torch.compile, as the mains and benchmarks use it."""
 
+import logging
 from collections.abc import Iterable
 
 import torch
@@ -34,6 +35,8 @@ def compile_model(
     if mode is None:
         return
     check_compiler(device)
+    # Of operations in place under --memory. Those of our blocks change nothing that is kept.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     torch.compiler.config.recompile_limit = RECOMPILE_LIMIT
     for module in [model] if mode == "whole" else blocks:
         module.compile(dynamic=False)

@@ -109,7 +109,7 @@ class Precision:
 
     def backward(self, loss: Tensor) -> None:
         """Backpropagate a loss, scaled in fp16."""
-        with self.attention_kernel():  # attention may be computed again, see util.recompute
+        with self.attention_kernel():  # attention may be computed again, see util.compute.recompute
             self.scaler.scale(loss).backward()
 
     def step(self, optimizer: Optimizer, model: nn.Module) -> Tensor:

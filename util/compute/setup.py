@@ -8,10 +8,10 @@ import torch
 import torch.nn as nn
 
 from util.compute.precision import AMP_DTYPES, ATTENTION_BACKENDS, Precision
+from util.compute.recompute import MEMORY_MODES, set_memory
 from util.compute.sharding import shard
 from util.errors import InputError
 from util.optim import OptimSettings
-from util.recompute import MEMORY_MODES, set_memory
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def place_model(
     """Put a model where it is trained: what it keeps, on which devices, in which numbers.
 
     Args:
-        model: with `blocks`, its transformer blocks.
+        model: with `blocks`, its transformer blocks, and perhaps a `mixer` of feature maps.
         compute: how a step is computed.
         device: of this process.
         example: number of images -> inputs of the model.
@@ -56,7 +56,7 @@ def place_model(
         InputError: there are no processes to shard it over, or the chosen attention kernel cannot
             run it.
     """
-    set_memory(model, compute.memory)
+    set_memory(model.blocks, getattr(model, "mixer", None), compute.memory)
     if compute.fsdp:
         shard(model, model.blocks, device)
     else:
