@@ -35,7 +35,7 @@ class ModelSettings:
     """Which network is pre-trained (Sec. 3, Tables 3, 7, 8, 9); None is the model's own default.
 
     Raises:
-        InputError: MAE has no such option.
+        InputError: the model has no such option.
     """
 
     model: str
@@ -50,7 +50,7 @@ class ModelSettings:
     iba_projection: bool = False
 
     def __post_init__(self) -> None:
-        if self.is_mae and self.decoder_self_attention:
+        if self.decoder_self_attention and not self.model.startswith("crossmae_"):
             raise InputError(
                 f"--decoder_self_attention is an option of CrossMAE; {self.model} has nothing else"
             )
@@ -66,8 +66,9 @@ class ModelSettings:
         Args:
             input_size: a side, or height and width, in pixels.
         """
-        left_out = {"model"} | ({"decoder_self_attention"} if self.is_mae else set())
-        options = {n: v for n, v in vars(self).items() if n not in left_out and v is not None}
+        options = {n: v for n, v in vars(self).items() if n != "model" and v is not None}
+        if not self.model.startswith("crossmae_"):
+            del options["decoder_self_attention"]
         return {"img_size": list(input_size) * (2 // len(input_size)), **options}
 
 
