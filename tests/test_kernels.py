@@ -2,16 +2,29 @@ import json
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tests.helpers.runs import TINY, refusal, run, use_nano_models, write_images
+import models
+from tests.helpers.runs import (
+    TINY,
+    assert_identical,
+    crossmae_nano,
+    refusal,
+    run,
+    use_nano_models,
+    write_images,
+)
 from util import kernels
 from util.kernels import (
+    FastLinear,
     linear,
     scaled_dot_product_attention,
     stack_factors,
+    use_fast_kernels,
 )
+from util.masking import TokenCounts, random_split
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN"
@@ -69,6 +82,45 @@ def test_onednn_takes_frozen_inputs(by_onednn, frozen):
         inputs[i].requires_grad_(False)
     linear(*inputs).backward(grad)
     assert [t.grad is None for t in inputs] == [not t.requires_grad for t in inputs]
+
+
+@needs_onednn
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_the_operation_is_one_that_pytorch_can_trust(requires_grad):
+    (x, weight, bias), _ = layer()
+    proxy = torch.empty(3, 7, 40, requires_grad=requires_grad)
+    torch.library.opcheck(kernels.ONEDNN_LINEAR, (proxy, *map(torch.detach, (x, weight, bias))))
+
+
+@needs_onednn
+def test_layers_become_fast_without_another_name_start_or_result(by_onednn, monkeypatch):
+    use_nano_models(monkeypatch)
+    torch.manual_seed(0)
+    plain = crossmae_nano()
+    torch.manual_seed(0)
+    fast = models.build_model("crossmae_vit_tiny_patch4", {})
+    assert_identical(dict(fast.state_dict()), dict(plain.state_dict()))
+    layers = [m for m in fast.modules() if isinstance(m, nn.Linear)]
+    assert layers and all(type(m) is FastLinear for m in layers)
+    images = torch.randn(2, 3, 16, 16)
+    split = random_split(torch.rand(2, 16), TokenCounts(16, 4, 4))
+    torch.testing.assert_close(fast(images, split), plain(images, split))
+
+
+def test_layers_stay_pytorchs_where_that_is_the_fastest(monkeypatch):
+    monkeypatch.setattr(kernels, "cpu_linear", lambda: "pytorch")
+    model = nn.Sequential(nn.Linear(2, 3))
+    use_fast_kernels(model)
+    assert type(model[0]) is nn.Linear
+
+
+def test_other_kinds_of_layers_stay_as_they_are(by_onednn):
+    class OtherLinear(nn.Linear):
+        pass
+
+    model = nn.Sequential(OtherLinear(2, 3), nn.Linear(3, 2, bias=False))
+    use_fast_kernels(model)
+    assert [type(m) for m in model] == [OtherLinear, nn.Linear]
 
 
 def test_linear_is_pytorchs_elsewhere(monkeypatch):

@@ -14,7 +14,9 @@ from models_mae import build_mae
 from models_vit import ModelSize, build_vit
 from scripts.benchmark.step import saved_bytes
 from tests.helpers.runs import TINY, log_without_time, run, use_nano_models, write_images
+from util import kernels
 from util.compute import recompute
+from util.kernels import use_fast_kernels
 from util.masking import count_tokens, random_split
 
 SMALL = ModelSize(4, 32, 3, 2, img_size=32)
@@ -83,6 +85,44 @@ def test_loss_and_every_gradient_are_the_same_to_the_bit(build, batch_size, dtyp
     assert_equal(loss_and_gradients(model, dtype, *inputs), expected)
 
 
+@pytest.fixture
+def by_onednn(monkeypatch):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(kernels, "cpu_linear", lambda: "onednn")
+    monkeypatch.setattr(kernels, "is_large", lambda *_: True)
+
+
+def products(model, *inputs):
+    """How many linear layers of ours a step computes."""
+    counted = []
+
+    class Counter(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            counted.append(func is kernels.ONEDNN_LINEAR)
+            return func(*args, **(kwargs or {}))
+
+    with Counter():
+        model(*inputs).backward()
+    return sum(counted)
+
+
+@every_model
+def test_layers_by_onednn_are_kept_like_pytorchs(build, by_onednn):
+    model = build()
+    use_fast_kernels(model)
+    inputs = example(model, 8)
+    expected = loss_and_gradients(model, torch.float32, *inputs)
+    layers = products(model, *inputs)
+    kept = [kept_bytes(model, *inputs, dtype=torch.float32)]
+    for memory, again in (("medium", 0), ("low", len(model.blocks))):
+        set_memory(model, memory)
+        assert_equal(loss_and_gradients(model, torch.float32, *inputs), expected)
+        assert products(model, *inputs) == layers + again
+        kept.append(kept_bytes(model, *inputs, dtype=torch.float32))
+    assert kept[0] > 1.4 * kept[1] > 1.4 * 1.2 * kept[2]
+
+
 @less_memory
 def test_drop_path_draws_the_same_branches(memory):
     model = build_vit(SMALL, num_classes=5, pool="avg", drop_path=0.5).train()
@@ -95,6 +135,21 @@ def test_drop_path_draws_the_same_branches(memory):
         model(images).square().sum().backward()
         gradients.append(parameters_to_vector(p.grad for p in model.parameters()))
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.3])
+def test_medium_computes_no_product_again(drop_path, by_onednn):
+    model = build_vit(SMALL, num_classes=5, pool="avg", drop_path=drop_path).train()
+    use_fast_kernels(model.blocks)
+
+    def count(memory):
+        set_memory(model, memory)
+        loss = nn.Sequential(model, nn.Flatten(0)).forward
+        return products(lambda images: loss(images).sum(), torch.randn(4, 3, 32, 32))
+
+    high, medium, low = map(count, recompute.MEMORY_MODES)
+    assert high == medium == 4 * SMALL.depth
+    assert low == high + SMALL.depth
 
 
 @pytest.mark.parametrize(("memory", "share"), [("high", 1.02), ("medium", 0.53), ("low", 0.34)])

@@ -58,10 +58,52 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         and cpu_linear() == "onednn"
         and is_large(x, weight)
     ):
-        output = OneDNNLinear.apply(x, weight, bias)
-        with torch.no_grad():
-            return output.set_(F.linear(x.to_mkldnn(), weight, bias).to_dense())
+        proxy = OneDNNGradients.apply(x, weight, bias)
+        return onednn_linear(proxy, x.detach(), weight.detach(), bias.detach())
     return F.linear(x, weight, bias)
+
+
+class OneDNNGradients(torch.autograd.Function):
+    """The gradients of a linear layer by oneDNN; its output is `onednn_linear`'s.
+
+    PyTorch's own gradient through `to_mkldnn` would keep the output as well. The product is not
+    part of this function, which keeps its inputs only once it has returned: a block that is
+    computed again (`util.compute.recompute`) stops at the last tensor that is kept, and would
+    compute its last product for nothing.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """(..., in), (out, in) and (out,) -> the output's proxy (..., out): one number, empty."""
+        ctx.save_for_backward(x, weight)
+        return x.new_empty(()).expand(*x.shape[:-1], len(bias))
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the three, where they are asked for."""
+        x, weight = ctx.saved_tensors
+        grad = grad.to_mkldnn()
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.aten.mkldnn_linear_backward_input(x.shape, grad, weight).to_dense()
+        if any(ctx.needs_input_grad[1:]):
+            grads = torch.ops.aten.mkldnn_linear_backward_weights(grad, x.to_mkldnn(), weight, True)
+            grad_weight, grad_bias = (g.to_dense() for g in grads)
+        return grad_x, grad_weight, grad_bias
+
+
+@torch.library.custom_op("crossmae::linear", mutates_args=())
+def onednn_linear(proxy: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer by oneDNN, whose gradient goes to the proxy alone.
+
+    An operation, so that it can be told from others by what looks at operations.
+    """
+    return F.linear(x.to_mkldnn(), weight, bias).to_dense()
+
+
+onednn_linear.register_fake(lambda proxy, x, weight, bias: x.new_empty(proxy.shape))
+onednn_linear.register_autograd(lambda ctx, grad: (grad, None, None, None))
+ONEDNN_LINEAR = torch.ops.crossmae.linear.default  # the operation that dispatch modes see
 
 
 class FastLinear(nn.Linear):
@@ -79,33 +121,6 @@ def use_fast_kernels(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Linear and module.bias is not None:
             module.__class__ = FastLinear
-
-
-class OneDNNLinear(torch.autograd.Function):
-    """The gradients of a linear layer by oneDNN; its output is filled in by `linear`.
-
-    PyTorch's own gradient through `to_mkldnn` would keep the output as well. And recomputation
-    ends where the last tensor is kept, so the product has to come after that.
-    """
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """(..., in), (out, in) and (out,) -> (..., out), empty."""
-        ctx.save_for_backward(x, weight)
-        return x.new_empty(*x.shape[:-1], len(bias))
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the three, where they are asked for."""
-        x, weight = ctx.saved_tensors
-        grad = grad.to_mkldnn()
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.ops.aten.mkldnn_linear_backward_input(x.shape, grad, weight).to_dense()
-        if any(ctx.needs_input_grad[1:]):
-            grads = torch.ops.aten.mkldnn_linear_backward_weights(grad, x.to_mkldnn(), weight, True)
-            grad_weight, grad_bias = (g.to_dense() for g in grads)
-        return grad_x, grad_weight, grad_bias
 
 
 def stack_factors(tensors: Sequence[Tensor]) -> Tensor:

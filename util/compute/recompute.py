@@ -19,11 +19,14 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from util.kernels import ONEDNN_LINEAR
+
 MEMORY_MODES = ("high", "medium", "low")
 # Each matrix product -> the shape (out, in) of its layer's weight, from the product's arguments.
 PRODUCTS = {
     torch.ops.aten.addmm.default: lambda bias, x, weight: weight.shape[::-1],
     torch.ops.aten.mm.default: lambda x, weight: weight.shape[::-1],
+    ONEDNN_LINEAR: lambda proxy, x, weight, bias: weight.shape,
 }
 # Fused kernels of GPUs, whose outputs are a tenth of what medium keeps and take long to compute.
 ATTENTION = (
