@@ -412,7 +412,7 @@ def measure_on_two_processes(rank, folder):
 
 def test_two_processes_measure_what_one_does(tmp_path):
     # Forked, for fresh ones would spend seconds on imports.
-    torch.multiprocessing.init_distributed(
+    torch.multiprocessing.start_processes(
         measure_on_two_processes, (tmp_path,), nprocs=2, start_method="fork"
     )
     both = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]

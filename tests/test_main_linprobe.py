@@ -124,7 +124,7 @@ def test_the_backbone_stays_bit_for_bit_that_of_the_file(
     norm = "fc_norm" if pool == "avg" else "norm"
     assert set(model) - set(content.encoder) == {f"{norm}.weight", f"{norm}.bias", *HEAD}
     if kind == "mae" and norm == "norm":
-        assert_identical({name: model[name] for name in content.behind}, content.behind)
+        assert_identical({name: model[name] for name in content.head_state}, content.head_state)
         assert not torch.equal(model["norm.bias"], torch.zeros(32))  # pre-training moved it
         assert "new: head.weight, head.bias" in out
     else:
