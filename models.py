@@ -20,6 +20,7 @@ from util.weights.encoder import StartingPoint, check_mean_std, input_format, re
 from util.weights.files import check_format, read_weights_file, unknown_content
 from util.weights.released import from_released, released_options
 
+# Another decoder is a file with a builder, and an entry here.
 BUILDERS = {"crossmae": build_crossmae, "mae": build_mae}
 MODELS: dict[str, Callable[..., MaskedAutoencoder]] = {
     f"{method}_vit_{name}": partial(build, size)

@@ -14,11 +14,13 @@ from models_crossmae import (
     CrossAttention,
     InterBlockAttention,
     ViTEncoder,
+    build_autoencoder,
     build_crossmae,
     inter_block_attention,
 )
 from models_mae import build_mae
 from models_vit import ModelSize
+from util.compute.recompute import set_memory
 from util.errors import InputError
 from util.masking import TokenSplit, count_tokens, hidden_mask, random_split
 from util.patches import gather_patches
@@ -139,6 +141,27 @@ def test_cross_attention_equals_pytorchs():
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     context = torch.randn(2, 7, 12, dtype=torch.float64)
     torch.testing.assert_close(ours(x, context), theirs(x, context, context)[0])
+
+
+class MeanDecoder(nn.Module):
+    """All that a decoder has to be."""
+
+    def __init__(self, encoder, *, embed_dim, depth, num_heads):
+        super().__init__()
+        self.pred = nn.Linear(encoder.embed_dim, 4 * 4 * 3)
+
+    def forward(self, feature_maps, split):
+        x = self.pred(feature_maps[-1].mean(dim=1, keepdim=True))
+        return x.expand(-1, split.predicted.shape[1], -1)
+
+
+def test_a_decoder_needs_a_forward_pass_and_nothing_else(monkeypatch):
+    build = partial(build_autoencoder, SMALL, MeanDecoder, decoder_depth=1)
+    monkeypatch.setitem(models.MODELS, "mean_vit_small", build)
+    model = models.build_model("mean_vit_small", {})
+    set_memory(model.blocks, model.mixer, "low")
+    model(pixels(dtype=torch.float32), draw()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 # The encoder
