@@ -286,3 +286,10 @@ def test_processes_but_the_main_one_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_module, "is_main_process", lambda: False)
     assert writer(tmp_path, make_state()).save() is None
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("lines", [{"x": 1}, [{"loss": 1.0}], [3], [{"epoch": "1"}]])
+def test_waiting_lines_of_the_log_without_their_epoch_are_refused(lines):
+    content = make_state().state_dict() | {"unwritten": lines}
+    with pytest.raises(ValueError, match="without their epoch"):
+        make_state().load_state_dict(content)

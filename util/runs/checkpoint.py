@@ -109,7 +109,10 @@ class TrainState:
         vars(self.progress).update(progress)
         self.meters.load_state_dict(content["meters"])
         self.broken.load_state_dict(content["broken"])
-        self.unwritten[:] = content.get("unwritten", [])
+        lines = content.get("unwritten", [])
+        if not all(isinstance(line, dict) and isinstance(line.get("epoch"), int) for line in lines):
+            raise ValueError("lines of the log without their epoch")
+        self.unwritten[:] = lines
 
     def end_epoch(self) -> dict[str, float]:
         """Move to the next epoch; return the mean metrics of the one that is done."""
