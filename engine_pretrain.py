@@ -62,7 +62,7 @@ def blank_batch(
     std: Sequence[float],
     device: torch.device,
 ) -> tuple[RawImages, TokenSplit]:
-    """What a step of so many black images gives the model, to try the device with."""
+    """The inputs of a step on black images, to try a device with."""
     pixels = torch.zeros((num_images, 3, *img_size), dtype=torch.uint8, device=device)
     noise = torch.zeros(num_images, masking.num_patches, device=device)
     return Normalization(tuple(mean), tuple(std)).later(pixels), masking.split(noise)

@@ -8,6 +8,7 @@ python main_finetune.py --eval --finetune FINETUNED --data_path IMAGES
 import argparse
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -198,7 +199,8 @@ def evaluate_only(
         make_linear_probe(model, num_classes)
     load_encoder(model, weights, head=True)
     example = blank_images(start.img_size, device)
-    precision = place_model(model, compute, device, example)
+    # Whole on every process: processes may have different numbers of images.
+    precision = place_model(model, replace(compute, fsdp=False), device, example)
     sizes = {"batch_size": batch_size, "num_workers": data.num_workers}
     loader = build_eval_loader(val_set, **sizes, device=device)
     broken = BrokenImages(len(val_set), data.max_broken)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from models_crossmae import MaskedAutoencoder, build_crossmae
+from models_crossmae import IBA_INITS, MaskedAutoencoder, build_crossmae
 from models_mae import build_mae
 from models_vit import POOLS, SIZES, VisionTransformer, build_vit
 from util.arguments import positive_int
@@ -27,7 +27,7 @@ MODELS: dict[str, Callable[..., MaskedAutoencoder]] = {
     for method, build in BUILDERS.items()
     for name, size in SIZES.items()
 }
-# Of a decoder; beyond them no machine could build one, and some would try until they stand still.
+# Of a decoder. A larger one would exhaust the machine before it failed.
 MAX_DEPTH, MAX_WIDTH = 1000, 2**14
 
 
@@ -150,13 +150,11 @@ def build_model(name: str, options: dict) -> MaskedAutoencoder:
     Raises:
         InputError: the options do not fit together, or leave encoder blocks untrained.
     """
-    depth, width = options.get("decoder_depth", 1), options.get("decoder_embed_dim", 1)
+    limits = {"decoder_depth": MAX_DEPTH, "decoder_embed_dim": MAX_WIDTH}
     with as_input_error(f"{name} cannot be built"):
-        if not (1 <= depth <= MAX_DEPTH and 1 <= width <= MAX_WIDTH):
-            raise ValueError(
-                f"a decoder has 1 to {MAX_DEPTH} blocks, 1 to {MAX_WIDTH} wide, not {depth} "
-                f"blocks, {width} wide"
-            )
+        for option, limit in limits.items():
+            if not 1 <= options.get(option, 1) <= limit:
+                raise ValueError(f"{option} must be from 1 to {limit}, not {options[option]}")
         model = MODELS[name](**options)
     depth = len(model.encoder.blocks)
     if model.mixer is not None and max(model.mixer.map_ids) < depth:
@@ -248,7 +246,7 @@ def add_model_args(parser: argparse.ArgumentParser, *, model: str) -> None:
     group.add_argument(
         "--norm_pix_loss",
         action=argparse.BooleanOptionalAction,
-        default=True,
+        default=ModelSettings.norm_pix_loss,
         help="predict pixels normalised by their patch (on)",
     )
     group.add_argument(
@@ -274,8 +272,8 @@ def add_model_args(parser: argparse.ArgumentParser, *, model: str) -> None:
     )
     group.add_argument(
         "--iba_init",
-        choices=("normal", "xavier"),
-        default="normal",
+        choices=IBA_INITS,
+        default=ModelSettings.iba_init,
         help="start of the mixing weights; xavier is what the released code used (%(default)s)",
     )
     group.add_argument(

@@ -227,9 +227,10 @@ class CrossAttentionBlock(nn.Module):
         self.mlp = Mlp(dim)
 
     def forward(self, x: Tensor, context: Tensor, context_norm: nn.Module) -> Tensor:
-        """Tokens x (B, P, E) read the context (B, 1+V, D), normalised here -> (B, P, E).
+        """Tokens x (B, P, E) read the context (B, 1+V, D) -> (B, P, E).
 
-        `--memory` keeps what a block is handed: the mix, which is there anyway, but not its norm.
+        The context is normalised here, because `--memory` keeps a block's inputs: the mix is there
+        anyway, its norm would come on top.
         """
         if self.self_attn is not None:  # Table 3a
             x = x + self.self_attn(self.norm0(x))

@@ -618,6 +618,11 @@ def test_the_best_epoch_evaluates_as_logged(images, finished, capsys):
     assert_evaluates_as_logged(capsys, best, *argv)
 
 
+def test_evaluation_shards_nothing(images, finished, capsys):
+    argv = [*QUICK, "--data_path", images, "--finetune", list_checkpoints(finished[0])[-1]]
+    assert_evaluates_as_logged(capsys, read_log(finished[0])[-1], *argv, "--fsdp")
+
+
 def test_no_training_images_are_needed(tmp_path, images, finished, capsys):
     folder, _ = finished
     copied(images / "val", tmp_path / "val")

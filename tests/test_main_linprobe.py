@@ -219,7 +219,7 @@ def test_without_validation_images_a_probe_says_so_and_trains(tmp_path, images, 
     "options",
     [
         ["--amp", "bf16", "--accum_iter", "2"],
-        ["--input_size", "24", "20", "--crop_pct", "1", "--num_workers", "1"],
+        ["--input_size", "24", "20", "--crop_share", "1", "--num_workers", "1"],
         ["--attention_backend", "math", "--clip_grad", "0.1", "--nb_classes", "3"],
     ],
     ids=" ".join,

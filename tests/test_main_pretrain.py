@@ -726,6 +726,8 @@ REFUSED = {
     "--amp int8": "invalid choice: 'int8'",
     "--attention_backend cudnn": "--attention_backend cudnn cannot run this model",
     "--num_samples 10": "drop --num_samples",
+    "--decoder_depth 2000": "decoder_depth must be from 1 to 1000, not 2000",
+    "--decoder_embed_dim 20000": "decoder_embed_dim must be from 1 to 16384, not 20000",
 }
 
 
@@ -740,6 +742,12 @@ def test_wrong_input_is_refused_in_one_sentence_and_nothing_is_written(
     sentence = refusal(capsys, *argv)
     assert reason in sentence
     assert not folder.exists(), f"written: {list(files_in(folder))}"
+
+
+def test_validation_images_alone_are_refused(tmp_path, images, capsys):
+    argv = [*TINY, "--val_path", images, "--output_dir", tmp_path / "run"]
+    assert "name those to train on by --data_path" in refusal(capsys, *argv)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

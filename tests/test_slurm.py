@@ -136,7 +136,7 @@ def state_at_end(number):
 
     def ended():
         found = job(number)
-        if found["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"):
+        if found["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "SIGNALING"):
             return found["JobState"], found["ExitCode"], int(found["Restarts"])
         return None
 

@@ -164,7 +164,7 @@ def test_small_images_are_cut_out_of_larger_ones(size, share):
     assert default_crop_pct(size) == share
 
 
-def test_crop_share_above_one_is_refused():
+def test_crop_pct_above_one_is_refused():
     with pytest.raises(ValueError, match="crop_pct"):
         eval_transform((32, 32), MEAN, STD, crop_pct=1.1)
 

@@ -717,6 +717,19 @@ def test_encoder_files_come_back_bit_for_bit(tmp_path, img_size):
     assert [getattr(again, key) for key in told] == [getattr(weights, key) for key in told]
 
 
+def test_the_crop_of_earlier_versions_files_is_read(tmp_path):
+    content = finetuned(vit_nano(num_classes=3)) | {"crop_share": 0.875}
+    content.pop("crop_pct", None)
+    weights = read_encoder(stored(tmp_path / "weights.pth", content))
+    assert weights.crop_pct == 0.875
+    save_encoder(weights, tmp_path / "new.safetensors")
+    content = read_weights_file(tmp_path / "new.safetensors")
+    metadata = content.pop("metadata")
+    metadata["crop_share"] = metadata.pop("crop_pct")
+    safetensors.torch.save_file(content["model"], tmp_path / "old.safetensors", metadata)
+    assert read_encoder(tmp_path / "old.safetensors").crop_pct == 0.875
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize(
     ("key", "value"),

@@ -64,7 +64,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class OneDNNGradients(torch.autograd.Function):
-    """The gradients of a linear layer by oneDNN; its output is `onednn_linear`'s.
+    """The gradients of a linear layer by oneDNN; `onednn_linear` computes the output itself.
 
     PyTorch's own gradient through `to_mkldnn` would keep the output as well. The product is not
     part of this function, which keeps its inputs only once it has returned: a block that is
@@ -74,7 +74,7 @@ class OneDNNGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """(..., in), (out, in) and (out,) -> the output's proxy (..., out): one number, empty."""
+        """(..., in), (out, in), (out,) -> a proxy of the output (..., out), an expanded scalar."""
         ctx.save_for_backward(x, weight)
         return x.new_empty(()).expand(*x.shape[:-1], len(bias))
 
@@ -96,7 +96,7 @@ class OneDNNGradients(torch.autograd.Function):
 def onednn_linear(proxy: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A linear layer by oneDNN, whose gradient goes to the proxy alone.
 
-    An operation, so that it can be told from others by what looks at operations.
+    Registered as an operation, so that the memory policy recognises it.
     """
     return F.linear(x.to_mkldnn(), weight, bias).to_dense()
 

@@ -242,6 +242,6 @@ def add_masking_args(parser: argparse.ArgumentParser, *, mask_ratio: float) -> N
     group.add_argument(
         "--mask_sampling",
         choices=MASK_SAMPLINGS,
-        default="random",
+        default=MaskSettings.mask_sampling,
         help="grid is Table 15 (%(default)s)",
     )

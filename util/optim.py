@@ -13,10 +13,10 @@ from util.errors import InputError
 
 @dataclass(frozen=True)
 class OptimSettings:
-    """How weights are updated; see the flags. None is what depends on the model or on the others.
+    """How weights are updated; see the flags. None is derived from the model or other settings.
 
     Raises:
-        InputError: they leave a step's images open or say them twice, or the warm-up never ends.
+        InputError: the images of a step are undetermined or given twice, or the warm-up never ends.
     """
 
     batch_size: int | str

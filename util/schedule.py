@@ -68,7 +68,7 @@ def lr_schedule(
 def plan_learning_rate(
     optim: OptimSettings, steps: Steps, *, mask_ratio: float = 1.0, pred_ratio: float = 1.0
 ) -> LearningRate:
-    """The learning rate of a run, which the log explains.
+    """The learning rate of a run; the log says where it comes from.
 
     Args:
         optim: with epochs and warmup_epochs, and blr or lr.

@@ -32,7 +32,7 @@ def plan_batches(
     precision: Precision | None = None,
     multiple_of: int = 1,
 ) -> BatchPlan:
-    """The batches that are asked for; the others are for "auto", which tries the model.
+    """The batches that are asked for; "auto" needs the other arguments, and tries the model.
 
     Args:
         optim: how many images.

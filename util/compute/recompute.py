@@ -51,7 +51,7 @@ def set_memory(
     """Choose what a step keeps; the results are the same, to the bit on a CPU.
 
     Args:
-        blocks: what computes one after another.
+        blocks: modules that run one after another.
         mixer: inter-block attention, if there is any.
         memory: one of MEMORY_MODES; "high" keeps everything, and takes an earlier choice back.
         attention: operations whose outputs medium keeps as well.

@@ -42,7 +42,7 @@ def place_model(
     example: Callable[[int], tuple],
     optim: OptimSettings | None = None,
 ) -> Precision:
-    """Put a model where it is trained: what it keeps, on which devices, in which numbers.
+    """Prepare a model for its device: what it keeps, sharded or moved, and its number format.
 
     Args:
         model: with `blocks`, its transformer blocks, and perhaps a `mixer` of feature maps.
@@ -83,7 +83,7 @@ def add_precision_args(
     group.add_argument(
         "--attention_backend",
         choices=("auto", *ATTENTION_BACKENDS),
-        default="auto",
+        default=ComputeSettings.attention_backend,
         help="PyTorch's attention kernel; a forced one runs or fails (%(default)s)",
     )
     by_blocks = ", or block by block, which compiles faster" if "blocks" in compile_modes else ""
@@ -102,7 +102,7 @@ def add_memory_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--memory",
         choices=MEMORY_MODES,
-        default="high",
+        default=ComputeSettings.memory,
         help="what a step keeps of an image: high is all of it and fastest; medium computes norms "
         "and activations twice, low the MLPs as well, with the same results (%(default)s)",
     )

@@ -154,8 +154,13 @@ def open_train_val(
         Both sets; None for the second where there are no validation images.
 
     Raises:
-        InputError: see `build_dataset`.
+        InputError: see `build_dataset`; or there are validation images only.
     """
+    if data.val_path and not (data.data_path or data.dataset):
+        raise InputError(
+            "--val_path names validation images only: name those to train on by --data_path or "
+            "--dataset"
+        )
     train_set = build_dataset(
         data.name,
         data.data_path,

@@ -65,7 +65,7 @@ class IndexedImages(Dataset):
     """Images known by their index: what `[epoch, index]` gives depends on the seed alone.
 
     Args:
-        source: a data set of timm or torchvision, `Digits` or `INat2019`.
+        source: a data set of timm's, torchvision's or `util.data.sources`.
         transform: how images are read, and what is made of them.
         seed: the run's seed; the augmentation is a function of (seed, epoch, index).
 

@@ -74,26 +74,38 @@ def add_mix_args(parser: argparse.ArgumentParser) -> None:
     """The flags of MixSettings."""
     group = parser.add_argument_group("mixing")
     group.add_argument(
-        "--mixup", type=natural_float, default=0.8, help="alpha, 0 for none (%(default)s)"
+        "--mixup",
+        type=natural_float,
+        default=MixSettings.mixup,
+        help="alpha, 0 for none (%(default)s)",
     )
     group.add_argument(
-        "--cutmix", type=natural_float, default=1.0, help="alpha, 0 for none (%(default)s)"
+        "--cutmix",
+        type=natural_float,
+        default=MixSettings.cutmix,
+        help="alpha, 0 for none (%(default)s)",
     )
     group.add_argument(
-        "--mixup_prob", type=share, default=1.0, help="share of batches mixed (%(default)s)"
+        "--mixup_prob",
+        type=share,
+        default=MixSettings.mixup_prob,
+        help="share of batches mixed (%(default)s)",
     )
     group.add_argument(
         "--mixup_switch_prob",
         type=share,
-        default=0.5,
+        default=MixSettings.mixup_switch_prob,
         help="share of those that are cut (%(default)s)",
     )
     group.add_argument(
         "--mixup_mode",
         choices=("batch", "pair", "elem"),
-        default="batch",
+        default=MixSettings.mixup_mode,
         help="what shares one mixing ratio (%(default)s)",
     )
     group.add_argument(
-        "--smoothing", type=share, default=0.1, help="of labels over all classes (%(default)s)"
+        "--smoothing",
+        type=share,
+        default=MixSettings.smoothing,
+        help="of labels over all classes (%(default)s)",
     )

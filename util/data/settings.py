@@ -20,7 +20,7 @@ class DataSettings:
     """Which images, and how they are read.
 
     Raises:
-        InputError: the size or the normalisation means nothing.
+        InputError: the size or the normalisation is invalid.
     """
 
     dataset: str | None = None
@@ -30,7 +30,7 @@ class DataSettings:
     num_samples: int | None = None
     """Of an epoch of a stream."""
     input_size: list[int] | None = None
-    """A side, or height and width; None is that of the weights or the model, as below."""
+    """A side, or height and width. None, as for mean and std, is what the weights say."""
     mean: list[float] | None = None
     std: list[float] | None = None
     crop_pct: float | None = None
@@ -52,7 +52,7 @@ class DataSettings:
 
 
 def check_decoder(decode: str, device: torch.device) -> None:
-    """Refuse a device that does not decode JPEGs, for `--decode`."""
+    """Raise InputError where `--decode gpu` has no CUDA device."""
     if decode == "gpu" and device.type != "cuda":
         raise InputError(
             f"--decode gpu needs a CUDA device, and this run is on {device}: use --decode cpu"
@@ -113,7 +113,7 @@ def add_data_args(parser: argparse.ArgumentParser, *, input_size: int | None) ->
     group.add_argument(
         "--max_broken",
         type=natural_float,
-        default=0.01,
+        default=DataSettings.max_broken,
         help="share of unreadable files above which the run stops (%(default)s)",
     )
     group.add_argument(

@@ -247,21 +247,27 @@ def add_augmentation_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--auto_augment",
         "--aa",
-        default="rand-m9-mstd0.5-inc1",
+        default=AugmentSettings.auto_augment,
         help="in timm's language, none for none (%(default)s)",
     )
     group.add_argument(
         "--color_jitter", type=natural_float, help="strength, without --auto_augment (off)"
     )
     group.add_argument(
-        "--reprob", type=share, default=0.25, help="share of images erased in part (%(default)s)"
+        "--reprob",
+        type=share,
+        default=AugmentSettings.reprob,
+        help="share of images erased in part (%(default)s)",
     )
     group.add_argument(
         "--remode",
         choices=("const", "rand", "pixel"),
-        default="pixel",
+        default=AugmentSettings.remode,
         help="what erased pixels become (%(default)s)",
     )
     group.add_argument(
-        "--recount", type=positive_int, default=1, help="most erased regions (%(default)s)"
+        "--recount",
+        type=positive_int,
+        default=AugmentSettings.recount,
+        help="most erased regions (%(default)s)",
     )

@@ -328,7 +328,7 @@ def check_measurable(
     """The number of classes, once both sets can be read image by image and have the same classes.
 
     Raises:
-        InputError: they cannot, or have not.
+        InputError: a set is missing, cannot be read by index, or has other classes.
     """
     if not isinstance(train_set, IndexedImages):
         raise InputError(

@@ -1,4 +1,4 @@
-"""What is measured and drawn of validation images beside pre-training."""
+"""Measurements and pictures of validation images during pre-training."""
 
 import argparse
 from collections.abc import Iterable, Sequence
@@ -207,7 +207,7 @@ def add_monitor_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--eval_every",
         type=positive_int,
-        default=20,
+        default=MonitorSettings.eval_every,
         help="epochs between measurements of held-out loss and PSNR (%(default)s)",
     )
     group.add_argument(
@@ -219,6 +219,6 @@ def add_monitor_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--visualize_every",
         type=positive_int,
-        default=20,
+        default=MonitorSettings.visualize_every,
         help="epochs between pictures of reconstructions (%(default)s)",
     )

@@ -14,6 +14,7 @@ from util.compute.distributed import broadcast_object, is_main_process
 from util.errors import InputError
 
 LOCK_NAME = "lock"
+ATTEMPTS = 10
 
 _logger = logging.getLogger(__name__)
 
@@ -33,11 +34,14 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK_NAME
-        self.made = [path for path in (folder, *folder.parents) if not path.exists()]
-        self.file = self._locked()
-        while not self._is_in_place():  # the owner before removed it between opening and locking
-            self.file.close()
+        self.made: list[Path] = []
+        for _ in range(ATTEMPTS):
             self.file = self._locked()
+            if self._is_in_place():
+                break
+            self.file.close()  # the owner before removed it between opening and locking
+        else:
+            raise InputError(f"cannot lock {self.path}: choose another --output_dir")
         owner = {"process": os.getpid(), "host": socket.gethostname()}
         owner["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
         self.file.truncate(0)
@@ -47,6 +51,7 @@ class FolderLock:
     def _locked(self) -> BinaryIO:
         folder = self.path.parent
         try:
+            self.made += [path for path in (folder, *folder.parents) if not path.exists()]
             folder.mkdir(parents=True, exist_ok=True)
             file = self.path.open("a+b", buffering=0)
         except OSError as error:
@@ -75,7 +80,8 @@ class FolderLock:
         """Leave the folder to others, and no folder where none was and nothing was written."""
         if self.file.closed:
             return
-        self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # which must not stand in for what ended the run
+            self.path.unlink(missing_ok=True)
         self.file.close()
         with suppress(OSError):  # of a folder that is not empty
             for path in self.made:

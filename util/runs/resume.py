@@ -1,4 +1,4 @@
-"""A run goes on: from which checkpoint, whether it is still the same run, and where it writes."""
+"""How a run resumes: which checkpoint it continues, whether it is the same run, where it writes."""
 
 import logging
 from collections.abc import Collection, Iterator, Sequence
@@ -29,7 +29,7 @@ _logger = logging.getLogger(__name__)
 
 
 def changeable_settings(
-    optim: OptimSettings, data: DataSettings, *, lr: float, amp: str, fsdp: bool = False
+    optim: OptimSettings, data: DataSettings, *, lr: float, amp: str, fsdp: bool | None = None
 ) -> dict[str, object]:
     """What may change when a run is continued.
 
@@ -38,24 +38,24 @@ def changeable_settings(
         data: whose place may change.
         lr: the peak rate.
         amp: the number format that was chosen.
-        fsdp: whether the model is sharded.
+        fsdp: whether the model is sharded; None where that is not an option.
     """
-    return {
+    settings = {
         "--epochs": optim.epochs,
         "--warmup_epochs": optim.warmup_epochs,
         "lr": lr,
         "--min_lr": optim.min_lr,
         "--clip_grad": optim.clip_grad,
         "--amp": amp,
-        "--fsdp": fsdp,
         "--data_path": data.data_path,
         "--val_path": data.val_path,
         "processes": world_size(),
     }
+    return settings if fsdp is None else {**settings, "--fsdp": fsdp}
 
 
 class RunRecord(NamedTuple):
-    """What a run writes about itself, and is recognised by."""
+    """What a run records about itself, so that a resume recognises it."""
 
     kind: str
     """One of util.weights.files.KINDS."""
@@ -180,7 +180,7 @@ def read_resume(
         folder: the run's output folder.
         resume: "auto" for the run's own newest good checkpoint, "none", or a path.
         kind: one of KINDS.
-        own: the folder's checkpoints, oldest first, as the main process sees them.
+        own: the folder's checkpoints, oldest first; those of the main process count.
 
     Raises:
         InputError: nothing can be read, or the choice would overwrite checkpoints.

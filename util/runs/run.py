@@ -54,15 +54,15 @@ class RunSettings:
     """Where a run computes, writes and continues; see the flags."""
 
     output_dir: str
-    log_dir: str | None = None
-    device: str | None = None
-    seed: int = 0
-    resume: str = "auto"
-    save_every: int = 1
-    save_every_minutes: float | None = None
-    keep_last: int = 3
-    log_every: int = 20
-    timeout_minutes: float | None = None
+    log_dir: str | None
+    device: str | None
+    seed: int
+    resume: str
+    save_every: int
+    save_every_minutes: float | None
+    keep_last: int
+    log_every: int
+    timeout_minutes: float
 
     @property
     def folder(self) -> Path:

@@ -479,13 +479,13 @@ def input_format(
     Returns:
         (height, width), mean and std.
     """
-    told_size = weights.img_size if weights else (default_size, default_size)
-    told_mean, told_std = (weights.mean, weights.std) if weights else (None, None)
-    height, width = tuple(img_size) * (2 // len(img_size)) if img_size else told_size
+    own_size = weights.img_size if weights else (default_size, default_size)
+    own_mean, own_std = (weights.mean, weights.std) if weights else (None, None)
+    height, width = tuple(img_size) * (2 // len(img_size)) if img_size else own_size
     return (
         (height, width),
-        list(mean or told_mean or IMAGENET_DEFAULT_MEAN),
-        list(std or told_std or IMAGENET_DEFAULT_STD),
+        list(mean or own_mean or IMAGENET_DEFAULT_MEAN),
+        list(std or own_std or IMAGENET_DEFAULT_STD),
     )
 
 
