@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 from torch.nn.utils import parameters_to_vector
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import build_model
 from models_crossmae import build_crossmae
@@ -93,18 +94,21 @@ def by_onednn(monkeypatch):
     monkeypatch.setattr(kernels, "is_large", lambda *_: True)
 
 
-def products(model, *inputs):
-    """How many linear layers of ours a step computes."""
+def calls(operation, model, *inputs):
+    """How often a step computes an operation."""
     counted = []
 
-    class Counter(torch.utils._python_dispatch.TorchDispatchMode):
+    class Counter(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            counted.append(func is kernels.ONEDNN_LINEAR)
+            counted.append(func is operation)
             return func(*args, **(kwargs or {}))
 
     with Counter():
         model(*inputs).backward()
     return sum(counted)
+
+
+products = partial(calls, kernels.ONEDNN_LINEAR)
 
 
 @every_model
@@ -121,6 +125,19 @@ def test_layers_by_onednn_are_kept_like_pytorchs(build, by_onednn):
         assert products(model, *inputs) == layers + again
         kept.append(kept_bytes(model, *inputs, dtype=torch.float32))
     assert kept[0] > 1.4 * kept[1] > 1.4 * 1.2 * kept[2]
+
+
+def test_an_attention_kernel_whose_output_is_kept_computes_once():
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    model = MODELS["CrossMAE"]()
+    inputs = example(model, 8)
+    expected = loss_and_gradients(model, torch.float32, *inputs)
+    counts = []
+    for memory, attention in (("high", [kernel]), ("medium", [kernel]), ("medium", [])):
+        recompute.set_memory(model.blocks, model.mixer, memory, attention=attention)
+        assert_equal(loss_and_gradients(model, torch.float32, *inputs), expected)
+        counts.append(calls(kernel, model, *inputs))
+    assert counts == [len(model.blocks)] * 2 + [2 * len(model.blocks)]
 
 
 @less_memory
