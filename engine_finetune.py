@@ -59,7 +59,7 @@ def train_one_epoch(
         Mean metrics of the epoch.
 
     Raises:
-        InputError: a label is no class.
+        InputError: a label is not one of the classes.
     """
     model.train()
     for step in training_steps(model, loader, state, device=device, **options):

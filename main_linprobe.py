@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     broken = BrokenImages(loader.sampler.num_samples, data.max_broken)
     state = TrainState(model, optimizer, precision, broken)
 
-    # What makes the run the run it is, and what may change when it goes on
+    # Settings that must match on resume, and settings that may change
     fixed, header = describe_classifier(
         start, options, train_set, dataset=data.name, crop_pct=crop_pct
     )

@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     broken = BrokenImages(loader.sampler.num_samples, data.max_broken)
     state = TrainState(model, optimizer, precision, broken)
 
-    # What makes the run the run it is, and what may change when it goes on
+    # Settings that must match on resume, and settings that may change
     sizes = {f"--{name}": value for name, value in options.items() if name != "img_size"}
     fixed = {
         "--model": network.model,
