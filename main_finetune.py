@@ -165,7 +165,6 @@ def evaluate_only(
     data: DataSettings,
     compute: ComputeSettings,
     encoder: EncoderSettings,
-    *,
     batch_size: int,
     device: torch.device,
 ) -> None:
@@ -215,8 +214,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     run, data, optim, compute, encoder, augment, mix = (take(group, args) for group in SETTINGS)
     device = start_run(device=run.device, seed=run.seed, timeout_minutes=run.timeout_minutes)
     if args.eval:
-        path, sizes = find_classifier(run, encoder.finetune), {"batch_size": optim.batch_size}
-        evaluate_only(path, run, data, compute, encoder, **sizes, device=device)
+        path = find_classifier(run, encoder.finetune)
+        evaluate_only(path, run, data, compute, encoder, optim.batch_size, device)
         return
 
     # The weights decide how images are read, and their size the recipe.

@@ -199,8 +199,8 @@ class CheckpointWriter:
         *,
         kind: str,
         every_epochs: int = 1,
-        every_minutes: float | None = None,
-        keep_last: int = 0,
+        every_minutes: float | None,
+        keep_last: int,
     ) -> None:
         self.folder, self.state = folder, state
         self.every_epochs = every_epochs
