@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from sklearn.metrics import log_loss, top_k_accuracy_score
-from test_engine_pretrain import CPU, HostReads, PreparedLoader, Recorder
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
@@ -19,7 +18,9 @@ from timm.utils import ModelEmaV3
 import engine_finetune
 from engine_finetune import describe, evaluate, report, train_one_epoch
 from models_vit import build_vit, make_linear_probe
-from tests.helpers.runs import NANO, assert_identical
+from tests.helpers.models import NANO
+from tests.helpers.runs import assert_identical
+from tests.helpers.training import CPU, HostReads, PreparedLoader, Recorder
 from util.compute.precision import Precision
 from util.data.batch import Batch, collate
 from util.data.broken_images import BrokenImages

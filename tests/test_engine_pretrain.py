@@ -9,110 +9,35 @@ import pytest
 import torch
 import torch.distributed as dist
 from sklearn.datasets import load_digits
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine_pretrain
-from engine_pretrain import step_noise, train_one_epoch
-from tests.helpers.runs import crossmae_nano, mae_nano, write_images
+from engine_pretrain import step_noise
+from tests.helpers.files import write_images
+from tests.helpers.models import crossmae_nano, mae_nano
+from tests.helpers.training import (
+    CPU,
+    IMG_SIZE,
+    MASKING,
+    NUM_PATCHES,
+    HostReads,
+    Recorder,
+    make_loader,
+    make_state,
+    prepared,
+    train,
+)
 from util.compute.distributed import data_parallel
-from util.compute.precision import Precision
 from util.data.batch import Batch, Normalization
-from util.data.broken_images import BrokenImages
-from util.data.datasets import build_dataset
-from util.data.loaders import build_train_loader
-from util.data.transforms import pretrain_transform
 from util.errors import InputError, NonFiniteLossError
-from util.masking import Masking, count_tokens, random_split
-from util.optim import build_adamw
-from util.runs.checkpoint import Progress, TrainState
+from util.masking import count_tokens, random_split
+from util.runs.checkpoint import Progress
 from util.runs.meters import EpochMeters
-
-CPU = torch.device("cpu")
-IMG_SIZE, NUM_PATCHES = (16, 16), 16  # of the nano models, with patches of 4 pixels
-MEAN, STD = (0.5, 0.4, 0.3), (0.3, 0.25, 0.2)
-MASKING = {
-    gamma: Masking((4, 4), count_tokens(NUM_PATCHES, 0.75, gamma), "random", seed=0)
-    for gamma in (0.25, None)
-}
 
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """A folder of 41 images."""
     return write_images(tmp_path_factory.mktemp("images"), 41)
-
-
-class Recorder:
-    """Stands where the log and the checkpoints do, and calls back at every log point."""
-
-    def __init__(self, at_log_point=None):
-        self.steps, self.stats = [], []
-        self.at_log_point = at_log_point or (lambda: None)
-
-    def start_epoch(self, epoch, step_in_epoch):
-        self.started = (epoch, step_in_epoch)
-
-    def log_step(self, step, *, epoch, lr, num_images, data_seconds, stats):
-        self.steps.append((step, epoch, lr, num_images))
-        self.stats.append(stats)
-
-    def save_if_due(self):
-        self.at_log_point()
-
-
-def make_state(model, *, optimizer=None, amp="fp32", clip_grad=None, max_broken=0.0):
-    return TrainState(
-        model=model,
-        optimizer=optimizer or build_adamw(model, weight_decay=0.05, betas=(0.9, 0.95)),
-        precision=Precision(amp, CPU, clip_grad=clip_grad),
-        broken=BrokenImages(100, max_broken),
-    )
-
-
-def make_loader(images, **options):
-    transform = pretrain_transform(IMG_SIZE, MEAN, STD)
-    dataset = build_dataset("folder", images, split="train", transform=transform, seed=0)
-    usual = {"batch_size": 8, "accum_iter": 1, "rank": 0, "world_size": 1, "seed": 0}
-    usual |= {"num_workers": 0, "pin_memory": False}
-    return build_train_loader(dataset, **(usual | options))
-
-
-class PreparedLoader:
-    """Steps of micro-batches that are there already."""
-
-    num_crops = 1
-
-    def __init__(self, steps):
-        self.prepared, self.steps_per_epoch = steps, len(steps)
-
-    def images_in_step(self, step):
-        return sum(len(batch.images) for batch in self.prepared[step])
-
-    def steps(self, epoch, first_step=0):
-        return iter(self.prepared[first_step:])
-
-
-def prepared(num_steps, batch_size=4, num_micro_batches=1, pixels=None, broken=()):
-    labels = torch.zeros(batch_size, dtype=torch.int64)
-    shape = (num_steps, num_micro_batches, batch_size, 3, *IMG_SIZE)
-    pixels = torch.randn(shape) if pixels is None else pixels.expand(shape)
-    return PreparedLoader([[Batch(x, labels, list(broken)) for x in step] for step in pixels])
-
-
-def train(model, loader, state, *, gamma=0.25, lr=1e-3, log_every=100, recorder=None):
-    """One epoch."""
-    recorder = recorder or Recorder()
-    return train_one_epoch(
-        model,
-        loader,
-        state,
-        lr_at=lr if callable(lr) else lambda step: lr,
-        masking=MASKING[gamma],
-        device=CPU,
-        log_every=log_every,
-        run_log=recorder,
-        checkpoints=recorder,
-    )
 
 
 VARIANTS = {
@@ -263,32 +188,6 @@ def test_gradients_are_reduced_once_a_step(process_group, images, accum_iter):
 
 
 # Waiting for the device
-
-
-class HostReads(TorchDispatchMode):
-    """Counts what makes the host wait for a device's numbers, if there were one."""
-
-    operators = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal")
-    methods = ("item", "tolist", "cpu", "numpy")
-
-    def __init__(self, monkeypatch):
-        super().__init__()
-        self.found = []
-        for name in self.methods:
-            monkeypatch.setattr(torch.Tensor, name, self.counted(name, getattr(torch.Tensor, name)))
-
-    def counted(self, name, method):
-        def call(tensor, *args, **kwargs):
-            self.found.append(name)
-            return method(tensor, *args, **kwargs)
-
-        return call
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.name().removeprefix("aten::").split(".")[0]
-        if name in self.operators:
-            self.found.append(name)
-        return function(*args, **(kwargs or {}))
 
 
 def host_reads(monkeypatch, build=crossmae_nano, lr=1e-3, log_every=3, **options):

@@ -8,7 +8,8 @@ import subprocess
 import numpy as np
 import pytest
 
-from tests.helpers.runs import ROOT, command, finish, start, write_images
+from tests.helpers.files import write_images
+from tests.helpers.processes import ROOT, command, finish, start
 
 TEXT = (ROOT / "docs" / "extending.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.+?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL))

@@ -1,39 +1,19 @@
 import pytest
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from tests.helpers.runs import NANO, NANO_DECODER, crossmae_nano, mae_nano
+from tests.helpers.models import NANO, NANO_DECODER, crossmae_nano, mae_nano
+from tests.helpers.operations import counted
 from util.flops import (
-    ForwardFlops,
     crossmae_decoder_flops,
     encoder_flops,
     mae_decoder_flops,
     product,
 )
-from util.masking import count_tokens, random_split
+from util.masking import count_tokens
 
-BATCH = 2
 BASE = {"encoder_dim": 768, "dim": 512, "patch_dim": 768}
 PATCH_DIM = NANO.patch_size**2 * 3
 WIDTHS = {"encoder_dim": NANO.embed_dim, "patch_dim": PATCH_DIM}
 WIDTHS["dim"] = NANO_DECODER["decoder_embed_dim"]
-
-
-def counted(model, counts, *, backward=False):
-    """Operations for one image that PyTorch counts: in all, in the encoder and in the decoder.
-
-    On the meta device attention is plain matrix products, and no other kernel is chosen.
-    """
-    model = model.to("meta")
-    images = torch.empty(BATCH, 3, *model.encoder.img_size, device="meta")
-    split = random_split(torch.empty(BATCH, counts.patches, device="meta"), counts)
-    with FlopCounterMode(display=False) as counter:
-        loss = model(images, split)
-        if backward:
-            loss.backward()
-    flops = {name: sum(ops.values()) / BATCH for name, ops in counter.get_flop_counts().items()}
-    parts = (flops[f"MaskedAutoencoder.{part}"] for part in ("encoder", "decoder"))
-    return flops["Global"], ForwardFlops(*parts)
 
 
 def encoder_by_formula(counts):

@@ -2,7 +2,6 @@
 
 import json
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +9,11 @@ import torch
 
 from models_crossmae import CrossMAEDecoder, MaskedAutoencoder, ViTEncoder
 from models_mae import MAEDecoder
+from tests.helpers.processes import ROOT
 from util.masking import TokenSplit
 from util.weights.released import from_released, released_feature_maps
 
-CASES = json.loads((Path(__file__).parent / "golden" / "golden.json").read_text())
+CASES = json.loads((ROOT / "tests" / "golden" / "golden.json").read_text())
 IDS = [f"{case['kind']}-gamma{case['pred_ratio']}" for case in CASES]
 
 

@@ -16,7 +16,8 @@ from engine_pretrain import step_noise
 from models_crossmae import build_crossmae
 from models_mae import build_mae
 from models_vit import ModelSize
-from tests.helpers.runs import TINY, log_without_time, run, run_until, write_images
+from tests.helpers.files import write_images
+from tests.helpers.runs import TINY, log_without_time, run, run_until
 from util.compute.batch_size import find_batch_size
 from util.compute.compiling import compile_model
 from util.compute.precision import ATTENTION_BACKENDS, Precision

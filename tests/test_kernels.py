@@ -7,15 +7,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import models
-from tests.helpers.runs import (
-    TINY,
-    assert_identical,
-    crossmae_nano,
-    refusal,
-    run,
-    use_nano_models,
-    write_images,
-)
+from tests.helpers.files import write_images
+from tests.helpers.models import crossmae_nano, use_nano_models
+from tests.helpers.runs import TINY, assert_identical, refusal, run
 from util import kernels
 from util.kernels import (
     FastLinear,

@@ -10,30 +10,23 @@ import sys
 import pytest
 import timm
 import torch
-from test_datasets import write_shards
 
 import main_finetune
 import models_vit
 from main_finetune import Recipe, parse_args, resolve_recipe
 from models_vit import SIZES, ModelSize, build_vit
+from tests.helpers.data import write_shards
+from tests.helpers.files import copied, files_in, write_classes, write_images
+from tests.helpers.models import NANO, use_nano_models
+from tests.helpers.processes import ROOT, command, finish, start
 from tests.helpers.runs import (
-    NANO,
-    ROOT,
     TINY,
     StoppedError,
     assert_identical,
-    command,
-    copied,
-    files_in,
-    finish,
     log_without_time,
     refusal,
     run,
     run_until,
-    start,
-    use_nano_models,
-    write_classes,
-    write_images,
 )
 from util.runs.checkpoint import BEST_NAME, list_checkpoints, read_checkpoint
 from util.runs.run_log import read_log

@@ -15,18 +15,10 @@ from sklearn.neighbors import KNeighborsClassifier
 import main_knn
 import models_vit
 from models_vit import build_vit
-from tests.helpers.runs import (
-    NANO,
-    ROOT,
-    TINY,
-    command,
-    finish,
-    refusal,
-    run,
-    start,
-    use_nano_models,
-    write_images,
-)
+from tests.helpers.files import write_images
+from tests.helpers.models import NANO, use_nano_models
+from tests.helpers.processes import ROOT, command, finish, start
+from tests.helpers.runs import TINY, refusal, run
 from util.data.batch import collate
 from util.data.datasets import build_dataset
 from util.data.transforms import eval_transform

@@ -15,24 +15,10 @@ import main_linprobe
 import models_vit
 from main_linprobe import parse_args
 from models_vit import build_vit, make_linear_probe
-from tests.helpers.runs import (
-    NANO,
-    ROOT,
-    TINY,
-    assert_identical,
-    command,
-    copied,
-    files_in,
-    finish,
-    log_without_time,
-    refusal,
-    run,
-    run_until,
-    start,
-    use_nano_models,
-    write_classes,
-    write_images,
-)
+from tests.helpers.files import copied, files_in, write_classes, write_images
+from tests.helpers.models import NANO, use_nano_models
+from tests.helpers.processes import ROOT, command, finish, start
+from tests.helpers.runs import TINY, assert_identical, log_without_time, refusal, run, run_until
 from util.data.batch import collate
 from util.data.datasets import build_dataset
 from util.data.transforms import eval_transform

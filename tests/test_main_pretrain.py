@@ -17,23 +17,17 @@ from engine_pretrain import train_one_epoch
 from main_pretrain import parse_args
 from models import MODELS, load_model
 from models_vit import SIZES
+from tests.helpers.files import RunsCode, copied, files_in, write_images
+from tests.helpers.models import NANO, use_nano_models
+from tests.helpers.processes import command, finish, start
 from tests.helpers.runs import (
-    NANO,
     TINY,
-    RunsCode,
     assert_identical,
-    command,
-    copied,
-    files_in,
-    finish,
     last_checkpoint,
     refusal,
     run,
     run_until,
-    start,
     state_of,
-    use_nano_models,
-    write_images,
 )
 from util.errors import InputError
 from util.eval import monitor

@@ -21,7 +21,7 @@ from models_vit import (
     split_heads,
     xavier_linear,
 )
-from tests.helpers.runs import NANO, crossmae_nano, mae_nano
+from tests.helpers.models import NANO, crossmae_nano, mae_nano
 from util.patches import patchify
 from util.pos_embed import sincos_table
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models_vit import ModelSize, build_vit, make_linear_probe
-from tests.helpers.runs import crossmae_nano, mae_nano
+from tests.helpers.models import crossmae_nano, mae_nano
 from util.optim import build_adamw, build_lars, build_layer_decay_adamw, set_lr
 
 MODELS = {

@@ -13,7 +13,9 @@ import main_pretrain
 import models
 from main_pretrain import parse_args
 from scripts import benchmark_loader, benchmark_pretrain, export_encoder, launch_slurm
-from tests.helpers.runs import ROOT, run, write_images
+from tests.helpers.files import write_images
+from tests.helpers.processes import ROOT
+from tests.helpers.runs import run
 from util.runs.checkpoint import BEST_NAME, list_checkpoints
 
 README = (ROOT / "README.md").read_text()

@@ -1,82 +1,20 @@
-"""Small models, small folders of images, and runs of a main, for several test modules."""
+"""Runs of a main, what they leave behind, and the one sentence of a refusal."""
 
 import logging
-import os
-import re
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from contextlib import contextmanager, suppress
-from functools import partial
-from pathlib import Path
+from contextlib import contextmanager
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import main_pretrain
-import models
-import models_vit
-from models_crossmae import build_crossmae
-from models_mae import build_mae
-from models_vit import ModelSize
+from tests.helpers.processes import command, finish, start
 from util.runs.checkpoint import list_checkpoints, read_checkpoint
 from util.runs.run import run_main
 from util.runs.run_log import RunLog, read_log
 
-ROOT = Path(__file__).parents[2]
-
-NANO = ModelSize(4, 32, 2, 2, img_size=16)
-NANO_DECODER = {"decoder_embed_dim": 32, "decoder_depth": 2, "decoder_num_heads": 2}
-crossmae_nano = partial(build_crossmae, NANO, **NANO_DECODER)
-mae_nano = partial(build_mae, NANO, **NANO_DECODER)
-
 # Of main_pretrain.py; five steps an epoch on 40 images.
 TINY = ["--model", "crossmae_vit_tiny_patch4", "--input_size", "16", "--decoder_depth", "1"]
 TINY += ["--batch_size", "8", "--epochs", "2", "--num_workers", "0", "--amp", "fp32"]
-
-
-def use_nano_models(monkeypatch):
-    """Let the names of the tiny models stand for ones that train a step in milliseconds."""
-    monkeypatch.setitem(models.MODELS, "crossmae_vit_tiny_patch4", crossmae_nano)
-    monkeypatch.setitem(models.MODELS, "mae_vit_tiny_patch4", mae_nano)
-    monkeypatch.setitem(models_vit.SIZES, "tiny_patch4", NANO)
-
-
-class RunsCode:
-    """Makes a folder when it is unpickled the usual way."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
-
-
-def write_images(folder, num_images, size=20):
-    """Different images with some structure: a gradient, and noise of a few pixels' size."""
-    folder.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(num_images)
-    ramp = np.linspace(0, 128, size).reshape(1, size, 1)
-    for index in range(num_images):
-        noise = Image.fromarray(random.integers(0, 128, (5, 5, 3), np.uint8))
-        pixels = ramp + np.asarray(noise.resize((size, size), Image.Resampling.BICUBIC))
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{index:03d}.png")
-    return folder
-
-
-CLASSES = {"apple": 12, "bear": 12, "cup": 13}
-
-
-def write_classes(folder):
-    """Class folders of 37 training images, in five steps of 8 an epoch, and 12 held-out ones."""
-    for number, (name, num_images) in enumerate(CLASSES.items(), start=3):
-        write_images(folder / "train" / name, num_images)
-        write_images(folder / "val" / name, number)
-    return folder
 
 
 @contextmanager
@@ -144,27 +82,6 @@ def state_of(folder):
     return {key: checkpoint[key] for key in keys} | {"log": log_without_time(folder)}
 
 
-def command(*argv, processes=None):
-    """The command line of a script in the repository, to be run by `start`."""
-    python = [sys.executable]
-    if processes is not None:
-        python += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    return [str(word) for word in (*python, *argv)]
-
-
-def start(words, cwd=ROOT, **variables):
-    """Start a command in the repository, with one thread as in the tests' own process."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(words, cwd=cwd, env=env, **pipes)
-
-
-def finish(process):
-    """Wait for a command; return its exit code, standard output and standard error."""
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
-
-
 def assert_identical(a, b, place="content"):
     """Compare nested plain values and tensors bit for bit."""
     assert type(a) is type(b), place
@@ -180,20 +97,6 @@ def assert_identical(a, b, place="content"):
         assert a.dtype == b.dtype and torch.equal(a, b), place
     else:
         assert a == b, place
-
-
-def files_in(folder):
-    """Every file in a folder with its content, by its path from there."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def copied(folder, place):
-    """A copy of a folder, for a test that changes it."""
-    return Path(shutil.copytree(folder, place))
 
 
 def six_epochs(images, folder):
@@ -218,57 +121,6 @@ def assert_same_run(folder, expected):
     assert log_without_time(folder) == log_without_time(expected)
 
 
-def wait_until(condition, what, seconds=90):
-    """Wait for a condition; return its first value that is true."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if value := condition():
-            return value
-        time.sleep(0.05)
-    return pytest.fail(f"waited {seconds} s for {what}")
-
-
-def tasks_of(folder):
-    """The processes of a run that a launcher has started into this folder."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            words = (path / "cmdline").read_text().split("\0")
-            if words[1:2] == ["-u"] and "main_" in words[2] and str(folder) in words:
-                found.append(int(path.name))
-    return found
-
-
-def stands_still(pid, number=None):
-    """Whether a process is stopped and, if so asked, has not been sent a signal meanwhile."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
-    pending = int(re.search(r"ShdPnd:\s*(\w+)", status)[1], 16)
-    return "State:\tT" in status and not (number and pending >> (number - 1) & 1)
-
-
-def interrupt(log, text, folder, *, number, send=lambda: None):
-    """Have a run find a signal right behind a line of its log, however fast it is.
-
-    Args:
-        log: a file.
-        text: in a line of it.
-        folder: that the run writes to.
-        number: of the signal.
-        send: sends it; by itself it comes from elsewhere.
-    """
-    wait_until(lambda: log.exists() and text in log.read_text(), f"{text!r} in {log}")
-    tasks = tasks_of(folder)
-    assert tasks, "the run had ended before it could be interrupted"
-    for pid in tasks:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        wait_until(lambda: all(map(stands_still, tasks)), "processes to stop")
-        send()
-        wait_until(lambda: not any(stands_still(p, number) for p in tasks), f"signal {number}")
-    finally:
-        for pid in tasks:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
+def final_state(folder):
+    state = last_checkpoint(folder)
+    return state["model"], state["optimizer"], state["progress"]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what tests/test_slurm.py starts, from Debian's or Ubuntu's packages. Where that cannot be,
+# Installs what tests/slurm/test_slurm.py starts, from Debian's or Ubuntu's packages. Where that cannot be,
 # it says so in one line and succeeds all the same, since the tests are skipped then.
 set -uo pipefail
 

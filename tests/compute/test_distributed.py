@@ -1,0 +1,290 @@
+"""Several processes do what one does, and end together.
+
+As a script, this file is what torchrun starts: it runs main_pretrain.py for every line of a file.
+"""
+
+import json
+import re
+import shutil
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import main_pretrain
+from tests.helpers.files import write_images
+from tests.helpers.processes import ROOT, command, finish, start
+from tests.helpers.runs import TINY, run
+from util.compute import distributed
+from util.compute.distributed import (
+    all_gather,
+    broadcast_object,
+    data_parallel,
+    default_workers,
+    gradient_sync,
+    init_distributed,
+    is_main_process,
+    rank,
+    share_of_cores,
+    world_size,
+)
+from util.compute.watchdog import stop_watchdog
+from util.data.sampler import StepSampler
+from util.errors import InputError
+from util.runs.checkpoint import list_checkpoints, read_checkpoint
+from util.runs.run_log import read_log
+
+CPU = torch.device("cpu")
+
+
+def run_lines(path):
+    """Run main_pretrain.py for every line; the processes stay together from run to run."""
+    for line in Path(path).read_text().splitlines():
+        main_pretrain.main(json.loads(line))
+
+
+# Two processes
+
+# Of 41 images the last step has one, fewer than processes; of 43 it has three.
+# The second accumulates: 2 processes x 2 micro-steps x 2 images.
+CASES = {
+    "one image left": (41, ["--batch_size", "4"]),
+    "three images left": (43, ["--batch_size", "2", "--accum_iter", "2"]),
+    "three images left, one at a time": (43, ["--batch_size", "1", "--accum_iter", "4"]),
+    "two crops of an image": (41, ["--batch_size", "4", "--repeated_aug", "2"]),
+    "mae": (41, ["--batch_size", "4", "--model", "mae_vit_tiny_patch4"]),
+}
+MODEL = [*TINY, "--lr", "1e-3", "--eval_every", "1", "--max_broken", "0.5"]
+MODEL += ["--log_every", "1", "--save_every_minutes", "0", "--keep_last", "0"]
+
+
+def read_by(process, num_images, batch_size, world_size=2):
+    """The images that one process reads in the first epoch."""
+    share = {"batch_size": batch_size, "accum_iter": 1, "seed": 0}
+    sampler = StepSampler(num_images, rank=process, world_size=world_size, **share)
+    return [index for batch in sampler for _, index in batch]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Runs of one and of two processes: case -> their output folders."""
+    root = tmp_path_factory.mktemp("runs")
+    lines = []
+    for name, (num_images, options) in CASES.items():
+        images = root / f"images of {name}"
+        write_images(images / "train", num_images)
+        write_images(images / "val", 5)
+        broken = read_by(1, num_images, 4)[0]
+        (images / "train" / f"{broken:03d}.png").write_bytes(b"")
+        argv = [*MODEL, "--data_path", str(images)]
+        one_process = [*argv, *options, "--batch_size", "8", "--accum_iter", "1"]
+        run(*one_process, "--output_dir", root / f"one, {name}")
+        lines.append(json.dumps([*argv, *options, "--output_dir", str(root / f"two, {name}")]))
+    (root / "lines").write_text("\n".join(lines))
+    script = command(__file__, root / "lines", processes=2)
+    code, out, err = finish(start(script, PYTHONPATH=str(ROOT)))
+    assert code == 0, out + err
+    return {name: (root / f"one, {name}", root / f"two, {name}") for name in CASES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one_with_the_same_effective_batch(folders, case):
+    logs = [read_log(folder) for folder in folders[case]]
+    assert len(logs[0]) == 2
+    for line, expected in zip(*reversed(logs), strict=True):
+        for key in ("step", "val_images"):
+            assert line[key] == expected[key]
+        for key in ("loss", "grad_norm", "lr", "val_loss", "val_psnr"):
+            assert line[key] == pytest.approx(expected[key], rel=1e-4), key
+    one, two = (
+        read_checkpoint(list_checkpoints(folder)[-1], "pretrain") for folder in folders[case]
+    )
+    assert one["progress"] == two["progress"]
+    # Adam makes a gradient of zero a step of either sign, so the weights agree in the mean.
+    differences = [(two["model"][name] - w).abs().mean() for name, w in one["model"].items()]
+    assert max(differences) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [2, 7])
+@pytest.mark.parametrize("case", ["one image left", "two crops of an image"])
+def test_a_run_goes_on_with_fewer_processes(folders, tmp_path, capsys, case, step):
+    one, two = folders[case]
+    for path in list_checkpoints(two):
+        if read_checkpoint(path, "pretrain")["progress"]["step"] <= step:
+            shutil.copy(path, tmp_path)
+    shutil.copy(two / "log.jsonl", tmp_path)
+    _, options = CASES[case]
+    argv = [*MODEL, *options, "--data_path", two.parent / f"images of {case}"]
+    run(*argv, "--effective_batch_size", "8", "--output_dir", tmp_path)
+    out = capsys.readouterr().out
+    assert "the number of processes was 2 and is now 1" in out
+    assert "the result is not the same to the bit" in out
+    for line, expected in zip(read_log(tmp_path), read_log(one), strict=True):
+        for key in ("step", "loss", "grad_norm", "val_loss"):
+            assert line[key] == pytest.approx(expected[key], rel=1e-4), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_broken_images_of_all_processes_are_counted(folders, case):
+    one, two = ([line["broken_images"] for line in read_log(folder)] for folder in folders[case])
+    assert two == one
+    books = [
+        read_checkpoint(list_checkpoints(folder)[-1], "pretrain")["broken"]
+        for folder in folders[case]
+    ]
+    assert books[1] == books[0]
+
+
+@pytest.mark.slow
+def test_only_one_process_writes(folders):
+    for one, two in folders.values():
+        names = [
+            {re.sub(r"tfevents.*", "tfevents", p.name): None for p in sorted(f.rglob("*"))}
+            for f in (one, two)
+        ]
+        assert names[0] == names[1]
+        assert len(list((two / "tensorboard").iterdir())) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_an_error_that_one_process_meets_ends_all_with_its_sentence(tmp_path):
+    # A hundred broken images in a row are too many; only one process begins with the first.
+    images = write_images(tmp_path / "images", 210)
+    first = read_by(1, 210, 4)[0]
+    for index in range(first, first + 100):
+        (images / f"{index % 210:03d}.png").write_bytes(b"")
+    argv = [*TINY, "--data_path", images, "--batch_size", 4, "--max_broken", 1]
+    argv += ["--output_dir", tmp_path / "run"]
+    code, _, err = finish(start(command(ROOT / "main_pretrain.py", *argv, processes=2)))
+    assert code != 0
+    sentences = [line for line in err.splitlines() if re.match(r"main_pretrain\.py.*error: ", line)]
+    assert len(sentences) == 1, err
+    assert "100 images in a row cannot be read" in sentences[0]
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_an_error_that_all_processes_meet_is_told_once(tmp_path):
+    argv = [*TINY, "--dataset", "digits", "--feature_maps", "0,6", "--output_dir", tmp_path / "run"]
+    code, _, err = finish(start(command(ROOT / "main_pretrain.py", *argv, processes=2)))
+    assert code != 0
+    assert err.count("main_pretrain.py: error: --feature_maps without 12") == 1
+    assert len(re.findall(r"^main_pretrain\.py.*error: ", err, re.MULTILINE)) == 1
+    assert not (tmp_path / "run").exists()
+
+
+# One process
+
+
+def test_without_torchrun_there_is_one_process(monkeypatch):
+    # Inside a SLURM job, or with a variable left over, it stays one.
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
+    for name, value in {"WORLD_SIZE": "4", "RANK": "1", **slurm}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert init_distributed("cpu") == CPU
+    assert (rank(), world_size(), is_main_process()) == (0, 1, True)
+    assert not dist.is_initialized()
+    assert broadcast_object({"a": 1}) == {"a": 1}
+    values = torch.arange(3.0)
+    assert torch.equal(all_gather(values), values.unsqueeze(0))
+    model = torch.nn.Linear(2, 2)
+    assert data_parallel(model, CPU) is model
+    with gradient_sync(model, enabled=False):
+        model(torch.ones(1, 2)).sum().backward()
+    assert model.weight.grad is not None
+
+
+def test_incomplete_variables_are_refused(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(InputError, match="MASTER_ADDR, MASTER_PORT is not set"):
+        init_distributed("cpu")
+
+
+def test_nccl_is_told_which_gpu_is_a_process_s_own(monkeypatch):
+    variables = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost"}
+    for name, value in {**variables, "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    zeros, asked = torch.zeros, {}
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: zeros(*size))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(distributed, "_open_store", lambda *_: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **options: asked.update(options))
+    assert init_distributed("cuda") == asked["device_id"] == torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "workers"),
+    [(1, 1, 1), (2, 1, 1), (4, 1, 3), (16, 1, 14), (128, 8, 14), (2, 4, 1), (256, 1, 32)],
+)
+def test_workers_leave_a_process_cores_of_its_own(cores, processes, workers, monkeypatch):
+    monkeypatch.setattr(distributed, "available_cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert default_workers() == workers
+
+
+@pytest.mark.parametrize(
+    ("tasks", "cpus_per_task", "cores"),
+    [
+        ("8(x2)", "16", 16),  # srun has started each process
+        ("8", "16", 16),
+        ("4,8(x2)", "16", 16),
+        ("8", None, 1),
+        ("1(x2)", "128", 16),  # srun has started torchrun
+        (None, None, 16),  # torchrun without SLURM
+    ],
+)
+def test_a_task_of_slurm_has_cores_of_its_own(tasks, cpus_per_task, cores, monkeypatch):
+    monkeypatch.setattr(distributed, "available_cores", lambda: 128)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    variables = {"SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_CPUS_PER_TASK": cpus_per_task}
+    for name, value in variables.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert share_of_cores() == cores
+
+
+@pytest.mark.parametrize("device", ["abacus", "meta", "cuda:x"])
+def test_devices_that_cannot_compute_are_refused(device):
+    with pytest.raises(InputError, match=f"--device {device}") as caught:
+        init_distributed(device)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "local_rank", "num_processes", "num_gpus", "wanted"),
+    [
+        ("cuda", 0, 1, 0, "cuda:0"),
+        ("cuda:3", 0, 1, 2, "cuda:3"),
+        ("cuda", 2, 3, 2, "cuda:2"),
+        ("cuda:0", 2, 3, 2, "cuda:2"),  # several processes do not share the GPU that was named
+    ],
+)
+def test_gpus_that_are_not_there_are_refused(
+    monkeypatch, device, local_rank, num_processes, num_gpus, wanted
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setenv("WORLD_SIZE", str(num_processes))
+    with pytest.raises(InputError, match=f"{wanted} needs .* and {num_gpus} are there"):
+        init_distributed(device)
+
+
+if __name__ == "__main__":
+    run_lines(sys.argv[1])
+    stop_watchdog()
+    # With the thread there, Python would abort now and then when it ends.
+    assert "watchdog" not in {thread.name for thread in threading.enumerate()}
+    dist.destroy_process_group()

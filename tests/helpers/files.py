@@ -1,0 +1,55 @@
+"""Small folders of images, and files compared."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+class RunsCode:
+    """Makes a folder when it is unpickled the usual way."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def write_images(folder, num_images, size=20):
+    """Different images with some structure: a gradient, and noise of a few pixels' size."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(num_images)
+    ramp = np.linspace(0, 128, size).reshape(1, size, 1)
+    for index in range(num_images):
+        noise = Image.fromarray(random.integers(0, 128, (5, 5, 3), np.uint8))
+        pixels = ramp + np.asarray(noise.resize((size, size), Image.Resampling.BICUBIC))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{index:03d}.png")
+    return folder
+
+
+CLASSES = {"apple": 12, "bear": 12, "cup": 13}
+
+
+def write_classes(folder):
+    """Class folders of 37 training images, in five steps of 8 an epoch, and 12 held-out ones."""
+    for number, (name, num_images) in enumerate(CLASSES.items(), start=3):
+        write_images(folder / "train" / name, num_images)
+        write_images(folder / "val" / name, number)
+    return folder
+
+
+def files_in(folder):
+    """Every file in a folder with its content, by its path from there."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def copied(folder, place):
+    """A copy of a folder, for a test that changes it."""
+    return Path(shutil.copytree(folder, place))

@@ -1,0 +1,21 @@
+"""Models that train a step in milliseconds."""
+
+from functools import partial
+
+import models
+import models_vit
+from models_crossmae import build_crossmae
+from models_mae import build_mae
+from models_vit import ModelSize
+
+NANO = ModelSize(4, 32, 2, 2, img_size=16)
+NANO_DECODER = {"decoder_embed_dim": 32, "decoder_depth": 2, "decoder_num_heads": 2}
+crossmae_nano = partial(build_crossmae, NANO, **NANO_DECODER)
+mae_nano = partial(build_mae, NANO, **NANO_DECODER)
+
+
+def use_nano_models(monkeypatch):
+    """Let the names of the tiny models stand for ones that train a step in milliseconds."""
+    monkeypatch.setitem(models.MODELS, "crossmae_vit_tiny_patch4", crossmae_nano)
+    monkeypatch.setitem(models.MODELS, "mae_vit_tiny_patch4", mae_nano)
+    monkeypatch.setitem(models_vit.SIZES, "tiny_patch4", NANO)

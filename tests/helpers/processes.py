@@ -1,0 +1,107 @@
+"""Programs of the repository in processes of their own."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def wait_for_line(process, text):
+    """Read what a run prints up to a line."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return
+    pytest.fail(f"never printed {text!r}: {''.join(lines)}{process.stderr.read()}")
+
+
+def children_of(pid):
+    """The numbers of a process's children that run main_pretrain.py."""
+    tasks = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(n) for n in tasks if "main_pretrain" in Path(f"/proc/{n}/cmdline").read_text()]
+
+
+def command(*argv, processes=None):
+    """The command line of a script in the repository, to be run by `start`."""
+    python = [sys.executable]
+    if processes is not None:
+        python += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    return [str(word) for word in (*python, *argv)]
+
+
+def start(words, cwd=ROOT, **variables):
+    """Start a command in the repository, with one thread as in the tests' own process."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(words, cwd=cwd, env=env, **pipes)
+
+
+def finish(process):
+    """Wait for a command; return its exit code, standard output and standard error."""
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def wait_until(condition, what, seconds=90):
+    """Wait for a condition; return its first value that is true."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.05)
+    return pytest.fail(f"waited {seconds} s for {what}")
+
+
+def tasks_of(folder):
+    """The processes of a run that a launcher has started into this folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (path / "cmdline").read_text().split("\0")
+            if words[1:2] == ["-u"] and "main_" in words[2] and str(folder) in words:
+                found.append(int(path.name))
+    return found
+
+
+def stands_still(pid, number=None):
+    """Whether a process is stopped and, if so asked, has not been sent a signal meanwhile."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    pending = int(re.search(r"ShdPnd:\s*(\w+)", status)[1], 16)
+    return "State:\tT" in status and not (number and pending >> (number - 1) & 1)
+
+
+def interrupt(log, text, folder, *, number, send=lambda: None):
+    """Have a run find a signal right behind a line of its log, however fast it is.
+
+    Args:
+        log: a file.
+        text: in a line of it.
+        folder: that the run writes to.
+        number: of the signal.
+        send: sends it; by itself it comes from elsewhere.
+    """
+    wait_until(lambda: log.exists() and text in log.read_text(), f"{text!r} in {log}")
+    tasks = tasks_of(folder)
+    assert tasks, "the run had ended before it could be interrupted"
+    for pid in tasks:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_until(lambda: all(map(stands_still, tasks)), "processes to stop")
+        send()
+        wait_until(lambda: not any(stands_still(p, number) for p in tasks), f"signal {number}")
+    finally:
+        for pid in tasks:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)

@@ -1,0 +1,71 @@
+"""Checkpoints that commit 1db5dff wrote after one of two epochs, one of each training main.
+
+They hold what a rewrite could break without a word: names and order of parameters, which saved
+optimizers know by their number, and the settings by which a run is recognised.
+"""
+
+import json
+import shutil
+from functools import partial
+
+import pytest
+
+import main_finetune
+import main_linprobe
+import main_pretrain
+import models
+import models_vit
+from models_crossmae import build_crossmae
+from models_mae import build_mae
+from models_vit import ModelSize
+from tests.helpers.files import write_classes, write_images
+from tests.helpers.processes import ROOT
+from tests.helpers.runs import run
+from util.runs.run_log import read_log
+
+GOLDEN = ROOT / "tests" / "golden"
+LOSSES = json.loads((GOLDEN / "losses_1db5dff.json").read_text())
+PICO = ModelSize(4, 8, 2, 2, img_size=16)
+DECODER = {"decoder_embed_dim": 8, "decoder_depth": 2, "decoder_num_heads": 2}
+COMMON = ["--epochs", 2, "--batch_size", 8, "--num_workers", 0, "--amp", "fp32", "--device", "cpu"]
+COMMON += ["--save_every", 1, "--keep_last", 0, "--lr", 0.01, "--warmup_epochs", 0]
+PRETRAIN = ["--input_size", 16, *COMMON]
+CLASSIFY = ["--model", "vit_tiny_patch4", *COMMON]
+RUNS = {
+    "pretrain": ["--model", "crossmae_vit_tiny_patch4", "--pred_ratio", 0.25, *PRETRAIN],
+    "pretrain_ablations": [
+        *("--model", "crossmae_vit_tiny_patch4", "--decoder_self_attention"),
+        *("--feature_maps", "last", *PRETRAIN),
+    ],
+    "pretrain_mae": ["--model", "mae_vit_tiny_patch4", "--feature_maps", "all", *PRETRAIN],
+    "finetune": ["--ema", 0.9, *CLASSIFY],
+    "linprobe": CLASSIFY,
+}
+MAINS = {"finetune": main_finetune, "linprobe": main_linprobe}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    write_images(root / "images" / "train", 40)
+    write_images(root / "images" / "val", 6)
+    return {"images": root / "images", "classes": write_classes(root / "classes")}
+
+
+@pytest.fixture
+def pico(monkeypatch):
+    for kind, build in (("crossmae", build_crossmae), ("mae", build_mae)):
+        name = f"{kind}_vit_tiny_patch4"
+        monkeypatch.setitem(models.MODELS, name, partial(build, PICO, **DECODER))
+    monkeypatch.setitem(models_vit.SIZES, "tiny_patch4", PICO)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_of_an_old_version_goes_on_as_it_would_have_there(name, data, pico, tmp_path):
+    shutil.copy(GOLDEN / f"{name}.pth", tmp_path / "checkpoint-e0001-s000000.pth")
+    main = MAINS.get(name, main_pretrain)
+    images = data["classes" if name in MAINS else "images"]
+    run("--data_path", images, *RUNS[name], "--output_dir", tmp_path, main=main.main)
+    (line,) = read_log(tmp_path)
+    assert line["epoch"] == 2
+    assert line["loss"] == pytest.approx(LOSSES[name][1], rel=1e-3)

@@ -1,0 +1,111 @@
+"""The loop over steps, on a model of one weight per pixel; the engines' tests have the rest."""
+
+import pytest
+import torch
+from timm.utils import ModelEmaV3
+
+from tests.helpers.training import CPU, PreparedLoader, Recorder, make_state
+from util.data.batch import Batch
+from util.optim import build_adamw
+from util.runs import training
+from util.runs.training import training_steps
+
+NUM_PIXELS, NUM_CLASSES = 12, 3
+
+
+def make_model():
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(NUM_PIXELS, NUM_CLASSES))
+
+
+def sgd_state(model):
+    """Without momentum, so that a step shows its gradient."""
+    return make_state(model, optimizer=torch.optim.SGD(model.parameters(), lr=0))
+
+
+def make_loader(*steps):
+    """Random images in micro-batches of these sizes, step by step."""
+    return PreparedLoader(
+        [
+            [Batch(torch.randn(n, 3, 2, 2), torch.arange(n) % NUM_CLASSES, []) for n in sizes]
+            for sizes in steps
+        ]
+    )
+
+
+def errors_of(model, batch):
+    """Each image's loss."""
+    return torch.nn.functional.cross_entropy(model(batch.images), batch.labels, reduction="none")
+
+
+def train(model, loader, state, *, seen=None, lr=0.1, **options):
+    """One epoch; `seen` takes down the place of each micro-batch."""
+    seen, recorder = [] if seen is None else seen, Recorder()
+    usual = {"log_every": 100, "run_log": recorder, "checkpoints": recorder, "device": CPU}
+    for step in training_steps(model, loader, state, lr_at=lambda _: lr, **usual | options):
+        for batch, rows in step.micro_batches():
+            seen.append((step.number, step.num_images, len(batch.images), rows))
+            step.backward(errors_of(model, batch).mean())
+    return state.end_epoch()
+
+
+def test_a_micro_batch_knows_its_place_in_the_step():
+    model, seen = make_model(), []
+    state = sgd_state(model)
+    state.progress.step, state.progress.epoch = 20, 2
+    train(model, make_loader((4, 4), (2, 1)), state, seen=seen)
+    # Step in the run, images of the step, images of the micro-batch, which of the step's they are.
+    first, second = [(20, 8, 4, slice(0, 4)), (20, 8, 4, slice(4, 8))]
+    assert seen == [first, second, (21, 3, 2, slice(0, 2)), (21, 3, 1, slice(2, 3))]
+
+
+@pytest.mark.parametrize("sizes", [(5,), (4, 1), (1, 2, 2)])
+def test_every_image_of_a_step_weighs_the_same(sizes):
+    model = make_model()
+    loader = make_loader(sizes)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    errors = torch.cat([errors_of(model, batch) for batch in loader.prepared[0]])
+    gradients = torch.autograd.grad(errors.mean(), list(model.parameters()))
+    stats = train(model, loader, sgd_state(model))
+    assert stats["loss"] == pytest.approx(errors.mean().item(), rel=1e-6)
+    for parameter, weight, gradient in zip(model.parameters(), before, gradients, strict=True):
+        torch.testing.assert_close(parameter.detach(), weight - 0.1 * gradient)
+
+
+def test_the_stand_in_of_a_process_without_images_weighs_nothing(monkeypatch):
+    model, loader = make_model(), make_loader((1,))
+    before = model[1].weight.detach().clone()
+    for rank, weighs in ((1, False), (0, True)):  # of two processes that share one image
+        monkeypatch.setattr(training, "rank", lambda rank=rank: rank)
+        train(model, loader, sgd_state(model))
+        assert torch.equal(model[1].weight, before) != weighs
+
+
+def test_the_stand_in_of_a_process_weighs_nothing_however_many_crops_an_image_has(monkeypatch):
+    model, loader = make_model(), make_loader((4,))
+    loader.num_crops = 4  # of one image, which the first of two processes has
+    before = model[1].weight.detach().clone()
+    for rank, weighs in ((1, False), (0, True)):
+        monkeypatch.setattr(training, "rank", lambda rank=rank: rank)
+        train(model, loader, sgd_state(model))
+        assert torch.equal(model[1].weight, before) != weighs
+
+
+def test_the_moving_average_equals_its_formula():
+    decay = 0.9
+    model = make_model()
+    state = make_state(model, optimizer=build_adamw(model, weight_decay=0.0, betas=(0.9, 0.95)))
+    state.ema = ModelEmaV3(model, decay=decay)
+    expected = {name: weight.clone() for name, weight in model.state_dict().items()}
+    loader = make_loader(*[(3, 2)] * 5)
+    for step in loader.prepared:
+        train(model, PreparedLoader([step]), state)
+        for name, weight in model.state_dict().items():
+            expected[name] = decay * expected[name] + (1 - decay) * weight
+        torch.testing.assert_close(state.ema.module.state_dict(), expected)
+    assert not torch.allclose(expected["1.weight"], model[1].weight)
+
+
+def test_labels_are_not_read():
+    model, loader = make_model(), make_loader((4,))
+    loader.prepared[0][0].labels[2] = -100  # which cross-entropy passes over
+    train(model, loader, sgd_state(model))

@@ -1,0 +1,337 @@
+"""Prepared images are the images of the folder, resized: by name, label, class and pixel."""
+
+import errno
+import json
+import signal
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+from torchvision.transforms import InterpolationMode, v2
+
+from scripts import prepare_dataset
+from scripts.prepare_dataset import jpeg_names, main
+from tests.helpers.files import files_in, write_classes
+from tests.helpers.models import use_nano_models
+from tests.helpers.processes import command, finish, start
+from tests.helpers.runs import TINY, assert_identical, log_without_time, refusal, run, run_until
+from util.data.classes import check_classes
+from util.data.datasets import build_dataset, open_train_val
+from util.data.decode import read_rgb
+from util.data.settings import DataSettings
+from util.errors import InputError
+from util.runs.checkpoint import list_checkpoints, read_checkpoint
+
+SIDE = 24
+FORMATS = ["jpeg", "uint8"]
+
+
+def photo(width, height, seed=0):
+    """An image that JPEG keeps well: colours that change slowly."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (3, 3, 3), np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """Images of every kind in class folders; names and classes whose order is not that of text."""
+    folder = tmp_path_factory.mktemp("images")
+    for split, classes in (("train", ("2", "10", "cat")), ("val", ("2", "10", "cat"))):
+        for number, name in enumerate(classes):
+            (folder / split / name).mkdir(parents=True)
+            for index in (1, 2, 10):
+                image = photo(40 + index, 30 + number, seed=10 * number + index)
+                image.save(folder / split / name / f"{index}.png")
+    train = folder / "train" / "cat"
+    photo(20, 30).save(train / "small.jpg", quality=50)
+    photo(60, 90).save(train / "large.jpg")
+    photo(20, 20).save(train / "small.webp", lossless=True)
+    photo(90, 30).convert("L").save(train / "grey.jpg")
+    Image.fromarray(np.full((50, 60), 100 * 257, np.uint16)).save(train / "16bit.png")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    photo(80, 50).save(train / "turned.jpg", exif=exif)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(images, tmp_path_factory):
+    """The images in both formats."""
+    folder = tmp_path_factory.mktemp("prepared")
+    for form in FORMATS:
+        prepare(images, folder / form, "--format", form)
+    return folder
+
+
+def prepare(images, out, *options):
+    argv = ["--data_path", images, "--output_dir", out, "--short_side", SIDE]
+    run(*argv, "--num_workers", 0, *options, main=main)
+
+
+def opened(path, split="train"):
+    return build_dataset("", path, split=split, transform=None, seed=0)
+
+
+def names_of(images):
+    return [images.reader.filename(index) for index in range(len(images))]
+
+
+def pixels_of(images, index):
+    record, label = images.reader[index]
+    if not isinstance(record, np.ndarray):
+        record = np.asarray(read_rgb(record))
+    return record, label
+
+
+def resized(pixels):
+    """What torchvision makes of an image."""
+    if min(pixels.shape[:2]) <= SIDE:
+        return pixels
+    resize = v2.Resize(SIDE, InterpolationMode.BICUBIC, antialias=True)
+    return np.asarray(resize(Image.fromarray(pixels)))
+
+
+# What comes out
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_names_labels_classes_and_pixels_are_those_of_the_folder(images, prepared, form, split):
+    originals, results = opened(images, split), opened(prepared / form, split)
+    assert results.classes == originals.classes == ("2", "10", "cat")
+    assert check_classes(originals, results, None) == 3
+    names = names_of(originals)
+    if form == "jpeg":
+        names = jpeg_names(names)
+    assert sorted(names_of(results)) == sorted(names)
+    for index, name in enumerate(names_of(results)):
+        found, label = pixels_of(results, index)
+        pixels, expected_label = pixels_of(originals, names.index(name))
+        assert label == expected_label
+        expected = resized(pixels)
+        assert found.shape == expected.shape
+        distance = np.abs(found.astype(int) - expected).mean()
+        assert distance <= (3 if form == "jpeg" else 0), name
+
+
+def test_packed_images_keep_the_order_of_the_folder(images, prepared):
+    assert names_of(opened(prepared / "uint8")) == names_of(opened(images))
+
+
+def test_a_small_jpeg_is_copied_byte_for_byte_and_nothing_is_enlarged(images, prepared):
+    results = opened(prepared / "jpeg")
+    by_name = {name: index for index, name in enumerate(names_of(results))}
+    file, _ = results.reader[by_name["cat/small.jpg.jpg"]]
+    assert file.read() == (images / "train" / "cat" / "small.jpg").read_bytes()
+    small, _ = pixels_of(results, by_name["cat/small.webp.jpg"])
+    assert small.shape == (20, 20, 3)
+    turned, _ = pixels_of(results, by_name["cat/turned.jpg"])
+    assert turned.shape == (SIDE * 80 // 50, SIDE, 3)
+
+
+def test_two_names_never_become_one():
+    names = ["a/1.png", "a/1.jpg", "b/1.png", "c/1.2.tif", "1"]
+    assert jpeg_names(names) == ["a/1.png.jpg", "a/1.jpg.jpg", "b/1.jpg", "c/1.2.jpg", "1.jpg"]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_result_is_the_same_for_any_number_of_processes(images, prepared, tmp_path, form):
+    for num_workers in (1, 2):
+        out = tmp_path / str(num_workers)
+        prepare(images, out, "--format", form, "--num_workers", num_workers)
+        assert files_in(out) == files_in(prepared / form)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_folder_without_classes_and_splits(images, tmp_path, form):
+    flat = images / "train" / "2"
+    prepare(flat, tmp_path / "out", "--format", form)
+    for results in (opened(tmp_path / "out"), opened(flat)):
+        assert len(results) == 3
+        assert not results.labelled
+        assert results.classes is None
+    assert opened(tmp_path / "out", "validation") is None
+
+
+def test_val_images_alone_are_named_by_their_own_path(images, prepared):
+    for place in ("uint8/val", "jpeg/val.tar"):
+        data = DataSettings(dataset="folder", data_path=images, val_path=prepared / place)
+        train_set, val_set = open_train_val(data, None, None, seed=0)
+        assert (len(train_set), len(val_set)) == (15, 9)
+        assert check_classes(train_set, val_set, None) == 3
+
+
+def test_two_folders_of_one_name_are_still_refused_as_classes(tmp_path):
+    for name in ("cats/grey", "dogs/grey", "red"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        photo(9, 9).save(tmp_path / "images" / name / "1.png")
+    for form in FORMATS:
+        prepare(tmp_path / "images", tmp_path / form, "--format", form)
+        with pytest.raises(InputError, match="2 folders of the training images are called grey"):
+            check_classes(opened(tmp_path / form), None, None)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_pretraining_resumes_within_an_epoch_bit_for_bit(tmp_path, monkeypatch, form):
+    use_nano_models(monkeypatch)
+    write_classes(tmp_path / "images")
+    prepare(tmp_path / "images", tmp_path / "data", "--format", form)
+    argv = [*TINY, "--data_path", tmp_path / "data", "--save_every_minutes", 0, "--log_every", 1]
+    run(*argv, "--output_dir", tmp_path / "whole")
+    run_until(3, monkeypatch, *argv, "--output_dir", tmp_path / "parts")
+    run(*argv, "--num_workers", 1, "--output_dir", tmp_path / "parts")
+    states = [
+        read_checkpoint(list_checkpoints(tmp_path / name)[-1], "pretrain")["model"]
+        for name in ("whole", "parts")
+    ]
+    assert_identical(*states)
+    logs = [log_without_time(tmp_path / name) for name in ("whole", "parts")]
+    assert logs[0] == logs[1]
+    assert logs[0][-1]["val_images"] == 12
+    settings = json.loads((tmp_path / "whole" / "args.json").read_text())
+    assert settings["args"]["dataset"] is None
+
+
+# Broken images
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """Ten images of two classes, one of which is cut off."""
+    for index in range(10):
+        path = tmp_path / "broken" / "ab"[index % 2] / f"{index}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photo(30, 30, seed=index).save(path)
+    path = tmp_path / "broken" / "b" / "5.jpg"
+    path.write_bytes(path.read_bytes()[:400])
+    return tmp_path / "broken"
+
+
+def test_broken_images_stop_it_and_nothing_is_left(broken, tmp_path, capsys):
+    argv = ["--data_path", broken, "--output_dir", tmp_path / "out", "--num_workers", 2]
+    sentence = refusal(capsys, *argv, main=main)
+    assert "1 of 10 images (10.00%) cannot be read, above the limit of 1.00%" in sentence
+    assert f"or raise --max_broken: {broken}/b/5.jpg" in sentence
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_broken_images_below_the_limit_are_left_out_and_listed(broken, tmp_path, capsys, form):
+    prepare(broken, tmp_path / "out", "--format", form, "--max_broken", 0.1)
+    assert f"left out: {broken}/b/5.jpg (OSError: " in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "prepared.json").read_text())["splits"]["train"]
+    assert record["images"] == 9
+    assert list(record["left_out"]) == [f"{broken}/b/5.jpg"]
+    results = opened(tmp_path / "out")
+    labels = [results.reader[index][1] for index in range(len(results))]
+    assert dict(zip(names_of(results), labels, strict=True)) == {
+        f"{'ab'[i % 2]}/{i}.jpg": i % 2 for i in range(10) if i != 5
+    }
+
+
+def test_a_class_is_not_lost_for_that_would_shift_labels(tmp_path, capsys):
+    for name in "ab":
+        (tmp_path / "images" / name).mkdir(parents=True)
+        photo(9, 9).save(tmp_path / "images" / name / "1.png")
+    (tmp_path / "images" / "a" / "1.png").write_bytes(b"")
+    argv = ["--data_path", tmp_path / "images", "--output_dir", tmp_path / "out"]
+    sentence = refusal(capsys, *argv, "--max_broken", 1, main=main)
+    assert "no image of the class 'a' can be read" in sentence
+
+
+# Faults
+
+
+def test_a_killed_preparation_leaves_nothing_that_looks_finished(images, tmp_path):
+    out = tmp_path / "out"
+    code = (
+        "import os, signal, scripts.prepare_dataset as p\n"
+        "p.write_checksums = lambda folder: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"p.main(['--data_path', {str(images)!r}, '--output_dir', {str(out)!r}])"
+    )
+    assert finish(start(command("-c", code)))[0] == -signal.SIGKILL
+    assert not out.exists()
+    prepare(images, out)  # what is left is not in the way
+    run("--verify", out, main=main)
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(images, tmp_path, capsys, monkeypatch):
+    def fail(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(prepare_dataset, "write_checksums", fail)
+    argv = ["--data_path", images, "--output_dir", tmp_path / "out", "--num_workers", 0]
+    assert "No space left on device" in refusal(capsys, *argv, main=main)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_earlier_result_is_not_overwritten(images, prepared, capsys):
+    before = files_in(prepared)
+    argv = ["--data_path", images, "--output_dir", prepared / "jpeg", "--num_workers", 0]
+    assert "exists: delete it first" in refusal(capsys, *argv, main=main)
+    assert files_in(prepared) == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "advice"),
+    [
+        ([], "give --data_path and --output_dir, or --verify alone"),
+        (["--data_path", "IMAGES"], "give --data_path and --output_dir"),
+        (["--data_path", "nowhere", "--output_dir", "OUT"], "nowhere does not exist"),
+        (["--data_path", "EMPTY", "--output_dir", "OUT"], "that has images in it"),
+        (["--data_path", "IMAGES/val", "--output_dir", "OUT/deeper"], "cannot write"),
+        (["--data_path", "PREPARED/uint8", "--output_dir", "OUT"], "that has images in it"),
+        (["--verify", "IMAGES"], "checksums.txt cannot be read"),
+    ],
+)
+def test_wrong_input_is_refused_in_one_sentence(images, prepared, tmp_path, capsys, argv, advice):
+    (tmp_path / "empty").mkdir()
+    places = {"IMAGES": images, "PREPARED": prepared, "EMPTY": tmp_path / "empty"}
+    places["OUT"] = tmp_path / "out"
+    for name, place in places.items():
+        argv = [word.replace(name, str(place)) for word in argv]
+    assert advice in refusal(capsys, *argv, main=main)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("quality", ["0", "101", "x"])
+def test_a_quality_that_jpeg_has_not_is_refused(capsys, quality):
+    with pytest.raises(SystemExit) as caught:
+        main(["--quality", quality])
+    assert caught.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# Checksums
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_verify_finds_a_flipped_byte_in_any_file(prepared, tmp_path, capsys, form):
+    run("--verify", prepared / form, main=main)
+    files = files_in(prepared / form)
+    assert len(files) == {"jpeg": 4, "uint8": 8}[form]
+    for name, content in files.items():
+        for position in {0, len(content) // 2, len(content) - 1}:
+            for other, whole in files.items():
+                path = tmp_path / form / other
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(whole)
+            flipped = bytearray(content)
+            flipped[position] ^= 1
+            (tmp_path / form / name).write_bytes(flipped)
+            sentence = refusal(capsys, "--verify", tmp_path / form, main=main, code=1)
+            assert "damaged" in sentence
+            assert name in sentence or name == "checksums.txt"
+
+
+def test_verify_misses_no_file(prepared, tmp_path, capsys):
+    files = files_in(prepared / "jpeg")
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "val.tar").unlink()
+    assert "val.tar" in refusal(capsys, "--verify", tmp_path, main=main, code=1)
+    (tmp_path / "val.tar").write_bytes(files["val.tar"])
+    lines = (tmp_path / "checksums.txt").read_text().splitlines(keepends=True)
+    for kept in range(len(lines)):
+        (tmp_path / "checksums.txt").write_text("".join(lines[:kept]))
+        refusal(capsys, "--verify", tmp_path, main=main, code=1)
