@@ -159,13 +159,13 @@ REFUSED = {
     "--std 0 1 1": "--std must be above 0",
     "--crop_pct 0": "0 does not lie in 0.1 to 1",
     "--crop_pct 2": "--crop_pct",
-    "--k 0": "0 is not at least 1",
-    "--temperature 0": "0 is not above 0",
-    "--shots 0": "0 is not at least 1",
+    "--k 0": "must be at least 1, not 0",
+    "--temperature 0": "must be above 0, not 0",
+    "--shots 0": "must be at least 1, not 0",
     "--pool max": "invalid choice: 'max'",
     "--num_classes 2": "2 classes",
     "--attention_backend cudnn": "--attention_backend cudnn cannot run this model",
-    "--device abacus": "--device abacus is none that PyTorch knows",
+    "--device abacus": "unknown --device abacus",
     "--output_dir FILE": "--output_dir",
 }
 

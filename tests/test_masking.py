@@ -77,7 +77,7 @@ def test_counts_are_exact_at_every_whole_percentage(num_patches):
 
 @pytest.mark.parametrize("mask_ratio", [0, 1, -0.1, 1.5, math.nan])
 def test_mask_ratio_out_of_range_is_refused(mask_ratio):
-    with pytest.raises(InputError, match="mask ratio must lie between 0 and 1"):
+    with pytest.raises(InputError, match="mask ratio must lie strictly between 0 and 1"):
         count_tokens(196, mask_ratio, None)
 
 

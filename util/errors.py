@@ -1,4 +1,4 @@
-"""The ways in which a run ends early, and the exit codes they stand for."""
+"""Exceptions that end a run early, with the exit codes the mains give them."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-# How libraries below PyTorch say that memory ran out, in errors that are not OutOfMemoryError.
+# Out-of-memory messages of the libraries under PyTorch, in errors that are not OutOfMemoryError.
 OUT_OF_MEMORY = (
     "out of memory",  # CUDA itself, NCCL, MPS
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -18,14 +18,14 @@ OUT_OF_MEMORY = (
 
 
 class InputError(Exception):
-    """What the user gave cannot work: the message is a sentence that says what to change.
+    """The user's input is wrong; the message says what to change.
 
     A main prints it without a traceback and exits with code 2.
     """
 
 
 class RunError(Exception):
-    """The run itself went wrong: the message says what happened, when, and what is safe.
+    """The run failed; the message says what happened, when, and what is saved.
 
     A main prints it without a traceback and exits with code 1.
     """
@@ -38,11 +38,7 @@ class NonFiniteLossError(RunError):
 class StoppedError(Exception):
     """A signal ended the run after its state was saved; the same command continues it.
 
-    A main prints the message and exits with the code by which shells know the signal.
-
-    Args:
-        message: where it stopped.
-        signal: number of the signal.
+    A main prints the message and exits with 128 plus the signal's number, the shells' convention.
     """
 
     def __init__(self, message: str, signal: int) -> None:
@@ -51,9 +47,9 @@ class StoppedError(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU, in one of its libraries, or on a CPU.
+    """Whether an allocation failed on a GPU, in one of its libraries, or on a CPU.
 
-    Not in a loader process, whose memory is another matter than the batch's.
+    Errors of loader processes do not count: a smaller batch would not help them.
     """
     if "DataLoader worker" in str(error):
         return False
@@ -63,19 +59,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory_message(error: BaseException, advice: str) -> str:
-    """A sentence for the user, with the size that was asked for where the error names one.
+    """Message for the user, with the requested size if the error names one.
 
     Args:
         error: see `is_out_of_memory`.
         advice: what to change.
     """
     size = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
-    asked_for = f" ({size[0][0].lower() + size[0][1:]})" if size else ""
-    return f"the device ran out of memory{asked_for}: {advice}"
+    requested = f" ({size[0][0].lower() + size[0][1:]})" if size else ""
+    return f"the device ran out of memory{requested}: {advice}"
 
 
 def one_line(message: str) -> str:
-    """A message without the line breaks and broken characters that a name in it may hold."""
+    """Remove the line breaks and undecodable characters that names in a message may contain."""
     return " ".join(message.splitlines()).encode(errors="backslashreplace").decode()
 
 
@@ -83,12 +79,12 @@ def one_line(message: str) -> str:
 def as_input_error(
     message: str | Callable[[Exception], str], *kinds: type[Exception]
 ) -> Iterator[None]:
-    """Turn errors of pure functions into wrong input.
+    """Re-raise errors as InputError.
 
     Args:
-        message: what did not work, before the error's own text; or the whole sentence, made of the
-            error.
-        kinds: which errors; none given stands for ValueError.
+        message: what failed, put before the error's text; or a function from the error to the
+            whole message.
+        kinds: exception types to convert; ValueError if none are given.
     """
     expected = kinds or (ValueError,)
     try:

@@ -1,9 +1,8 @@
-"""Floating-point operations of one image's forward pass, from the sizes of a model alone.
+"""Floating-point operations of one image's forward pass, computed from the model's sizes.
 
-Two operations for each multiply-add, matrix products only, which is what
-`torch.utils.flop_counter.FlopCounterMode` counts. In the formulas, V of an image's patches are
-visible and P predicted, D and E are the widths of encoder and decoder, K feature maps are mixed
-for J decoder blocks, and a patch has p*p*C numbers. Products are written rows x inner x columns.
+Two operations per multiply-add, matrix products only, as in
+`torch.utils.flop_counter.FlopCounterMode`. `visible` is V, `predicted` P, `maps` K (0 without
+inter-block attention), and `patch_dim` p*p*C. Products are written rows x inner x columns.
 """
 
 from typing import NamedTuple
@@ -17,17 +16,16 @@ class ForwardFlops(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Of the forward pass."""
+        """Operations of the forward pass."""
         return self.encoder + self.decoder
 
     @property
     def training(self) -> int:
-        """Of forward and backward pass.
+        """Operations of the forward and backward pass.
 
-        For each product of the forward pass the backward pass has two of the same size, the
-        gradients of its two factors. The one exception is left out: images need no gradient, which
-        saves one product of the patches' embedding. What is computed a second time to save memory
-        does not count, because it is not the model's.
+        The backward pass has two products of the same size for each product of the forward pass:
+        the gradients of its two factors. That images need no gradient, which saves one product in
+        the patch embedding, is ignored, and so is recomputation to save memory.
         """
         return 3 * self.total
 
@@ -38,24 +36,24 @@ def product(rows: int, inner: int, columns: int) -> int:
 
 
 def attention(queries: int, keys: int, dim: int) -> int:
-    """Scores and weighted sum over all heads, without projections: 2 of queries x dim x keys."""
+    """Scores and weighted sum over all heads, without projections: 2 times queries x dim x keys."""
     return 2 * product(queries, dim, keys)
 
 
 def mlp(tokens: int, dim: int, mlp_dim: int | None = None) -> int:
-    """Two layers: 2 of tokens x dim x mlp_dim, which is 4 dim for None."""
+    """Two layers: 2 times tokens x dim x mlp_dim (None: 4 dim)."""
     return 2 * product(tokens, dim, mlp_dim or 4 * dim)
 
 
 def self_attention(tokens: int, dim: int) -> int:
-    """Self-attention with its projections q, k, v and output: 4 of tokens x dim x dim, and more."""
+    """Self-attention and its projections q, k, v and output: 4 times tokens x dim x dim."""
     return 4 * product(tokens, dim, dim) + attention(tokens, tokens, dim)
 
 
 def cross_attention(queries: int, keys: int, dim: int, context_dim: int) -> int:
-    """Cross-attention with its projections.
+    """Cross-attention and its projections.
 
-    q and output are 2 of queries x dim x dim; k and v, 2 of keys x context_dim x dim.
+    q and output take 2 times queries x dim x dim, k and v 2 times keys x context_dim x dim.
     """
     projections = 2 * product(queries, dim, dim) + 2 * product(keys, context_dim, dim)
     return projections + attention(queries, keys, dim)
@@ -64,28 +62,18 @@ def cross_attention(queries: int, keys: int, dim: int, context_dim: int) -> int:
 def encoder_flops(
     visible: int, *, dim: int, depth: int, patch_dim: int, mlp_dim: int | None = None
 ) -> int:
-    """The encoder on the visible patches (Sec. 3.1): embedding, then blocks on 1+V tokens.
-
-    Args:
-        visible: V.
-        dim: D.
-        depth: number of blocks.
-        patch_dim: p*p*C.
-        mlp_dim: width inside the MLPs, None for 4 D.
-    """
+    """The encoder on the visible patches (Sec. 3.1): embedding, then blocks on 1+V tokens."""
     block = self_attention(1 + visible, dim) + mlp(1 + visible, dim, mlp_dim)
     return product(visible, patch_dim, dim) + depth * block
 
 
 def inter_block_flops(visible: int, *, maps: int, mixes: int, dim: int, projection: bool) -> int:
-    """Inter-block attention (Eq. 1), J x K x (1+V) D; zero for no maps.
+    """Inter-block attention (Eq. 1), J x K x (1+V) D; zero without maps.
 
     Args:
-        visible: V.
-        maps: K, 0 without inter-block attention.
         mixes: J.
         dim: D.
-        projection: a linear layer before the mix, one for each map (Table 9).
+        projection: each map passes through its own linear layer before the mix (Table 9).
     """
     mix = product(mixes, maps, (1 + visible) * dim)
     return mix + (maps * product(1 + visible, dim, dim) if projection else 0)
@@ -106,15 +94,11 @@ def crossmae_decoder_flops(
     """CrossMAE's decoder (Sec. 3.2): J blocks of P queries into 1+V tokens, then P x E x p*p*C.
 
     Args:
-        visible: V.
-        predicted: P.
         encoder_dim: D.
         dim: E.
         depth: J.
-        patch_dim: p*p*C.
-        maps: K, see `inter_block_flops`.
         projection: see `inter_block_flops`.
-        self_attends: predicted tokens see each other first, the ablation of Table 3a.
+        self_attends: each block starts with self-attention among predicted tokens (Table 3a).
     """
     mixes = inter_block_flops(
         visible, maps=maps, mixes=depth, dim=encoder_dim, projection=projection
@@ -138,16 +122,14 @@ def mae_decoder_flops(
 ) -> int:
     """MAE's decoder: (1+V) x D x E, J blocks on 1+V+P tokens, then P x E x p*p*C.
 
-    MAE's own code maps all 1+V+P tokens to pixels and then drops those of visible patches.
+    MAE's own code maps all 1+V+P tokens to pixels, then drops those of visible patches.
 
     Args:
-        visible: V.
-        predicted: P, all masked patches.
+        predicted: all masked patches.
         encoder_dim: D.
         dim: E.
         depth: J.
-        patch_dim: p*p*C.
-        maps: K of its single mix (Table 7), see `inter_block_flops`.
+        maps: feature maps in the single mix (Table 7).
         projection: see `inter_block_flops`.
     """
     mix = inter_block_flops(visible, maps=maps, mixes=1, dim=encoder_dim, projection=projection)

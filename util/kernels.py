@@ -1,6 +1,6 @@
-"""Matrix products and attention by the fastest kernel that PyTorch has for the device.
+"""Matrix products and attention with the fastest kernel that PyTorch has for the device.
 
-docs/performance.md has each rule, and the processors on which it was measured.
+docs/performance.md lists each rule and the processors on which it was measured.
 """
 
 import os
@@ -15,20 +15,19 @@ from torch.autograd.function import FunctionCtx
 
 from util.errors import InputError
 
-CPU_LINEAR = "CROSSMAE_CPU_LINEAR"  # the environment variable that overrides the choice
+CPU_LINEAR = "CROSSMAE_CPU_LINEAR"  # environment variable that overrides the choice
 CPU_LINEARS = ("onednn", "pytorch")
 
 
 @cache
 def cpu_linear() -> str:
-    """What computes large float32 linear layers on this CPU, one of CPU_LINEARS.
+    """Library for large float32 linear layers on this CPU, one of CPU_LINEARS.
 
-    oneDNN where the processor, of any maker, has AVX-512: MKL, PyTorch's choice, leaves the wide
-    vectors out on some and then takes twice the time. On processors with AVX2 alone MKL is the
-    faster one.
+    oneDNN on any processor with AVX-512: MKL, PyTorch's choice, does not use AVX-512 on some of
+    them and then takes twice the time. On processors with AVX2 only, MKL is faster.
 
     Raises:
-        InputError: the environment asks for something else.
+        InputError: the environment variable has an unknown value.
     """
     chosen = os.environ.get(CPU_LINEAR)
     if chosen is not None:
@@ -40,7 +39,7 @@ def cpu_linear() -> str:
 
 
 def is_large(x: Tensor, weight: Tensor) -> bool:
-    """Whether a linear layer is worth the 0.1 ms that going through oneDNN takes."""
+    """Whether a linear layer is large enough to be worth oneDNN's overhead of 0.1 ms."""
     rows = x.numel() // x.shape[-1]
     return rows >= 32 and rows * weight.numel() >= 2**23
 
@@ -48,7 +47,7 @@ def is_large(x: Tensor, weight: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`F.linear`, x (..., in) with weight (out, in) and bias (out,) -> (..., out).
 
-    On a CPU, what computes large ones in float32 depends on the processor, see `cpu_linear`.
+    On a CPU, the library for large float32 layers depends on the processor, see `cpu_linear`.
     """
     if (
         x.device.type == "cpu"
@@ -64,12 +63,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class OneDNNGradients(torch.autograd.Function):
-    """The gradients of a linear layer by oneDNN; `onednn_linear` computes the output itself.
+    """Gradients of a linear layer by oneDNN; `onednn_linear` computes the output itself.
 
-    PyTorch's own gradient through `to_mkldnn` would keep the output as well. The product is not
-    part of this function, which keeps its inputs only once it has returned: a block that is
-    computed again (`util.compute.recompute`) stops at the last tensor that is kept, and would
-    compute its last product for nothing.
+    PyTorch's own gradient through `to_mkldnn` would save the output as well. The product is kept
+    out of this function because a function's inputs are saved only after it returns: when a block
+    is recomputed (`util.compute.recompute`), recomputation stops at the last saved tensor, and the
+    block's last product would be computed for nothing.
     """
 
     @staticmethod
@@ -80,7 +79,7 @@ class OneDNNGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the three, where they are asked for."""
+        """Gradients of the three inputs, where needed."""
         x, weight = ctx.saved_tensors
         grad = grad.to_mkldnn()
         grad_x = grad_weight = grad_bias = None
@@ -94,20 +93,20 @@ class OneDNNGradients(torch.autograd.Function):
 
 @torch.library.custom_op("crossmae::linear", mutates_args=())
 def onednn_linear(proxy: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A linear layer by oneDNN, whose gradient goes to the proxy alone.
+    """A linear layer by oneDNN, whose gradient goes only to the proxy.
 
-    Registered as an operation, so that the memory policy recognises it.
+    Registered as an operation so that the memory policy recognizes it.
     """
     return F.linear(x.to_mkldnn(), weight, bias).to_dense()
 
 
 onednn_linear.register_fake(lambda proxy, x, weight, bias: x.new_empty(proxy.shape))
 onednn_linear.register_autograd(lambda ctx, grad: (grad, None, None, None))
-ONEDNN_LINEAR = torch.ops.crossmae.linear.default  # the operation that dispatch modes see
+ONEDNN_LINEAR = torch.ops.crossmae.linear.default  # the operation as dispatch modes see it
 
 
 class FastLinear(nn.Linear):
-    """A linear layer by the fastest kernel, see `linear`."""
+    """A linear layer that uses the fastest kernel, see `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
@@ -115,7 +114,7 @@ class FastLinear(nn.Linear):
 
 
 def use_fast_kernels(model: nn.Module) -> None:
-    """Let a model's linear layers be computed by `linear`, where that is not always PyTorch's."""
+    """Make a model's linear layers use `linear`, unless that is always PyTorch's on this CPU."""
     if cpu_linear() == "pytorch":
         return
     for module in model.modules():
@@ -124,24 +123,23 @@ def use_fast_kernels(model: nn.Module) -> None:
 
 
 def stack_factors(tensors: Sequence[Tensor]) -> Tensor:
-    """`torch.stack` of what goes into a matrix product, in the number format of that product.
+    """Stack the factors of a matrix product in the product's dtype.
 
-    Autocast would stack in float32 and cast the result: the same bits, and more bytes.
+    Autocast would stack in float32 and cast the result: the same bits, but more memory.
     """
     device = tensors[0].device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # which meta tensors do not know
+    if device != "meta" and torch.is_autocast_enabled(device):  # which refuses "meta"
         dtype = torch.get_autocast_dtype(device)
         tensors = [t.to(dtype) if t.dtype is torch.float32 else t for t in tensors]
     return torch.stack(tensors)
 
 
 def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's function: q (B, h, N, d), k and v (B, h, M, d) -> (B, h, N, d).
+    """Attention with q (B, h, N, d) and k, v (B, h, M, d) -> (B, h, N, d).
 
-    PyTorch chooses the kernel among those that `sdpa_kernel` allows: FlashAttention-2 on a GPU
-    (App. A.7), unless the caller says otherwise. On a CPU in reduced precision these are plain
-    matrix products, because the backward pass of PyTorch's flash kernel takes six times as long
-    there; a kernel that was forced stays.
+    PyTorch chooses among the kernels that `sdpa_kernel` allows: FlashAttention-2 on a GPU
+    (App. A.7) by default. On a CPU in reduced precision, plain matrix products replace PyTorch's
+    flash kernel, whose backward pass takes six times as long, unless the caller forces a kernel.
     """
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and not is_forced():
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, h, N, M)
@@ -151,6 +149,6 @@ def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @torch.compiler.assume_constant_result
 def is_forced() -> bool:
-    """Whether the caller restricts what computes attention."""
-    backends = torch.backends.cuda  # the switches of every device, for all their name
+    """Whether the caller restricts the attention kernels."""
+    backends = torch.backends.cuda  # despite the name, the switches of every device
     return not (backends.flash_sdp_enabled() and backends.math_sdp_enabled())

@@ -18,13 +18,13 @@ class TokenSplit(NamedTuple):
     """Row-major patch indices of a batch, without the class token."""
 
     visible: Tensor
-    """int64 (B, V): what the encoder sees, in the order in which it gets them."""
+    """int64 (B, V): the encoder's patches, in input order."""
     predicted: Tensor
     """int64 (B, P): the masked patches that the decoder predicts; disjoint from `visible`."""
 
 
 class TokenCounts(NamedTuple):
-    """How many of an image's patches play which part."""
+    """Numbers of patches in an image: all, visible, and predicted."""
 
     patches: int
     visible: int
@@ -39,23 +39,23 @@ class TokenCounts(NamedTuple):
 def count_tokens(num_patches: int, mask_ratio: float, pred_ratio: float | None) -> TokenCounts:
     """Turn the ratios p and γ into counts: V = floor(L (1 - p)), P = round(L γ) (Sec. 3.3).
 
-    The ratios are taken as the decimals that were written, so that 100 patches at p = 0.9 leave
-    10 visible ones, where floating-point arithmetic would leave 9.
+    The ratios are treated as exact decimals, so that 100 patches at p = 0.9 leave 10 visible;
+    floating-point arithmetic would leave 9.
 
     Args:
         num_patches: L, patches per image.
-        mask_ratio: p in (0, 1), share of all patches hidden from the encoder.
-        pred_ratio: γ in (0, p], share of all patches predicted; None predicts every masked patch,
-            which differs from γ = p by at most one patch of rounding.
+        mask_ratio: p in (0, 1), the fraction of all patches that is masked.
+        pred_ratio: γ in (0, p], the fraction of all patches that is predicted; None predicts every
+            masked patch, which differs from γ = p by at most one patch of rounding.
 
     Raises:
-        InputError: a ratio is out of range, or leaves nothing to see or to predict.
+        InputError: a ratio is out of range or leaves no patch visible or predicted.
     """
     if not 0 < mask_ratio < 1:
-        raise InputError(f"the mask ratio must lie between 0 and 1, not {mask_ratio}")
+        raise InputError(f"the mask ratio must lie strictly between 0 and 1, not {mask_ratio}")
     if pred_ratio is not None and not 0 < pred_ratio <= mask_ratio:
         raise InputError(
-            f"the prediction ratio must lie above 0 and at most at the mask ratio {mask_ratio}, "
+            f"the prediction ratio must be above 0 and at most the mask ratio {mask_ratio}, "
             f"not {pred_ratio}: only masked patches can be predicted"
         )
     num_visible = math.floor(num_patches * (1 - Fraction(str(mask_ratio))))
@@ -75,11 +75,10 @@ def count_tokens(num_patches: int, mask_ratio: float, pred_ratio: float | None) 
 
 
 def random_split(noise: Tensor, counts: TokenCounts) -> TokenSplit:
-    """Split patches uniformly at random: the lowest values are seen, the next ones predicted.
+    """Split patches at random: those with the lowest noise are visible, the next ones predicted.
 
     Args:
         noise: (B, L), independent uniform numbers in [0, 1).
-        counts: V visible and P predicted out of L.
     """
     order = noise.argsort(dim=1)  # (B, L)
     visible, predicted = order[:, : counts.visible], order[:, counts.visible :]
@@ -87,28 +86,28 @@ def random_split(noise: Tensor, counts: TokenCounts) -> TokenSplit:
 
 
 def grid_split(noise: Tensor, counts: TokenCounts, grid_size: tuple[int, int]) -> TokenSplit:
-    """Keep the top-left one of every four patches; draw the predicted ones at random (Table 15).
+    """Keep the top-left patch of every 2 x 2; draw the predicted ones at random (Table 15).
 
     Args:
         noise: (B, L), independent uniform numbers in [0, 1).
-        counts: V = L / 4 visible and P predicted.
+        counts: with V = L / 4.
         grid_size: patches (down, across), both even.
     """
     down, across = grid_size
     ids = torch.arange(down * across, device=noise.device).view(down, across)
     visible = ids[::2, ::2].flatten().expand(noise.shape[0], -1)  # (B, V)
-    # A visible patch is never among the lowest: its noise is raised above every other.
+    # Noise above every other's keeps the visible patches from being predicted.
     order = noise.scatter(1, visible, 2.0).argsort(dim=1)  # (B, L)
     return TokenSplit(visible, order[:, : counts.predicted])
 
 
 def check_grid(grid_size: tuple[int, int], mask_ratio: float) -> None:
-    """Raise InputError where grid masking, which hides exactly three of four, cannot work."""
+    """Raise InputError unless grid masking, which masks three of every four patches, can work."""
     if mask_ratio != 0.75:
-        raise InputError(f"grid masking hides exactly 0.75 of the patches, not {mask_ratio}")
+        raise InputError(f"grid masking masks exactly 0.75 of the patches, not {mask_ratio}")
     if grid_size[0] % 2 or grid_size[1] % 2:
         raise InputError(
-            f"grid masking needs an even number of patches each way, not "
+            f"grid masking needs an even number of patches in both directions, not "
             f"{grid_size[0]} x {grid_size[1]}: change --input_size or use random masking"
         )
 
@@ -122,55 +121,54 @@ MASK_SAMPLINGS: dict[str, Callable[[Tensor, TokenCounts, tuple[int, int]], Token
 def split_tokens(
     noise: Tensor, counts: TokenCounts, grid_size: tuple[int, int], sampling: str
 ) -> TokenSplit:
-    """Split the patches of a batch in the named way, one of MASK_SAMPLINGS.
+    """Split the patches of a batch by one of MASK_SAMPLINGS.
 
     Args:
-        noise: (B, L), independent uniform numbers in [0, 1), all the randomness there is.
-        counts: V visible and P predicted out of L.
+        noise: (B, L), independent uniform numbers in [0, 1), the only source of randomness.
         grid_size: patches (down, across).
         sampling: "random" (Sec. 3.3) or "grid" (Table 15).
     """
     if sampling not in MASK_SAMPLINGS:
-        ways = ", ".join(MASK_SAMPLINGS)
-        raise ValueError(f"masks are drawn in one of the ways {ways}, not {sampling!r}")
+        raise ValueError(
+            f"mask sampling must be one of {', '.join(MASK_SAMPLINGS)}, not {sampling!r}"
+        )
     return MASK_SAMPLINGS[sampling](noise, counts, grid_size)
 
 
 @dataclass(frozen=True)
 class MaskSettings:
-    """Which patches are masked, and which of those are predicted.
+    """Settings for how many patches are masked and predicted, and how they are sampled.
 
     Raises:
-        InputError: more is to be predicted than is masked.
+        InputError: pred_ratio is above mask_ratio.
     """
 
     mask_ratio: float
     pred_ratio: float | None = None
-    """None is the mask ratio."""
+    """None: the mask ratio."""
     mask_sampling: str = "random"
 
     def __post_init__(self) -> None:
         if self.pred_ratio is not None and self.pred_ratio > self.mask_ratio:
             raise InputError(
                 f"--pred_ratio {self.pred_ratio} is above --mask_ratio {self.mask_ratio}: only "
-                "hidden patches can be predicted, so lower it or hide more"
+                "masked patches can be predicted, so lower it or mask more"
             )
 
     @property
     def predicted(self) -> float:
-        """γ."""
+        """γ, the fraction of all patches that is predicted."""
         return self.pred_ratio or self.mask_ratio
 
 
 @dataclass(frozen=True)
 class Masking:
-    """How patches are split in a run: some of the masked ones are predicted in training.
+    """The split of patches in a run.
 
     Args:
         grid_size: patches (down, across).
-        counts: of training.
+        counts: numbers for training, where only some masked patches may be predicted.
         sampling: one of MASK_SAMPLINGS.
-        seed: of the run.
     """
 
     grid_size: tuple[int, int]
@@ -187,17 +185,15 @@ class Masking:
         seed: int,
         all_masked: bool = False,
     ) -> "Masking":
-        """The masking of a model with this grid of patches.
+        """Build the masking for a model with this grid of patches.
 
         Args:
-            settings: the ratios and the way of sampling.
             grid_size: patches (down, across).
-            seed: of the run.
-            all_masked: predict every masked patch, as MAE does. γ = p may differ by a patch of
+            all_masked: predict every masked patch, as MAE does. γ = p may differ by one patch of
                 rounding.
 
         Raises:
-            InputError: the ratios or the way of sampling do not fit the number of patches.
+            InputError: the settings do not suit the number of patches.
         """
         if settings.mask_sampling == "grid":
             check_grid(grid_size, settings.mask_ratio)
@@ -207,15 +203,15 @@ class Masking:
 
     @property
     def num_patches(self) -> int:
-        """L."""
+        """L, patches per image."""
         return self.counts.patches
 
     def split(self, noise: Tensor) -> TokenSplit:
-        """Split the patches of a training batch by noise (B, L), see `split_tokens`."""
+        """Split a training batch by noise (B, L), see `split_tokens`."""
         return split_tokens(noise, self.counts, self.grid_size, self.sampling)
 
     def full_split(self, noise: Tensor) -> TokenSplit:
-        """The same, but every masked patch is predicted."""
+        """Split likewise, but predict every masked patch."""
         counts = self.counts._replace(predicted=self.counts.masked)
         return split_tokens(noise, counts, self.grid_size, self.sampling)
 
@@ -227,21 +223,24 @@ def hidden_mask(split: TokenSplit, num_patches: int) -> Tensor:
 
 
 def add_masking_args(parser: argparse.ArgumentParser, *, mask_ratio: float) -> None:
-    """The flags of MaskSettings."""
+    """Add the flags of MaskSettings."""
     group = parser.add_argument_group("masking")
     group.add_argument(
-        "--mask_ratio", type=ratio, default=mask_ratio, help="share of patches hidden (%(default)s)"
+        "--mask_ratio",
+        type=ratio,
+        default=mask_ratio,
+        help="fraction of patches that is masked (%(default)s)",
     )
     group.add_argument(
         "--pred_ratio",
         "--kept_mask_ratio",
         type=ratio,
-        help="share of all patches predicted; 0.25 is the setting of the paper's efficiency claims "
+        help="fraction of all patches that is predicted; the paper's efficiency claims use 0.25 "
         "(the mask ratio)",
     )
     group.add_argument(
         "--mask_sampling",
         choices=MASK_SAMPLINGS,
         default=MaskSettings.mask_sampling,
-        help="grid is Table 15 (%(default)s)",
+        help="how masks are drawn; grid is from Table 15 (%(default)s)",
     )

@@ -1,4 +1,4 @@
-"""The optimizers and their parameter groups (Tables 10 and 11, App. B.1)."""
+"""Optimizers and their parameter groups (Tables 10 and 11, App. B.1)."""
 
 import argparse
 from dataclasses import dataclass, replace
@@ -13,14 +13,15 @@ from util.errors import InputError
 
 @dataclass(frozen=True)
 class OptimSettings:
-    """How weights are updated; see the flags. None is derived from the model or other settings.
+    """Optimization settings; None is derived from the model or other settings.
 
     Raises:
-        InputError: the images of a step are undetermined or given twice, or the warm-up never ends.
+        InputError: the effective batch size is undetermined or given twice, or the warm-up is as
+            long as the run.
     """
 
     batch_size: int | str
-    """Images of a process and micro-step, or "auto"."""
+    """Images per process and micro-step, or "auto"."""
     accum_iter: int = 1
     effective_batch_size: int | None = None
     epochs: int | None = None
@@ -34,19 +35,19 @@ class OptimSettings:
     def __post_init__(self) -> None:
         if self.batch_size == "auto" and self.effective_batch_size is None:
             raise InputError(
-                "--batch_size auto needs --effective_batch_size, such as 4096: the learning rate "
-                "follows from it"
+                "--batch_size auto needs --effective_batch_size, such as 4096, to set the learning "
+                "rate"
             )
         if self.effective_batch_size is not None and self.accum_iter > 1:
             raise InputError("--effective_batch_size sets --accum_iter: give only one of them")
         if None not in (self.warmup_epochs, self.epochs) and self.warmup_epochs >= self.epochs:
             raise InputError(
-                f"--warmup_epochs {self.warmup_epochs:g} is not below --epochs {self.epochs}: the "
+                f"--warmup_epochs {self.warmup_epochs:g} must be below --epochs {self.epochs}: the "
                 "learning rate would never reach its peak"
             )
 
     def with_defaults(self, **defaults: float) -> "OptimSettings":
-        """The same settings, with values for what they leave open."""
+        """Copy of the settings in which these defaults replace None."""
         return replace(self, **{n: v for n, v in defaults.items() if getattr(self, n) is None})
 
 
@@ -56,23 +57,21 @@ def build_adamw(model: nn.Module, *, weight_decay: float, betas: tuple[float, fl
     Tokens and mixing weights have more dimensions and do decay, as in the paper's runs.
     """
     groups = param_groups_weight_decay(model, weight_decay=weight_decay)
-    # Fused: one kernel for the whole update, and no host synchronisation under fp16 scaling.
+    # Fused: one kernel for the whole update, without host synchronization under fp16 scaling.
     return AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
 def build_layer_decay_adamw(
     model: nn.Module, *, weight_decay: float, layer_decay: float, betas: tuple[float, float]
 ) -> AdamW:
-    """AdamW of fine-tuning: a layer learns slower the further it is from the head (Table 11).
+    """AdamW for fine-tuning: learning rates fall with the distance from the head (Table 11).
 
     MAE's rule: layer i of n, embeddings first, head and norm last, has the rate lr * decay^(n - i).
-    One-dimensional parameters, class token and positions do not decay.
+    One-dimensional parameters, class token and position embeddings have no weight decay.
 
     Args:
-        model: a VisionTransformer; its `group_matcher` says what a layer is.
-        weight_decay: of the others.
-        layer_decay: 1 is the same rate everywhere.
-        betas: of Adam.
+        model: a VisionTransformer, whose `group_matcher` defines the layers.
+        layer_decay: 1 gives every layer the same rate.
     """
     groups = param_groups_layer_decay(
         model,
@@ -84,11 +83,11 @@ def build_layer_decay_adamw(
 
 
 def build_lars(model: nn.Module, *, weight_decay: float, momentum: float = 0.9) -> Lars:
-    """MAE's LARS for linear probing, of the parameters that are trained.
+    """MAE's LARS for linear probing, on the trainable parameters.
 
-    Matrices get a trust ratio, vectors neither that nor weight decay. timm's LARS leaves the ratio
-    out wherever the decay is zero, unless told otherwise. With a decay, timm's ratio divides by
-    |g| + decay |w|, where MAE's has |g + decay w|; the recipe has none.
+    Matrices get a trust ratio; vectors get neither that nor weight decay. timm's LARS skips the
+    ratio where the decay is zero, unless `always_adapt` is set. With a decay, timm's ratio divides
+    by |g| + decay |w| and MAE's by |g + decay w|; the recipe has no decay.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.ndim > 1]
@@ -101,13 +100,13 @@ def build_lars(model: nn.Module, *, weight_decay: float, momentum: float = 0.9) 
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Set the learning rate of the next step in every parameter group."""
+    """Set the learning rate of every parameter group for the next step."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def batch_size_choice(text: str) -> int | str:
-    """A whole number from 1, or "auto"."""
+    """An integer of at least 1, or "auto"."""
     return text if text == "auto" else positive_int(text)
 
 
@@ -122,26 +121,26 @@ def add_optim_args(
     min_lr: float = 0.0,
     auto_batch_size: bool = False,
 ) -> None:
-    """How weights are updated; `epochs` and `blr` of None depend on the model's size."""
-    by_size = "by the model's size"
+    """Add the flags of OptimSettings; `epochs` and `blr` of None depend on the model's size."""
+    by_size = "by model size"
     group = parser.add_argument_group("optimization")
     group.add_argument(
         "--batch_size",
         type=batch_size_choice if auto_batch_size else positive_int,
         default=batch_size,
-        help="images of a process and micro-step"
-        + (", auto for as many as the GPU holds" if auto_batch_size else "")
+        help="images per process and micro-step"
+        + (", auto for as many as fit on the GPU" if auto_batch_size else "")
         + " (%(default)s)",
     )
     group.add_argument(
-        "--accum_iter", type=positive_int, default=1, help="micro-steps a step (%(default)s)"
+        "--accum_iter", type=positive_int, default=1, help="micro-steps per step (%(default)s)"
     )
     group.add_argument(
         "--effective_batch_size",
         type=positive_int,
         metavar="N",
-        help="images of a step in all processes, however many there are; sets --accum_iter (what "
-        "the others give)",
+        help="images per step over all processes; sets --accum_iter (BATCH_SIZE x ACCUM_ITER x "
+        "processes)",
     )
     group.add_argument(
         "--epochs",
@@ -152,21 +151,26 @@ def add_optim_args(
     group.add_argument(
         "--warmup_epochs",
         type=natural_float,
-        help=f"rise of the learning rate ({warmup_epochs})",
+        help=f"epochs of learning-rate warm-up ({warmup_epochs})",
     )
     group.add_argument(
         "--blr",
         type=positive_float,
         default=blr,
-        help=f"learning rate for a batch of 256 ({blr or by_size})",
+        help=f"base learning rate, for a batch of 256 ({blr or by_size})",
     )
     group.add_argument(
-        "--lr", type=positive_float, help="learning rate as it is (BLR, scaled to the batch)"
+        "--lr",
+        type=positive_float,
+        help="peak learning rate, not scaled (BLR, scaled to the effective batch)",
     )
     group.add_argument(
-        "--min_lr", type=natural_float, default=min_lr, help="where the cosine ends (%(default)s)"
+        "--min_lr",
+        type=natural_float,
+        default=min_lr,
+        help="final learning rate (%(default)s)",
     )
     group.add_argument(
         "--weight_decay", type=natural_float, default=weight_decay, help="(%(default)s)"
     )
-    group.add_argument("--clip_grad", type=positive_float, help="largest gradient norm (off)")
+    group.add_argument("--clip_grad", type=positive_float, help="maximum gradient norm (off)")

@@ -1,4 +1,4 @@
-"""Images as sets of patches, and tokens picked by index."""
+"""Conversion between images and patches, and selection of patches and tokens by index."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,23 +10,22 @@ PATCH_EPS = 1e-6  # added to a patch's variance, as in MAE
 
 
 def normalize(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 pixels as float32 (x / 255 - mean) / std, by torchvision's operations in their order.
+    """Normalize uint8 pixels to float32 (x / 255 - mean) / std, in torchvision's operation order.
 
     Args:
-        pixels: with a dimension of channels.
-        mean, std: of each channel, for pixels in [0, 1]; shaped to be broadcast.
+        mean, std: per channel, for pixels in [0, 1]; broadcastable to `pixels`.
     """
     return pixels.to(torch.float32).mul_(1 / 255).sub_(mean).div_(std)
 
 
 @dataclass(frozen=True)
 class RawImages:
-    """Images of which only those patches are normalised that are read.
+    """uint8 images whose patches are normalized when they are gathered.
 
-    Stands for the normalised images wherever patches are taken from them, to the bit.
+    The patches are bit-identical to those of normalized images.
 
     Args:
-        pixels: uint8 (B, C, H, W), best with the channels last in memory.
+        pixels: uint8 (B, C, H, W), preferably channels-last in memory.
         mean, std: (C,), see `normalize`.
     """
 
@@ -46,8 +45,7 @@ class RawImages:
 def patch_grid(images: Tensor, patch_size: int) -> Tensor:
     """View images as a grid of patches, (B, C, H, W) -> (B, H/p, W/p, p, p, C), without a copy.
 
-    Whatever the order of the channels in memory is: with the channels last, a patch's rows are
-    contiguous in the view.
+    Works in any memory format; with channels last, a patch's rows are contiguous in the view.
     """
     B, C, H, W = images.shape
     p = patch_size
@@ -55,11 +53,10 @@ def patch_grid(images: Tensor, patch_size: int) -> Tensor:
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """All patches in row-major order, each one row by row with the channels last.
+    """Split images into patches in row-major order, each flattened row by row, channels last.
 
     Args:
-        images: (B, C, H, W); the patch side p divides H and W.
-        patch_size: p in pixels.
+        images: (B, C, H, W), with H and W divisible by the patch size p.
 
     Returns:
         (B, L, p*p*C) with L = H/p * W/p.
@@ -76,12 +73,11 @@ def unpatchify(patches: Tensor, patch_size: int, grid_size: tuple[int, int]) -> 
 
 
 def gather_patches(images: Tensor | RawImages, ids: Tensor, patch_size: int) -> Tensor:
-    """Copy only the chosen patches out of the images, as `patchify` lays them out.
+    """Copy the chosen patches out of the images, in the layout of `patchify`.
 
     Args:
-        images: (B, C, H, W), or raw ones, whose patches come out normalised.
+        images: (B, C, H, W), or raw images, whose patches are normalized.
         ids: int64 (B, N), row-major patch indices.
-        patch_size: p in pixels.
 
     Returns:
         (B, N, p*p*C).
@@ -97,7 +93,7 @@ def gather_patches(images: Tensor | RawImages, ids: Tensor, patch_size: int) -> 
 
 
 def scatter_patches(images: Tensor, patches: Tensor, ids: Tensor, patch_size: int) -> Tensor:
-    """A copy of the images in which the chosen patches are replaced; undoes `gather_patches`."""
+    """Copy the images and replace the chosen patches; undoes `gather_patches`."""
     images = images.clone(memory_format=torch.contiguous_format)
     grid = patch_grid(images, patch_size)
     rows, columns = ids // grid.shape[2], ids % grid.shape[2]
@@ -114,10 +110,9 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
 
 
 def patch_moments(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (unbiased, PATCH_EPS inside the root) of each patch's numbers.
+    """Mean and unbiased standard deviation of each patch, (B, N, p*p*C) -> twice (B, N, 1).
 
-    Returns:
-        Two tensors (B, N, 1) for patches (B, N, p*p*C).
+    PATCH_EPS is added to the variance.
     """
     mean = patches.mean(dim=-1, keepdim=True)
     variance = patches.var(dim=-1, keepdim=True)
@@ -125,6 +120,6 @@ def patch_moments(patches: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def denormalize_patches(patches: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Undo the normalisation of channels in patches (B, N, p*p*C); images come out in [0, 1]."""
+    """Undo the channel normalization of patches (B, N, p*p*C), back to the range [0, 1]."""
     mean, std = (torch.tensor(values, device=patches.device) for values in (mean, std))
     return (patches.unflatten(-1, (-1, len(mean))) * std + mean).flatten(2)

@@ -1,4 +1,4 @@
-"""The learning rate: its peak (App. A.6) and its course over a run (Table 10)."""
+"""Learning-rate schedule: the peak (App. A.6) and the curve over a run (Table 10)."""
 
 import logging
 import math
@@ -12,14 +12,14 @@ _logger = logging.getLogger(__name__)
 
 
 class Steps(Protocol):
-    """What the rate follows from, for instance a loader."""
+    """Numbers that determine the learning rate; a training loader has them."""
 
     effective_batch_size: int
     steps_per_epoch: int
 
 
 class LearningRate(NamedTuple):
-    """A run's peak rate, and the rate of every step by its number in the run."""
+    """A run's peak learning rate, and the rate at each step."""
 
     peak: float
     at: Callable[[int], float]
@@ -28,10 +28,10 @@ class LearningRate(NamedTuple):
 def scaled_lr(
     blr: float, effective_batch_size: int, *, mask_ratio: float = 1.0, pred_ratio: float = 1.0
 ) -> float:
-    """The peak learning rate: blr * batch / 256 * γ / p (App. A.6).
+    """Peak learning rate: blr * batch / 256 * γ / p (App. A.6).
 
-    γ / p matches the variance of a loss over fewer patches; it is 1 when all masked patches are
-    predicted, as in MAE, and where nothing is masked.
+    γ / p accounts for the larger variance of a loss over fewer patches; it is 1 when all masked
+    patches are predicted, as in MAE, and when nothing is masked.
     """
     return blr * effective_batch_size / 256 * pred_ratio / mask_ratio
 
@@ -44,7 +44,6 @@ def cosine_lr(step: int, *, lr: float, min_lr: float, warmup_steps: int, total_s
         lr: the peak, reached after warmup_steps.
         min_lr: the floor, reached at total_steps.
         warmup_steps: 0 starts at the peak.
-        total_steps: of the whole run.
     """
     if step < warmup_steps:
         return lr * step / warmup_steps
@@ -55,7 +54,7 @@ def cosine_lr(step: int, *, lr: float, min_lr: float, warmup_steps: int, total_s
 def lr_schedule(
     *, lr: float, min_lr: float, warmup_epochs: float, epochs: int, steps_per_epoch: int
 ) -> Callable[[int], float]:
-    """The rate of every step of a run, by its number; see `cosine_lr`."""
+    """Function from a step to its learning rate; see `cosine_lr`."""
     return partial(
         cosine_lr,
         lr=lr,
@@ -68,12 +67,10 @@ def lr_schedule(
 def plan_learning_rate(
     optim: OptimSettings, steps: Steps, *, mask_ratio: float = 1.0, pred_ratio: float = 1.0
 ) -> LearningRate:
-    """The learning rate of a run; the log says where it comes from.
+    """Determine a run's learning rate, and log where it comes from.
 
     Args:
-        optim: with epochs and warmup_epochs, and blr or lr.
-        steps: of the run.
-        mask_ratio, pred_ratio: p and γ, see `scaled_lr`.
+        optim: with epochs, warmup_epochs, and blr or lr set.
     """
     peak, origin = optim.lr, "as given"
     if peak is None:

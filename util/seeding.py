@@ -1,7 +1,7 @@
-"""Random state that is derived from a place in the run, never carried along.
+"""Random state derived from the position in the run, such as epoch and image index.
 
-Nothing random depends on what was drawn before it, so that neither the number of workers or
-processes nor a restart changes a run.
+No draw depends on earlier draws, so that neither the number of workers or processes nor a restart
+changes a run.
 """
 
 import hashlib
@@ -14,9 +14,9 @@ import torch
 
 
 def fold_seed(*parts: int | str) -> int:
-    """Hash a place in the run to a seed, e.g. `fold_seed("augment", seed, epoch, index)`.
+    """Hash a position in the run to a seed, e.g. `fold_seed("augment", seed, epoch, index)`.
 
-    The first part names the use, so that two uses at the same place draw different numbers.
+    The first part names the use, so that two uses at the same position draw different numbers.
 
     Returns:
         An integer in [0, 2**63), the same on every machine and Python version.
@@ -27,14 +27,14 @@ def fold_seed(*parts: int | str) -> int:
 
 
 def generator_for(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A fresh generator at a place in the run, see `fold_seed`."""
+    """New generator, seeded by `fold_seed`."""
     return torch.Generator(device=device).manual_seed(fold_seed(*parts))
 
 
 def seed_everything(*parts: int | str) -> None:
-    """Seed the global generators of torch (every device), numpy and random at a place in the run.
+    """Seed the global generators of torch (every device), numpy and random by `fold_seed`.
 
-    For what takes no generator in a training step: drop path, mixup.
+    For parts of a training step that accept no generator: drop path, mixup.
     """
     seed = fold_seed(*parts)
     random.seed(seed)
@@ -44,9 +44,9 @@ def seed_everything(*parts: int | str) -> None:
 
 @contextmanager
 def seeded(*parts: int | str) -> Iterator[None]:
-    """Seed the global generators of torch (CPU), numpy and random inside, restore them after.
+    """Seed the global generators of torch (CPU), numpy and random, and restore them afterward.
 
-    For library code that takes no generator, such as image augmentations.
+    For library code that accepts no generator, such as image augmentations.
     """
     seed = fold_seed(*parts)
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002

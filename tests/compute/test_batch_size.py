@@ -25,7 +25,7 @@ def test_micro_batches_times_steps_times_processes_are_the_effective_batch(proce
 
 def test_crops_of_an_image_stay_together(processes):
     assert all(size % 3 == 0 for size in candidates(4 * 3 * 10, 3))
-    with pytest.raises(InputError, match="--effective_batch_size 4096 cannot be shared"):
+    with pytest.raises(InputError, match="--effective_batch_size 4096 cannot be split"):
         candidates(4096, 3)
 
 
@@ -47,13 +47,13 @@ def test_bisection_finds_the_largest_size_that_fits(limit):
 
 
 def test_a_model_of_which_no_image_fits_is_refused():
-    with pytest.raises(InputError, match="not even a batch of 1 fits"):
+    with pytest.raises(InputError, match="not even a batch of 1 fits in"):
         largest_that_fits([1, 2], lambda size: False)
 
 
 def test_a_cpu_is_refused():
     model = torch.nn.Linear(2, 2)
-    with pytest.raises(InputError, match="--batch_size auto measures a GPU's memory"):
+    with pytest.raises(InputError, match="--batch_size auto needs a GPU"):
         find_batch_size(lambda n: None, 8, model=model, device=torch.device("cpu"))
 
 
@@ -140,8 +140,8 @@ def test_the_effective_batch_size_sets_the_micro_steps(options, tmp_path):
     ("flags", "sentence"),
     [
         (["--batch_size", "auto"], "needs --effective_batch_size"),
-        (["--batch_size", "auto", "--effective_batch_size", 8], "measures a GPU's memory"),
-        (["--effective_batch_size", 20], "--effective_batch_size 20 is no multiple"),
+        (["--batch_size", "auto", "--effective_batch_size", 8], "--batch_size auto needs a GPU"),
+        (["--effective_batch_size", 20], "--effective_batch_size 20 must be a multiple"),
         (["--effective_batch_size", 16, "--accum_iter", 2], "give only one of them"),
         (["--batch_size", "many"], "--batch_size"),
     ],

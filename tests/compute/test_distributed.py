@@ -22,13 +22,13 @@ from util.compute import distributed
 from util.compute.distributed import (
     all_gather,
     broadcast_object,
+    cores_per_process,
     data_parallel,
     default_workers,
     gradient_sync,
     init_distributed,
     is_main_process,
     rank,
-    share_of_cores,
     world_size,
 )
 from util.compute.watchdog import stop_watchdog
@@ -253,7 +253,7 @@ def test_a_task_of_slurm_has_cores_of_its_own(tasks, cpus_per_task, cores, monke
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, value)
-    assert share_of_cores() == cores
+    assert cores_per_process() == cores
 
 
 @pytest.mark.parametrize("device", ["abacus", "meta", "cuda:x"])

@@ -250,7 +250,7 @@ def test_hooks_and_parts_put_in_later_are_used():
 
 
 def test_an_unknown_mode_is_refused():
-    with pytest.raises(ValueError, match="memory is one of"):
+    with pytest.raises(ValueError, match="memory must be one of"):
         set_memory(MODELS["CrossMAE"](), "lowest")
 
 

@@ -150,9 +150,9 @@ def test_a_sharded_run_writes_the_checkpoints_of_any_other(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--fsdp"], "start several by torchrun"),
-        (["--fsdp", "--compile"], "--compile does not go with --fsdp"),
-        (["--fsdp", "--amp", "fp16"], "--amp fp16 does not go with --fsdp"),
+        (["--fsdp"], "start several with torchrun"),
+        (["--fsdp", "--compile"], "--compile cannot be combined with --fsdp"),
+        (["--fsdp", "--amp", "fp16"], "--amp fp16 cannot be combined with --fsdp"),
         (
             ["--fsdp", "--batch_size", "auto", "--effective_batch_size", "8"],
             "--batch_size auto does not go with --fsdp",

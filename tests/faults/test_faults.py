@@ -502,7 +502,9 @@ def test_a_killed_loader_process_ends_the_run_in_one_sentence(
     # Another loader may complain that nobody reads what it was sending.
     assert 'main_pretrain.py", line' not in text
     (ending,) = re.findall(r"^main_pretrain.py: error: (.*)", text, re.MULTILINE)
-    assert ending.startswith(f"loader process {pids[0]} was killed or crashed, often for lack of ")
+    assert ending.startswith(
+        f"loader process {pids[0]} was killed or crashed, often because memory"
+    )
     assert "lower --num_workers and start the same command again" in ending
     assert not any(map(is_alive, pids))
     output = tmp_path / "again.txt"

@@ -159,7 +159,7 @@ NOTHING = ["--main", "pretrain", "--"]
         (["--main", "pretrain", "--epochs", "3", "--"], "--epochs is no flag of the launcher"),
         (["--main", "pretrain", "--slurm_x", "y", "--"], "y is no flag of the launcher"),
         (["--main", "train", "--"], "invalid choice: 'train'"),
-        (["--nodes", "0", *NOTHING], "argument --nodes: 0 is not at least 1"),
+        (["--nodes", "0", *NOTHING], "argument --nodes: must be at least 1, not 0"),
         (
             ["--gpus_per_node", "2", "--tasks_per_node", "3", *NOTHING],
             "every GPU has one process, so leave it out",

@@ -1,1 +1,1 @@
-"""Processes and devices: how a step is computed, and what ends it."""
+"""Processes and devices: how a step is computed, and how failures and signals end a run."""

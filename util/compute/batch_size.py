@@ -1,4 +1,4 @@
-"""How the images of a step are shared out; the largest micro-batch that a GPU's memory holds."""
+"""Split of a step's images into micro-batches, and search for the largest that fits on a GPU."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -14,11 +14,11 @@ from util.optim import OptimSettings
 
 logger = logging.getLogger(__name__)
 
-SHARE = 0.9  # of the memory that is free, the rest is for fragments and for loading ahead
+MEMORY_FRACTION = 0.9  # of free memory; the rest is for fragmentation and prefetched batches
 
 
 class BatchPlan(NamedTuple):
-    """How many images a process takes at once, and how often in a step."""
+    """Images per process and micro-step, and micro-steps per step."""
 
     batch_size: int
     accum_iter: int
@@ -32,14 +32,12 @@ def plan_batches(
     precision: Precision | None = None,
     multiple_of: int = 1,
 ) -> BatchPlan:
-    """The batches that are asked for; "auto" needs the other arguments, and tries the model.
+    """Determine the batch size and micro-steps; "auto" needs `model`, `example` and `precision`.
 
     Args:
-        optim: how many images.
         model: inputs -> loss, on its device.
         example: number of images -> inputs of the model.
-        precision: of a step.
-        multiple_of: what the size has to be a multiple of, the crops of an image.
+        multiple_of: divisor of the batch size: the number of crops of each image.
 
     Raises:
         InputError: the effective batch size cannot be reached, "auto" does not work here, or the
@@ -66,12 +64,7 @@ def plan_batches(
 
 
 def micro_steps(batch_size: int, accum_iter: int, effective_batch_size: int | None) -> int:
-    """The micro-steps of a step: those that are given, or what an effective batch size needs.
-
-    Args:
-        batch_size: images of a process and micro-step.
-        accum_iter: what is given, where no effective batch size is.
-        effective_batch_size: images of a step in all processes.
+    """Micro-steps per step: `accum_iter`, or what the effective batch size needs if given.
 
     Raises:
         InputError: the effective batch size cannot be reached.
@@ -81,42 +74,41 @@ def micro_steps(batch_size: int, accum_iter: int, effective_batch_size: int | No
     at_once = batch_size * world_size()
     if effective_batch_size % at_once:
         raise InputError(
-            f"--effective_batch_size {effective_batch_size} is no multiple of --batch_size "
+            f"--effective_batch_size {effective_batch_size} must be a multiple of --batch_size "
             f"{batch_size} x {world_size()} processes: change one of them"
         )
     return effective_batch_size // at_once
 
 
 def candidates(effective_batch_size: int, multiple_of: int) -> list[int]:
-    """The micro-batch sizes, ascending, that divide a process's share of an effective batch.
+    """Micro-batch sizes, ascending, that divide a process's part of an effective batch.
 
     Args:
-        effective_batch_size: of all processes.
-        multiple_of: what each size is a multiple of, the crops of an image.
+        multiple_of: divisor of each size, see `plan_batches`.
 
     Raises:
-        InputError: there is none.
+        InputError: there are none.
     """
-    share, rest = divmod(effective_batch_size, world_size())
-    sizes = [n for n in range(multiple_of, share + 1, multiple_of) if share % n == 0]
+    per_process, rest = divmod(effective_batch_size, world_size())
+    sizes = [n for n in range(multiple_of, per_process + 1, multiple_of) if per_process % n == 0]
     if rest or not sizes:
         raise InputError(
-            f"--effective_batch_size {effective_batch_size} cannot be shared by {world_size()} "
+            f"--effective_batch_size {effective_batch_size} cannot be split over {world_size()} "
             f"processes in multiples of {multiple_of}: change it"
         )
     return sizes
 
 
 def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
-    """The largest of ascending sizes that fits, found by bisection.
+    """Find the largest of ascending sizes that fits, by bisection.
 
     Raises:
         InputError: the smallest does not fit.
     """
     if not fits(sizes[0]):
         raise InputError(
-            f"not even a batch of {sizes[0]} fits into the GPU's memory: choose a smaller model, "
-            "or --memory low"
+            f"not even a batch of {sizes[0]} fits in the GPU's memory: use a smaller model or "
+            "--memory low"
         )
     low, high = 0, len(sizes)  # sizes[low] fits, sizes[high] does not
     while high - low > 1:
@@ -128,23 +120,21 @@ def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
 def step_fits(
     train_on: Callable[[int], None], size: int, *, model: nn.Module, device: torch.device
 ) -> bool:
-    """Whether a step on so many images leaves room for what a whole run needs besides.
+    """Whether a step on `size` images leaves enough memory for the rest of a run.
 
-    That is AdamW's two moments of every trained weight and, with several processes, the buckets in
-    which gradients are averaged. Nothing is changed but the device's cache of free memory.
+    The rest is AdamW's two moments of every trained weight and, with several processes, the buckets
+    in which gradients are averaged. Discards gradients and empties the device's memory cache.
 
     Args:
         train_on: runs forward and backward on a given number of images.
-        size: number of images.
-        model: whose gradients are computed, and dropped.
         device: a CUDA device.
     """
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    later = trained * (2 if world_size() == 1 else 3)
+    reserved = trained * (2 if world_size() == 1 else 3)
     model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)
-    room = SHARE * (torch.cuda.mem_get_info(device)[0]) - later
+    room = MEMORY_FRACTION * torch.cuda.mem_get_info(device)[0] - reserved
     torch.cuda.reset_peak_memory_stats(device)
     try:
         train_on(size)
@@ -167,22 +157,18 @@ def find_batch_size(
     device: torch.device,
     multiple_of: int = 1,
 ) -> int:
-    """The largest micro-batch that fits on every process's GPU, and divides its share of a step.
+    """Find the largest micro-batch that fits on every GPU and divides a process's part of a step.
 
     Args:
         train_on: runs forward and backward on a given number of images, as training does.
-        effective_batch_size: of all processes.
-        model: what is trained.
-        device: where it is.
-        multiple_of: what the size has to be a multiple of.
+        multiple_of: divisor of the size, see `plan_batches`.
 
     Raises:
-        InputError: the device is no GPU, or no size fits.
+        InputError: the device is not a GPU, or no size fits.
     """
     if device.type != "cuda":
         raise InputError(
-            f"--batch_size auto measures a GPU's memory, and this run is on {device.type}: give a "
-            "number"
+            f"--batch_size auto needs a GPU, and this run is on {device.type}: give a number"
         )
     sizes = candidates(effective_batch_size, multiple_of)
     size = largest_that_fits(sizes, lambda n: step_fits(train_on, n, model=model, device=device))

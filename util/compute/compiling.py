@@ -1,4 +1,4 @@
-"""torch.compile, as the mains and benchmarks use it."""
+"""torch.compile for the mains and benchmarks."""
 
 import logging
 from collections.abc import Iterable
@@ -9,8 +9,9 @@ import torch.nn as nn
 from util.errors import InputError
 
 COMPILE_MODES = ("whole", "blocks")
-# Versions of a function. Blocks of two widths share one, each for full batches, an epoch's tail,
-# held-out images and pictures; beyond PyTorch's limit of 8 they would run uncompiled.
+# Compiled versions of one function. Blocks of two widths share it, and each needs versions for full
+# batches, an epoch's last batch, validation images and figures; above PyTorch's limit of 8, further
+# ones would run uncompiled.
 RECOMPILE_LIMIT = 32
 
 
@@ -19,14 +20,12 @@ def compile_model(
 ) -> None:
     """Compile a model's forward pass in place.
 
-    Shapes are static. Left to itself, PyTorch answers the smaller last batch of an epoch with code
-    for any batch size, and runs every later batch in that slower code.
+    Shapes are static. By default, PyTorch would compile code for any batch size once it meets the
+    smaller last batch of an epoch, and run every later batch with that slower code.
 
     Args:
-        model: whose `forward` is trained.
         mode: "whole" fuses most; "blocks" compiles equal blocks once, in a fraction of the time;
             None leaves the model as it is.
-        device: where the model runs.
         blocks: parts of the model, for "blocks".
 
     Raises:
@@ -35,7 +34,7 @@ def compile_model(
     if mode is None:
         return
     check_compiler(device)
-    # Of operations in place under --memory. Those of our blocks change nothing that is kept.
+    # Silences a warning about in-place operations under --memory: ours change no saved tensor.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     torch.compiler.config.recompile_limit = RECOMPILE_LIMIT
     for module in [model] if mode == "whole" else blocks:
@@ -43,7 +42,7 @@ def compile_model(
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compile a line of code.
+    """Try to compile a trivial function.
 
     Raises:
         InputError: torch.compile does not work on this machine.
@@ -53,5 +52,5 @@ def check_compiler(device: torch.device) -> None:
     except Exception as error:  # compilers fail in many ways
         raise InputError(
             f"--compile does not work on this machine ({type(error).__name__}): install a C++ "
-            "compiler and PyTorch's own Triton, or leave it out"
+            "compiler and the Triton version that PyTorch requires, or leave it out"
         ) from error

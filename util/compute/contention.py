@@ -1,4 +1,4 @@
-"""Tells a run on a CPU that its threads wait for each other beside other busy programs."""
+"""Warning for runs on a CPU whose threads are slowed down by other busy programs."""
 
 import logging
 import os
@@ -9,22 +9,21 @@ import torch
 
 from util.compute.distributed import world_size
 
-SECONDS = 10.0  # of steps before a judgement
-TOO_SLOW = 1.5  # times as long as the processor computes
+SECONDS = 10.0  # of steps in one measurement
+TOO_SLOW = 1.5  # wall time over CPU time
 
 _logger = logging.getLogger(__name__)
 
 
 class ContentionWatch:
-    """Warns once where steps take far longer than CPU time explains.
+    """Warns once if steps take far longer than their CPU time explains.
 
-    OpenMP's threads wait for each other by computing nothing at full speed. Alone on a machine that
-    is the fastest way; beside a busy program, which takes a thread's core away for a while, the
-    others burn theirs, and several threads are slower than one.
+    OpenMP's threads wait for each other in busy loops. On an otherwise idle machine that is
+    fastest; when another program takes a thread's core away, the others burn theirs waiting, and
+    several threads are slower than one.
 
-    Args:
-        device: of the run. Watched is a single process with several threads on a CPU; of several
-            processes each waits for the others' gradients anyway.
+    Only a single process with several threads on a CPU is watched: with several processes, each
+    waits for the others' gradients anyway.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -35,17 +34,17 @@ class ContentionWatch:
         self.was_slow = False
 
     def start_step(self) -> None:
-        """A step begins; its images are there."""
+        """Start timing a step, after its images are loaded."""
         self.start = time.monotonic(), time.thread_time()
 
     def end_step(self) -> None:
-        """The step ends; whatever comes now may wait for a disk."""
+        """Stop timing a step, before anything that may wait for a disk."""
         self.seconds += time.monotonic() - self.start[0]
         self.cpu_seconds += time.thread_time() - self.start[1]
         if not self.watches or self.seconds < SECONDS:
             return
         is_slow = self.seconds > TOO_SLOW * self.cpu_seconds
-        if is_slow and self.was_slow:  # twice in a row, so it was no compiler and no pause
+        if is_slow and self.was_slow:  # twice in a row, so not a compilation or a pause
             self.watches = False
             _logger.warning(
                 "steps take %.1f times as long as the CPU time they use: other programs compete "
@@ -59,5 +58,5 @@ class ContentionWatch:
 
 @cache
 def contention_watch(device: torch.device) -> ContentionWatch:
-    """The watch of this process, from one epoch to the next."""
+    """Return this process's watch, which is kept from one epoch to the next."""
     return ContentionWatch(device)

@@ -1,4 +1,4 @@
-"""The processes of a run, as torchrun starts them; every call also works in a single process."""
+"""Setup of and communication between a run's processes; everything works in a single one, too."""
 
 import os
 import socket
@@ -15,31 +15,28 @@ from torch.nn.parallel import DistributedDataParallel
 
 from util.errors import InputError, RunError
 
-MAX_DEFAULT_WORKERS = 32  # of a process: more would feed no GPU faster, and each takes memory
-TIMEOUT_MINUTES = 30.0  # that processes wait for each other, unless they are told otherwise
+MAX_DEFAULT_WORKERS = 32  # per process: more would not feed a GPU faster, and each takes memory
+TIMEOUT_MINUTES = 30.0  # default for how long processes wait for each other
 
 
 def init_distributed(device: str, *, timeout_minutes: float | None = None) -> torch.device:
-    """Join the other processes where torchrun started several; return this process's device.
+    """Join the other processes if torchrun started several; return this process's device.
 
     Only torchrun's variables count, so that a shell inside a SLURM job stays a single process.
 
     Args:
-        device: "cuda", "cuda:1", "cpu", "mps", ...; several processes on GPUs each take the one
-            of their local rank.
-        timeout_minutes: how long the processes wait for each other at most; None is
-            TIMEOUT_MINUTES.
+        device: "cuda", "cuda:1", "cpu", "mps", ...; with several processes on GPUs, each uses the
+            GPU of its local rank.
+        timeout_minutes: maximum wait for another process; None: TIMEOUT_MINUTES.
 
     Raises:
-        InputError: the device is not there, or torchrun's variables are not complete.
-        RunError: not all processes came.
+        InputError: the device is not available, or some of torchrun's variables are not set.
+        RunError: some processes did not join.
     """
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise InputError(
-            f"--device {device} is none that PyTorch knows: try cuda or cpu"
-        ) from error
+        raise InputError(f"unknown --device {device}: use cuda, cuda:N or cpu") from error
     starts_several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ
     if chosen.type == "cuda":
         num_gpus = torch.cuda.device_count()
@@ -47,18 +44,20 @@ def init_distributed(device: str, *, timeout_minutes: float | None = None) -> to
         chosen = torch.device("cuda", int(local_rank))
         if chosen.index >= num_gpus:
             raise InputError(
-                f"--device {chosen} needs {chosen.index + 1} GPUs and {num_gpus} are there: start "
-                "fewer processes or use --device cpu"
+                f"--device {chosen} needs {chosen.index + 1} GPUs, but there are {num_gpus}: "
+                "start fewer processes or use --device cpu"
             )
     try:
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
         torch.zeros(1, device=chosen).item()
     except (RuntimeError, NotImplementedError, AssertionError) as error:
-        raise InputError(f"--device {device} cannot compute here: try cuda or cpu") from error
+        raise InputError(
+            f"--device {device} is not available on this machine: use cuda, cuda:N or cpu"
+        ) from error
     if starts_several and not dist.is_initialized():
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        # NCCL would otherwise guess which GPU is a process's own.
+        # NCCL would otherwise guess which GPU a process uses.
         device_id = chosen if chosen.type == "cuda" else None
         _join_processes(backend, timeout_minutes or TIMEOUT_MINUTES, device_id)
     return chosen
@@ -68,11 +67,11 @@ def _join_processes(backend: str, timeout_minutes: float, device_id: torch.devic
     missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
     if missing:
         raise InputError(
-            f"WORLD_SIZE asks for several processes, and {', '.join(missing)} is not set: start "
-            "them by torchrun, or unset WORLD_SIZE"
+            f"WORLD_SIZE requests several processes, but {', '.join(missing)} is not set: start "
+            "them with torchrun, or unset WORLD_SIZE"
         )
     number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    # A minute more than the watchdog waits (util.compute.watchdog), whose message says more.
+    # A minute longer than the watchdog waits (util.compute.watchdog): its message says more.
     timeout = timedelta(minutes=timeout_minutes + 1)
     try:
         store = _open_store(number, timeout)
@@ -80,16 +79,16 @@ def _join_processes(backend: str, timeout_minutes: float, device_id: torch.devic
         dist.init_process_group(backend, timeout=timeout, **group)
     except dist.DistError as error:
         raise RunError(
-            f"process {number} did not find the {count} processes of the run at "
-            f"{os.environ['MASTER_ADDR']}: see whether all have started"
+            f"process {number} could not reach the {count} processes of the run at "
+            f"{os.environ['MASTER_ADDR']}: check that all have started"
         ) from error
 
 
 def _open_store(number: int, timeout: timedelta) -> dist.Store:
-    """Where processes leave their addresses for each other, kept by process 0.
+    """Open the store in which processes exchange addresses, hosted by process 0.
 
-    torchrun has one as well, but keeps it over restarts, with the addresses of dead processes in it
-    (PyTorch's issue 135712). So process 0 only leaves the port of a new one there.
+    torchrun's own store survives restarts, with the addresses of dead processes in it (PyTorch
+    issue 135712). So process 0 starts a new store and puts only its port into torchrun's.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -101,7 +100,7 @@ def _open_store(number: int, timeout: timedelta) -> dist.Store:
         return store
     deadline = time.monotonic() + timeout.total_seconds()
     while True:
-        port = int(torchruns.get("port"))  # waits for it, and may be a dead process's
+        port = int(torchruns.get("port"))  # blocks until set; may be a dead process's
         try:
             socket.create_connection((host, port), timeout=5).close()
         except OSError as error:
@@ -119,23 +118,23 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def share_of_cores() -> int:
-    """CPU cores for this process, where several share the machine's."""
+def cores_per_process() -> int:
+    """CPU cores for this process if several run on the machine."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     nodes = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split(",")  # such as 8(x2),4
     tasks = {node.partition("(")[0] for node in nodes}
-    if processes > 1 and str(processes) in tasks:  # each is a task of SLURM's with its own cores
+    if processes > 1 and str(processes) in tasks:  # each is a SLURM task with its own cores
         return min(available_cores(), int(os.environ.get("SLURM_CPUS_PER_TASK", "1")))
     return available_cores() // processes
 
 
 def default_workers() -> int:
-    """Loader processes that suit this machine: a process's share of the cores, less an eighth.
+    """Default number of loader workers: seven eighths of the process's cores.
 
     At least one core is left for the process itself, which launches kernels and copies batches.
     """
-    share = share_of_cores()
-    return min(MAX_DEFAULT_WORKERS, max(1, share - max(1, share // 8)))
+    cores = cores_per_process()
+    return min(MAX_DEFAULT_WORKERS, max(1, cores - max(1, cores // 8)))
 
 
 def stop_processes() -> None:
@@ -145,7 +144,7 @@ def stop_processes() -> None:
 
 
 def rank() -> int:
-    """Number of this process, 0 for the one that writes files."""
+    """Rank of this process; rank 0 writes files."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -160,7 +159,7 @@ def is_main_process() -> bool:
 
 
 def all_gather(values: Tensor) -> Tensor:
-    """Put every process's (N,) tensor below each other, (world size, N), on all processes."""
+    """Stack the (N,) tensors of all processes to (world size, N), on every process."""
     if not dist.is_initialized():
         return values.unsqueeze(0)
     rows = [torch.empty_like(values) for _ in range(dist.get_world_size())]
@@ -169,7 +168,7 @@ def all_gather(values: Tensor) -> Tensor:
 
 
 def all_gather_objects(values: list) -> list:
-    """Join every process's list of picklable objects, on all processes."""
+    """Concatenate the processes' lists of picklable objects, on every process."""
     if not dist.is_initialized():
         return values
     lists = [[] for _ in range(dist.get_world_size())]
@@ -187,9 +186,9 @@ def broadcast_object(value: object) -> object:
 
 
 def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """Wrap the model so that gradients are averaged over processes, unless one does without.
+    """Wrap the model in DistributedDataParallel.
 
-    That is a single process, and a sharded model, which averages by itself.
+    A single process or a sharded model, which averages gradients itself, needs no wrapper.
     """
     if not dist.is_initialized() or isinstance(model, FSDPModule):
         return model
@@ -198,10 +197,10 @@ def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def gradient_sync(model: nn.Module, *, enabled: bool) -> AbstractContextManager:
-    """Context in which backward reduces gradients over processes, or leaves that for later.
+    """Context that enables or postpones the reduction of gradients over processes.
 
-    A sharded model then keeps whole gradients from one micro-step to the next: four bytes for each
-    parameter, for one reduction a step instead of one a micro-step.
+    With the reduction postponed, a sharded model keeps whole gradients between micro-steps, four
+    bytes per parameter, for one reduction per step instead of one per micro-step.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)

@@ -1,4 +1,4 @@
-"""In which numbers a step is computed, and by which attention kernel."""
+"""Mixed precision, gradient scaling and clipping, and the attention kernel."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,7 +22,7 @@ ATTENTION_BACKENDS = {
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16 rather than emulating it."""
+    """Whether the device supports bfloat16 in hardware."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -34,7 +34,7 @@ def has_bf16(device: torch.device) -> bool:
 def blank_images(
     img_size: Sequence[int], device: torch.device
 ) -> Callable[[int], tuple[Tensor, ...]]:
-    """How `Precision.check_attention_backend` makes the inputs of a classifier."""
+    """Return the `example` of a classifier for `Precision.check_attention_backend`."""
     return lambda count: (torch.zeros(count, 3, *img_size, device=device),)
 
 
@@ -42,9 +42,8 @@ class Precision:
     """Automatic mixed precision, loss scaling, gradient clipping and the attention kernel.
 
     Args:
-        amp: "bf16", "fp16" (with loss scaling) or "fp32"; None takes bf16 where the device has it.
-        device: where the model runs.
-        clip_grad: largest gradient norm, None for no clipping.
+        amp: "bf16", "fp16" (with loss scaling) or "fp32"; None: bf16 if the device supports it.
+        clip_grad: maximum gradient norm, None for no clipping.
         attention_backend: one of ATTENTION_BACKENDS, or "auto" for PyTorch's choice.
     """
 
@@ -64,7 +63,7 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
 
     def attention_kernel(self) -> AbstractContextManager:
-        """Context in which attention is computed by the chosen kernel."""
+        """Context in which attention uses the chosen kernel."""
         if self.attention_backend == "auto":
             return nullcontext()
         return sdpa_kernel(ATTENTION_BACKENDS[self.attention_backend])
@@ -84,13 +83,13 @@ class Precision:
         """Try the forced attention kernel on a model, forward and backward.
 
         Args:
-            model: whose output has a sum.
+            model: returns a tensor.
             example: number of images -> inputs of the model.
-            batch_size: images of a micro-step in training. A GPU is tried with as many, since
-                cuDNN plans for each number anew.
+            batch_size: images per micro-step in training, which a GPU is tried with, since cuDNN
+                makes a plan for each number.
 
         Raises:
-            InputError: it cannot run.
+            InputError: the kernel cannot run.
         """
         if self.attention_backend == "auto":
             return
@@ -109,7 +108,7 @@ class Precision:
 
     def backward(self, loss: Tensor) -> None:
         """Backpropagate a loss, scaled in fp16."""
-        with self.attention_kernel():  # attention may be computed again, see util.compute.recompute
+        with self.attention_kernel():  # attention may be recomputed, see util.compute.recompute
             self.scaler.scale(loss).backward()
 
     def step(self, optimizer: Optimizer, model: nn.Module) -> Tensor:

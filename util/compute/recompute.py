@@ -1,8 +1,8 @@
-"""What a step keeps for its backward pass, and what it computes again there.
+"""Selective recomputation (activation checkpointing) for the blocks of a model.
 
-A policy that is put on a model's blocks from outside. A block keeps what it is handed and the
-outputs of its matrix products, which are the cost; norms, GELUs, attention and casts of weights are
-computed again.
+The policy is applied to a model's blocks from outside. A block saves its inputs and the outputs of
+its matrix products, which cost most; norms, GELUs, attention and casts of weights are recomputed in
+the backward pass.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,22 +22,22 @@ from torch.utils.checkpoint import (
 from util.kernels import ONEDNN_LINEAR
 
 MEMORY_MODES = ("high", "medium", "low")
-# Each matrix product -> the shape (out, in) of its layer's weight, from the product's arguments.
+# For each matrix product, a function of its arguments: the weight's shape (out, in).
 PRODUCTS = {
     torch.ops.aten.addmm.default: lambda bias, x, weight: weight.shape[::-1],
     torch.ops.aten.mm.default: lambda x, weight: weight.shape[::-1],
     ONEDNN_LINEAR: lambda proxy, x, weight, bias: weight.shape,
 }
-# Fused kernels of GPUs, whose outputs are a tenth of what medium keeps and take long to compute.
+# Fused GPU kernels, whose outputs are a tenth of what medium saves and take long to compute.
 ATTENTION = (
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 )
-# Layers whose product is computed again.
-AGAIN = {"medium": (), "low": ("mlp.fc1",)}
-# A block's last layer. PyTorch stops computing again once it has the last tensor that the backward
-# pass needs, this layer's input; unless drop path comes after it, which keeps what it drew.
+# Layers whose product is recomputed.
+RECOMPUTED = {"medium": (), "low": ("mlp.fc1",)}
+# A block's last layer. PyTorch stops recomputing once it has the last tensor that the backward pass
+# needs: this layer's input, unless drop path follows it, which saves its draw.
 LAST = "mlp.fc2"
 
 
@@ -48,26 +48,25 @@ def set_memory(
     *,
     attention: Sequence[object] = ATTENTION,
 ) -> None:
-    """Choose what a step keeps; the results are the same, to the bit on a CPU.
+    """Choose what blocks save for backward; results are the same, bit for bit on a CPU.
 
     Args:
-        blocks: modules that run one after another.
-        mixer: inter-block attention, if there is any.
-        memory: one of MEMORY_MODES; "high" keeps everything, and takes an earlier choice back.
-        attention: operations whose outputs medium keeps as well.
+        mixer: inter-block attention, None without.
+        memory: one of MEMORY_MODES; "high" saves everything and undoes an earlier choice.
+        attention: operations whose outputs "medium" saves as well.
     """
     if memory not in MEMORY_MODES:
-        raise ValueError(f"memory is one of {MEMORY_MODES}, not {memory!r}")
+        raise ValueError(f"memory must be one of {MEMORY_MODES}, not {memory!r}")
     for module in (*blocks, *([] if mixer is None else [mixer])):
         vars(module).pop("forward", None)
         if memory != "high":
             draws = has_drop_path(module)
-            dropped = AGAIN[memory] if draws else (*AGAIN[memory], LAST)
-            policy = keep_products_but(module, dropped, attention if memory == "medium" else ())
+            dropped = RECOMPUTED[memory] if draws else (*RECOMPUTED[memory], LAST)
+            policy = recompute_policy(module, dropped, attention if memory == "medium" else ())
             contexts = partial(create_selective_checkpoint_contexts, policy)
-            # On the object: names, hooks and the modules inside stay as they are. Not a closure,
-            # so that a deep copy of the module calls itself.
-            module.forward = partial(recomputed, module.forward, contexts, draws)
+            # Set on the object, so that names, hooks and submodules stay as they are. A partial,
+            # not a closure, so that a deep copy of the module calls its own forward.
+            module.forward = partial(checkpointed, module.forward, contexts, draws)
 
 
 def has_drop_path(module: nn.Module) -> bool:
@@ -75,10 +74,10 @@ def has_drop_path(module: nn.Module) -> bool:
     return any(isinstance(m, DropPath) and m.drop_prob for m in module.modules())
 
 
-def recomputed(
+def checkpointed(
     forward: Callable[..., Tensor], contexts: Callable, draws: bool, *inputs: object
 ) -> Tensor:
-    """Call a module's forward, and keep of its inside what the policy says."""
+    """Call a module's forward, saving the tensors that the policy chooses."""
     if not torch.is_grad_enabled():
         return forward(*inputs)
     return checkpoint(
@@ -86,18 +85,18 @@ def recomputed(
     )
 
 
-def keep_products_but(
+def recompute_policy(
     module: nn.Module, dropped: Sequence[str], others: Sequence[object]
 ) -> Callable[..., CheckpointPolicy]:
-    """The policy that keeps outputs of a module's products and of some other operations.
+    """Build a policy that saves the outputs of matrix products and of some other operations.
 
-    An operation does not know its layer, so the shape of the weight tells. Where layers share a
-    shape, more or less is kept; results are the same.
+    An operation does not know its layer, so layers are recognized by their weight's shape. If
+    layers share a shape, more or less is saved, with the same results.
 
     Args:
         module: a block or a mixer.
-        dropped: names of linear layers in it whose outputs are not kept.
-        others: operations.
+        dropped: names of its linear layers whose outputs are recomputed.
+        others: further operations whose outputs are saved.
     """
     shapes = {layer.weight.shape for name, layer in module.named_modules() if name in dropped}
 

@@ -1,4 +1,4 @@
-"""How a model is computed: number formats and kernels, memory, and where it lies."""
+"""Settings and setup of a model's computation: precision, kernels, memory, and placement."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ class ComputeSettings:
     """How a step is computed; see the flags.
 
     Raises:
-        InputError: something does not go with --fsdp.
+        InputError: a setting cannot be combined with --fsdp.
     """
 
     amp: str | None = None
@@ -30,9 +30,9 @@ class ComputeSettings:
 
     def __post_init__(self) -> None:
         if self.fsdp and self.compile:
-            raise InputError("--compile does not go with --fsdp: leave one of them out")
+            raise InputError("--compile cannot be combined with --fsdp: leave one of them out")
         if self.fsdp and self.amp == "fp16":
-            raise InputError("--amp fp16 does not go with --fsdp: use bf16 or fp32")
+            raise InputError("--amp fp16 cannot be combined with --fsdp: use bf16 or fp32")
 
 
 def place_model(
@@ -42,19 +42,17 @@ def place_model(
     example: Callable[[int], tuple],
     optim: OptimSettings | None = None,
 ) -> Precision:
-    """Prepare a model for its device: what it keeps, sharded or moved, and its number format.
+    """Move or shard a model to its device, set its memory mode, and build its Precision.
 
     Args:
-        model: with `blocks`, its transformer blocks, and perhaps a `mixer` of feature maps.
-        compute: how a step is computed.
-        device: of this process.
+        model: has transformer `blocks`, and possibly a `mixer` of feature maps.
         example: number of images -> inputs of the model.
-        optim: how it is trained, if it is: a GPU is tried with a batch of that size, where it is
-            known yet.
+        optim: settings of the training, if any; the attention kernel is tried with its batch size
+            unless that is "auto".
 
     Raises:
-        InputError: there are no processes to shard it over, or the chosen attention kernel cannot
-            run it.
+        InputError: there is only one process to shard over, or the chosen attention kernel cannot
+            run the model.
     """
     set_memory(model.blocks, getattr(model, "mixer", None), compute.memory)
     if compute.fsdp:
@@ -75,16 +73,16 @@ def place_model(
 def add_precision_args(
     parser: argparse.ArgumentParser, *, compile_modes: Sequence[str] = ("whole",)
 ) -> None:
-    """In which numbers and by which kernels a step is computed."""
+    """Add the flags for precision and kernels."""
     group = parser.add_argument_group("precision and kernels")
     group.add_argument(
-        "--amp", choices=AMP_DTYPES, help="number format (bf16 where the device has it, else fp32)"
+        "--amp", choices=AMP_DTYPES, help="precision (bf16 if the device supports it, else fp32)"
     )
     group.add_argument(
         "--attention_backend",
         choices=("auto", *ATTENTION_BACKENDS),
         default=ComputeSettings.attention_backend,
-        help="PyTorch's attention kernel; a forced one runs or fails (%(default)s)",
+        help="PyTorch's attention kernel; any but auto is forced, with no fallback (%(default)s)",
     )
     by_blocks = ", or block by block, which compiles faster" if "blocks" in compile_modes else ""
     group.add_argument(
@@ -97,18 +95,18 @@ def add_precision_args(
 
 
 def add_memory_args(parser: argparse.ArgumentParser) -> None:
-    """What a step keeps for its backward pass."""
+    """Add the flags for memory."""
     group = parser.add_argument_group("memory")
     group.add_argument(
         "--memory",
         choices=MEMORY_MODES,
         default=ComputeSettings.memory,
-        help="what a step keeps of an image: high is all of it and fastest; medium computes norms "
-        "and activations twice, low the MLPs as well, with the same results (%(default)s)",
+        help="memory per image: high saves everything and is fastest; medium recomputes norms and "
+        "activations, low the MLPs as well, with the same results (%(default)s)",
     )
     group.add_argument(
         "--fsdp",
         action="store_true",
-        help="spread weights, gradients and optimizer over the processes, for models that one GPU "
-        "does not hold (off)",
+        help="shard weights, gradients and optimizer state over the processes, for models that do "
+        "not fit on one GPU (off)",
     )

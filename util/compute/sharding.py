@@ -1,7 +1,6 @@
-"""Sharded training (FSDP2): each process keeps its share of weights, gradients and Adam's moments.
+"""Sharded training (FSDP2): each process keeps a shard of weights, gradients and Adam's moments.
 
-Checkpoints hold whole tensors, the same as those of unsharded runs, so that a run may go on as
-either.
+Checkpoints contain full tensors, as in unsharded runs, so that a run can continue as either.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -20,21 +19,20 @@ from util.errors import InputError
 
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
-    """Spread a model's parameters over the processes, in place.
+    """Shard a model's parameters over the processes, in place.
 
-    A block's are gathered when it is computed and let go again, so that a device holds its share of
-    the model and one or two whole blocks. The model may be on the CPU before.
+    A block's parameters are gathered while it is computed, so that a device holds its shard of the
+    model and one or two full blocks. The model may be on the CPU before.
 
     Args:
-        model: whose `forward` is what is trained.
-        blocks: parts of it that are computed one after another.
-        device: of this process.
+        model: is trained through its `forward`.
+        blocks: its parts, which run one after another.
 
     Raises:
         InputError: there is only one process.
     """
     if world_size() == 1:
-        raise InputError("--fsdp spreads a model over processes: start several by torchrun")
+        raise InputError("--fsdp shards a model over processes: start several with torchrun")
     mesh = init_device_mesh(device.type, (world_size(),))
     for block in blocks:
         fully_shard(block, mesh=mesh)
@@ -42,14 +40,14 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor, wherever its parts are; all processes have to call it."""
+    """Gather a sharded tensor; return any other tensor as it is. All processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gather_state(content: object) -> object:
-    """Nested dicts and lists with whole tensors, in the host's memory, instead of shares.
+    """Copy nested dicts and lists with every sharded tensor gathered, in host memory.
 
-    Only the main process gets them, the others get None for each; all have to call it.
+    Only the main process gets the tensors, the others None in their place; all must call it.
     """
     if isinstance(content, dict):
         return {key: gather_state(value) for key, value in content.items()}
@@ -62,12 +60,13 @@ def gather_state(content: object) -> object:
 
 
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """The share of a whole tensor that goes with a parameter's; the tensor itself for whole ones.
+    """Shard a full tensor like a parameter.
+
+    Returns the tensor itself if the parameter is not sharded or has another shape, as Adam's step
+    count has.
 
     Args:
         tensor: the same on all processes.
-        parameter: of a model, perhaps a share; one of another shape, as the count of Adam's steps
-            is beside its moments, has nothing to say.
     """
     if not isinstance(parameter, DTensor) or parameter.shape != tensor.shape:
         return tensor
@@ -75,31 +74,31 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def load_model_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load whole tensors into a model, sharded or not."""
+    """Load full tensors into a model, sharded or not."""
     own = model.state_dict()
     model.load_state_dict({n: shard_like(t, own[n]) if n in own else t for n, t in state.items()})
 
 
 def load_optimizer_state(optimizer: Optimizer, state: dict) -> None:
-    """Load a `state_dict` of whole tensors into the optimizer of a model, sharded or not."""
+    """Load a `state_dict` of full tensors into the optimizer of a model, sharded or not."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    shares = {
+    shards = {
         index: {
             name: shard_like(value, parameters[index]) if isinstance(value, Tensor) else value
             for name, value in entry.items()
         }
         for index, entry in state["state"].items()
     }
-    optimizer.load_state_dict({**state, "state": shares})
+    optimizer.load_state_dict({**state, "state": shards})
 
 
 @contextmanager
 def unsharded(model: nn.Module, build: Callable[[], nn.Module]) -> Iterator[nn.Module]:
-    """Context with a model that any process can compute with alone, for measuring.
+    """Context with an unsharded model, which each process can run independently for evaluation.
 
     Args:
-        model: a sharded one, which is copied, or another, which is given back.
-        build: makes one of the same kind.
+        model: copied if it is sharded, else yielded as it is.
+        build: makes a model of the same architecture.
     """
     if not isinstance(model, FSDPModule):
         yield model
@@ -110,4 +109,4 @@ def unsharded(model: nn.Module, build: Callable[[], nn.Module]) -> Iterator[nn.M
     copy.load_state_dict(state, assign=True)
     del state
     yield copy
-    copy.to("meta")  # whoever still knows it keeps no weights alive
+    copy.to("meta")  # frees the weights even if a reference to the copy remains

@@ -1,4 +1,4 @@
-"""Signals that end a run where it can be continued: SIGTERM, and SIGUSR1 before a time limit."""
+"""Handling of the signals that stop a run cleanly: SIGTERM, and SIGUSR1 before a time limit."""
 
 import signal
 from collections.abc import Iterator
@@ -6,12 +6,12 @@ from contextlib import contextmanager
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-_received: list[int] = []  # a process has only one handler for a signal, so one list will do
+_received: list[int] = []  # one list is enough: a process has only one handler per signal
 
 
 @contextmanager
 def deferred_signals() -> Iterator[None]:
-    """Note signals inside instead of ending at once."""
+    """Context in which stop signals are recorded instead of ending the process."""
     before = {number: signal.signal(number, _note) for number in SIGNALS}
     try:
         yield
@@ -26,11 +26,11 @@ def _note(number: int, _: object) -> None:
 
 
 def stop_signal() -> int | None:
-    """The first signal that this process was sent, if there was one."""
+    """First stop signal that this process received, or None."""
     return _received[0] if _received else None
 
 
 def ignore_stop_signals(*_: object) -> None:
-    """Ignore the signals in a loader process: clusters send them to all, and its run ends it."""
+    """Ignore stop signals in a loader process: clusters signal all, and the run ends its own."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

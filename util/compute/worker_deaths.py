@@ -1,4 +1,4 @@
-"""Finds loader processes that died by themselves, and ends those that are left."""
+"""Detection of loader processes that died unexpectedly, and cleanup of the remaining ones."""
 
 import re
 import signal
@@ -13,13 +13,13 @@ _processes: WeakSet[BaseProcess] = WeakSet()  # of all loaders
 
 
 def note_workers() -> None:
-    """Add the loader processes that there are now to those that are watched."""
+    """Watch the loader processes that exist now."""
     _processes.update(child for child in active_children() if child.daemon)
 
 
 @contextmanager
-def _deaths_unnoticed() -> Iterator[None]:
-    """Keep torch's signal handler, which raises an error when a loader process ends, from it."""
+def _sigchld_handler_disabled() -> Iterator[None]:
+    """Disable torch's signal handler, which raises an error when a loader process dies."""
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield
@@ -27,33 +27,32 @@ def _deaths_unnoticed() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, handler)
 
 
-@_deaths_unnoticed()
+@_sigchld_handler_disabled()
 def dead_loader(error: Exception, seconds: float = 0.0) -> str | None:
-    """Tell of a loader process that died by itself, and what to do; None if there is none.
+    """Message about a loader process that died unexpectedly; None if all are alive.
 
-    Its death can show as nearly any error at any place: torch raises one from a signal handler, and
-    reading what the process was sending fails.
+    A death can surface as nearly any error anywhere: torch raises one in a signal handler, and
+    reading the process's data fails.
 
     Args:
-        error: that came up.
-        seconds: to wait for a death, which may show before it is complete.
+        seconds: maximum wait, because the error may come before the process has ended.
     """
-    told = re.match(r"DataLoader worker \(pid\D+(\d+)", str(error))  # by torch's handler
-    pid, end = told and int(told[1]), time.monotonic() + seconds
+    named = re.match(r"DataLoader worker \(pid\D+(\d+)", str(error))  # by torch's handler
+    pid, end = named and int(named[1]), time.monotonic() + seconds
     while pid is None:
         pid = next((process.pid for process in _processes if process.exitcode), None)
         if pid is None and (not _processes or time.monotonic() >= end):
             return None
         time.sleep(0.02)
     return (
-        f"loader process {pid} was killed or crashed, often for lack of memory: lower "
+        f"loader process {pid} was killed or crashed, often because memory ran out: lower "
         "--num_workers and start the same command again"
     )
 
 
-@_deaths_unnoticed()
+@_sigchld_handler_disabled()
 def end_loaders() -> None:
-    """End what loader processes are left: Python would wait for them, and they ignore SIGTERM."""
+    """Kill the remaining loader processes: Python would wait for them, and they ignore SIGTERM."""
     for process in _processes:
         process.kill()
         process.join()
