@@ -1,9 +1,36 @@
 #!/usr/bin/env bash
-# Sets up .venv, then runs every test: about 20 minutes on 2 CPU cores. Arguments go to pytest.
+# Sets up .venv and runs the quick tests: up to 5 minutes on 2 CPU cores. With --all it runs every
+# test, the slow ones, the faults and SLURM's too: up to 20 minutes. Other arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
 install_into_venv requirements-dev.txt
 
+selection=(-m "not slow and not faults and not slurm")
+if [ "${1:-}" = --all ]; then
+    selection=()
+    shift
+fi
+
+# Every process that a test starts inherits this folder's name, which is how those are found that
+# still run when the tests have been stopped.
+TMPDIR=$(mktemp -d "${TMPDIR:-/tmp}/crossmae-tests.XXXXXX")
+export TMPDIR OMP_NUM_THREADS=1
+clean_up() {
+    local environ pid
+    for environ in $(grep -slz "^TMPDIR=$TMPDIR\$" /proc/[0-9]*/environ || true); do
+        pid=${environ#/proc/}
+        kill -KILL "${pid%/environ}" 2>/dev/null || true
+    done
+    rm -rf "$TMPDIR"
+}
+trap clean_up EXIT
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
 echo "running the tests"
-.venv/bin/python -m pytest "$@"
+# In the background, because bash answers a signal only between two commands or in `wait`.
+.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadgroup --durations=10 \
+    "${selection[@]}" "$@" &
+wait $!

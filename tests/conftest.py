@@ -8,6 +8,12 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 import pytest
 import torch
 
+from tests.helpers.files import write_classes
+from tests.helpers.models import use_nano_models
+from tests.helpers.processes import end_processes
+from tests.helpers.runs import TINY, run
+from util.runs.checkpoint import list_checkpoints
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
@@ -19,6 +25,13 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_process_left():
+    """End what a test started and, failing, did not wait for."""
+    yield
+    end_processes()
+
+
 @pytest.fixture
 def offline(monkeypatch):
     """No test waits for the network; the environment variable would come too late."""
@@ -27,3 +40,39 @@ def offline(monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def nano(monkeypatch):
+    """Tiny models under the names that the command lines of tests use."""
+    use_nano_models(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """Class folders of 37 training images, in five steps of 8 an epoch, and 12 validation images.
+
+    Tests change copies of it only.
+    """
+    return write_classes(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def weights(images, tmp_path_factory):
+    """Pre-training checkpoints by method, with a mean of their own; only MAE's has a final norm."""
+    paths = {}
+    with pytest.MonkeyPatch.context() as patch:
+        use_nano_models(patch)
+        for method in ("crossmae", "mae"):
+            folder = tmp_path_factory.mktemp(method)
+            argv = [*TINY, "--model", f"{method}_vit_tiny_patch4", "--data_path", images]
+            argv += ["--epochs", 1, "--lr", 1e-2, "--mean", 0.4, 0.5, 0.6]
+            run(*argv, "--output_dir", folder)
+            paths[method] = list_checkpoints(folder)[-1]
+    return paths
+
+
+@pytest.fixture(scope="session")
+def pretrained(weights):
+    """CrossMAE's of `weights`."""
+    return weights["crossmae"]

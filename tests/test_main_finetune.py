@@ -1,60 +1,29 @@
-"""Fine-tuning from the command line: what it starts from, leaves, continues, measures and refuses.
-
-As a script, this file is what torchrun starts: it runs main_finetune.py with small models.
-"""
+"""Fine-tuning from the command line: what it starts from, leaves, measures and refuses."""
 
 import argparse
 import re
-import sys
 
 import pytest
 import timm
 import torch
 
 import main_finetune
-import models_vit
 from main_finetune import Recipe, parse_args, resolve_recipe
 from models_vit import SIZES, ModelSize, build_vit
+from tests.helpers import runs
 from tests.helpers.data import write_shards
 from tests.helpers.files import copied, files_in, write_classes, write_images
 from tests.helpers.models import NANO, use_nano_models
-from tests.helpers.processes import ROOT, command, finish, start
-from tests.helpers.runs import (
-    TINY,
-    StoppedError,
-    assert_identical,
-    log_without_time,
-    refusal,
-    run,
-    run_until,
-)
+from tests.helpers.processes import NANO_MAIN, command, finish, start
+from tests.helpers.runs import QUICK, StoppedError, log_without_time, refusal, run
 from util.runs.checkpoint import BEST_NAME, list_checkpoints, read_checkpoint
 from util.runs.run_log import read_log
 from util.weights.encoder import read_encoder
 
-QUICK = ["--batch_size", "8", "--epochs", "2", "--num_workers", "0", "--amp", "fp32"]
-QUICK += ["--device", "cpu"]
 SCRATCH = [*QUICK, "--model", "vit_tiny_patch4", "--input_size", "16"]
-EACH_STEP = ["--save_every_minutes", "0", "--log_every", "1", "--keep_last", "0"]
 PLAIN = ["--mixup", "0", "--cutmix", "0", "--drop_path", "0", "--reprob", "0"]
 PLAIN += ["--auto_augment", "none"]
 MEASURED = ("val_loss", "val_top1", "val_top5", "val_images")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_classes(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module")
-def pretrained(images, tmp_path_factory):
-    """A pre-training checkpoint with a mean of its own."""
-    folder = tmp_path_factory.mktemp("pretrained")
-    with pytest.MonkeyPatch.context() as patch:
-        use_nano_models(patch)
-        argv = [*TINY, "--data_path", images, "--epochs", 1, "--mean", 0.4, 0.5, 0.6]
-        run(*argv, "--output_dir", folder)
-    return list_checkpoints(folder)[-1]
 
 
 @pytest.fixture(scope="module")
@@ -69,32 +38,19 @@ def finished(images, pretrained, tmp_path_factory):
     return folder, argv
 
 
-@pytest.fixture(autouse=True)
-def nano(monkeypatch):
-    use_nano_models(monkeypatch)
-
-
 def finetune(*argv):
     run(*argv, main=main_finetune.main)
 
 
-def refused(capsys, *argv):
-    return refusal(capsys, *argv, main=main_finetune.main)
+pytestmark = pytest.mark.usefixtures("nano")
 
 
 def last_checkpoint(folder):
-    return read_checkpoint(list_checkpoints(folder)[-1], "finetune")
+    return runs.last_checkpoint(folder, "finetune")
 
 
-def state_of(folder):
-    """Everything that a run's last checkpoint would continue from, the best epoch, and the log."""
-    keys = ("model", "ema", "optimizer", "scaler", "progress", "meters", "broken")
-    checkpoint, best = last_checkpoint(folder), read_checkpoint(folder / BEST_NAME, "finetune")
-    return {
-        **{key: checkpoint[key] for key in keys},
-        "best": {key: best[key] for key in ("model", "ema", "progress")},
-        "log": log_without_time(folder),
-    }
+def refused(capsys, *argv):
+    return refusal(capsys, *argv, main=main_finetune.main)
 
 
 def assert_close(a, b, tolerance):
@@ -362,16 +318,6 @@ def test_digits_from_scratch(tmp_path, capsys):
     assert "training from scratch, last epoch, 2" in out
 
 
-def test_without_validation_images_a_run_says_so_and_trains(tmp_path, images, capsys):
-    argv = [*SCRATCH, "--data_path", images / "train", "--epochs", 1, "--output_dir", tmp_path]
-    finetune(*argv)
-    out = capsys.readouterr().out
-    assert "no images held out" in out
-    assert "top-1" not in out
-    assert "val_top1" not in read_log(tmp_path)[-1]
-    assert not (tmp_path / BEST_NAME).exists()
-
-
 def test_val_images_may_come_later(tmp_path, images, capsys):
     argv = [*SCRATCH, "--data_path", images / "train", "--output_dir", tmp_path]
     finetune(*argv, "--epochs", 1)
@@ -422,50 +368,6 @@ def test_accumulation_equals_the_large_batch(tmp_path, images):
 # Starting again
 
 
-@pytest.mark.parametrize(
-    ("stops", "options"),
-    [
-        ([2], ["--ema", "0.9"]),
-        ([5, 6], ["--drop_path", "0.5"]),
-        ([3, 4, 9], ["--ema", "0.5", "--drop_path", "0.5", "--amp", "bf16"]),
-        ([2], ["--accum_iter", "2", "--mixup_mode", "elem"]),
-    ],
-)
-def test_a_stopped_run_continues_bit_for_bit(
-    tmp_path, monkeypatch, images, pretrained, stops, options
-):
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    argv = [*QUICK, "--finetune", pretrained, "--data_path", images, "--lr", 1e-3, *options]
-    finetune(*argv, "--output_dir", whole)
-    for step in stops:
-        place = ["--output_dir", resumed]
-        run_until(step, monkeypatch, *argv, *EACH_STEP, *place, main=main_finetune.main)
-        assert last_checkpoint(resumed)["progress"]["step"] == step - 1
-    finetune(*argv, "--output_dir", resumed)
-    assert_identical(state_of(resumed), state_of(whole))
-
-
-@pytest.mark.slow
-@pytest.mark.faults
-def test_a_killed_run_continues_bit_for_bit(tmp_path, images):
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    argv = [*SCRATCH, "--data_path", images, "--lr", 1e-3, "--ema", 0.9]
-    words = command(__file__, *argv, *EACH_STEP, "--output_dir", resumed)
-    with start(words, PYTHONPATH=str(ROOT)) as process:
-        num_saved = 0
-        for line in process.stdout:
-            num_saved += "saved" in line
-            if num_saved == 3:
-                process.kill()
-                break
-        else:
-            pytest.fail(f"it ended by itself: {process.stderr.read()}")
-    assert 3 <= last_checkpoint(resumed)["progress"]["step"] < 10
-    finetune(*argv, "--num_workers", 2, "--output_dir", resumed)
-    finetune(*argv, "--output_dir", whole)
-    assert_identical(state_of(resumed), state_of(whole))
-
-
 def test_a_longer_run_goes_on_with_a_warning_and_the_best_so_far(tmp_path, finished, capsys):
     before, argv = finished
     folder = copied(before, tmp_path / "longer")
@@ -481,14 +383,6 @@ def test_a_longer_run_goes_on_with_a_warning_and_the_best_so_far(tmp_path, finis
     best = log[3] if is_better else progress["best"]
     assert last_checkpoint(folder)["progress"]["best"]["epoch"] == best["epoch"]
     assert ((folder / BEST_NAME).read_bytes() == kept) != is_better
-
-
-def test_data_may_move(tmp_path, images, finished, capsys):
-    before, argv = finished
-    folder = copied(before, tmp_path / "moved")
-    moved = copied(images, tmp_path / "images")
-    finetune(*argv, "--data_path", moved, "--output_dir", folder)
-    assert "continuing with a change: --data_path" in capsys.readouterr().out
 
 
 def test_labels_that_mean_another_class_are_refused(tmp_path, capsys):
@@ -510,17 +404,9 @@ DIFFERENCES = {
     "--pool cls": "--pool was 'avg' and is now 'cls'",
     "--drop_path 0.2": "--drop_path was 0.1 and is now 0.2",
     "--layer_decay 0.75": "--layer_decay was 0.65 and is now 0.75",
-    "--weight_decay 0": "--weight_decay was 0.05 and is now 0.0",
     "--ema 0.9": "--ema was None and is now 0.9",
-    "--seed 1": ": --seed was 0 and is now 1. ",  # and nothing else
-    "--batch_size 4": "effective batch size was 8 and is now 4",
-    "--input_size 24": "--input_size was [16, 16] and is now [24, 24]",
-    "--std 1 1 1": "--std was",
     "--dataset digits": "number of classes was 3 and is now 10",
-    "--data_path FEWER": "number of training images was 37 and is now 36",
-    "--epochs 2": "--epochs 2 is below the 3",
     "--mixup 0 --pool cls --seed 3": "--pool was 'avg' and is now 'cls'; --mixup was 0.8",
-    "--resume none": "would overwrite",
 }
 
 
@@ -539,18 +425,6 @@ def test_arguments_that_contradict_the_checkpoint_are_refused_with_the_differenc
     sentence = refused(capsys, *argv, *options, "--output_dir", folder)
     assert difference in sentence
     assert files_in(folder) == files_in(before)
-
-
-def test_checkpoints_of_another_kind_are_no_start(tmp_path, finished, pretrained, capsys):
-    folder = copied(pretrained.parent, tmp_path / "pretrained")
-    for place in (
-        ["--output_dir", folder],
-        ["--resume", pretrained, "--output_dir", tmp_path / "x"],
-    ):
-        sentence = refused(capsys, *finished[1], *place)
-        assert "is no fine-tuning checkpoint of this project" in sentence
-    assert files_in(folder) == files_in(pretrained.parent)
-    assert not (tmp_path / "x").exists()
 
 
 def test_the_best_epoch_is_no_checkpoint_to_continue(tmp_path, finished, capsys):
@@ -694,8 +568,10 @@ def test_two_processes_equal_one(tmp_path, images, pretrained):
     argv = [*QUICK, "--finetune", pretrained, "--data_path", images, "--lr", 1e-3]
     argv += ["--mixup", 0, "--cutmix", 0, "--drop_path", 0]
     one, two = tmp_path / "one", tmp_path / "two"
-    words = command(__file__, *argv, "--batch_size", 4, "--output_dir", two, processes=2)
-    process = start(words, PYTHONPATH=str(ROOT))
+    words = command(
+        NANO_MAIN, "finetune", *argv, "--batch_size", 4, "--output_dir", two, processes=2
+    )
+    process = start(words)
     finetune(*argv, "--output_dir", one)
     code, out, err = finish(process)
     assert code == 0, out + err
@@ -713,50 +589,18 @@ def test_two_processes_equal_one(tmp_path, images, pretrained):
 
 
 REFUSED = {
-    "--finetune nowhere.pth": "nowhere.pth is no file",
-    "--finetune README.md": "README.md",
     "--finetune EMPTY": "is a folder without",
-    "--model vit": "invalid choice: 'vit'",
     "--model vit_tiny_patch16 --input_size 20": "patches of 16 px do not divide 20 x 20 px",
-    "--input_size 18": "patches of 4 px do not divide 18 x 18 px",
-    "--input_size 16 16 16": "--input_size takes one side, or a height and a width",
-    "--pool max": "invalid choice: 'max'",
-    "--num_classes 2": "a head of 2 classes does not fit the 3 of the training images",
     "--nb_classes 4": "a head of 4 classes does not fit the 3 of the training images",
-    "--num_classes 0": "must be at least 1, not 0",
     "--ema 1": "--ema 1 would never take in",
-    "--val_path OTHER": "1 are missing (bear) and 1 are new (dog)",
-    "--data_path UNSORTED": "no labels",
-    "--data_path nowhere": "nowhere does not exist",
-    "--data_path EMPTY": "has images in it",
     "--data_path IMAGES/train/cup": "no labels",
-    "--dataset imagenet": "--dataset imagenet is unknown",
-    "--num_samples 10": "drop --num_samples",
-    "--std 0 1 1": "--std must be above 0",
-    "--layer_decay 1.5": "must be from 0 to 1, not 1.5",
-    "--layer_decay nan": "must be from 0 to 1, not nan",
     "--drop_path 1": "--drop_path 1 would leave nothing",
     "--drop_path -0.1": "--drop_path",
     "--smoothing 1": "--smoothing 1 would leave nothing",
-    "--ema 2": "must be from 0 to 1, not 2",
-    "--mixup -1": "must be at least 0, not -1",
-    "--cutmix inf": "must be finite, not inf",
-    "--mixup_prob 1.1": "must be from 0 to 1, not 1.1",
     "--mixup_mode image": "invalid choice: 'image'",
     "--auto_augment random": "--auto_augment 'random' is not understood",
-    "--reprob 2": "must be from 0 to 1, not 2",
     "--remode noise": "invalid choice: 'noise'",
-    "--recount 0": "must be at least 1, not 0",
     "--crop_pct 0": "0 does not lie in 0.1 to 1",
-    "--warmup_epochs 2": "--warmup_epochs 2 must be below --epochs 2",
-    "--epochs 0": "must be at least 1, not 0",
-    "--lr 0": "must be above 0, not 0",
-    "--clip_grad 0": "must be above 0, not 0",
-    "--resume nowhere.pth": "nowhere.pth is no file",
-    "--device abacus": "unknown --device abacus",
-    "--attention_backend cudnn": "--attention_backend cudnn cannot run this model",
-    "--output_dir FILE": "--output_dir",
-    "--smooth 0.1": "--smooth",
 }
 
 
@@ -778,29 +622,6 @@ def test_wrong_input_is_refused_in_one_sentence_and_nothing_is_written(
     assert reason in refused(capsys, *argv)
     assert files_in(tmp_path) == before
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.faults
-def test_a_diverging_run_saves_nothing_that_is_not_finite(tmp_path, images, capsys):
-    argv = [*SCRATCH, "--data_path", images, "--lr", 1e30, "--output_dir", tmp_path]
-    sentence = refusal(capsys, *argv, main=main_finetune.main, code=1)
-    assert "not finite" in sentence
-    assert list_checkpoints(tmp_path) == []
-    assert not (tmp_path / BEST_NAME).exists()
-
-
-def test_help_shows_every_default(capsys):
-    with pytest.raises(SystemExit) as caught:
-        parse_args(["--help"])
-    assert caught.value.code == 0
-    text = capsys.readouterr().out
-    assert "vit_large_patch16" in text
-    assert "%(" not in text
-
-
-if __name__ == "__main__":
-    models_vit.SIZES["tiny_patch4"] = NANO
-    main_finetune.run_main(lambda: main_finetune.main(sys.argv[1:]))
 
 
 # Streams

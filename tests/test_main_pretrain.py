@@ -21,6 +21,7 @@ from tests.helpers.files import RunsCode, copied, files_in, write_images
 from tests.helpers.models import NANO, use_nano_models
 from tests.helpers.processes import command, finish, start
 from tests.helpers.runs import (
+    EACH_STEP,
     TINY,
     assert_identical,
     last_checkpoint,
@@ -36,7 +37,6 @@ from util.runs.checkpoint import list_checkpoints, read_checkpoint
 from util.runs.run import versions
 from util.runs.run_log import read_log
 
-EACH_STEP = ["--save_every_minutes", "0", "--log_every", "1", "--keep_last", "0"]
 MAE = ["--model", "mae_vit_tiny_patch4"]
 
 
@@ -47,11 +47,6 @@ def images(tmp_path_factory):
     write_images(folder / "train", 37)
     write_images(folder / "val", 5)
     return folder
-
-
-@pytest.fixture
-def nano(monkeypatch):
-    use_nano_models(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -315,21 +310,6 @@ def test_accumulation_equals_the_large_batch(tmp_path, images, nano):
         assert line == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("amp", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("stops", [[2], [5], [6], [3, 4, 9]])
-def test_a_stopped_run_continues_bit_for_bit(tmp_path, monkeypatch, images, nano, stops, amp):
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    argv = [*TINY, "--data_path", images, "--lr", 1e-3, "--eval_every", 1, "--amp", amp]
-    run(*argv, "--output_dir", whole)
-    for step in stops:
-        run_until(step, monkeypatch, *argv, *EACH_STEP, "--output_dir", resumed)
-        assert last_checkpoint(resumed)["progress"]["step"] == step - 1
-    run(*argv, "--output_dir", resumed)
-    assert_identical(state_of(resumed), state_of(whole))
-    figures = [(folder / "reconstructions.png").read_bytes() for folder in (resumed, whole)]
-    assert figures[0] == figures[1]
-
-
 def test_a_stopped_run_with_several_crops_of_an_image_continues_bit_for_bit(
     tmp_path, monkeypatch, images, capsys, nano
 ):
@@ -350,40 +330,6 @@ def test_the_crops_of_an_image_are_part_of_what_a_run_is(tmp_path, images, capsy
     place = ["--data_path", images, "--output_dir", tmp_path / "run", "--epochs", 1]
     run(*TINY, *place, "--repeated_aug", 2)
     assert "--repeated_aug was 2 and is now 1" in refusal(capsys, *TINY, *place)
-
-
-def kill_after_saving(num_times, words):
-    """Start a command, and kill it right after it says that it saved so often."""
-    with start(words) as process:
-        for line in process.stdout:
-            num_times -= "saved" in line
-            if num_times == 0:
-                process.kill()
-                return
-    pytest.fail(f"it ended by itself: {process.returncode}")
-
-
-@pytest.mark.slow
-@pytest.mark.faults
-@pytest.mark.parametrize(("amp", "kills"), [("fp32", [3, 4]), ("bf16", [2])])
-def test_a_killed_run_continues_bit_for_bit(tmp_path, images, amp, kills):
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    argv = [*TINY, "--data_path", images, "--lr", 1e-3, "--eval_every", 1, "--amp", amp]
-    script = command("main_pretrain.py", *argv, *EACH_STEP, "--output_dir", resumed)
-    for num_saved in kills:
-        kill_after_saving(num_saved, script)
-    step = last_checkpoint(resumed)["progress"]["step"]
-    assert sum(kills) <= step < 10
-    run(*argv, "--num_workers", 2, "--output_dir", resumed)
-    run(*argv, "--output_dir", whole)
-    assert_identical(state_of(resumed), state_of(whole))
-
-
-def test_workers_and_log_points_change_nothing(tmp_path, images, nano):
-    argv = [*TINY, "--data_path", images]
-    run(*argv, "--output_dir", tmp_path / "plain")
-    run(*argv, "--num_workers", 2, *EACH_STEP, "--output_dir", tmp_path / "busy")
-    assert_identical(state_of(tmp_path / "busy"), state_of(tmp_path / "plain"))
 
 
 # Starting again
@@ -449,15 +395,6 @@ def test_a_path_elsewhere_starts_a_run_and_its_own_checkpoints_continue_it(
     assert files_in(folder) == before
 
 
-def test_a_longer_run_goes_on_with_a_warning(tmp_path, finished, capsys, nano):
-    before, argv = finished
-    folder = copied(before, tmp_path / "longer")
-    run(*argv, "--epochs", 3, "--output_dir", folder)
-    assert "--epochs grew from 2 to 3: from epoch 2 on" in capsys.readouterr().out
-    assert [line["epoch"] for line in read_log(folder)] == [1, 2, 3]
-    assert read_log(folder)[:2] == read_log(before)
-
-
 def test_changes_of_the_recipe_are_named_and_take_effect(tmp_path, finished, capsys, nano):
     before, argv = finished
     folder = copied(before, tmp_path / "changed")
@@ -472,23 +409,6 @@ def test_changes_of_the_recipe_are_named_and_take_effect(tmp_path, finished, cap
     assert new.norm() < 0.9**5 * old.norm() * 1.01  # five steps without a gradient worth the name
 
 
-def test_data_may_move(tmp_path, images, finished, capsys, nano):
-    before, argv = finished
-    folder = copied(before, tmp_path / "moved")
-    run(*argv, "--data_path", copied(images, tmp_path / "images"), "--output_dir", folder)
-    assert "continuing with a change: --data_path" in capsys.readouterr().out
-
-
-def test_as_many_other_images_are_refused(tmp_path, images, finished, capsys, nano):
-    before, argv = finished
-    folder = copied(before, tmp_path / "run")
-    others = copied(images, tmp_path / "images")
-    for number, path in enumerate(sorted((others / "train").iterdir())):
-        path.rename(path.with_name(f"other{number:03d}.png"))
-    sentence = refusal(capsys, *argv, "--data_path", others, "--output_dir", folder)
-    assert "hash of their names was" in sentence
-
-
 @pytest.mark.parametrize(
     ("options", "difference"),
     [
@@ -496,14 +416,8 @@ def test_as_many_other_images_are_refused(tmp_path, images, finished, capsys, na
         (["--mask_ratio", "0.5"], "--mask_ratio was 0.75 and is now 0.5"),
         (["--pred_ratio", "0.25"], "--pred_ratio was 0.75 and is now 0.25"),
         (["--mask_sampling", "grid"], "--mask_sampling was 'random' and is now 'grid'"),
-        (["--seed", "1"], ": --seed was 0 and is now 1. "),  # and nothing else
-        (["--batch_size", "4"], "effective batch size was 8 and is now 4"),
-        (["--accum_iter", "2"], "effective batch size was 8 and is now 16"),
         (["--batch_size", "2"], "arguments (--effective_batch_size 8 holds on any number"),
-        (["--std", "1", "1", "1"], "--std was"),
-        (["--weight_decay", "0.2"], "--weight_decay was 0.05 and is now 0.2"),
         (["--feature_maps", "last"], "--feature_maps was None and is now 'last'"),
-        (["--input_size", "32"], "--input_size was"),
         (["--no-norm_pix_loss"], "--norm_pix_loss was True and is now False"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
@@ -524,15 +438,6 @@ def test_an_option_that_is_left_out_counts_as_a_difference(tmp_path, images, cap
     assert "--feature_maps was [0, 2] and is now None" in refusal(capsys, *TINY, *place)
 
 
-def test_other_images_are_refused(tmp_path, images, finished, capsys, nano):
-    before, argv = finished
-    folder = copied(before, tmp_path / "same")
-    other = copied(images, tmp_path / "images")
-    (other / "train" / "000.png").unlink()
-    sentence = refusal(capsys, *argv, "--data_path", other, "--output_dir", folder)
-    assert "number of training images was 37 and is now 36" in sentence
-
-
 def test_all_differences_are_listed_and_named_as_on_the_command_line(tmp_path, finished, capsys):
     folder, argv = finished
     changes = [*MAE, "--seed", 1, "--std", 1, 1, 1, "--mask_ratio", 0.5, "--input_size", 32]
@@ -544,14 +449,6 @@ def test_all_differences_are_listed_and_named_as_on_the_command_line(tmp_path, f
     assert flags <= known
 
 
-def test_a_shorter_run_is_refused(tmp_path, finished, capsys, nano):
-    before, argv = finished
-    folder = copied(before, tmp_path / "same")
-    sentence = refusal(capsys, *argv, "--epochs", 1, "--output_dir", folder)
-    assert "--epochs 1 is below the 2" in sentence
-    assert files_in(folder) == files_in(before)
-
-
 @pytest.mark.faults
 def test_damaged_checkpoints_alone_are_refused(tmp_path, finished, capsys, nano):
     before, argv = finished
@@ -560,14 +457,6 @@ def test_damaged_checkpoints_alone_are_refused(tmp_path, finished, capsys, nano)
         path.write_bytes(path.read_bytes()[:-1000])
     sentence = refusal(capsys, *argv, "--output_dir", folder)
     assert "none of the 2 checkpoints" in sentence
-
-
-def test_a_new_run_does_not_overwrite_an_old_one(tmp_path, finished, capsys, nano):
-    before, argv = finished
-    folder = copied(before, tmp_path / "same")
-    sentence = refusal(capsys, *argv, "--resume", "none", "--output_dir", folder)
-    assert "would overwrite" in sentence
-    assert files_in(folder) == files_in(before)
 
 
 # What goes wrong on the way
@@ -667,22 +556,10 @@ def test_broken_validation_images_are_named(tmp_path, images, capsys, nano):
 
 REFUSED = {
     "--pred_ratio 0.8": "--pred_ratio 0.8 is above --mask_ratio 0.75",
-    "--mask_ratio 0": "must lie strictly between 0 and 1, not 0",
-    "--mask_ratio 1": "must lie strictly between 0 and 1, not 1",
-    "--mask_ratio 1.5": "must lie strictly between 0 and 1, not 1.5",
-    "--mask_ratio nan": "must lie strictly between 0 and 1, not nan",
-    "--pred_ratio 0": "must lie strictly between 0 and 1, not 0",
-    "--pred_ratio lots": "--pred_ratio",
     "--mask_ratio 0.99": "none of 16 patches visible",
     "--pred_ratio 0.01": "predicts none of 16 patches",
-    "--model vit": "invalid choice: 'vit'",
-    "--mask_ratios 0.75": "--mask_ratios",
-    "--mask_rat 0.75": "--mask_rat",
     "--model mae_vit_tiny_patch4 --pred_ratio 0.25": "MAE's decoder predicts all masked patches",
     "--model mae_vit_tiny_patch4 --decoder_self_attention": "--decoder_self_attention",
-    "--input_size 18": "patches of 4 px do not divide 18 x 18 px",
-    "--input_size 16 16 16": "--input_size takes one side, or a height and a width",
-    "--input_size 0": "must be at least 1, not 0",
     "--mask_sampling grid --mask_ratio 0.6": "grid masking masks exactly 0.75",
     "--mask_sampling grid --input_size 20": "even number of patches",
     "--feature_maps some": "neither all, nor last, nor indices",
@@ -690,36 +567,12 @@ REFUSED = {
     "--feature_maps 3,3,12": "not [3, 3, 12]",
     "--feature_maps 0,6": "--feature_maps without 12, the last block's",
     "--model mae_vit_tiny_patch4 --feature_maps 0,6": "--feature_maps without 12",
-    "--warmup_epochs 2": "--warmup_epochs 2 must be below --epochs 2",
-    "--epochs 0": "must be at least 1, not 0",
     "--decoder_num_heads 3": "3 attention heads do not divide a width of 128",
     "--decoder_embed_dim 30 --decoder_num_heads 3": "30",
-    "--data_path nowhere": "nowhere does not exist",
-    "--data_path EMPTY": "has images in it",
     "--val_path nowhere": "nowhere does not exist",
-    "--dataset imagenet": "--dataset imagenet is unknown",
-    "--device abacus": "unknown --device abacus",
-    "--device meta": "--device meta",
-    "--resume nowhere.pth": "nowhere.pth is no file",
-    "--resume EMPTY": "is no file",
-    "--std 0 1 1": "--std must be above 0",
-    "--std nan 1 1": "--std",
-    "--mean nan 0 0": "--mean",
-    "--mean 0.5": "--mean: expected 3 arguments",
-    "--std 1 1": "--std: expected 3 arguments",
-    "--lr inf": "must be finite, not inf",
-    "--blr 0": "must be above 0, not 0",
-    "--clip_grad 0": "must be above 0, not 0",
-    "--batch_size 0": "must be at least 1, not 0",
-    "--repeated_aug 0": "must be at least 1, not 0",
     "--repeated_aug 3": "--batch_size 8 counts crops: make it a multiple of --repeated_aug 3",
     "--decode gpu --device cpu": "--decode gpu needs a CUDA device, and this run is on cpu",
     "--decode both": "invalid choice: 'both'",
-    "--seed -1": "must be at least 0, not -1",
-    "--seed 99999999999999999999": "--seed",
-    "--amp int8": "invalid choice: 'int8'",
-    "--attention_backend cudnn": "--attention_backend cudnn cannot run this model",
-    "--num_samples 10": "drop --num_samples",
     "--decoder_depth 2000": "decoder_depth must be from 1 to 1000, not 2000",
     "--decoder_embed_dim 20000": "decoder_embed_dim must be from 1 to 16384, not 20000",
 }
@@ -729,10 +582,8 @@ REFUSED = {
 def test_wrong_input_is_refused_in_one_sentence_and_nothing_is_written(
     tmp_path, images, capsys, options, reason
 ):
-    empty, folder = tmp_path / "empty", tmp_path / "run"
-    empty.mkdir()
-    options = options.replace("EMPTY", str(empty)).split()
-    argv = [*TINY, "--data_path", images, "--output_dir", folder, *options]
+    folder = tmp_path / "run"
+    argv = [*TINY, "--data_path", images, "--output_dir", folder, *options.split()]
     sentence = refusal(capsys, *argv)
     assert reason in sentence
     assert not folder.exists(), f"written: {list(files_in(folder))}"
@@ -749,17 +600,8 @@ def test_validation_images_alone_are_refused(tmp_path, images, capsys):
 def test_a_gpu_that_is_not_there_is_refused(tmp_path, images, capsys, device):
     argv = [*TINY, "--data_path", images, "--output_dir", tmp_path / "run"]
     sentence = refusal(capsys, *argv, "--device", device)
-    assert "0 are there" in sentence
+    assert "there are 0" in sentence
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("flag", ["--output_dir", "--log_dir"])
-def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path, images, capsys, nano, flag):
-    place = tmp_path / "file"
-    place.write_text("mine")
-    argv = [*TINY, "--data_path", images, "--output_dir", tmp_path / "run", flag, place]
-    assert flag in refusal(capsys, *argv)
-    assert place.read_text() == "mine"
 
 
 @pytest.mark.faults
@@ -795,27 +637,9 @@ def test_weights_of_something_else_are_refused(tmp_path, content):
         load_model(tmp_path / "other.pth")
 
 
-@pytest.mark.slow
-def test_wrong_input_ends_with_one_sentence_and_code_2(tmp_path, images):
-    argv = [*TINY, "--data_path", images, "--output_dir", tmp_path / "run", "--feature_maps", "0,6"]
-    code, out, err = finish(start(command("main_pretrain.py", *argv)))
-    assert code == 2
-    assert re.fullmatch(r"main_pretrain\.py: error: --feature_maps without 12, .*\n", err)
-    assert "Traceback" not in out
-
-
 def test_defaults_are_the_papers(monkeypatch):
     args = parse_args([])  # Table 10
     assert (args.epochs, args.blr, args.weight_decay, args.mask_ratio) == (800, 1.5e-4, 0.05, 0.75)
     assert args.norm_pix_loss
     assert args.input_size == [224]
     assert args.model in MODELS
-
-
-def test_help_shows_every_default(capsys):
-    with pytest.raises(SystemExit) as caught:
-        parse_args(["--help"])
-    assert caught.value.code == 0
-    text = capsys.readouterr().out
-    assert "crossmae_vit_large_patch16" in text
-    assert "%(" not in text

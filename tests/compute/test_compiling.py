@@ -57,6 +57,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow  # test_models_crossmae.py compiles the model as it is
 @pytest.mark.parametrize("memory", MEMORY_MODES)
 @pytest.mark.parametrize(("build", "loss_of"), CASES.values(), ids=CASES)
 def test_a_model_is_one_graph(build, loss_of, memory):

@@ -64,6 +64,7 @@ def test_a_signal_saves_within_an_epoch_and_the_run_continues(
     assert log_without_time(tmp_path) == log_without_time(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_the_same_step(images, tmp_path):
     words = command("main_pretrain.py", *options(images, tmp_path), processes=2)
     process = start(words)
@@ -81,6 +82,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(images, tmp_path):
     assert list_checkpoints(tmp_path)[-1].name.startswith("checkpoint-e0003")
 
 
+@pytest.mark.slow
 def test_a_signal_to_loader_processes_does_not_end_them(images, undisturbed, tmp_path):
     words = command("main_pretrain.py", *options(images, tmp_path), "--num_workers", 2)
     process = start(words)

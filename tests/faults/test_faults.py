@@ -53,11 +53,6 @@ def argv(tmp_path_factory):
     return [*TINY, "--data_path", images, *measured, *EACH_STEP, "--epochs", EPOCHS]
 
 
-@pytest.fixture
-def nano(monkeypatch):
-    use_nano_models(monkeypatch)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(argv, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")

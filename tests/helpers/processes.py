@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+SECONDS = 300  # after which a test gives up; a busy machine may be slow
+NANO_MAIN = "tests/helpers/nano_main.py"
+
+_started = []
 
 
 def wait_for_line(process, text):
@@ -42,16 +46,18 @@ def start(words, cwd=ROOT, **variables):
     """Start a command in the repository, with one thread as in the tests' own process."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(words, cwd=cwd, env=env, **pipes)
+    process = subprocess.Popen(words, cwd=cwd, env=env, **pipes)
+    _started.append(process)
+    return process
 
 
 def finish(process):
     """Wait for a command; return its exit code, standard output and standard error."""
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=SECONDS)
     return process.returncode, out, err
 
 
-def wait_until(condition, what, seconds=90):
+def wait_until(condition, what, seconds=SECONDS):
     """Wait for a condition; return its first value that is true."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -105,3 +111,23 @@ def interrupt(log, text, folder, *, number, send=lambda: None):
         for pid in tasks:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
+
+
+def end_processes():
+    """End the commands that `start` started and nobody has waited for, torchrun's processes too."""
+    while _started:
+        process = _started.pop()
+        if process.poll() is None:
+            for pid in descendants_of(process.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.kill()
+        process.communicate()
+
+
+def descendants_of(pid):
+    """The numbers of a process's children and theirs."""
+    with suppress(OSError):
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [n for child in map(int, children) for n in (child, *descendants_of(child))]
+    return []

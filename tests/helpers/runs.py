@@ -8,13 +8,17 @@ import torch
 
 import main_pretrain
 from tests.helpers.processes import command, finish, start
-from util.runs.checkpoint import list_checkpoints, read_checkpoint
+from util.runs.checkpoint import BEST_NAME, list_checkpoints, read_checkpoint
 from util.runs.run import run_main
 from util.runs.run_log import RunLog, read_log
 
 # Of main_pretrain.py; five steps an epoch on 40 images.
 TINY = ["--model", "crossmae_vit_tiny_patch4", "--input_size", "16", "--decoder_depth", "1"]
-TINY += ["--batch_size", "8", "--epochs", "2", "--num_workers", "0", "--amp", "fp32"]
+QUICK = ["--batch_size", "8", "--epochs", "2", "--num_workers", "0", "--amp", "fp32"]
+QUICK += ["--device", "cpu"]  # of every training main
+TINY += QUICK
+# Every step is logged, and saved for good.
+EACH_STEP = ["--save_every_minutes", "0", "--log_every", "1", "--keep_last", "0"]
 
 
 @contextmanager
@@ -71,15 +75,21 @@ def log_without_time(folder):
     return [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(folder)]
 
 
-def last_checkpoint(folder):
-    return read_checkpoint(list_checkpoints(folder)[-1], "pretrain")
+def last_checkpoint(folder, kind="pretrain"):
+    return read_checkpoint(list_checkpoints(folder)[-1], kind)
 
 
-def state_of(folder):
-    """Everything that a run's last checkpoint would continue from, and its log."""
-    keys = ("model", "optimizer", "scaler", "progress", "meters", "broken")
-    checkpoint = last_checkpoint(folder)
-    return {key: checkpoint[key] for key in keys} | {"log": log_without_time(folder)}
+def state_of(folder, kind="pretrain"):
+    """Everything that a run's last checkpoint continues from, the best epoch, and the log."""
+    keys = ("model", "ema", "optimizer", "scaler", "progress", "meters", "broken")
+    content = {"last": last_checkpoint(folder, kind)}
+    if (folder / BEST_NAME).exists():
+        content["best"] = read_checkpoint(folder / BEST_NAME, kind)
+    state = {
+        name: {key: checkpoint[key] for key in keys if key in checkpoint}
+        for name, checkpoint in content.items()
+    }
+    return state | {"log": log_without_time(folder)}
 
 
 def assert_identical(a, b, place="content"):

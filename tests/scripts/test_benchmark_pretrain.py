@@ -282,6 +282,7 @@ def test_time_follows_flops_is_relative_to_the_first_row_of_a_kind():
 # The script
 
 
+@pytest.mark.slow
 def test_quick_from_end_to_end(tmp_path, monkeypatch, capsys):
     use_nano_models(monkeypatch)
     path = tmp_path / "numbers.json"
@@ -345,6 +346,7 @@ def test_batch_sizes_are_rows(tmp_path, monkeypatch, capsys):
     assert [row["batch"] for row in rows] == ["1", "3"]
 
 
+@pytest.mark.slow
 def test_a_profile_lists_what_each_row_computes(tmp_path, monkeypatch):
     use_nano_models(monkeypatch)
     path, profile = tmp_path / "numbers.json", tmp_path / "kernels.txt"
@@ -363,6 +365,7 @@ def test_a_profile_lists_what_each_row_computes(tmp_path, monkeypatch):
     assert [len(table.splitlines()) for table in tables_of_rows] == [43, 42, 42]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "num_rows"), [(["--table", 5], 7), (["--table", 18], 3), (["--figure", 7], 13)]
 )
@@ -409,6 +412,7 @@ def test_the_vit_g_of_transformers_is_as_large_as_ours():
     assert theirs == ours
 
 
+@pytest.mark.slow
 def test_a_picture_is_drawn(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     use_nano_models(monkeypatch)

@@ -253,6 +253,7 @@ def test_a_local_job_saves_and_ends_after_sigterm(images, tmp_path):
     assert list_checkpoints(tmp_path)[-1].name.startswith("checkpoint-e0001-s")
 
 
+@pytest.mark.slow
 def test_debug_is_the_main_itself(images, tmp_path):
     argv = [*six_epochs(images, tmp_path), "--lr", 1e30]
     words = command(LAUNCHER, "--main", "pretrain", "--cluster", "debug", "--", *argv)

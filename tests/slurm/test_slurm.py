@@ -17,7 +17,8 @@ from tests.helpers.processes import command, finish, interrupt, start, tasks_of,
 from tests.helpers.runs import assert_same_run, run_two_processes, six_epochs
 from util.runs.checkpoint import list_checkpoints
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+# One cluster for all of them: with parallel workers, one has this whole file.
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.xdist_group("slurm")]
 
 FOLDER = Path(__file__).parent
 DAEMONS = ("munged", "slurmctld", "slurmd")

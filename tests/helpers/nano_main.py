@@ -1,0 +1,21 @@
+"""Runs a main with tiny models, for tests that need it in processes of its own.
+
+python tests/helpers/nano_main.py finetune --data_path IMAGES
+"""
+
+import importlib
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import pytest
+
+from tests.helpers.models import use_nano_models
+from util.runs.run import run_main
+
+if __name__ == "__main__":
+    _, name, *argv = sys.argv
+    use_nano_models(pytest.MonkeyPatch())
+    main = importlib.import_module(f"main_{name}").main
+    run_main(lambda: main(argv))
