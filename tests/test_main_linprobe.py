@@ -247,7 +247,7 @@ def test_a_longer_probe_goes_on_with_a_warning(tmp_path, finished, capsys):
     before, argv = finished
     folder = copied(before, tmp_path / "longer")
     probe(*argv, "--epochs", 3, "--output_dir", folder)
-    assert "--epochs grew from 2 to 3: from epoch 2 on" in capsys.readouterr().out
+    assert "--epochs increased from 2 to 3: from epoch 2 on" in capsys.readouterr().out
     assert read_log(folder)[:2] == read_log(before)
 
 

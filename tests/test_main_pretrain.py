@@ -178,7 +178,7 @@ def test_a_run_shows_whether_it_learns_by_nearest_neighbours(tmp_path, capsys, m
             None,
             pytest.approx(points[2].value),
         ]
-    assert "untrained encoder: accuracy on held-out images 10-NN" in capsys.readouterr().out
+    assert "untrained encoder: accuracy on validation images 10-NN" in capsys.readouterr().out
 
     # The same as main_knn.py measures on the checkpoint.
     argv = ["--finetune", list_checkpoints(tmp_path)[-1], "--dataset", "digits", "--no-logistic"]
@@ -198,7 +198,7 @@ def test_nearest_neighbours_change_nothing_in_training(tmp_path, images, nano):
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"), [([], "held-out ones"), (["--val_path", "VAL"], "no labels")]
+    ("options", "reason"), [([], "validation images"), (["--val_path", "VAL"], "no labels")]
 )
 def test_nearest_neighbours_need_labels_and_validation_images(
     tmp_path, capsys, nano, options, reason
@@ -453,7 +453,7 @@ def test_a_longer_run_goes_on_with_a_warning(tmp_path, finished, capsys, nano):
     before, argv = finished
     folder = copied(before, tmp_path / "longer")
     run(*argv, "--epochs", 3, "--output_dir", folder)
-    assert "--epochs grew from 2 to 3: from epoch 2 on" in capsys.readouterr().out
+    assert "--epochs increased from 2 to 3: from epoch 2 on" in capsys.readouterr().out
     assert [line["epoch"] for line in read_log(folder)] == [1, 2, 3]
     assert read_log(folder)[:2] == read_log(before)
 
