@@ -749,7 +749,7 @@ def test_validation_images_alone_are_refused(tmp_path, images, capsys):
 def test_a_gpu_that_is_not_there_is_refused(tmp_path, images, capsys, device):
     argv = [*TINY, "--data_path", images, "--output_dir", tmp_path / "run"]
     sentence = refusal(capsys, *argv, "--device", device)
-    assert "0 are there" in sentence
+    assert "GPUs on this machine: 0" in sentence
     assert not (tmp_path / "run").exists()
 
 
