@@ -25,7 +25,7 @@ from util.data.loaders import build_eval_loader
 from util.data.settings import DataSettings, add_data_args
 from util.data.transforms import default_crop_pct, eval_transform
 from util.eval.knn import (
-    Labelled,
+    LabeledFeatures,
     accuracies,
     accuracy_table,
     check_measurable,
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     compile_model(model, compute.compile, device=device)
     versions = write_args(output_dir, vars(args))
 
-    def features_of(images: IndexedImages) -> Labelled:
+    def features_of(images: IndexedImages) -> LabeledFeatures:
         _logger.info("computing the features of %d images", len(images))
         sizes = {"batch_size": args.batch_size, "num_workers": data.num_workers}
         loader = build_eval_loader(images, **sizes, device=device)

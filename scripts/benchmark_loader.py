@@ -1,13 +1,13 @@
-"""Measure how many images a CPU core reads for pre-training, beside Pillow and torchvision.
+"""Measure how many images a CPU core loads for pre-training, compared with Pillow and torchvision.
 
     python scripts/benchmark_loader.py --data_path FOLDER_OR_TAR [--also PREPARED] [--json F.json]
 
-Images per second of CPU time, that of this process and its loader workers, one thread each, in
-rounds that measure every loader once: medians, and the median of each round's ratio to the first.
-What is measured ends with a batch on the host. The reference has normalised it by then; this
-project leaves flips and normalisation to the device, where they cost a GPU next to nothing.
+Prints images per second of CPU time (this process and its loader workers, one thread each), in
+rounds that measure every loader once: the median, and the median ratio to the first loader. The
+measurement ends with a batch on the host. The reference's batch is normalized; this project leaves
+flips and normalization to the device, where they cost a GPU next to nothing.
 
-Also checks that both make the same pixels of the same crops.
+Also checks that both produce the same pixels from the same crops.
 """
 
 import argparse
@@ -43,17 +43,17 @@ from util.runs.run import run_main, start_logging, versions, write_json
 
 REPEATED_AUG = 4
 NUM_COMPARED = 64  # images whose pixels are compared
-MAX_DIFFERENCE = 0.1  # of 255, in the mean
+MAX_DIFFERENCE = 0.1  # mean, on a scale of 255
 NORMALIZATION = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 _logger = logging.getLogger(__name__)
 
 
 class Reference(Dataset):
-    """Pillow's decoding and torchvision's v1 transforms, as MAE's recipe is commonly written.
+    """Dataset with Pillow's decoder and torchvision's v1 transforms, as is common for MAE.
 
     Args:
-        images: whose files are read.
+        images: the source of the image files.
         size: (height, width) of the crops.
     """
 
@@ -80,7 +80,7 @@ class Reference(Dataset):
 
 
 def open_images(path: str, size: tuple[int, int], num_crops: int = 1) -> IndexedImages:
-    """The training images at a path, as pre-training opens them.
+    """Open the training images at a path as pre-training does.
 
     Raises:
         InputError: there are none.
@@ -90,7 +90,7 @@ def open_images(path: str, size: tuple[int, int], num_crops: int = 1) -> Indexed
 
 
 def reference_epochs(args: argparse.Namespace, images: IndexedImages) -> Iterator[int]:
-    """The number of images of each batch, epoch by epoch; after an epoch comes a 0."""
+    """Yield the size of each batch of the reference loader, and 0 after each epoch."""
     loader = DataLoader(
         Reference(images, (args.input_size,) * 2),
         batch_size=args.batch_size,
@@ -104,7 +104,7 @@ def reference_epochs(args: argparse.Namespace, images: IndexedImages) -> Iterato
 
 
 def own_epochs(args: argparse.Namespace, images: IndexedImages) -> Iterator[int]:
-    """As `reference_epochs`, of this project's loader; crops count as images."""
+    """Do the same as `reference_epochs` for this project's loader; crops count as images."""
     loader = build_train_loader(
         images,
         batch_size=args.batch_size,
@@ -127,12 +127,12 @@ def cpu_seconds() -> float:
     ticks = 0
     for worker in multiprocessing.active_children():
         fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])  # in user mode, and in the kernel
+        ticks += int(fields[11]) + int(fields[12])  # in user mode and in the kernel
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def images_per_second(epochs: Iterator[int], num_images: int) -> float:
-    """Measure whole epochs until so many images are read; one epoch warms up."""
+    """Measure whole epochs until at least this many images are read, after one epoch of warm-up."""
     for size in epochs:
         if size == 0:
             break
@@ -145,16 +145,16 @@ def images_per_second(epochs: Iterator[int], num_images: int) -> float:
 
 
 def pixel_difference(images: IndexedImages, size: tuple[int, int]) -> float:
-    """The mean difference, of 255, between Pillow's and torchvision's crops and this project's."""
+    """Mean difference, on a scale of 255, between the reference's crops and this project's."""
     differences = []
     for index in range(min(NUM_COMPARED, len(images))):
         with images.reader[index][0] as file:
             image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
-        place = ("augment", 0, 0, index)
-        (box,), (flip,) = images.transform.draw(image.height, image.width, *place)
+        seed = ("augment", 0, 0, index)
+        (box,), (flip,) = images.transform.draw(image.height, image.width, *seed)
         crop = functional.resized_crop(image, *box, size, v1.InterpolationMode.BICUBIC)
         theirs = functional.to_tensor(functional.hflip(crop) if flip else crop)
-        crops = images.transform(images.transform.read(images.reader[index][0]), *place)
+        crops = images.transform(images.transform.read(images.reader[index][0]), *seed)
         ours, _ = collate([Sample(crops, label=-1, broken=[])]).to(torch.device("cpu"))
         difference = denormalize(ours, *NORMALIZATION)[0] - theirs
         differences.append(255 * difference.abs().mean().item())
@@ -164,7 +164,7 @@ def pixel_difference(images: IndexedImages, size: tuple[int, int]) -> float:
 def measure(
     loaders: dict[str, Callable[[], Iterator[int]]], *, repeats: int, num_images: int
 ) -> Iterator[dict[str, list[float]]]:
-    """Images per CPU second of every loader, in rounds of all; what is known after each."""
+    """Measure every loader once per round; yield all speeds so far, in images per CPU second."""
     speeds = {name: [] for name in loaders}
     for number in range(1, repeats + 1):
         for name, epochs in loaders.items():
@@ -174,7 +174,7 @@ def measure(
 
 
 def summarize(speeds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Medians of the speeds, and of the ratios to the first loader's in the same round."""
+    """Compute medians of the speeds and of the ratios to the first loader in the same round."""
     first = next(iter(speeds.values()))
     return {
         name: {
@@ -188,7 +188,7 @@ def summarize(speeds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """A Markdown table."""
+    """Format the results as a Markdown table."""
     lines = ["| loader | images/s per core | range | ratio |", "|---|--:|--:|--:|"]
     lines += [
         f"| {name} | {r['images_per_second']:.0f} | {r['slowest']:.0f} to {r['fastest']:.0f} "
@@ -210,25 +210,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--num_images",
         type=positive_int,
         default=1000,
-        help="read at least so many in each measurement, several times if need be (%(default)s)",
+        help="images to read per measurement, at least, repeating them if necessary (%(default)s)",
     )
     parser.add_argument(
         "--num_workers", type=process_count, default=1, help="loader processes (%(default)s)"
     )
     parser.add_argument(
-        "--batch_size", type=positive_int, default=64, help="images of a batch (%(default)s)"
+        "--batch_size", type=positive_int, default=64, help="images per batch (%(default)s)"
     )
     parser.add_argument(
-        "--input_size", type=positive_int, default=224, help="side of a crop (%(default)s)"
+        "--input_size", type=positive_int, default=224, help="crop size in pixels (%(default)s)"
     )
     parser.add_argument("--json", metavar="PATH", help="file for all numbers and the machine")
     args = parser.parse_args(argv)
     if args.num_workers and not Path("/proc/self/stat").exists():
-        raise InputError("the CPU time of workers is read from /proc: give --num_workers 0")
+        raise InputError("the CPU time of workers needs /proc, not found: use --num_workers 0")
     if args.batch_size % REPEATED_AUG:
         raise InputError(
-            f"--batch_size {args.batch_size} is no multiple of {REPEATED_AUG}, the crops of an "
-            "image with --repeated_aug: round it"
+            f"--batch_size {args.batch_size} must be a multiple of {REPEATED_AUG}, the number of "
+            "crops per image with --repeated_aug"
         )
     if args.json and not Path(args.json).resolve().parent.is_dir():
         raise InputError(f"cannot write --json {args.json}: its folder does not exist")
@@ -244,8 +244,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = open_images(args.data_path, size)
     if isinstance(images.reader[0][0], np.ndarray):
         raise InputError(
-            f"--data_path {args.data_path} holds pixels, which the reference cannot read: name the "
-            "image files there, and these by --also"
+            f"--data_path {args.data_path} contains decoded pixels, which the reference cannot "
+            "read: set it to the image files, and pass these with --also"
         )
     repeated = open_images(args.data_path, size, num_crops=REPEATED_AUG)
     loaders = {
@@ -258,10 +258,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         loaders[f"this project, {path}"] = lambda also=also: own_epochs(args, also)
 
     difference = pixel_difference(images, size)
-    _logger.info("the same crops differ by %.4f of 255 in the mean", difference)
+    _logger.info("mean difference of the same crops: %.4f of 255", difference)
     if not difference < MAX_DIFFERENCE:
         raise RunError(
-            f"the same crops differ by {difference:.3f} of 255 in the mean, which is not below "
+            f"the mean difference of the same crops is {difference:.3f} of 255, not below "
             f"{MAX_DIFFERENCE}: this project reads other pixels than Pillow and torchvision v1"
         )
     content = {
@@ -275,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         content |= {"rounds_done": done, "results": summarize(speeds), "rounds": speeds}
         if args.json is None:
             continue
-        try:  # what is stopped has lost only the round under way
+        try:  # stopping the program loses only the current round
             write_json(Path(args.json), content, keep_earlier=done == 1)
         except OSError as error:
             raise InputError(f"cannot write --json {args.json}: {error}") from error

@@ -4,9 +4,9 @@
     python scripts/benchmark_pretrain.py --pred_ratios 0.25 0.75 --memory high low --json out.json
     python scripts/benchmark_pretrain.py --dtypes bf16 --against PROGRAM.py
 
-A step draws the masks, goes forward and backward and updates by AdamW, on synthetic images that
-lie on the device. Every configuration has its turn in every round, so that a machine that changes
-its speed changes it for all. Results are Markdown tables on stdout.
+A step draws masks, runs forward and backward, and updates with AdamW, on synthetic images on the
+device. Every round gives every configuration a turn, so that changes in the machine's speed affect
+all of them. Results are Markdown tables on stdout.
 """
 
 import argparse
@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models import MODELS, build_model
 from models_crossmae import HEAD_DIM, MaskedAutoencoder, decoder_width
 from models_vit import SIZES
-from scripts.benchmark.against import compare_in_turns, flag_words, run_python
-from scripts.benchmark.step import MeasuredStep, describe_machine, measure_in_turns
+from scripts.benchmark.against import compare_interleaved, flag_words, run_python
+from scripts.benchmark.step import MeasuredStep, describe_machine, measure_interleaved
 from scripts.benchmark.tables import (
     against_table,
     draw,
@@ -51,23 +51,23 @@ from util.masking import TokenCounts, count_tokens, random_split
 from util.optim import build_adamw, set_lr
 from util.runs.run import run_main, start_run, versions, write_json
 
-# transformers' ViTMAEForPreTraining, in our sizes.
+# transformers' ViTMAEForPreTraining in our sizes.
 HF_SIZES = {f"hf_vitmae_{s.partition('_')[0]}": s for s in SIZES if s != "tiny_patch4"}
-# What --against compares, by the names of the other program, which has no ViT-g.
+# Models that --against compares -> their names in the reference program, which lacks ViT-g.
 THEIR_SIZES = [s for s in HF_SIZES.values() if s != "giant_patch14"]
 THEIR_MODELS = {f"crossmae_vit_{s}": s.partition("_")[0] for s in THEIR_SIZES}
 AGAINST_NOTE = (
-    "Times faster: theirs / ours, the median of the rounds' pairs. Bytes: ours / theirs, saved for "
-    "each image of the batch, which may include weights, and for one image more; peak of a GPU."
+    "Times faster: theirs / ours, median over rounds. Bytes: ours / theirs, saved per image of the "
+    "batch, which may include weights, and for one more image; peak memory of a GPU."
 )
 NUM_PROFILED, NUM_KEPT = 40, 25  # kernels in --profile's tables, and in the JSON file
-MAX_COMPILED = RECOMPILE_LIMIT // 2  # rows: one graph each, two where memory modes differ
+MAX_COMPILED = RECOMPILE_LIMIT // 2  # rows: one graph each, or two if memory modes differ
 LAST_MAP, SELF_ATTENTION = {"feature_maps": "last"}, {"decoder_self_attention": True}
-# Rows of the paper as (kind of model, what differs from the defaults), and what it measured.
+# The paper's rows as (kind of model, options that differ from the defaults), and its results.
 PRESETS: dict[str, tuple[list[tuple[str, dict]], str]] = {
     "table 4": (
         [("mae", {}), ("crossmae", {"pred_ratio": 0.75}), ("crossmae", {"pred_ratio": 0.25})],
-        "Table 4, 1024 images on each of 2 A100: time 1, 0.90, 0.68, memory 1, 0.85, 0.54.",
+        "Table 4, 1024 images on each of 2 A100s: time 1, 0.90, 0.68, memory 1, 0.85, 0.54.",
     ),
     "table 5": (
         [("mae", {})]
@@ -76,12 +76,12 @@ PRESETS: dict[str, tuple[list[tuple[str, dict]], str]] = {
             for pred_ratio in (0.75, 0.25)
             for variant in (SELF_ATTENTION, LAST_MAP, {})
         ],
-        "Table 5 takes cross-attention, inter-block attention and partial prediction apart.",
+        "Table 5 separates cross-attention, inter-block attention and partial prediction.",
     ),
     "table 18": (
         [("mae", {}), ("mae", {"batch_divisor": 2}), ("crossmae", {"pred_ratio": 0.25})],
-        "Table 18, 1024 images on each of 4 A100 of 80 GB: MAE out of memory, so in halves; time "
-        "of CrossMAE 0.65 of that.",
+        "Table 18, 1024 images on each of 4 A100s of 80 GB: MAE runs out of memory and needs two "
+        "halves; CrossMAE takes 0.65 of that time.",
     ),
     "figure 7": (
         [("mae", {})]
@@ -96,17 +96,17 @@ PRESETS: dict[str, tuple[list[tuple[str, dict]], str]] = {
 
 @dataclass(frozen=True)
 class Config:
-    """What a row measures."""
+    """Configuration measured in a row."""
 
     model: str
-    pred_ratio: float | None  # None predicts every masked patch, as MAE does
+    pred_ratio: float | None  # None: every masked patch is predicted, as in MAE
     decoder_depth: int
     input_size: int
     dtype: str
     memory: str
     batch_size: int
     mask_ratio: float
-    variant: str = "{}"  # further options of the model as JSON, because a key has to be hashable
+    variant: str = "{}"  # further options of the model, as JSON because a Config must be hashable
 
     @property
     def size(self) -> str:
@@ -115,18 +115,18 @@ class Config:
 
     @property
     def label(self) -> str:
-        """Fig. 7's (prediction ratio, decoder blocks), and what is special."""
+        """Fig. 7's (prediction ratio, decoder blocks), and options that differ."""
         values = [f"{self.pred_ratio or self.mask_ratio:g}", f"{self.decoder_depth}"]
         values += [f"{name}={value}" for name, value in json.loads(self.variant).items()]
         return f"({', '.join(values)})"
 
     def count_tokens(self) -> TokenCounts:
-        """How many patches are seen and predicted."""
+        """Count the visible and predicted patches."""
         num_patches = (self.input_size // SIZES[self.size].patch_size) ** 2
         return count_tokens(num_patches, self.mask_ratio, self.pred_ratio)
 
     def count_flops(self) -> ForwardFlops:
-        """Operations for an image. An MAE of transformers' does more, which is no merit of it."""
+        """Count operations per image; the extra work of transformers' MAE is not included."""
         size, counts, options = SIZES[self.size], self.count_tokens(), json.loads(self.variant)
         patch_dim = 3 * size.patch_size**2
         sizes = {"encoder_dim": size.embed_dim, "dim": decoder_width(size.embed_dim)}
@@ -152,30 +152,35 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read and check the command line."""
     parser = Parser(description=__doc__.splitlines()[0])
     names = [*MODELS, *HF_SIZES]
-    parser.add_argument("--table", type=int, choices=(4, 5, 18), help="the paper's rows of ViT-B")
-    parser.add_argument("--figure", type=int, choices=(7,), help="the paper's points of ViT-B")
+    parser.add_argument("--table", type=int, choices=(4, 5, 18), help="measure the paper's rows")
+    parser.add_argument("--figure", type=int, choices=(7,), help="measure the paper's points")
     parser.add_argument(
         "--models",
         nargs="+",
         choices=names,
         metavar="NAME",
-        help=f"{', '.join(names)} (CrossMAE ViT-B); hf_ are transformers'",
+        help=f"{', '.join(names)} (CrossMAE ViT-B); hf_ models are from transformers",
     )
     parser.add_argument("--mask_ratio", type=ratio, default=0.75, help="(%(default)s)")
-    parser.add_argument("--pred_ratios", nargs="+", type=ratio, help="of CrossMAE (0.25)")
+    parser.add_argument("--pred_ratios", nargs="+", type=ratio, help="for CrossMAE (0.25)")
     parser.add_argument(
         "--decoder_depths", nargs="+", type=positive_int, help="(CrossMAE 12, MAE 8)"
     )
-    parser.add_argument("--input_sizes", nargs="+", type=positive_int, help="pixels (224)")
-    parser.add_argument("--dtypes", nargs="+", choices=AMP_DTYPES, help="(bf16 where it is fast)")
+    parser.add_argument("--input_sizes", nargs="+", type=positive_int, help="in pixels (224)")
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=AMP_DTYPES,
+        help="(bf16 if the device supports it, else fp32)",
+    )
     parser.add_argument(
         "--memory",
         nargs="+",
         choices=MEMORY_MODES,
-        help="what a step keeps and what it computes again; not of hf_ models (high)",
+        help="memory modes; ignored for hf_ models (high)",
     )
     parser.add_argument(
-        "--batch_size", nargs="+", type=positive_int, help="(GPU 1024 as the paper, CPU 8)"
+        "--batch_size", nargs="+", type=positive_int, help="(GPU 1024 as in the paper, CPU 8)"
     )
     parser.add_argument(
         "--compile",
@@ -188,28 +193,35 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--attention_backend", choices=["auto", *ATTENTION_BACKENDS], default="auto"
     )
     parser.add_argument("--rounds", type=positive_int, help="turns of each row (7)")
-    parser.add_argument("--steps", type=positive_int, help="measured in a turn (3)")
+    parser.add_argument("--steps", type=positive_int, help="measured steps per turn (3)")
     parser.add_argument("--warmup", type=natural_int, help="steps before the first turn (2)")
-    parser.add_argument("--device", help="such as cuda or cpu (cuda where there is one)")
-    parser.add_argument("--threads", type=positive_int, default=1, help="on a CPU (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="tiny models, just to see it run")
+    parser.add_argument("--device", help="cuda, cuda:N or cpu (cuda if available)")
     parser.add_argument(
-        "--json", type=Path, help="file for all the numbers, written after every turn"
+        "--threads", type=positive_int, default=1, help="threads on a CPU (%(default)s)"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny models, to try the script")
+    parser.add_argument(
+        "--json", type=Path, help="output file for all numbers, written after every turn"
     )
     parser.add_argument(
-        "--profile", type=Path, metavar="FILE", help="add each row's longest kernels to this file"
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help="append each row's longest kernels to this file",
     )
-    parser.add_argument("--plot", type=Path, help="picture of decoder FLOPs and time, as in Fig. 7")
+    parser.add_argument(
+        "--plot", type=Path, help="plot of time against decoder FLOPs, as in Fig. 7"
+    )
     parser.add_argument(
         "--against",
         metavar="PROGRAM.py",
-        help="compare with another program, in turns, in each way of --memory and on a CPU in "
-        "bf16 and fp32 unless told otherwise (protocol: scripts/benchmark/against.py)",
+        help="reference program to compare with, alternately; by default in every --memory mode, "
+        "and on a CPU in bf16 and fp32 (protocol: scripts/benchmark/against.py)",
     )
     parser.add_argument(
         "--against_dtype",
         choices=AMP_DTYPES,
-        help="number format of the other program (the same as ours)",
+        help="precision of the reference program (the same as ours)",
     )
     args = parser.parse_args(argv)
     defaults = {"rounds": 2, "steps": 1, "warmup": 1} if args.quick else {}
@@ -221,28 +233,30 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuse what cannot work, before hours of measuring.
+    """Check the arguments before hours of measuring.
 
     Raises:
-        InputError: arguments contradict each other, or what they need is missing.
+        InputError: arguments contradict each other, or a package or file they need is missing.
     """
     chosen = [args.models, args.pred_ratios, args.decoder_depths, args.table and args.figure]
     if chosen_preset(args) and any(chosen):
         raise InputError(
-            "--table or --figure says what to measure: leave out --models, --pred_ratios, "
-            "--decoder_depths and the other of the two"
+            "--table and --figure define what to measure: use only one of them, without --models, "
+            "--pred_ratios and --decoder_depths"
         )
     if args.against:
         if not Path(args.against).is_file():
-            raise InputError(f"--against takes an existing program, not {args.against}")
+            raise InputError(f"--against program not found: {args.against}")
         if args.table or args.figure or args.plot or args.profile:
-            raise InputError("--against goes without --table, --figure, --plot and --profile")
+            raise InputError(
+                "--against cannot be combined with --table, --figure, --plot or --profile"
+            )
         if args.quick and not args.models:
             raise InputError("--quick --against needs --models, such as crossmae_vit_tiny_patch16")
         if not all(name in THEIR_MODELS for name in args.models or THEIR_MODELS):
-            raise InputError(f"--against compares {', '.join(THEIR_MODELS)}: choose --models")
+            raise InputError(f"--against needs --models from {', '.join(THEIR_MODELS)}")
     elif args.against_dtype:
-        raise InputError("--against_dtype needs --against, the program that computes in it")
+        raise InputError("--against_dtype needs --against, the program that it applies to")
     check_output_folders(args.json, args.plot, args.profile)
     is_hf = any(name in HF_SIZES for name in args.models or [])
     for package, needed in {"matplotlib": args.plot, "transformers": is_hf}.items():
@@ -252,17 +266,17 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def chosen_preset(args: argparse.Namespace) -> str | None:
-    """The name in PRESETS, if one is asked for."""
+    """Name of the requested entry of PRESETS, or None."""
     if args.table or args.figure:
         return f"table {args.table}" if args.table else f"figure {args.figure}"
     return None
 
 
 def list_configs(args: argparse.Namespace, device: torch.device) -> list[Config]:
-    """The rows to measure, in order.
+    """List the rows to measure, in order.
 
     Raises:
-        InputError: an input size or a ratio does not work.
+        InputError: an input size or a ratio does not fit the model.
     """
     quick_size, size = ("tiny_patch4", 16), ("base_patch16", 224)
     size_name, input_size = quick_size if args.quick else size
@@ -297,19 +311,21 @@ def list_configs(args: argparse.Namespace, device: torch.device) -> list[Config]
         )
         patch_size = SIZES[configs[-1].size].patch_size
         if pixels % patch_size:
-            raise InputError(f"--input_sizes {pixels} is no multiple of {name}'s {patch_size}")
+            raise InputError(
+                f"--input_sizes {pixels} must be a multiple of {name}'s patch size, {patch_size}"
+            )
         configs[-1].count_tokens()
-    return list(dict.fromkeys(configs))  # MAE's and transformers' rows would repeat
+    return list(dict.fromkeys(configs))  # without duplicates among MAE's and transformers' rows
 
 
 def build_ours(config: Config) -> nn.Module:
-    """The model of a row."""
+    """Build our model of a row."""
     options = {"img_size": config.input_size, "decoder_depth": config.decoder_depth}
     return build_model(config.model, {**options, **json.loads(config.variant)})
 
 
 def build_hf(config: Config) -> nn.Module:
-    """transformers' MAE of the same shape."""
+    """Build transformers' MAE of the same shape."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining  # optional
 
     size = SIZES[config.size]
@@ -333,14 +349,14 @@ def build_hf(config: Config) -> nn.Module:
 
 
 class LossOfImages(nn.Module):
-    """A model with the draw of its masks: images (B, C, H, W) -> loss."""
+    """Model that draws its own masks: images (B, C, H, W) -> loss."""
 
     def __init__(self, model: nn.Module, counts: TokenCounts) -> None:
         super().__init__()
         self.model, self.counts = model, counts
 
     def forward(self, images: Tensor) -> Tensor:
-        """The loss, with masks that are drawn now."""
+        """Draw masks and compute the loss."""
         noise = torch.rand(len(images), self.counts.patches, device=images.device)  # (B, L)
         if isinstance(self.model, MaskedAutoencoder):
             return self.model(images, random_split(noise, self.counts))
@@ -350,18 +366,18 @@ class LossOfImages(nn.Module):
 def build_steps(
     configs: Sequence[Config], device: torch.device, *, backend: str, compiled: str | None
 ) -> list[MeasuredStep]:
-    """The steps to measure; rows of the same model share it, and its optimizer."""
+    """Build the steps to measure; rows of the same model share it and its optimizer."""
     models: dict[tuple, tuple[nn.Module, Optimizer]] = {}
     images: dict[tuple[int, int], Tensor] = {}
     steps = []
     for config in configs:
         key = (config.model, config.decoder_depth, config.input_size, config.variant)
         if key not in models:
-            with device:  # where drawing the weights takes no time
+            with device:  # initializing the weights there is faster
                 model = build_hf(config) if config.model in HF_SIZES else build_ours(config)
             model.to(device).train()
             if compiled:
-                blocks = getattr(model, "blocks", [model])  # transformers' has no such list
+                blocks = getattr(model, "blocks", [model])  # transformers' model has no `blocks`
                 compile_model(model, compiled, device=device, blocks=blocks)
             optimizer = build_adamw(model, weight_decay=0.05, betas=(0.9, 0.95))
             set_lr(optimizer, 1e-4)
@@ -370,7 +386,7 @@ def build_steps(
         if (batch_size, pixels) not in images:
             images[batch_size, pixels] = torch.randn(batch_size, 3, pixels, pixels, device=device)
         model, optimizer = models[key]
-        parts = getattr(model, "blocks", ()), getattr(model, "mixer", None)  # transformers': none
+        parts = getattr(model, "blocks", ()), getattr(model, "mixer", None)
         steps.append(
             MeasuredStep(
                 LossOfImages(model, config.count_tokens()),
@@ -387,7 +403,7 @@ def build_steps(
 def run_ours(
     configs: Sequence[Config], args: argparse.Namespace, device: torch.device
 ) -> list[dict]:
-    """Measure rows that differ in memory only, in a process of their own."""
+    """Measure rows that differ only in memory, in a separate process."""
     config = configs[0]
     flags = {
         "models": config.model,
@@ -417,8 +433,8 @@ def run_ours(
 def compare(
     configs: Sequence[Config], args: argparse.Namespace, device: torch.device
 ) -> Iterator[dict[str, object]]:
-    """Run ours and the other program in turns; after every round, a row for each of ours."""
-    groups: dict[Config, list[Config]] = {}  # rows that differ in memory only
+    """Run ours and the reference program alternately; yield the results after every round."""
+    groups: dict[Config, list[Config]] = {}  # rows that differ only in memory
     for config in configs:
         groups.setdefault(replace(config, memory=""), []).append(config)
     matches = []
@@ -430,7 +446,7 @@ def compare(
         flags |= {"device": device, "steps": args.steps, "warmup": args.warmup}
         matches.append((partial(run_ours, group, args, device), flags))
     one_thread = device.type == "cpu" and args.threads == 1
-    for rows in compare_in_turns(
+    for rows in compare_interleaved(
         args.against,
         matches,
         rounds=args.rounds,
@@ -445,15 +461,15 @@ def compare(
 def measure(
     configs: Sequence[Config], args: argparse.Namespace, device: torch.device
 ) -> Iterator[dict[str, object]]:
-    """Measure every row; what is known after each turn, and once more after a profile."""
+    """Measure every row; yield the results so far after each turn, and after profiling."""
     steps = build_steps(configs, device, backend=args.attention_backend, compiled=args.compile)
 
-    def known(rates: dict[str, float]) -> dict[str, object]:
+    def results(rates: dict[str, float]) -> dict[str, object]:
         rows = []
         for config, step in zip(configs, steps, strict=True):
             if step.seconds or step.out_of_memory:
-                results = step.results(config.count_flops(), rates[config.dtype])
-                rows.append({**asdict(config), "label": config.label, **results})
+                values = step.results(config.count_flops(), rates[config.dtype])
+                rows.append({**asdict(config), "label": config.label, **values})
                 if step.kernels is not None:
                     rows[-1]["kernels"] = step.kernels[:NUM_KEPT]
         return {
@@ -463,19 +479,19 @@ def measure(
         }
 
     turns = {"warmup": args.warmup, "rounds": args.rounds, "num_steps": args.steps}
-    for rates in measure_in_turns(steps, device, **turns):
-        yield known(rates)
+    for rates in measure_interleaved(steps, device, **turns):
+        yield results(rates)
     if args.profile:
         for config, step in zip(configs, steps, strict=True):
             step.profile()
             if step.kernels is not None:
                 with args.profile.open("a") as file:
                     file.write(kernels_text(title(config), step.kernels, num=NUM_PROFILED) + "\n")
-        yield known(rates)
+        yield results(rates)
 
 
 def title(config: Config) -> str:
-    """A row in words."""
+    """Describe a row."""
     return (
         f"{config.model} {config.label}, {config.input_size} px, {config.batch_size} images, "
         f"{config.dtype}, memory {config.memory}"
@@ -483,12 +499,12 @@ def title(config: Config) -> str:
 
 
 def print_notes(args: argparse.Namespace, content: dict) -> None:
-    """Say what the tables' numbers are."""
+    """Print how the tables' numbers were measured."""
     machine, rates = content["machine"], content["matmul_gflops_per_s"]
     matmuls = ", ".join(f"{rate:.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items())
     print(
         f"\n{machine['gpu'] or machine['cpu']}, time in {machine['clock']}, medians of "
-        f"{args.rounds} rounds. Utilisation is 3 x forward FLOPs against a large square matrix "
+        f"{args.rounds} rounds. Utilization is 3 x forward FLOPs relative to a large square matrix "
         f"product, measured here: {matmuls}."
     )
     if preset := chosen_preset(args):
@@ -496,25 +512,25 @@ def print_notes(args: argparse.Namespace, content: dict) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print tables, and write what was asked for."""
+    """Measure, print tables, and write the requested files."""
     args = parse_args(argv)
     device = start_run(device=args.device, seed=0)
     if device.type == "cpu":
         torch.set_num_threads(args.threads)
     if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {device} cannot be timed: take cuda or cpu")
+        raise InputError(f"--device {device} cannot be timed: use cuda, cuda:N or cpu")
     configs = list_configs(args, device)
     if args.compile and len(configs) > MAX_COMPILED:
         raise InputError(
-            f"--compile measures at most {MAX_COMPILED} rows, not {len(configs)}: ask for fewer"
+            f"--compile measures at most {MAX_COMPILED} rows, not {len(configs)}: choose fewer"
         )
     machine = {**describe_machine(device), **versions(), "command": sys.argv}
     machine["date"] = time.strftime("%Y-%m-%d %H:%M")
     content: dict[str, object] = {"machine": machine, "rounds": args.rounds}
     found = (compare if args.against else measure)(configs, args, device)
-    for number, known in enumerate(found):
-        content |= known
-        if args.json:  # what is stopped has lost only the turn under way
+    for number, results in enumerate(found):
+        content |= results
+        if args.json:  # stopping the program loses only the current turn
             write_json(args.json, content, keep_earlier=number == 0)
     if args.against:
         print(against_table(content["against"]), AGAINST_NOTE, sep="\n\n")

@@ -1,12 +1,12 @@
-"""Count what a pre-training step costs a GPU, without one: operations, bytes, FLOPs, peak memory.
+"""Count a pre-training step's operations, bytes, FLOPs and peak memory on a GPU, without a GPU.
 
     python scripts/count_operations.py
     python scripts/count_operations.py --models mae_vit_base_patch16 --json mae.json
 
 A step, from the loader's batch to AdamW's update in bfloat16, runs on fake tensors, which have
-shapes but no content. Bytes are those that each operation reads and writes, one after another as
-PyTorch runs them eagerly; FLOPs are those of matrix products. At a GPU's rates of both they say
-what a step has to take, and where a measured step loses time.
+shapes but no content. Bytes are counted as each operation reads and writes them in eager mode;
+FLOPs are those of matrix products. Divided by a GPU's rates, they give the least time that a step
+can take, and show where a measured step loses time.
 """
 
 import argparse
@@ -64,36 +64,34 @@ CLASSES = {
     "_foreach_add_": OPTIMIZER,
     "_fused_adamw_": OPTIMIZER,
 }
-# Stands for the GPU's, which reads and writes the same.
+# Substitute for the GPU's kernel, which reads and writes the same.
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 MOVES_NOTHING = ("empty", "new_empty", "new_empty_strided", "detach", "alias", "_unsafe_view")
 
 
 def tensors_in(*content: object) -> list[Tensor]:
-    """All tensors in nested containers."""
+    """List all tensors in nested containers."""
     return [leaf for leaf in tree_leaves(content) if isinstance(leaf, Tensor)]
 
 
 def flops_of(name: str, args: Sequence[object]) -> int:
-    """Operations of a matrix product or of attention, 0 of anything else."""
+    """Operations of a matrix product or attention, 0 for anything else."""
     if name in ("mm", "addmm"):
         a, b = args[-2:]
         return 2 * a.shape[0] * a.shape[1] * b.shape[1]
     if CLASSES.get(name) == ATTENTION:
         backward = name.endswith("_backward")
         q, k = args[1:3] if backward else args[:2]
-        products = 5 if backward else 2  # the backward pass computes the scores again
+        products = 5 if backward else 2  # the backward pass recomputes the scores
         return products * 2 * q.numel() * k.shape[2]
     return 0
 
 
 def class_of(name: str, args: Sequence[object], mix: Sequence[int]) -> str:
-    """Which row of the table an operation belongs to, judged by its name and shapes.
+    """Row of the table that an operation belongs to, by its name and shapes.
 
     Args:
-        name: of the operation.
-        args: its arguments.
-        mix: the numbers of mixes and of feature maps; no layer is as narrow.
+        mix: the numbers of mixes and feature maps, which no layer's width equals.
     """
     if name == "mm" and any(set(t.shape) & set(mix) for t in tensors_in(args)):
         return MIX
@@ -103,13 +101,13 @@ def class_of(name: str, args: Sequence[object], mix: Sequence[int]) -> str:
 
 
 def as_cuda_autocasts(norm: nn.LayerNorm, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    """CUDA's autocast computes LayerNorm in float32, a CPU's in the format of its input."""
+    """Cast a LayerNorm's input to float32 as CUDA's autocast does, unlike a CPU's."""
     return (inputs[0].float(),)
 
 
 @dataclass
 class Counts:
-    """What the operations of a class add up to."""
+    """Totals of the operations of a class."""
 
     operations: int = 0
     bytes: int = 0
@@ -121,7 +119,7 @@ class OperationCounter(TorchDispatchMode):
     """Counts operations by class, and the bytes of tensors that are alive at once.
 
     Args:
-        known: tensors whose storages do not count as alive: weights, optimizer, batch.
+        known: tensors whose storage is not counted as alive: weights, optimizer state, batch.
         mix: see `class_of`.
     """
 
@@ -143,7 +141,7 @@ class OperationCounter(TorchDispatchMode):
             read, written = tensors_in(args, kwargs), tensors_in(output)
             counts = self.classes.setdefault(class_of(name, args, self.mix), Counts())
             counts.operations += 1
-            # What returns nothing, such as a fused optimizer, writes what it reads.
+            # An operation without output, such as a fused optimizer, writes what it reads.
             counts.bytes += sum(t.numel() * t.element_size() for t in read + (written or read))
             counts.flops += flops_of(name, args)
         for tensor in tensors_in(output):
@@ -151,7 +149,7 @@ class OperationCounter(TorchDispatchMode):
         return output
 
     def watch(self, tensor: Tensor) -> None:
-        """Count a tensor's storage from now on until it is freed."""
+        """Count a tensor's storage until it is freed."""
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address in self.uncounted or address in self.alive:
@@ -162,7 +160,7 @@ class OperationCounter(TorchDispatchMode):
 
 
 def fake_batch(batch_size: int, img_size: tuple[int, int]) -> Batch:
-    """A batch as the loader hands it on: uint8, channels last, some images to be flipped."""
+    """Build a batch like the loader's: uint8, channels last, with flips to apply."""
     images = torch.zeros(batch_size, *img_size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     labels, flips = torch.zeros(batch_size, dtype=torch.long), torch.zeros(batch_size, dtype=bool)
     return Batch(images, labels, [], flips, NORMALIZATION)
@@ -175,7 +173,7 @@ def train_step(
     batch: Batch,
     masking: Masking,
 ) -> None:
-    """A step as engine_pretrain.py makes it."""
+    """Run a step like engine_pretrain.py's."""
     noise = step_noise(masking, 0, batch.num_images, 1, DEVICE)  # (B, L)
     images = batch.raw(DEVICE)  # (B, 3, H, W)
     with precision.autocast():
@@ -194,17 +192,15 @@ def count_step(
     mask_ratio: float = 0.75,
     pred_ratio: float = 0.25,
 ) -> OperationCounter:
-    """Count a step of a model of MODELS; an MAE predicts all masked patches.
+    """Count a step of a model.
 
     Args:
-        name: of the model.
-        batch_size: images.
+        name: one of MODELS; an MAE predicts all masked patches.
         memory: one of MEMORY_MODES.
-        img_size: side in pixels.
         mask_ratio, pred_ratio: p and γ.
     """
     precision = Precision("bf16", DEVICE, attention_backend="flash")
-    NORMALIZATION(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))  # keeps its numbers: let them be real
+    NORMALIZATION(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))  # caches its tensors, not as fakes
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = build_model(name, {"img_size": img_size}).train()
         set_memory(model.blocks, model.mixer, memory, attention=[FLASH])
@@ -215,7 +211,7 @@ def count_step(
         masking = Masking.of(masks, model.encoder.grid_size, seed=0, all_masked=is_mae)
         optimizer = build_adamw(model, weight_decay=0.05, betas=(0.9, 0.95))
         step = model, optimizer, precision, fake_batch(batch_size, model.encoder.img_size), masking
-        train_step(*step)  # makes the optimizer's moments
+        train_step(*step)  # creates the optimizer's moments
         states = [*model.parameters(), *model.buffers(), *optimizer.state.values()]
         mix = () if model.mixer is None else tuple(model.mixer.weight.shape)
         with OperationCounter(tensors_in(states, step[3]), mix) as counter:
@@ -224,7 +220,7 @@ def count_step(
 
 
 def rows_of(counter: OperationCounter) -> list[dict[str, object]]:
-    """A row for each class, most bytes first, and their sum."""
+    """Build a row for each class, most bytes first, and one with their sum."""
     classes = sorted(counter.classes.items(), key=lambda item: -item[1].bytes)
     rows = [
         {"class": name, "operations": c.operations, "gb": c.bytes / GB, "tflop": c.flops / TFLOP}
@@ -252,14 +248,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--memory", nargs="+", choices=MEMORY_MODES, default=MEMORY_MODES, help="(all)"
     )
-    parser.add_argument("--json", type=Path, help="file for all the numbers")
+    parser.add_argument("--json", type=Path, help="output file for all numbers")
     args = parser.parse_args(argv)
     check_output_folders(args.json)
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Count, print tables, and write what was asked for."""
+    """Count, print tables, and write the requested file."""
     args = parse_args(argv)
     start_logging()
     about = {**versions(), "command": sys.argv, "date": time.strftime("%Y-%m-%d %H:%M")}

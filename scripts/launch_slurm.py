@@ -1,11 +1,11 @@
-"""Start a main on this machine or on a SLURM cluster, by one command.
+"""Start a main on this machine or on a SLURM cluster.
 
     python scripts/launch_slurm.py --main pretrain --nodes 2 --gpus_per_node 8 --partition P \\
         --time 3-00:00:00 -- --data_path IMAGES --output_dir output/base
 
-Flags behind `--` are the main's, and are checked before anything starts. A job has one process for
-each GPU, which gets torchrun's variables. After SIGUSR1, which SLURM sends before the time limit, a
-job saves, takes its turn again and goes on from there; after SIGTERM it saves and ends.
+Flags after `--` are the main's and are checked before anything starts. A job has one process per
+GPU, with torchrun's environment variables. After SIGUSR1, which SLURM sends before the time limit,
+a job saves and is requeued to continue; after SIGTERM it saves and ends.
 """
 
 import argparse
@@ -38,41 +38,41 @@ from util.runs.run import run_main
 ROOT = Path(__file__).resolve().parents[1]
 MAINS = sorted(path.stem.removeprefix("main_") for path in ROOT.glob("main_*.py"))
 SBATCH_FLAGS = ("partition", "time", "account", "qos", "constraint", "mem", "cpus_per_task")
-# A task that ends by SIGUSR1 has saved, or had not begun to train. The job is queued again once all
-# have ended, so that none is cut off; where SLURM does not allow that, the job fails visibly.
+# A task ended by SIGUSR1 has saved, or had not started to train. The job is requeued after all have
+# ended, so that none is cut off; where SLURM does not allow that, the job fails visibly.
 REQUEUE = f"""code=$?
 [ $code -ne {128 + signal.SIGUSR1} ] || scontrol requeue $SLURM_JOB_ID
 exit $code"""
 
 
 def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Read the command line: the launcher's flags, with `sbatch` as a dict, and the main's.
+    """Parse the launcher's flags, with sbatch's in the dict `sbatch`, and split off the main's.
 
     Raises:
-        InputError: they cannot work; the main's are checked by itself.
+        InputError: the launcher's flags are wrong; the main checks its own.
     """
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--main", choices=MAINS, required=True, help="main_NAME.py is started")
+    parser.add_argument("--main", choices=MAINS, required=True, help="starts main_NAME.py")
     parser.add_argument(
         "--cluster",
         choices=("auto", "slurm", "local", "debug"),
         default="auto",
-        help="local is this machine, in the background; debug is this very process; auto is slurm "
-        "where there is sbatch, else local (%(default)s)",
+        help="local: this machine, in the background; debug: this process; auto: slurm if there is "
+        "sbatch, else local (%(default)s)",
     )
     parser.add_argument("--nodes", type=positive_int, default=1, help="(%(default)s)")
     parser.add_argument(
         "--gpus_per_node",
         type=natural_int,
-        help="with a process each; 0 computes on the CPU (1, or 0 with --tasks_per_node)",
+        help="one process per GPU; 0 uses the CPU (1, or 0 with --tasks_per_node)",
     )
-    parser.add_argument("--tasks_per_node", type=positive_int, help="processes on CPUs (1)")
+    parser.add_argument("--tasks_per_node", type=positive_int, help="processes on the CPU (1)")
     parser.add_argument(
         "--job_dir",
-        help="folder of the logs; %%j in it is the job's number (OUTPUT_DIR of the main/jobs)",
+        help="folder for logs; %%j in it becomes the job's number (the main's OUTPUT_DIR/jobs)",
     )
     group = parser.add_argument_group(
-        "sbatch", "--slurm_X=Y stands for any other --X=Y of sbatch's"
+        "sbatch", "any other flag --X=Y of sbatch is given as --slurm_X=Y"
     )
     for name in SBATCH_FLAGS:
         group.add_argument(f"--{name}", help=f"sbatch's --{name.replace('_', '-')}")
@@ -80,28 +80,28 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--signal_seconds",
         type=positive_int,
         default=120,
-        help="how long before the time limit the job begins to save (%(default)s)",
+        help="time before the limit at which the job starts to save (%(default)s)",
     )
     own, main_argv = list(argv), []
     if "--" in own:
-        place = own.index("--")
-        own, main_argv = own[:place], own[place + 1 :]
+        split = own.index("--")
+        own, main_argv = own[:split], own[split + 1 :]
     args, others = parser.parse_known_args(own)
     if len(own) == len(argv):
-        raise InputError(f"the flags of main_{args.main}.py go behind a --, and that is missing")
+        raise InputError(f"-- not found: put the flags of main_{args.main}.py after it")
 
     args.sbatch = {name: getattr(args, name) for name in SBATCH_FLAGS if getattr(args, name)}
     for word in others:
         found = re.fullmatch(r"--slurm_([\w-]+)(?:=(.*))?", word)
         if not found:
             raise InputError(
-                f"{word} is no flag of the launcher: write sbatch's flags --slurm_NAME=VALUE, and "
-                f"those of main_{args.main}.py behind the --"
+                f"{word} is not a flag of the launcher: give sbatch's flags as --slurm_NAME=VALUE, "
+                f"and those of main_{args.main}.py after the --"
             )
         args.sbatch[found[1].replace("-", "_")] = True if found[2] is None else found[2]
     if args.gpus_per_node and args.tasks_per_node not in (None, args.gpus_per_node):
         raise InputError(
-            f"--tasks_per_node {args.tasks_per_node} does not go with --gpus_per_node "
+            f"--tasks_per_node {args.tasks_per_node} contradicts --gpus_per_node "
             f"{args.gpus_per_node}: every GPU has one process, so leave it out"
         )
     if args.gpus_per_node is None:
@@ -112,26 +112,26 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def check_machine(args: argparse.Namespace, job_dir: Path) -> None:
-    """Refuse what this machine cannot start.
+    """Check that this machine can start the job.
 
     Raises:
-        InputError: sbatch, nodes, GPUs or a folder to write to are missing.
+        InputError: sbatch, nodes or GPUs are missing, or the folder cannot be written to.
     """
     if args.cluster == "slurm":
         for program in ("sbatch", "srun"):
             if not shutil.which(program):
                 raise InputError(
-                    f"--cluster slurm needs {program}, which is not there: start this on a machine "
-                    "of the cluster, or with --cluster local"
+                    f"--cluster slurm needs {program}, not found here: run this on a machine of "
+                    "the cluster, or use --cluster local"
                 )
     elif args.nodes > 1:
         raise InputError(
-            f"--nodes {args.nodes} needs --cluster slurm: --cluster {args.cluster} is one node"
+            f"--nodes {args.nodes} needs --cluster slurm: --cluster {args.cluster} has one node"
         )
-    elif args.gpus_per_node > max(torch.cuda.device_count(), 1):  # a single process can do without
+    elif args.gpus_per_node > max(torch.cuda.device_count(), 1):  # a single process needs no GPU
         raise InputError(
-            f"--gpus_per_node {args.gpus_per_node}, and {torch.cuda.device_count()} are there: "
-            "lower it, 0 computes on the CPU"
+            f"--gpus_per_node {args.gpus_per_node} is above the number of GPUs, "
+            f"{torch.cuda.device_count()}: lower it, or use 0 for the CPU"
         )
     if args.cluster == "debug":
         return
@@ -145,10 +145,10 @@ def check_machine(args: argparse.Namespace, job_dir: Path) -> None:
 
 
 def start_task(words: list[str]) -> NoReturn:
-    """Become the main, as torchrun would start it; nothing of submitit stays in the process."""
+    """Replace this process by the main, with the environment that torchrun would set."""
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-    # When a task fails or is done first, srun sends SIGTERM to the others, which are then to end in
-    # their own way and with their own exit code. While a main trains it has a handler of its own.
+    # When a task fails or finishes first, srun sends SIGTERM to the others, which should end on
+    # their own and with their own exit code. While a main trains, it has its own handler.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.execv(words[0], words)
 
@@ -157,18 +157,18 @@ def submit(args: argparse.Namespace, words: list[str], job_dir: Path, num_tasks:
     """Submit a job; return its number and paths.
 
     Raises:
-        InputError: sbatch refuses it, with what sbatch says.
+        InputError: sbatch rejects the job; the message has its reason.
     """
     srun_args = ["--kill-on-bad-exit=1"]
-    if "cpus_per_task" in args.sbatch:  # which srun no longer takes from sbatch
+    if "cpus_per_task" in args.sbatch:  # srun no longer inherits it from sbatch
         srun_args.append(f"--cpus-per-task={args.sbatch['cpus_per_task']}")
     executor = SlurmExecutor(job_dir)
     executor.update_parameters(
         job_name=args.main,
         nodes=args.nodes,
         ntasks_per_node=num_tasks,
-        gpus_per_node=args.gpus_per_node or None,  # 0 is refused by clusters that have none
-        time=None,  # the partition's, unless sbatch is told otherwise
+        gpus_per_node=args.gpus_per_node or None,  # clusters without GPUs reject 0
+        time=None,  # the partition's default, unless --time is given
         wckey=None,
         stderr_to_stdout=True,
         setup=None if args.gpus_per_node else ["export CUDA_VISIBLE_DEVICES="],
@@ -181,33 +181,33 @@ def submit(args: argparse.Namespace, words: list[str], job_dir: Path, num_tasks:
         },
     )
     try:
-        with redirect_stderr(StringIO()):  # submitit prints there what the error says, too
+        with redirect_stderr(StringIO()):  # submitit prints the error's text there, too
             return executor.submit(start_task, words).paths
     except (FailedJobError, FailedSubmissionError) as error:
         reason = " ".join(str(error).replace("sbatch: error: ", "").split())
-        raise InputError(f"sbatch does not take the job: {reason}") from error
+        raise InputError(f"sbatch rejected the job: {reason}") from error
 
 
 def start_here(words: list[str], job_dir: Path, num_tasks: int) -> JobPaths:
-    """Start a job in the background of this machine; return its number and paths."""
+    """Start a job in the background on this machine; return its number and paths."""
     program = [sys.executable, str(ROOT / "scripts" / "local_job.py")]
     job = subprocess.Popen(
         [*program, str(JobPaths(job_dir).stdout), str(num_tasks), *words],
         stdin=subprocess.DEVNULL,
-        start_new_session=True,  # it outlives the terminal
+        start_new_session=True,  # so that it outlives the terminal
     )
     return JobPaths(job_dir, str(job.pid))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Check everything, start the job, and say how to watch and to stop it."""
+    """Check everything, start the job, and print how to watch and stop it."""
     args, main_argv = parse_args(sys.argv[1:] if argv is None else argv)
     main_args = importlib.import_module(f"main_{args.main}").parse_args(main_argv)
     job_dir = Path(args.job_dir or Path(main_args.output_dir, "jobs")).absolute()
     check_machine(args, job_dir)
     if args.cluster != "slurm" and args.sbatch:
         unused = ", ".join(f"--{name}" for name in args.sbatch)
-        print(f"left out, since they are sbatch's: {unused}")
+        print(f"ignored, because they are sbatch's: {unused}")
 
     words = [sys.executable, "-u", str(ROOT / f"main_{args.main}.py"), *main_argv]
     num_tasks = args.tasks_per_node or args.gpus_per_node or 1
@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if args.cluster == "debug":
         if num_tasks > 1:
-            raise InputError("--cluster debug is one process: use --cluster local for several")
+            raise InputError("--cluster debug has one process: use --cluster local for several")
         sys.stdout.flush()
         os.execv(words[0], words)
     if args.cluster == "slurm":
@@ -227,12 +227,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         paths = start_here(words, job_dir, num_tasks)
         number, watch = paths.job_id, ""
         again, end = f"kill -USR1 {number}", f"kill {number}"
-    print(f"job {number}: main_{args.main}.py, nodes: {args.nodes}, tasks on each: {num_tasks}")
+    print(f"job {number}: main_{args.main}.py, nodes: {args.nodes}, tasks per node: {num_tasks}")
     print(f"log of task 0: {paths.stdout}")
     print(f"folder of all logs: {paths.folder}")
-    print(f"follow it: {watch}tail -F {shlex.quote(str(paths.stdout))}")
-    print(f"save, and start again from there: {again}")
-    print(f"save, and end: {end}")
+    print(f"to watch it: {watch}tail -F {shlex.quote(str(paths.stdout))}")
+    print(f"to save and restart: {again}")
+    print(f"to save and end: {end}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The processes of a job on this machine, as torchrun's, started again after SIGUSR1.
+"""Run a job's processes on this machine like torchrun, and restart them after SIGUSR1.
 
     python scripts/local_job.py LOG NUM_TASKS COMMAND...
 
-LOG is a path in which %j is the number of this process and %t that of a task. SIGUSR1 and SIGTERM
-are passed on. Tasks that end by SIGUSR1 have saved and start again, all together; anything else
-ends the job, with the code of the first task that failed. scripts/launch_slurm.py starts it.
+LOG is a path in which %j is replaced by this process's id and %t by a task's number. SIGUSR1 and
+SIGTERM are passed on. If tasks end by SIGUSR1, after saving, all tasks start again; otherwise the
+job ends with the code of the first task that failed. scripts/launch_slurm.py starts this script.
 """
 
 import math
@@ -16,23 +16,23 @@ import sys
 import time
 from pathlib import Path
 
-SECONDS_TO_END = 30  # for the other tasks once one has ended, as under SLURM
+SECONDS_TO_END = 30  # for the other tasks after one has failed, as under SLURM
 
 
 def free_port() -> int:
-    """A port that no process of this machine listens on."""
+    """Find a port that is free on this machine."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         return listener.getsockname()[1]
 
 
 def run_tasks(words: list[str], logs: list[Path], received: list[int]) -> list[int]:
-    """Run a task for each log until all have ended; return their exit codes as a shell's.
+    """Run one task per log until all have ended; return their exit codes as in a shell.
 
     Args:
         words: the command of every task.
-        logs: appended to.
-        received: signals to pass on, which may become more meanwhile.
+        logs: are appended to.
+        received: signals to pass on; may grow while tasks run.
     """
     shared = {
         **os.environ,
@@ -41,7 +41,7 @@ def run_tasks(words: list[str], logs: list[Path], received: list[int]) -> list[i
         "WORLD_SIZE": str(len(logs)),
         "LOCAL_WORLD_SIZE": str(len(logs)),
     }
-    # Each would otherwise take all cores for itself.
+    # Otherwise each task would use all cores.
     shared.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // len(logs), 1)))
     tasks = []
     for rank, log in enumerate(logs):
@@ -72,7 +72,7 @@ def main(pattern: str, num_tasks: str, *words: str) -> int:
     pattern = pattern.replace("%j", str(os.getpid()))
     logs = [Path(pattern.replace("%t", str(rank))) for rank in range(int(num_tasks))]
     logs[0].parent.mkdir(parents=True, exist_ok=True)
-    with logs[0].open("ab") as file:  # nothing of the starter's stays open
+    with logs[0].open("ab") as file:  # so that the launcher's output is not kept open
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     while True:

@@ -1,9 +1,9 @@
-"""Draw what a pre-trained model makes of images (Fig. 2).
+"""Draw a pre-trained model's reconstructions of images (Fig. 2).
 
     python scripts/visualize_reconstruction.py --checkpoint C --images DIR|FILES --output F.png
 
 Columns: original, masked, reconstruction, reconstruction with the visible patches. All masked
-patches are decoded, also by a model that was trained to predict a part of them.
+patches are decoded, even if the model was trained to predict only some of them.
 """
 
 import logging
@@ -32,10 +32,10 @@ _logger = logging.getLogger(__name__)
 
 
 def list_images(paths: Sequence[str], limit: int) -> list[Path]:
-    """The files that were named, and those in the folders that were, spread evenly to a limit.
+    """List the given files and the images in the given folders; above a limit, choose evenly.
 
     Raises:
-        InputError: a path is missing, or there is no image.
+        InputError: a path is missing, or there are no images.
     """
     files = []
     for path in map(Path, paths):
@@ -45,7 +45,7 @@ def list_images(paths: Sequence[str], limit: int) -> list[Path]:
         inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in known)
         files += inside if path.is_dir() else [path]
     if not files:
-        raise InputError(f"--images {' '.join(paths)} holds no image")
+        raise InputError(f"no images found in --images {' '.join(paths)}")
     count = min(limit, len(files))
     return [files[i * len(files) // count] for i in range(count)]
 
@@ -59,23 +59,25 @@ def read_image(path: Path) -> Tensor:
     try:
         return read_pixels(path.open("rb"))
     except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"{path} is no readable image: {error}") from error
+        raise InputError(f"cannot read image {path}: {error}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw the figure."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--checkpoint", required=True, help="of main_pretrain.py, or a released one"
+        "--checkpoint", required=True, help="checkpoint of main_pretrain.py, or a released one"
     )
     parser.add_argument("--images", required=True, nargs="+", help="image files or folders")
-    parser.add_argument("--output", required=True, help="picture to write, such as figure.png")
+    parser.add_argument("--output", required=True, help="output file, such as figure.png")
     parser.add_argument(
-        "--num_images", type=positive_int, default=8, help="at most so many (%(default)s)"
+        "--num_images", type=positive_int, default=8, help="maximum number (%(default)s)"
     )
-    parser.add_argument("--mask_ratio", type=ratio, help="share of patches hidden (as trained)")
+    parser.add_argument(
+        "--mask_ratio", type=ratio, help="fraction of patches that is masked (as trained)"
+    )
     parser.add_argument("--seed", type=seed_number, default=0, help="of the masks (%(default)s)")
-    parser.add_argument("--device", help="such as cuda or cpu (cuda where there is one)")
+    parser.add_argument("--device", help="cuda, cuda:N or cpu (cuda if available)")
     args = parser.parse_args(argv)
     device = start_run(device=args.device, seed=args.seed)
 

@@ -375,7 +375,7 @@ def test_a_longer_run_goes_on_with_a_warning_and_the_best_so_far(tmp_path, finis
     progress = last_checkpoint(before)["progress"]
     finetune(*argv, "--epochs", 4, "--lr", 0.01, "--output_dir", folder)
     out = capsys.readouterr().out
-    assert "--epochs grew from 3 to 4: from epoch 3 on" in out
+    assert "--epochs increased from 3 to 4: from epoch 3 on" in out
     assert "continuing with a change: lr was 0.001 and is now 0.01" in out
     log = read_log(folder)
     assert log[:3] == read_log(before)
@@ -430,7 +430,7 @@ def test_arguments_that_contradict_the_checkpoint_are_refused_with_the_differenc
 def test_the_best_epoch_is_no_checkpoint_to_continue(tmp_path, finished, capsys):
     before, argv = finished
     place = ["--resume", before / BEST_NAME, "--output_dir", tmp_path / "run"]
-    assert "start anew from these by --finetune" in refused(capsys, *argv, *place)
+    assert "start a new run from it with --finetune" in refused(capsys, *argv, *place)
     assert not (tmp_path / "run").exists()
 
 

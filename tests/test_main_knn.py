@@ -81,7 +81,7 @@ def test_digits_from_start_to_end(tmp_path, weights, capsys):
     for line, row in zip(lines[header + 1 : header + 5], rows, strict=True):
         numbers = [f"{column[row]:.2f}" for column in report["results"].values()]
         assert re.fullmatch(rf"{row} +{numbers[0]} +{numbers[1]}", line)
-    assert "5000 neighbours are 1437" in out
+    assert "5000 neighbors reduced to all 1437" in out
 
 
 @pytest.mark.parametrize("pool", ["avg", "cls"])
@@ -143,7 +143,7 @@ def test_an_earlier_report_is_kept(tmp_path, images, weights):
 
 # Command-line options -> what the one sentence has to say.
 REFUSED = {
-    "--data_path IMAGES/train": "no held-out images",
+    "--data_path IMAGES/train": "no validation images",
     "--val_path OTHER": "dog",
     "--data_path UNSORTED --val_path IMAGES/val": "no labels",
     "--dataset wds/a.tar --num_samples 9": "stream",

@@ -173,7 +173,7 @@ def test_a_run_shows_whether_it_learns_by_nearest_neighbours(tmp_path, capsys, m
             None,
             pytest.approx(points[2].value),
         ]
-    assert "untrained encoder: accuracy on held-out images 10-NN" in capsys.readouterr().out
+    assert "untrained encoder: accuracy on validation images 10-NN" in capsys.readouterr().out
 
     # The same as main_knn.py measures on the checkpoint.
     argv = ["--finetune", list_checkpoints(tmp_path)[-1], "--dataset", "digits", "--no-logistic"]
@@ -193,7 +193,7 @@ def test_nearest_neighbours_change_nothing_in_training(tmp_path, images, nano):
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"), [([], "held-out ones"), (["--val_path", "VAL"], "no labels")]
+    ("options", "reason"), [([], "validation images"), (["--val_path", "VAL"], "no labels")]
 )
 def test_nearest_neighbours_need_labels_and_validation_images(
     tmp_path, capsys, nano, options, reason
@@ -600,7 +600,7 @@ def test_validation_images_alone_are_refused(tmp_path, images, capsys):
 def test_a_gpu_that_is_not_there_is_refused(tmp_path, images, capsys, device):
     argv = [*TINY, "--data_path", images, "--output_dir", tmp_path / "run"]
     sentence = refusal(capsys, *argv, "--device", device)
-    assert "there are 0" in sentence
+    assert "GPUs on this machine: 0" in sentence
     assert not (tmp_path / "run").exists()
 
 

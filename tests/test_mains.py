@@ -158,7 +158,7 @@ def test_a_longer_run_continues_with_a_warning(tmp_path, finished, capsys, name)
     before, argv = finished
     folder = copied(before, tmp_path / "longer")
     run(*argv, "--epochs", 3, "--output_dir", folder, main=MAINS[name])
-    assert "--epochs grew from 2 to 3: from epoch 2 on" in capsys.readouterr().out
+    assert "--epochs increased from 2 to 3: from epoch 2 on" in capsys.readouterr().out
     assert [line["epoch"] for line in read_log(folder)] == [1, 2, 3]
     assert read_log(folder)[:2] == read_log(before)
 

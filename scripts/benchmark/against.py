@@ -1,6 +1,6 @@
-"""Another program's measurement of the same training step, to compare with.
+"""Comparison with a reference program that measures the same training step.
 
-The protocol: the program takes the flags --model --img_size --batch_size --decoder_depth
+Protocol: the reference program takes the flags --model --img_size --batch_size --decoder_depth
 --mask_ratio --pred_ratio --device --dtype --steps --warmup, and prints one line of JSON with KEYS.
 """
 
@@ -22,16 +22,16 @@ KEYS = (
     "saved_activation_mb_per_image",
     "peak_memory_mb",
 )
-ROW = ("model", "label", "input_size", "dtype", "memory", "batch_size")  # which row of ours
+ROW = ("model", "label", "input_size", "dtype", "memory", "batch_size")  # identify a row of ours
 
 
 def flag_words(flags: dict[str, object]) -> list[str]:
-    """Flags by name, as words of a command line."""
+    """Turn flags by name into command-line words."""
     return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
 
 
 def is_measurement(found: object) -> bool:
-    """Whether a line of JSON has what the protocol asks for; only a CPU's peak may be null."""
+    """Whether a line of JSON follows the protocol; only `peak_memory_mb` may be null, on a CPU."""
     return isinstance(found, dict) and all(
         isinstance(found.get(key), int | float) or (key == "peak_memory_mb" and key in found)
         for key in KEYS
@@ -39,7 +39,7 @@ def is_measurement(found: object) -> bool:
 
 
 def run_python(words: Sequence[str], *, threads: int) -> str:
-    """What a Python program prints, run by itself with so many threads.
+    """Run a Python program in a separate process; return its output.
 
     Raises:
         InputError: it fails.
@@ -49,21 +49,20 @@ def run_python(words: Sequence[str], *, threads: int) -> str:
         [sys.executable, *words], capture_output=True, text=True, env={**os.environ, **limits}
     )
     if result.returncode != 0:
-        last = (result.stderr.strip().splitlines() or ["without a word"])[-1]
+        last = (result.stderr.strip().splitlines() or ["without a message"])[-1]
         raise InputError(f"{words[0]} ended with code {result.returncode}: {last}")
     return result.stdout
 
 
 def run_program(program: str, flags: dict[str, object], threads: int) -> dict:
-    """Run a program and read its JSON line.
+    """Run a reference program and read its JSON line.
 
     Args:
-        program: its path.
-        flags: of the protocol, by name.
-        threads: that it may use.
+        program: path.
+        flags: the protocol's flags, by name.
 
     Raises:
-        InputError: it fails, or prints no such line.
+        InputError: it fails, or does not print such a line.
     """
     words = flag_words(flags)
     for line in reversed(run_python([program, *words], threads=threads).splitlines()):
@@ -74,13 +73,13 @@ def run_program(program: str, flags: dict[str, object], threads: int) -> dict:
         if is_measurement(found):
             return found
     raise InputError(
-        f"{program} printed no line of JSON with {', '.join(KEYS)}: it is no program to compare "
-        "with"
+        f"{program} did not print a line of JSON with {', '.join(KEYS)}, so it cannot be compared "
+        "with: see scripts/benchmark/against.py"
     )
 
 
 def saved_by_twice(program: str, flags: dict[str, object], threads: int) -> float | None:
-    """MiB for each image of twice the batch; None where that is too much for the program."""
+    """Saved MiB per image at twice the batch size; None if the program fails there."""
     twice = {**flags, "batch_size": 2 * flags["batch_size"], "steps": 1, "warmup": 0}
     try:
         return run_program(program, twice, threads)["saved_activation_mb_per_image"]
@@ -91,16 +90,16 @@ def saved_by_twice(program: str, flags: dict[str, object], threads: int) -> floa
 def compare_pairs(
     pairs: Sequence[tuple[dict, dict]], *, seconds: str, saved_twice: float | None
 ) -> dict[str, object]:
-    """What pairs of measurements, ours and theirs, say of a row; None for what either has not.
+    """Summarize pairs of measurements, ours and theirs; None for ratios that either side lacks.
 
     Args:
         pairs: a row of ours, with ROW and `MeasuredStep.results`, and KEYS of theirs.
-        seconds: the key of their time that is measured as ours is.
+        seconds: the key of their time that is measured in the same way as ours.
         saved_twice: see `saved_by_twice`.
 
     Returns:
-        ROW, and medians over the pairs: of time, theirs / ours, with its extremes; of bytes, ours /
-        theirs, for this batch, for one image more, and at the peak.
+        ROW, and medians over the pairs: of time, theirs / ours, with extremes; of bytes, ours /
+        theirs, for this batch, for one more image, and at the peak.
     """
 
     def ratios(ours: str, theirs: str) -> list[float]:
@@ -126,7 +125,7 @@ def compare_pairs(
     }
 
 
-def compare_in_turns(
+def compare_interleaved(
     program: str,
     matches: Sequence[tuple[Callable[[], list[dict]], dict[str, object]]],
     *,
@@ -134,18 +133,16 @@ def compare_in_turns(
     threads: int,
     seconds: str,
 ) -> Iterator[list[dict[str, object]]]:
-    """Run ours, then a program, and so on, round by round.
+    """Run ours and a reference program alternately, round by round.
 
     Args:
-        program: its path.
-        matches: what runs ours and returns its rows, and the program's flags for the same.
-        rounds: how often.
-        threads: that the program may use.
+        program: path.
+        matches: functions that run ours and return its rows, with the program's matching flags.
         seconds: see `compare_pairs`.
 
     Yields:
         The rows so far, see `compare_pairs`: after every round, and at the end with the bytes of
-        one image more.
+        one more image.
 
     Raises:
         InputError: one of the two fails.
@@ -155,12 +152,12 @@ def compare_in_turns(
     def rows(saved_twice: Sequence[float | None]) -> list[dict[str, object]]:
         return [
             compare_pairs(
-                [(ours[place], theirs) for ours, theirs in found],
+                [(ours[index], theirs) for ours, theirs in found],
                 seconds=seconds,
                 saved_twice=twice,
             )
             for found, twice in zip(pairs, saved_twice, strict=True)
-            for place in range(len(found[0][0]))
+            for index in range(len(found[0][0]))
         ]
 
     for _ in tqdm(range(rounds), disable=None, unit="round", leave=False):

@@ -1,4 +1,4 @@
-"""Measuring time and memory of training steps."""
+"""Measurement of the time and memory of training steps."""
 
 import gc
 import platform
@@ -23,10 +23,10 @@ from util.flops import ForwardFlops
 from util.kernels import linear
 
 MIB = 2**20
-VECTORS = ("avx", "amx", "sse4", "sve", "asimd")  # how their flags begin
+VECTORS = ("avx", "amx", "sse4", "sve", "asimd")  # prefixes of CPU flags
 MATMUL_SIDE = {"cuda": 8192, "cpu": 2048}
 PROFILED_STEPS = 2
-# Of a step, see MeasuredStep.results.
+# Keys of MeasuredStep.results.
 MEASURED = (
     "round_step_s",
     "first_step_s",
@@ -34,7 +34,7 @@ MEASURED = (
     "ms_per_image",
     "images_per_s",
     "spread_percent",
-    "utilisation_percent",
+    "utilization_percent",
     "peak_memory_mb",
     "saved_mb_per_image",
     "saved_slope_mb_per_image",
@@ -42,20 +42,19 @@ MEASURED = (
 
 
 def saved_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
-    """Bytes that are kept for the backward pass of `run()`: distinct storages.
+    """Bytes of the distinct storages that `run()` saves for its backward pass.
 
-    Those in autograd's graph, and those that only Python holds: what selective checkpointing caches
-    is in no graph. Of what is computed again in the backward pass, the inputs are kept and counted.
-    Copies of parameters in another dtype count, because they are kept; they do not grow with the
-    batch.
+    Counts those in autograd's graph and those that only Python holds, because selective
+    checkpointing keeps its cache outside the graph. For recomputed parts, the saved inputs count.
+    Copies of parameters in another dtype count as well, though they do not grow with the batch.
 
     Args:
-        run: a forward pass, which returns what the backward pass starts from.
-        parameters: whose storages do not count, also where a view of them is saved.
+        run: a forward pass; returns the tensor that the backward pass starts from.
+        parameters: their storages do not count, even if a view of them is saved.
     """
     known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     seen: dict[int, int] = {}
-    opaque = []  # oneDNN's tensors have no storage; holding them keeps their ids apart
+    opaque = []  # oneDNN's tensors have no storage; references keep their ids unique
 
     def count(tensor: Tensor) -> Tensor:
         if tensor.is_mkldnn:
@@ -66,10 +65,10 @@ def saved_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    before = live_tensors()  # alive until the count is made, so that their ids stay theirs
+    before = live_tensors()  # kept alive until counting is done, so that ids stay unique
     others = {id(tensor) for tensor in before}
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        result = run()  # alive until the count is made, and with it every address
+        result = run()  # kept alive until counting is done, so that addresses stay unique
     for tensor in live_tensors():
         if id(tensor) not in others and tensor is not result:
             count(tensor)
@@ -79,17 +78,17 @@ def saved_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
 
 
 def live_tensors() -> list[Tensor]:
-    """Every tensor that Python knows, wherever it is held."""
+    """List every tensor that Python's garbage collector tracks."""
     gc.collect()
     return [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter)]
 
 
 def time_calls(call: Callable[[], object], count: int, device: torch.device) -> list[float]:
-    """Seconds that each of several calls takes, one after the other.
+    """Measure the seconds that each of several consecutive calls takes.
 
-    CUDA: between events around each call, so that the host is waited for at the end only. CPU with
-    one thread: processor seconds of this process, which other processes disturb least. Otherwise
-    seconds on the clock.
+    On CUDA, time between events around each call, with one synchronization at the end. On a CPU
+    with one thread, CPU time of this process, which other processes disturb least. Otherwise wall
+    time.
     """
     if device.type == "cuda":
         events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
@@ -108,14 +107,14 @@ def time_calls(call: Callable[[], object], count: int, device: torch.device) -> 
 
 
 def clock_of(device: torch.device) -> str:
-    """Which seconds `time_calls` counts, in words."""
+    """Name of the clock that `time_calls` uses."""
     if device.type == "cuda":
         return "CUDA events"
-    return "CPU seconds" if torch.get_num_threads() == 1 else "seconds on the clock"
+    return "CPU seconds" if torch.get_num_threads() == 1 else "wall-clock seconds"
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """The most CUDA memory allocated during a call beyond what was there; None elsewhere."""
+    """Peak CUDA memory allocated during a call, beyond that before it; None on other devices."""
     if device.type != "cuda":
         call()
         return None
@@ -127,7 +126,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
 
 
 def build_matmul(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], Tensor], int]:
-    """A large square matrix product by the kernel that the models use, and its operations."""
+    """Build a large square matrix product with the models' kernel; return it and its operations."""
     side = MATMUL_SIDE.get(device.type, MATMUL_SIDE["cpu"])
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     bias = torch.zeros(side, device=device, dtype=dtype)
@@ -140,19 +139,16 @@ def build_matmul(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[],
 
 
 class MeasuredStep:
-    """A step of training, and what has been measured of it.
+    """A training step and its measurements.
 
-    Other models may be there in the meantime; their memory is not counted.
+    The memory of other models is not counted.
 
     Args:
         model: images -> loss.
-        optimizer: of the model.
-        precision: of the step.
         images: (B, C, H, W), on the device.
-        before_turn: called before every turn, since others may share the model: what --memory is
-            set by.
-        compiled: the model compiles anew for every batch size, so that what one image more would
-            keep is not measured.
+        before_turn: called before every turn, to set --memory, as rows may share a model.
+        compiled: skips the bytes of one more image, because the model would be recompiled for
+            another batch size.
     """
 
     def __init__(
@@ -167,30 +163,30 @@ class MeasuredStep:
     ) -> None:
         self.model, self.optimizer, self.precision = model, optimizer, precision
         self.images, self.before_turn, self.compiled = images, before_turn, compiled
-        self.seconds: list[float] = []  # of a step, one median for each turn
-        self.first: float | None = None  # seconds on the clock, compilation included
+        self.seconds: list[float] = []  # per step, one median for each turn
+        self.first: float | None = None  # wall time in seconds, including compilation
         self.kernels: list[dict] | None = None  # see profile
-        self.peak: int | None = None  # bytes: weights, optimizer, images and what a step adds
+        self.peak: int | None = None  # bytes, including weights, optimizer state and images
         self.saved: int | None = None  # bytes for the batch, see saved_bytes
-        self.saved_slope: float | None = None  # bytes for one image more
+        self.saved_slope: float | None = None  # bytes for one more image
         self.out_of_memory = False
 
     def forward(self, images: Tensor) -> Tensor:
-        """The loss."""
+        """Compute the loss."""
         with self.precision.autocast():
             return self.model(images)
 
     def step(self) -> None:
-        """Train."""
+        """Run one training step."""
         self.precision.backward(self.forward(self.images))
         self.precision.step(self.optimizer, self.model)
         self.optimizer.zero_grad(set_to_none=True)
 
     def prepare(self, warmup: int) -> None:
-        """Measure memory, and warm up with at least so many steps."""
+        """Measure memory, with at least `warmup` steps."""
         self.out_of_memory = not self.attempt(lambda: self.warm_up(warmup))
         if not self.compiled and not self.out_of_memory:
-            self.attempt(self.measure_slope)  # twice the batch may be too much, which is no fault
+            self.attempt(self.measure_slope)  # twice the batch may not fit, which is not an error
 
     def take_turn(self, steps: int) -> None:
         """Measure the time of a few steps."""
@@ -198,7 +194,7 @@ class MeasuredStep:
             self.out_of_memory = not self.attempt(lambda: self.measure_time(steps))
 
     def attempt(self, call: Callable[[], None]) -> bool:
-        """Do something of which memory may run out; whether it did not."""
+        """Make a call that may run out of memory; return whether it succeeded."""
         self.before_turn()
         try:
             call()
@@ -207,14 +203,14 @@ class MeasuredStep:
                 raise
         else:
             return True
-        self.model.zero_grad(set_to_none=True)  # other tensors of the call are gone by now
+        self.model.zero_grad(set_to_none=True)  # the call's other tensors are already freed
         if self.images.is_cuda:
             torch.cuda.empty_cache()
         return False
 
     def warm_up(self, warmup: int) -> None:
-        """Measure memory; the peak after a step at least, which makes the optimizer's state."""
-        with torch.compiler.set_stance("force_eager"):  # compiled, it would be for one image
+        """Warm up and measure memory; the first step creates the optimizer state."""
+        with torch.compiler.set_stance("force_eager"):  # else it would compile for one image
             self.precision.check_attention_backend(
                 self.model, lambda count: (self.images[:count],), len(self.images)
             )
@@ -234,7 +230,7 @@ class MeasuredStep:
             self.peak += sum(tensor.nbytes for tensor in tensors)
 
     def measure_slope(self) -> None:
-        """What one image more would keep, from twice as many."""
+        """Measure the bytes saved for one more image, by doubling the batch."""
         twice = torch.cat((self.images, self.images))
         saved = saved_bytes(lambda: self.forward(twice), self.model.parameters())
         self.saved_slope = (saved - self.saved) / len(self.images)
@@ -245,12 +241,12 @@ class MeasuredStep:
         self.seconds.append(statistics.median(times))
 
     def profile(self) -> None:
-        """List what a step computes, the longest first."""
+        """List the kernels of a step, the longest first."""
         if not self.out_of_memory:
             self.out_of_memory = not self.attempt(self.list_kernels)
 
     def list_kernels(self) -> None:
-        """Record PROFILED_STEPS."""
+        """Profile PROFILED_STEPS steps."""
         is_cuda = self.images.is_cuda
         device = DeviceType.CUDA if is_cuda else DeviceType.CPU
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
@@ -273,11 +269,11 @@ class MeasuredStep:
         self.kernels = sorted(kernels, key=lambda kernel: -kernel["ms"])
 
     def results(self, flops: ForwardFlops, rate: float) -> dict[str, object]:
-        """What was measured, as plain values; None for what could not be.
+        """Return the measurements as plain values; None for those that are missing.
 
         Args:
-            flops: of an image.
-            rate: the device's operations a second.
+            flops: for one image.
+            rate: the device's operations per second.
         """
         found: dict[str, object] = {
             "out_of_memory": self.out_of_memory,
@@ -305,7 +301,7 @@ class MeasuredStep:
         return found | dict(zip(MEASURED, measured, strict=True))
 
 
-def measure_in_turns(
+def measure_interleaved(
     steps: Sequence[MeasuredStep],
     device: torch.device,
     *,
@@ -313,17 +309,14 @@ def measure_in_turns(
     rounds: int,
     num_steps: int,
 ) -> Iterator[dict[str, float]]:
-    """Give every step its turns, round by round, and a large matrix product in each dtype, too.
+    """Measure every step once per round, and a large matrix product in each dtype.
 
     Args:
-        steps: to measure, all on the device.
-        device: where.
         warmup: steps before the first round.
-        rounds: number of turns of each.
-        num_steps: in a turn.
+        num_steps: steps per turn.
 
     Yields:
-        After every turn, the device's floating-point operations a second in each dtype, by
+        After every turn, the device's floating-point operations per second in each dtype, by
         Precision's names.
     """
     progress = tqdm(total=rounds * len(steps), disable=None, unit="turn", leave=False)
@@ -336,7 +329,7 @@ def measure_in_turns(
         medians = {name: statistics.median(times) for name, times in seconds.items()}
         rates = {name: matmuls[name][1] / median for name, median in medians.items()}
         for step in steps:
-            if number == 0:  # not before, so that the first rows are known when the last are not
+            if number == 0:  # not earlier, so that the first rows are reported before the last
                 step.prepare(warmup)
             step.take_turn(num_steps)
             progress.update()
@@ -345,7 +338,7 @@ def measure_in_turns(
 
 
 def describe_machine(device: torch.device) -> dict[str, object]:
-    """What a measurement depends on beside the code."""
+    """Describe the hardware and settings that a measurement depends on."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "device": str(device),
@@ -358,9 +351,9 @@ def describe_machine(device: torch.device) -> dict[str, object]:
 
 
 def describe_cpu() -> dict[str, object]:
-    """The processor's name, family and model, its vector instructions, and how many cores are ours.
+    """Describe the CPU: name, family, model, vector instructions and available cores.
 
-    The name alone says little: processors of one name differ in what they can do.
+    The name is not enough: CPUs of the same name differ in their instructions.
     """
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().partition("\n\n")[0].splitlines() if cpuinfo.exists() else []

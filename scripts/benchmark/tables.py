@@ -1,11 +1,11 @@
-"""What a benchmark has measured, as Markdown and as a picture; rows come as plain values."""
+"""Markdown tables and a plot of a benchmark's results, which are dicts of plain values."""
 
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-MAX_NAME = 120  # characters; templates of kernels have up to a thousand
-ROW_COLUMNS = {  # title -> key, of what a row measures
+MAX_NAME = 120  # characters; names of kernel templates have up to a thousand
+ROW_COLUMNS = {  # title -> key
     "model": "model",
     "(ratio, blocks)": "label",
     "px": "input_size",
@@ -24,7 +24,7 @@ MAIN_COLUMNS = {
     "GFLOPs encoder": "encoder_gflops",
     "decoder": "decoder_gflops",
     "total": "total_gflops",
-    "utilisation %": "utilisation_percent",
+    "utilization %": "utilization_percent",
 }
 AGAINST_COLUMNS = {
     **ROW_COLUMNS,
@@ -39,7 +39,7 @@ AGAINST_COLUMNS = {
 
 
 def markdown(titles: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    """A table; numbers have four figures, and what is missing is n/a."""
+    """Format a table, with numbers to four significant digits and n/a for None."""
 
     def cell(value: object) -> str:
         if isinstance(value, float):
@@ -51,19 +51,19 @@ def markdown(titles: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
 
 
 def columns_table(columns: dict[str, str], rows: Iterable[dict]) -> str:
-    """A table of rows by their keys."""
+    """Format a table with the given columns, title -> key."""
     return markdown([*columns], [[row[key] for key in columns.values()] for row in rows])
 
 
 def main_table(results: Sequence[dict]) -> str:
-    """Every row with what was measured."""
+    """Format the table of all measured rows."""
     failed = {"ms_per_image": "out of memory"}
     rows = [({**r, **failed} if r["out_of_memory"] else r) for r in results]
     return columns_table(MAIN_COLUMNS, rows)
 
 
 def follow_flops(results: Sequence[dict]) -> list[dict[str, object]]:
-    """Whether time follows FLOPs: rows of a model against the first with its dtype and memory."""
+    """Compare time with FLOPs, relative to the model's first row with the same dtype and memory."""
     first: dict[tuple, dict] = {}
     rows = []
     for result in results:
@@ -80,20 +80,20 @@ def follow_flops(results: Sequence[dict]) -> list[dict[str, object]]:
 
 
 def flops_table(rows: Sequence[dict]) -> str:
-    """Time against FLOPs, see `follow_flops`."""
+    """Format the table of time against FLOPs, see `follow_flops`."""
     titles = ["model", "dtype", "memory", "(ratio, blocks)", "px", "time ratio", "FLOP ratio"]
     return markdown([*titles, "deviation %"], [list(row.values()) for row in rows])
 
 
 def against_table(rows: Sequence[dict]) -> str:
-    """Pairs of ours and another program's steps, see `scripts.benchmark.against.compare_pairs`."""
+    """Format the comparison with a reference program, see `against.compare_pairs`."""
     return columns_table(AGAINST_COLUMNS, rows)
 
 
 def kernels_text(title: str, kernels: Sequence[dict], *, num: int) -> str:
-    """The longest kernels of a step as plain text, one a line."""
+    """List the longest kernels of a step as plain text, one per line."""
     total = sum(kernel["ms"] for kernel in kernels)
-    lines = [title, f"{'ms a step':>10} {'share':>6} {'calls':>6}  name, of {total:.3f} ms in all"]
+    lines = [title, f"{'ms/step':>10} {'%':>6} {'calls':>6}  name (total {total:.3f} ms)"]
     lines += [
         f"{kernel['ms']:10.3f} {kernel['ms'] / total:6.1%} {kernel['calls']:6g}  "
         f"{kernel['name'][:MAX_NAME]}"
@@ -103,7 +103,7 @@ def kernels_text(title: str, kernels: Sequence[dict], *, num: int) -> str:
 
 
 def draw(results: Sequence[dict], path: Path) -> None:
-    """Draw decoder FLOPs and time, as Fig. 7 does with accuracy: a point for each depth."""
+    """Plot time against decoder FLOPs like Fig. 7, with a point for each decoder depth."""
     from matplotlib.figure import Figure  # optional
 
     axes = (figure := Figure(figsize=(8, 6), layout="constrained")).add_subplot()
@@ -114,14 +114,14 @@ def draw(results: Sequence[dict], path: Path) -> None:
             name = "{model}, {input_size} px, {dtype}, {memory}".format_map(result)
             series.setdefault(f"{name}, pred_ratio {ratio:g}", []).append(result)
     for number, (name, points) in enumerate(series.items()):
-        places = [(point["decoder_gflops"], point["ms_per_image"]) for point in points]
-        (line,) = axes.plot(*zip(*places, strict=True), "o-", label=name)
-        # Above one line and below the next, because points of several ratios lie close together.
+        positions = [(point["decoder_gflops"], point["ms_per_image"]) for point in points]
+        (line,) = axes.plot(*zip(*positions, strict=True), "o-", label=name)
+        # Alternately above and below, because points of several ratios are close together.
         offset = (0, 7) if number % 2 else (0, -14)
-        for point, place in zip(points, places, strict=True):
+        for point, position in zip(points, positions, strict=True):
             axes.annotate(
                 point["decoder_depth"],
-                place,
+                position,
                 xytext=offset,
                 textcoords="offset points",
                 ha="center",

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The first of two runs on a GPU, in 330 s at most: does everything work, and what is slow?
+# The first of two runs on a GPU, 330 s at most: does everything work, and what is slow?
 #   [PYTHON=python3] [OUT=output/gpu-a] [AGAINST=program.py] bash scripts/gpu/a.sh
-# PYTHON imports torch, timm and pytest; nothing is installed. AGAINST is a program to compare a step
-# with (protocol: scripts/benchmark/against.py). COMMIT is recorded where there is no git. QUICK=1 tries it out
-# with tiny models, on a CPU too. Numbers are written to OUT as they come, tables of kernels to
-# OUT/log.txt. A part that fails is named at the end, and the others run.
+# PYTHON must have torch, timm and pytest; nothing is installed. AGAINST is a reference program to
+# compare a step with (protocol: scripts/benchmark/against.py). COMMIT is recorded if there is no git
+# repository. QUICK=1 tries the script with tiny models, even on a CPU. Results are written to OUT as
+# they come, tables of kernels to OUT/log.txt. If a part fails, the others still run, and it is
+# listed at the end.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/gpu/common.sh
@@ -31,7 +32,7 @@ if [ -n "${AGAINST:-}" ]; then
     step against 40 "${flags[@]}" --rounds 1 --memory high --dtypes bf16 --against_dtype fp16 \
         --against "$AGAINST"
 else
-    left_out against "AGAINST names no program"
+    skip against "AGAINST is not set"
 fi
 
 finish env micro eager blocks whole against

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The second of two runs on a GPU, in 300 s at most: the numbers of the documentation.
+# The second of two runs on a GPU, 300 s at most: the numbers for the documentation.
 #   [TESTS="-k attention"] [COMPILE=blocks] [ATTENTION=auto] [DATA=images.tar] bash scripts/gpu/b.sh
-# TESTS are words for pytest that choose GPU tests to run again. COMPILE (blocks, whole or empty) and
-# ATTENTION are the flags of the runs; take whole if a.sh has seen it compile within seconds. DATA is a
-# tar or folder of JPEGs, linked until they make an epoch, for main_pretrain.py itself. The rest is as
-# in a.sh; OUT is output/gpu-b.
+# TESTS are pytest arguments that select GPU tests to run again. COMPILE (blocks, whole or empty) and
+# ATTENTION set the flags of the runs; use whole if it compiled within seconds in a.sh. DATA is a tar
+# or folder of JPEGs for main_pretrain.py, repeated by links to fill an epoch. Everything else is as
+# in a.sh; OUT defaults to output/gpu-b.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/gpu/common.sh
@@ -32,7 +32,7 @@ auto=(--dataset digits --knn_every 0 --batch_size auto --effective_batch_size 40
 if [ -n "${TESTS:-}" ]; then
     part tests 30 "$PYTHON" scripts/gpu/run_tests.py $TESTS
 else
-    left_out tests "TESTS names none"
+    skip tests "TESTS is not set"
 fi
 
 step table4 50 --table 4 "${flags[@]}"
@@ -40,7 +40,7 @@ step memory 30 --models $model --memory medium low "${flags[@]}"
 step large 25 "${large[@]}" "${flags[@]}"
 step high_resolution 20 "${high_resolution[@]}" "${flags[@]}"
 if [ -n "${QUICK:-}" ]; then
-    left_out auto "it measures a GPU's memory"
+    skip auto "it needs a GPU"
 else
     part auto 15 "${pretrain[@]}" auto 9 "${auto[@]}"
 fi
@@ -55,7 +55,7 @@ if [ -n "${DATA:-}" ]; then
     part raw 40 "${pretrain[@]}" raw $seconds "${train[@]}"
     part repeated_aug 40 "${pretrain[@]}" repeated_aug $seconds "${train[@]}" --repeated_aug 2
 else
-    left_out "raw and repeated_aug" "DATA names no images"
+    skip "raw and repeated_aug" "DATA is not set"
 fi
 
 part resume 30 "$PYTHON" scripts/gpu/run_tests.py -k a_stopped_run_continues_to_the_same_bits

@@ -1,4 +1,4 @@
-# What a.sh and b.sh share. They source it in the root of the repository.
+# Shared functions of a.sh and b.sh, which source this file in the root of the repository.
 export PYTHONUNBUFFERED=1
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0}
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -16,19 +16,19 @@ fail() {
     exit 2
 }
 
-# start FOLDER: refuses what cannot work, and makes the folder of results.
+# start FOLDER: checks the environment and creates the results folder, OUT or else FOLDER.
 start() {
     local code=0
     OUT=${OUT:-$1}
     [ -z "$(ls -A "$OUT" 2>/dev/null)" ] ||
-        fail "$OUT already holds results: name another folder with OUT=FOLDER"
+        fail "$OUT already contains results: choose another folder with OUT=FOLDER"
     "$PYTHON" -c 'import pytest, sys, timm, torch; sys.exit(3 * (not torch.cuda.is_available()))' \
         2>/dev/null || code=$?
     case "$code${QUICK:+ quick}" in
         0* | "3 quick") ;;
-        3) fail "PyTorch finds no GPU: run this on a machine with one, or with QUICK=1 on a CPU" ;;
-        127*) fail "$PYTHON not found: name a Python that imports torch, timm and pytest with PYTHON=FILE" ;;
-        *) fail "$PYTHON cannot import torch, timm and pytest: name one that can with PYTHON=FILE" ;;
+        3) fail "PyTorch does not find a GPU: use a machine with one, or QUICK=1 on a CPU" ;;
+        127*) fail "$PYTHON not found: set PYTHON=FILE to a Python with torch, timm and pytest" ;;
+        *) fail "$PYTHON cannot import torch, timm and pytest: set PYTHON=FILE to one that can" ;;
     esac
     mkdir -p "$OUT"
 }
@@ -37,7 +37,7 @@ say() {
     echo "$*" | tee -a "$OUT/log.txt"
 }
 
-# part NAME SECONDS COMMAND...: runs a command, for SECONDS at most. The others run if it fails.
+# part NAME SECONDS COMMAND...: runs a command for SECONDS at most; a failure does not stop the script.
 part() {
     local name=$1 seconds=$2 began=$SECONDS code=0
     shift 2
@@ -54,8 +54,9 @@ part() {
     say "== $name: failed"
 }
 
-left_out() {
-    say "== $1: left out, $2"
+# skip NAME REASON
+skip() {
+    say "== $1: skipped, $2"
 }
 
 # step NAME SECONDS FLAGS...: a part that measures training steps and writes NAME.json.
@@ -66,7 +67,7 @@ step() {
         --rounds 3 --json "$OUT/$name.json" "$@"
 }
 
-# finish: prints the table of numbers; the exit code is 1 if a part failed.
+# finish NAME...: prints the table of results; the exit code is 1 if a part failed.
 finish() {
     "$PYTHON" scripts/gpu/summary.py "$OUT" "$@" 2>&1 | tee -a "$OUT/log.txt" ||
         failed+=("summary")

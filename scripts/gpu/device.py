@@ -1,4 +1,4 @@
-"""Record a machine: card, versions, processor, shared memory, and the rates it reaches.
+"""Record a machine: GPU, versions, CPU, shared memory, and the rates it reaches.
 
 python scripts/gpu/device.py output/env.json
 """
@@ -22,7 +22,7 @@ GIB = 2**30
 
 
 def driver() -> str | None:
-    """The version of NVIDIA's driver; None without one."""
+    """Version of NVIDIA's driver; None without one."""
     if shutil.which("nvidia-smi") is None:
         return None
     words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -38,13 +38,13 @@ def triton() -> str | None:
 
 
 def copy_gb_per_s(source: torch.Tensor, target: torch.Tensor, device: torch.device) -> float:
-    """Bytes copied a second, in 10^9; a copy within a device reads and writes as many."""
+    """Measure the speed of a copy; a copy within a device reads and writes each byte once."""
     seconds = time_calls(lambda: target.copy_(source, non_blocking=True), 6, device)
     return source.nbytes / statistics.median(seconds[1:]) / 1e9
 
 
 def main() -> None:
-    """Measure, print and write."""
+    """Measure, print and write the results."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     is_cuda = device.type == "cuda"
     shm = Path("/dev/shm")

@@ -1,4 +1,4 @@
-"""Time what a pre-training step of ViT-B consists of, kernel by kernel, in bfloat16.
+"""Time the main operations of a pre-training step of ViT-B, one by one, in bfloat16.
 
 python scripts/gpu/micro.py output/micro.json
 """
@@ -26,14 +26,14 @@ from util.runs.run import versions, write_json
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH = 2 if os.environ.get("QUICK") else 1024
-# Where, queries, keys, heads and their width.
+# Place, queries, keys, heads, width of a head.
 ATTENTION = (
     ("encoder", 50, 50, 12, 64),
     ("decoder", 49, 50, 16, 32),
     ("decoder", 147, 50, 16, 32),
     ("MAE's decoder", 197, 197, 16, 32),
 )
-STEP = ("encoder, 50 x 50", "decoder, 49 x 50")  # 12 blocks of each make a step
+STEP = ("encoder, 50 x 50", "decoder, 49 x 50")  # a step has 12 blocks of each
 # Rows, inputs and outputs of linear layers.
 LAYERS = {
     "encoder qkv": (BATCH * 50, 768, 2304),
@@ -44,10 +44,10 @@ LAYERS = {
     "decoder fc1": (BATCH * 49, 512, 2048),
     "decoder fc2": (BATCH * 49, 2048, 512),
 }
-NUM_LAYERS = 6  # the largest
+NUM_LAYERS = 6  # number of the largest layers to time
 MAPS, PADDED_MAPS, MIXES, TOKENS = 13, 16, 12, (50, 768)
 
-# What is timed: group, what, variant, call, operations, bytes read and written.
+# Group, what, variant, call, operations, bytes read and written.
 Case = tuple[str, str, str, Callable[[], object], int, int]
 
 
@@ -57,14 +57,14 @@ def normal(*shape: int) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, backend: SDPBackend | None) -> None:
-    """Attention forward and backward, by a kernel or by PyTorch's own choice."""
+    """Run attention forward and backward, with a given kernel or PyTorch's choice."""
     with nullcontext() if backend is None else sdpa_kernel(backend):
         output = F.scaled_dot_product_attention(q, k, v)
     torch.autograd.grad(output, (q, k, v), grad)
 
 
 def attention_cases() -> Iterator[Case]:
-    """Every kernel on every shape."""
+    """Yield every attention kernel for every shape."""
     for place, queries, keys, heads, width in ATTENTION:
         # As in the models, heads are a view of a token's channels.
         q, k, v = (
@@ -80,18 +80,18 @@ def attention_cases() -> Iterator[Case]:
 
 
 def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
-    """Products of a (B, N, K) with b (B, K, M), summed up to (N, M)."""
+    """Products of a (B, N, K) and b (B, K, M), summed over B to (N, M)."""
     return torch.bmm(a, b).sum(dim=0)
 
 
 def mix_cases() -> Iterator[Case]:
-    """The three products of inter-block attention's mix, with 13 maps and padded to 16."""
+    """Yield the three products of inter-block attention's mix, with 13 maps and padded to 16."""
     tokens, width = TOKENS
     size = BATCH * tokens * width
     grad = normal(MIXES, size)
     for num_maps in (MAPS, PADDED_MAPS):
         weight, maps = normal(MIXES, num_maps), normal(num_maps, size)
-        # Of each image, (B, mixes or maps, -1).
+        # Per image, (B, mixes or maps, -1).
         grads_by_image, maps_by_image = (
             x.unflatten(1, (BATCH, -1)).transpose(0, 1) for x in (grad, maps)
         )
@@ -109,7 +109,7 @@ def mix_cases() -> Iterator[Case]:
 
 
 def layer_cases() -> Iterator[Case]:
-    """The three products of the largest linear layers."""
+    """Yield the three products of each of the largest linear layers."""
     largest = sorted(LAYERS.items(), key=lambda layer: -layer[1][0] * layer[1][1] * layer[1][2])
     for what, (rows, inputs, outputs) in largest[:NUM_LAYERS]:
         x, weight, bias = normal(rows, inputs), normal(outputs, inputs), normal(outputs)
@@ -125,7 +125,7 @@ def layer_cases() -> Iterator[Case]:
 
 
 def measure(case: Case) -> dict[str, object]:
-    """Time a case; one that cannot run is refused with the reason."""
+    """Time a case; if it cannot run, return the reason under `refused`."""
     group, what, variant, call, flops, num_bytes = case
     row: dict[str, object] = {"group": group, "what": what, "variant": variant}
     try:
@@ -137,7 +137,7 @@ def measure(case: Case) -> dict[str, object]:
 
 
 def fastest_attention(rows: list[dict]) -> str | None:
-    """The backend that takes the least time in a step, of those that no model is refused."""
+    """Name of the fastest backend in a step, among those that run every shape."""
     times = {}
     for name in ATTENTION_BACKENDS:
         own = [row for row in rows if row["group"] == "attention" and row["variant"] == name]
@@ -147,7 +147,7 @@ def fastest_attention(rows: list[dict]) -> str | None:
 
 
 def main() -> None:
-    """Measure case by case, write every row at once, and print the table."""
+    """Measure case by case, write every row immediately, and print the table."""
     path, rows = Path(sys.argv[1]), []
     content = {"machine": {**describe_machine(DEVICE), **versions()}, "batch_size": BATCH}
     for cases in (attention_cases, mix_cases, layer_cases):

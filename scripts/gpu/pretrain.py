@@ -2,9 +2,9 @@
 
     python scripts/gpu/pretrain.py output/main.json NAME SECONDS FLAGS...
 
-After SECONDS it is told to stop, on which it saves and ends with code 143. Images a second and the
-share of time that it waited for data are what the run logged, without the first log point, before
-which it compiles and the loader starts.
+After SECONDS the run is sent SIGTERM; it saves and ends with code 143. Images per second and the
+fraction of time spent waiting for data are taken from its log, without the first log point, which
+includes compilation and the start of the loader.
 """
 
 import json
@@ -28,15 +28,15 @@ ALWAYS = ["--epochs", "1000", "--save_every", "1000", "--visualize_every", "1000
 
 
 def read_speed(log_dir: Path) -> dict[str, float | int]:
-    """Images a second and the share of waiting, over all steps after the first log point."""
+    """Read images per second and the fraction of waiting, over steps after the first log point."""
     log = EventAccumulator(str(log_dir)).Reload()
     if "train/images_per_s" not in log.Tags()["scalars"]:
         return {"steps": 0}
-    speeds, shares = (log.Scalars(f"train/{name}") for name in ("images_per_s", "data_share"))
+    speeds, fractions = (log.Scalars(f"train/{name}") for name in ("images_per_s", "data_share"))
     seconds = waited = steps = 0.0
-    for before, speed, share in zip(speeds, speeds[1:], shares[1:], strict=False):
-        taken = (speed.step - before.step) / speed.value  # in units of a batch
-        seconds, waited = seconds + taken, waited + taken * share.value
+    for before, speed, fraction in zip(speeds, speeds[1:], fractions[1:], strict=False):
+        taken = (speed.step - before.step) / speed.value  # divided by the batch size
+        seconds, waited = seconds + taken, waited + taken * fraction.value
         steps += speed.step - before.step
     if not steps:
         return {"steps": 0}
@@ -44,7 +44,7 @@ def read_speed(log_dir: Path) -> dict[str, float | int]:
 
 
 def record(path: Path, name: str, found: dict) -> None:
-    """Put what is known of a run into the file, which other runs share."""
+    """Write the results of a run to the file, which other runs share."""
     content = json.loads(path.read_text()) if path.exists() else {}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     content["machine"] = {**describe_machine(device), **versions()}
@@ -52,7 +52,7 @@ def record(path: Path, name: str, found: dict) -> None:
 
 
 def main() -> int:
-    """Run, and add what was measured to the file under the run's name; the exit code."""
+    """Run, write the results under the run's name, and return the exit code."""
     path, name, seconds, *flags = sys.argv[1:]
     found: dict[str, object] = {"flags": flags}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Run the GPU tests; words go to pytest. Without QUICK, a skipped test counts as failed.
+"""Run the GPU tests; arguments go to pytest. Without QUICK, a skipped test counts as failed.
 
 python scripts/gpu/run_tests.py -k resume
 """
@@ -13,12 +13,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Skipped:
-    """Counts the tests that were skipped, as a plugin of pytest."""
+    """Pytest plugin that counts skipped tests."""
 
     count = 0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Take in how a test went."""
+        """Count a skipped test."""
         self.count += report.skipped
 
 
@@ -28,7 +28,7 @@ def main() -> int:
     words = ["-m", "gpu", "-q", str(ROOT / "tests" / "test_gpu.py"), *sys.argv[1:]]
     code = pytest.main(words, plugins=[skipped])
     if skipped.count and not os.environ.get("QUICK"):
-        print(f"tests skipped: {skipped.count}; on a GPU all of them have to run")
+        print(f"tests skipped: {skipped.count}; on a GPU all of them must run")
         return 1
     return int(code)
 

@@ -1,4 +1,4 @@
-"""Print one table of what a.sh or b.sh has measured, and write it beside their files.
+"""Print one table of the results of a.sh or b.sh, and write it to their folder.
 
 python scripts/gpu/summary.py output/gpu-a env micro eager blocks whole against
 """
@@ -16,7 +16,7 @@ Row = tuple[str, float | None, str]  # what, number, unit
 
 
 def env_rows(_: str, content: dict) -> Iterable[Row]:
-    """Rates of the machine."""
+    """Yield the machine's rates."""
     yield "large matrix product, bf16", content["matmul_tflops"], "TFLOP/s"
     yield "host to device", content["host_to_device_gb_per_s"], "GB/s"
     yield "copy within the device", content["device_to_device_gb_per_s"], "GB/s"
@@ -24,7 +24,7 @@ def env_rows(_: str, content: dict) -> Iterable[Row]:
 
 
 def micro_rows(_: str, content: dict) -> Iterable[Row]:
-    """The fastest attention of each shape, the products of the mix, extremes of the layers."""
+    """Yield the fastest attention for each shape, the mix's products, and the layers' extremes."""
     groups: dict[str, list[dict]] = {"attention": [], "mix": [], "layer": []}
     for row in content["rows"]:
         groups[row["group"]].append(row)
@@ -43,7 +43,7 @@ def micro_rows(_: str, content: dict) -> Iterable[Row]:
 
 
 def step_rows(name: str, content: dict) -> Iterable[Row]:
-    """Training steps."""
+    """Yield speed and memory of training steps."""
     for row in content["rows"]:
         what = "{model} {label}, {input_size} px, {batch_size} images, {dtype}, {memory}"
         what = what.format_map(row)
@@ -57,7 +57,7 @@ def step_rows(name: str, content: dict) -> Iterable[Row]:
 
 
 def against_rows(_: str, content: dict) -> Iterable[Row]:
-    """Pairs of ours and another program's steps."""
+    """Yield the comparison with a reference program."""
     for row in content["against"]:
         what = "against: {model} in {dtype}, theirs in {their_dtype}".format_map(row)
         yield what, row["time_ratio"], "times faster"
@@ -65,13 +65,13 @@ def against_rows(_: str, content: dict) -> Iterable[Row]:
 
 
 def main_rows(_: str, content: dict) -> Iterable[Row]:
-    """Runs of main_pretrain.py."""
+    """Yield the results of runs of main_pretrain.py."""
     runs = {name: content.get(name, {}) for name in ("auto", "raw", "repeated_aug")}
     yield "--batch_size auto", runs.pop("auto").get("largest_batch"), "images"
     for name, run in runs.items():
-        share = run.get("data_share")
+        waiting = run.get("data_share")
         yield f"main_pretrain.py, {name}", run.get("images_per_s"), "images/s"
-        yield f"main_pretrain.py, {name}, waiting for data", share and 100 * share, "%"
+        yield f"main_pretrain.py, {name}, waiting for data", waiting and 100 * waiting, "%"
 
 
 READERS: dict[str, Callable[[str, dict], Iterable[Row]]] = {
@@ -83,7 +83,7 @@ READERS: dict[str, Callable[[str, dict], Iterable[Row]]] = {
 
 
 def main() -> None:
-    """Read every file that is there."""
+    """Read the results, and print and write the table."""
     folder, *names = sys.argv[1:]
     lines = []
     for name in names:
@@ -92,11 +92,11 @@ def main() -> None:
             lines.append([name, "not measured", "", ""])
             continue
         content = json.loads(path.read_text())
-        card = content["machine"]["gpu"] or content["machine"]["cpu"]
+        device = content["machine"]["gpu"] or content["machine"]["cpu"]
         for what, number, unit in READERS.get(name, step_rows)(name, content):
             shown = "not measured" if number is None else float(number)
-            lines.append([what, shown, unit, card])
-    table = markdown(["what", "number", "unit", "card"], lines)
+            lines.append([what, shown, unit, device])
+    table = markdown(["what", "number", "unit", "device"], lines)
     (Path(folder) / "summary.md").write_text(table + "\n")
     print(table)
 

@@ -1,12 +1,13 @@
-# What the recipes have in common; they source it in the root of the repository. Environment, of which
-# hardware_*.sh, whose GPUs are in their names, use DATA, OUTPUT and DRY_RUN:
+# Shared functions of the recipes, which source this file in the root of the repository. Environment
+# variables (hardware_*.sh, which have their number of GPUs in their names, use only DATA, OUTPUT and
+# DRY_RUN):
 #   DATA        folder of the images, ImageNet with train/ and val/ unless the recipe says otherwise
-#   GPUS        of this machine, a process each (8)
-#   BATCH_SIZE  most images that a GPU takes at once (what should fit into 80 GB, not measured)
-#   OUTPUT      folder that results go to (output)
-#   DRY_RUN     with any value, commands are shown and not run
-# The number of GPUs and BATCH_SIZE never change the effective batch, but fine-tuning mixes images
-# within what a GPU takes at once, and the probe normalises features there.
+#   GPUS        number of GPUs on this machine, with a process each (8)
+#   BATCH_SIZE  maximum micro-batch per GPU (what should fit in 80 GB, not measured)
+#   OUTPUT      folder for results (output)
+#   DRY_RUN     if set, commands are shown but not run
+# GPUS and BATCH_SIZE never change the effective batch size, but fine-tuning mixes images within a
+# micro-batch, and linear probing normalizes features over it.
 # shellcheck disable=SC2034  # the recipes use what is set here
 fail() {
     echo "${0##*/}: error: $*" >&2
@@ -15,11 +16,11 @@ fail() {
 
 # need_count NAME VALUE
 need_count() {
-    [[ $2 =~ ^[1-9][0-9]{0,8}$ ]] || fail "$1 is '$2' and must be a whole number from 1"
+    [[ $2 =~ ^[1-9][0-9]{0,8}$ ]] || fail "$1 must be an integer of at least 1, not '$2'"
 }
 
 [ -n "${DATA:-}" ] || fail "set DATA to the folder of the images"
-[ -e "$DATA" ] || fail "DATA is '$DATA', which is not there, seen from $PWD"
+[ -e "$DATA" ] || fail "DATA not found: '$DATA' (in $PWD)"
 GPUS=${GPUS:-8}
 need_count GPUS "$GPUS"
 [ -z "${BATCH_SIZE:-}" ] || need_count BATCH_SIZE "$BATCH_SIZE"
@@ -27,11 +28,11 @@ need_count GPUS "$GPUS"
 python=python
 [ ! -x .venv/bin/python ] || python=.venv/bin/python
 folder=${OUTPUT:-output}/$(basename "$0" .sh)
-images_per_gpu=512 # of ViT-S and ViT-B, in pre-training, which encodes a quarter of each
+images_per_gpu=512 # ViT-S and ViT-B in pre-training, which encodes a quarter of each image
 
-# choose_size SIZE CHOICES: sets `vit`, such as vit_base_patch16, and the row's folder.
+# choose_size SIZE CHOICES: sets `vit`, such as vit_base_patch16, `folder` and `images_per_gpu`.
 choose_size() {
-    [[ $1 =~ ^($2)$ ]] || fail "the size is '$1' and must be one of ${2//|/, }"
+    [[ $1 =~ ^($2)$ ]] || fail "the size must be one of ${2//|/, }, not '$1'"
     vit=vit_$1_patch16
     case $1 in
         large) images_per_gpu=256 ;;
@@ -42,10 +43,10 @@ choose_size() {
 
 # need_checkpoint PATH ADVICE
 need_checkpoint() {
-    [ -e "$1" ] || fail "the checkpoint '$1' is not there, seen from $PWD: $2"
+    [ -e "$1" ] || fail "checkpoint not found: '$1' (in $PWD): $2"
 }
 
-# split_arguments WORD...: those before "--" are for pre-training, those behind it for fine-tuning.
+# split_arguments WORD...: those before "--" are for pre-training, those after it for fine-tuning.
 split_arguments() {
     pretrain_args=()
     while [ $# -gt 0 ] && [ "$1" != -- ]; do
@@ -61,20 +62,20 @@ show_and_run() {
     [ -n "${DRY_RUN:-}" ] || "$@"
 }
 
-# train EFFECTIVE MOST MAIN ARGUMENT...: MOST is how many images a GPU takes at once.
+# train EFFECTIVE MAX MAIN ARGUMENT...: MAX is the maximum micro-batch per GPU.
 train() {
-    local most=${BATCH_SIZE:-$2}
+    local max=${BATCH_SIZE:-$2}
     local each=$(($1 / GPUS))
-    local size=$((each < most ? each : most))
+    local size=$((each < max ? each : max))
     ((size > 0 && GPUS * size * (each / size) == $1)) ||
-        fail "$GPUS GPUs with up to $most images each cannot make up a batch of $1:" \
+        fail "$GPUS GPUs with up to $max images each cannot form a batch of $1:" \
             "set GPUS and BATCH_SIZE to powers of two"
     local command=("$python" -m torch.distributed.run --standalone --nproc_per_node "$GPUS" "$3")
     command+=(--data_path "$DATA" --batch_size "$size" --accum_iter "$((each / size))" "${@:4}")
     show_and_run "${command[@]}"
 }
 
-# pretrain EPOCHS ARGUMENT...: sets `checkpoint` to what comes out. Nothing is done twice.
+# pretrain EPOCHS ARGUMENT...: sets `checkpoint` to the final one. A finished run is not repeated.
 pretrain() {
     train 4096 "$images_per_gpu" main_pretrain.py --output_dir "$folder" --epochs "$@"
     checkpoint=$folder/$(checkpoint_name "$1")
@@ -85,14 +86,14 @@ checkpoint_name() {
     printf 'checkpoint-e%04d-s000000.pth' "$1"
 }
 
-# finetune CHECKPOINT FOLDER ARGUMENT...: all patches are encoded, so fewer images fit.
+# finetune CHECKPOINT FOLDER ARGUMENT...: fewer images fit, because all patches are encoded.
 finetune() {
     train 1024 "$((images_per_gpu / 4))" main_finetune.py --finetune "$1" --output_dir "${@:2}"
 }
 
-# finetune_row CHECKPOINT ARGUMENT...: in a folder named after the checkpoint.
+# finetune_row CHECKPOINT ARGUMENT...: writes to a folder named after the checkpoint.
 finetune_row() {
-    need_checkpoint "$1" "name one of pre-training"
+    need_checkpoint "$1" "give one from pre-training"
     local path
     path=$(realpath "$1")
     finetune "$1" "$folder/$(basename "$(dirname "$path")")-$(basename "$path" .pth)" "${@:2}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Four A100: ViT-B, CrossMAE (25%), 800 epochs of ImageNet at the paper's effective batch of 4096.
+# Four A100s: ViT-B, CrossMAE (25%), 800 epochs of ImageNet at the paper's effective batch of 4096.
 # Time: not measured.
 # Memory of each GPU: 2.0 GB for weights, gradients and Adam (computed: 16 bytes for each of 127.0
 # million parameters). What a micro-step adds is not measured; 40 GB may need --batch_size 256.

@@ -6,7 +6,7 @@
 #   DATA=/path/to/imagenet bash scripts/recipes/table12_crossmae.sh small|base \
 #       [arguments of main_linprobe.py]
 #
-# What is probed is what table1_crossmae_75.sh has pre-trained, in the same OUTPUT.
+# Probes the model that table1_crossmae_75.sh has pre-trained in the same OUTPUT.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/recipes/common.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Table 14, four seeds of ViT-B, CrossMAE (25%): ImageNet-1K top-1, 400 epochs, then fine-tuning.
-# Expected: 83.20, 83.29, 83.24, 83.21 for the authors' four seeds, on average 83.24 +- 0.018.
+# Expected: 83.20, 83.29, 83.24, 83.21 for the authors' four seeds; mean 83.24 +- 0.018.
 # Ours: not run. Written for 8 GPUs of 80 GB; memory and time: not measured.
 #
 #   DATA=/path/to/imagenet bash scripts/recipes/table14_seeds.sh SEED \

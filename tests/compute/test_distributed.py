@@ -269,16 +269,14 @@ def test_devices_that_cannot_compute_are_refused(device):
         ("cuda", 0, 1, 0, "cuda:0"),
         ("cuda:3", 0, 1, 2, "cuda:3"),
         ("cuda", 2, 3, 2, "cuda:2"),
-        ("cuda:0", 2, 3, 2, "cuda:2"),  # several processes do not share the GPU that was named
+        ("cuda:0", 2, 3, 2, "cuda:2"),  # several processes do not share the named GPU
     ],
 )
-def test_gpus_that_are_not_there_are_refused(
-    monkeypatch, device, local_rank, num_processes, num_gpus, wanted
-):
+def test_missing_gpus_are_refused(monkeypatch, device, local_rank, num_processes, num_gpus, wanted):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     monkeypatch.setenv("WORLD_SIZE", str(num_processes))
-    with pytest.raises(InputError, match=f"{wanted} needs .* and {num_gpus} are there"):
+    with pytest.raises(InputError, match=f"{wanted} not found .*: {num_gpus}"):
         init_distributed(device)
 
 

@@ -32,7 +32,7 @@ from tests.helpers.runs import (
     state_of,
 )
 from util.runs import resume
-from util.runs.checkpoint import checkpoint_place, list_checkpoints, read_checkpoint
+from util.runs.checkpoint import checkpoint_position, list_checkpoints, read_checkpoint
 from util.runs.resume import newest_good_checkpoint
 from util.runs.run import run_main
 from util.runs.run_log import RunLog
@@ -229,9 +229,9 @@ def test_a_run_that_is_killed_20_times_ends_with_the_same_bits(tmp_path, argv, u
         for path in paths:  # each is whole
             read_checkpoint(path, "pretrain")
         before, newest = newest, paths[-1] if paths else None
-        assert not before or checkpoint_place(newest) >= checkpoint_place(before)
+        assert not before or checkpoint_position(newest) >= checkpoint_position(before)
         reached = max(reached, last_step_of(text))
-        lost.append(reached - steps_in(checkpoint_place(newest)) if newest else reached)
+        lost.append(reached - steps_in(checkpoint_position(newest)) if newest else reached)
     assert max(lost) <= 1  # the step whose save was under way
     output = tmp_path / "last.txt"
     assert end_of(forked(words, output)) == 0, output.read_text()
@@ -324,7 +324,7 @@ def test_a_run_goes_on_while_the_disk_is_full_and_loses_nothing(
         r"could not save \S+-s000003\.pth: \[Errno \d+\] (No space|File too large)", out
     )
     assert re.findall(r"log\.jsonl: .*\. (\d) lines wait", out) == ["1", "2"]
-    assert out.count("TensorBoard gets nothing more") == 1
+    assert out.count("TensorBoard is off until the next start") == 1
     assert "could not save " + str(folder / "reconstructions.png") in out
     assert_same_end(folder, undisturbed)
 
@@ -338,7 +338,7 @@ def test_a_run_that_ends_on_a_full_disk_fails_in_one_sentence_and_continues_late
         full_from_step(patch, disk, full=3)
         ending = refusal(capsys, *argv, "--output_dir", folder, code=1)
     assert f"lacks the lines of {EPOCHS} epochs" in ending
-    assert "make room and start the same command again" in ending
+    assert "free disk space and start the same command again" in ending
     refused = refusal(capsys, *argv, "--output_dir", folder)
     assert re.search("cannot write .*(No space|File too large)", refused)
     disk.make_room()

@@ -171,7 +171,7 @@ def test_a_change_of_the_recipe_is_named(caplog):
 
 def test_epochs_may_grow_with_a_warning_and_not_shrink(caplog):
     check(CHECKPOINT, IDENTITY, RECIPE | {"--epochs": 12})
-    assert "--epochs grew from 10 to 12: from epoch 4 on" in caplog.text
+    assert "--epochs increased from 10 to 12: from epoch 4 on" in caplog.text
     with pytest.raises(InputError, match=r"--epochs 8 is below the 10 .* 4 of them done"):
         check(CHECKPOINT, IDENTITY, RECIPE | {"--epochs": 8})
 

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from scripts.benchmark.against import ROW, compare_pairs
-from scripts.benchmark.step import MeasuredStep, measure_in_turns, saved_bytes, time_calls
+from scripts.benchmark.step import MeasuredStep, measure_interleaved, saved_bytes, time_calls
 from scripts.benchmark.tables import follow_flops
 from scripts.benchmark_pretrain import (
     THEIR_MODELS,
@@ -41,7 +41,7 @@ MEASURED = [
     "images_per_s",
     "spread_percent",
 ]
-MEASURED += ["utilisation_percent", "saved_mb_per_image", "saved_slope_mb_per_image"]
+MEASURED += ["utilization_percent", "saved_mb_per_image", "saved_slope_mb_per_image"]
 MEASURED += ["encoder_gflops", "decoder_gflops", "total_gflops"]
 
 
@@ -227,7 +227,7 @@ def test_rows_take_turns(monkeypatch):
         Recorded(model, optimizer, Precision(amp, cpu), torch.randn(2, 8))
         for amp in ("fp32", "bf16")
     )
-    found = measure_in_turns([first, second], cpu, warmup=0, rounds=3, num_steps=5)
+    found = measure_interleaved([first, second], cpu, warmup=0, rounds=3, num_steps=5)
     for done, rates in enumerate(found, start=1):
         assert turns == ([(first, 5), (second, 5)] * 3)[:done]
         assert rates.keys() == {"fp32", "bf16"}
@@ -426,22 +426,22 @@ NO_SUCH = "/does/not/exist"
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--table", 4, "--models", "mae_vit_base_patch16"], "leave out --models"),
-        (["--table", 4, "--figure", 7], "--table or --figure"),
+        (["--table", 4, "--models", "mae_vit_base_patch16"], "without --models"),
+        (["--table", 4, "--figure", 7], "--table and --figure"),
         (["--table", 3], "invalid choice"),
         (["--models", "vit"], "invalid choice"),
         (["--pred_ratios", 0.8], "only masked patches"),
-        (["--input_sizes", 18], "no multiple of"),
-        (["--json", f"{NO_SUCH}/a.json"], "make it first"),
+        (["--input_sizes", 18], "must be a multiple of"),
+        (["--json", f"{NO_SUCH}/a.json"], "create it first"),
         (["--device", "meta"], "--device meta"),
         (["--compile", "--decoder_depths", *range(1, 18)], "at most 16 rows"),
-        (["--against", NO_SUCH], "existing program"),
-        (["--table", 4, "--against", __file__], "goes without"),
-        (["--profile", "a.txt", "--against", __file__], "goes without"),
-        (["--profile", f"{NO_SUCH}/a.txt"], "make it first"),
+        (["--against", NO_SUCH], "program not found"),
+        (["--table", 4, "--against", __file__], "cannot be combined with"),
+        (["--profile", "a.txt", "--against", __file__], "cannot be combined with"),
+        (["--profile", f"{NO_SUCH}/a.txt"], "create it first"),
         (["--against_dtype", "fp16"], "needs --against"),
         (["--quick", "--against", __file__], "needs --models"),
-        (["--models", "mae_vit_base_patch16", "--against", __file__], "choose --models"),
+        (["--models", "mae_vit_base_patch16", "--against", __file__], "needs --models from"),
     ],
 )
 def test_refusals(capsys, flags, words):
@@ -470,7 +470,7 @@ def test_a_row_on_a_gpu_has_its_own_peak_memory(tmp_path):
     grown = high["peak_memory_mb"] - low["peak_memory_mb"]
     saved = high["saved_mb_per_image"] - low["saved_mb_per_image"]
     assert grown < 64 * saved * 1.2
-    assert 0 < high["utilisation_percent"] < 100
+    assert 0 < high["utilization_percent"] < 100
 
 
 # Against another program
@@ -586,9 +586,9 @@ def test_twice_the_batch_may_be_too_much_for_a_program(tmp_path, capsys, monkeyp
 @pytest.mark.parametrize(
     ("program", "words"),
     [
-        ("print('no JSON')", "printed no line of JSON"),
-        ("print('{}')", "printed no line of JSON"),
-        (GOOD.replace("4 + 8 / args.batch_size", "'4'"), "printed no line of JSON"),
+        ("print('no JSON')", "did not print a line of JSON"),
+        ("print('{}')", "did not print a line of JSON"),
+        (GOOD.replace("4 + 8 / args.batch_size", "'4'"), "did not print a line of JSON"),
         ("raise SystemExit('out of luck')", "ended with code 1: out of luck"),
         ("raise SystemExit(3)", "ended with code 3"),
     ],

@@ -26,7 +26,7 @@ start unused
 part good 5 echo "fine"
 part bad 5 sh -c 'echo "not fine"; exit 3'
 part endless 1 sleep 30
-left_out other "nobody asked for it"
+skip other "nobody requested it"
 finish env micro
 """
 
@@ -107,8 +107,8 @@ def test_the_second_run_measures_everything(tmp_path):
         assert run["steps"] > 0 and run["images_per_s"] > 0 and 0 <= run["data_share"] < 1
         assert "--compile blocks" in " ".join(run["flags"])
     assert "| main_pretrain.py, raw | " in (out / "summary.md").read_text()
-    assert "32 files, 5 of them different" in done.stdout
-    assert "auto: left out" in done.stdout
+    assert "32 files, 5 of them distinct" in done.stdout
+    assert "auto: skipped" in done.stdout
 
 
 STAND_IN = """#!/usr/bin/env python3
@@ -130,7 +130,7 @@ def test_the_commands_of_a_real_run_parse(tmp_path, script, seconds, compile_mod
     assert done.returncode == 0, done.stdout + done.stderr
     limits = re.findall(r"== (\w+) \(limit (\d+) s\)", done.stdout)
     assert sum(int(limit) for name, limit in limits if name != "blocks") <= seconds
-    assert "left out" not in done.stdout
+    assert ": skipped" not in done.stdout
     mains = 0
     for name, *argv in map(json.loads, calls.read_text().splitlines()):
         argv = [word.replace(str(out), str(tmp_path)) for word in argv]
@@ -148,7 +148,7 @@ def test_the_commands_of_a_real_run_parse(tmp_path, script, seconds, compile_mod
 def test_parts_that_fail_or_take_too_long_are_named(tmp_path):
     done = bash("-euo", "pipefail", "-c", LINES, out=tmp_path / "out", QUICK="1")
     assert done.returncode == 1
-    assert "fine\n== good: done" in done.stdout and "other: left out, nobody" in done.stdout
+    assert "fine\n== good: done" in done.stdout and "other: skipped, nobody" in done.stdout
     failed = ["failed: bad: exit code 3", "failed: endless: stopped after 1 s"]
     assert done.stdout.splitlines()[-2:] == failed
     assert "| env | not measured |" in done.stdout
@@ -164,7 +164,7 @@ def refused(done):
 @pytest.mark.parametrize("script", ["a", "b"])
 def test_a_machine_without_a_gpu_is_refused(tmp_path, script):
     done = bash(f"scripts/gpu/{script}.sh", out=tmp_path / "out")
-    assert "PyTorch finds no GPU" in refused(done)
+    assert "PyTorch does not find a GPU" in refused(done)
     assert not (tmp_path / "out").exists()
 
 
@@ -179,7 +179,7 @@ def test_a_python_without_torch_is_refused(tmp_path):
 def test_earlier_results_are_kept(tmp_path):
     (tmp_path / "log.txt").touch()
     done = bash("scripts/gpu/a.sh", out=tmp_path, QUICK="1")
-    assert f"{tmp_path} already holds results" in refused(done)
+    assert f"{tmp_path} already contains results" in refused(done)
 
 
 def test_skipped_tests_count_as_failed_where_there_has_to_be_a_gpu(tmp_path):

@@ -155,9 +155,9 @@ NOTHING = ["--main", "pretrain", "--"]
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--main", "pretrain"], "the flags of main_pretrain.py go behind a --"),
-        (["--main", "pretrain", "--epochs", "3", "--"], "--epochs is no flag of the launcher"),
-        (["--main", "pretrain", "--slurm_x", "y", "--"], "y is no flag of the launcher"),
+        (["--main", "pretrain"], "-- not found: put the flags of main_pretrain.py after it"),
+        (["--main", "pretrain", "--epochs", "3", "--"], "--epochs is not a flag of the launcher"),
+        (["--main", "pretrain", "--slurm_x", "y", "--"], "y is not a flag of the launcher"),
         (["--main", "train", "--"], "invalid choice: 'train'"),
         (["--nodes", "0", *NOTHING], "argument --nodes: must be at least 1, not 0"),
         (
@@ -167,8 +167,11 @@ NOTHING = ["--main", "pretrain", "--"]
         ([*NOTHING, "--batch", "4"], "unrecognized arguments: --batch 4"),
         ([*NOTHING, "--pred_ratio", "0.9"], "--pred_ratio 0.9 is above --mask_ratio 0.75"),
         (["--cluster", "local", "--nodes", "2", *NOTHING], "--nodes 2 needs --cluster slurm"),
-        (["--cluster", "local", "--gpus_per_node", "64", *NOTHING], "64, and 0 are there"),
-        (["--cluster", "debug", "--tasks_per_node", "2", *NOTHING], "debug is one process"),
+        (
+            ["--cluster", "local", "--gpus_per_node", "64", *NOTHING],
+            "64 is above the number of GPUs, 0",
+        ),
+        (["--cluster", "debug", "--tasks_per_node", "2", *NOTHING], "debug has one process"),
         (["--cluster", "local", "--job_dir", "/proc/no", *NOTHING], "choose another --job_dir"),
     ],
 )
@@ -182,7 +185,7 @@ def test_a_cluster_that_is_not_there_is_refused(capsys, tmp_path, monkeypatch, b
     words = ["--cluster", "slurm", *NOTHING, "--output_dir", tmp_path / "run"]
     (bin_folder / "sbatch").write_text("#!/bin/sh\necho sbatch: error: no such >&2\nexit 1\n")
     sentence = refusal(capsys, *words, main=launch_slurm.main)
-    assert sentence == "sbatch does not take the job: no such"
+    assert sentence == "sbatch rejected the job: no such"
     (bin_folder / "srun").unlink()
     assert "--cluster slurm needs srun" in refusal(capsys, *words, main=launch_slurm.main)
 
@@ -210,7 +213,7 @@ def test_two_local_tasks_equal_two_of_torchrun(images, undisturbed, tmp_path, mo
     folder = tmp_path.parent / "here"
     flags = ["--partition", "P", "--slurm_x=y"]
     number, log, out = launch(*TWO, *flags, main_flags=argv, cwd=tmp_path.parent)
-    assert "left out, since they are sbatch's: --partition, --x\n" in out
+    assert "ignored, because they are sbatch's: --partition, --x\n" in out
     wait_for_end(number)
     assert log == folder / "jobs" / f"{number}_0_log.out"
     assert log.with_name(f"{number}_1_log.out").exists()

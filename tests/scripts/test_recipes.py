@@ -216,25 +216,37 @@ def test_further_arguments_go_to_their_main(commands):
 def test_a_script_without_its_argument_is_refused(start, script):
     done = start(script)
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(rf"{script}\.sh: error: the (size|seed|checkpoint) .*\n", done.stderr)
+    assert re.fullmatch(rf"{script}\.sh: error: (the size|the seed|checkpoint) .*\n", done.stderr)
 
 
 @pytest.mark.parametrize(
     ("words", "variables", "sentence"),
     [
         (["table1_mae", "base"], {"DATA": ""}, "set DATA to the folder of the images"),
-        (["table1_mae", "base"], {"DATA": "no/such"}, "DATA is 'no/such', which is not there"),
-        (["table1_mae", "tiny"], {}, "the size is 'tiny' and must be one of small, base, large"),
-        (["table12_mae", "large"], {}, "the size is 'large' and must be one of small, base"),
+        (["table1_mae", "base"], {"DATA": "no/such"}, "DATA not found: 'no/such'"),
+        (
+            ["table1_mae", "tiny"],
+            {},
+            "the size must be one of small, base, large, huge, not 'tiny'",
+        ),
+        (["table12_mae", "large"], {}, "the size must be one of small, base, not 'large'"),
         (["table12_mae", "base"], {"OUTPUT": "none"}, "run scripts/recipes/table1_mae.sh base"),
-        (["table11_finetune", "no.pth"], {}, "the checkpoint 'no.pth' is not there"),
-        (["table14_seeds", "-1"], {}, "the seed is '-1' and must be a whole number from 1"),
-        (["table1_mae", "base"], {"GPUS": "two"}, "GPUS is 'two' and must be a whole number"),
-        (["table1_mae", "base"], {"GPUS": "0"}, "GPUS is '0' and must be a whole number"),
-        (["table1_mae", "base"], {"BATCH_SIZE": "1.5"}, "BATCH_SIZE is '1.5' and must be a"),
+        (["table11_finetune", "no.pth"], {}, "checkpoint not found: 'no.pth'"),
+        (["table14_seeds", "-1"], {}, "the seed must be an integer of at least 1, not '-1'"),
+        (
+            ["table1_mae", "base"],
+            {"GPUS": "two"},
+            "GPUS must be an integer of at least 1, not 'two'",
+        ),
+        (["table1_mae", "base"], {"GPUS": "0"}, "GPUS must be an integer of at least 1, not '0'"),
+        (
+            ["table1_mae", "base"],
+            {"BATCH_SIZE": "1.5"},
+            "BATCH_SIZE must be an integer of at least 1",
+        ),
         (["table1_mae", "base"], {"GPUS": "3"}, "set GPUS and BATCH_SIZE to powers of two"),
-        (["table1_mae", "base"], {"GPUS": "8192"}, "cannot make up a batch of 4096"),
-        (["table1_mae", "base"], {"BATCH_SIZE": "300"}, "up to 300 images each cannot make up"),
+        (["table1_mae", "base"], {"GPUS": "8192"}, "cannot form a batch of 4096"),
+        (["table1_mae", "base"], {"BATCH_SIZE": "300"}, "up to 300 images each cannot form"),
     ],
 )
 def test_mistakes_are_answered_in_one_sentence(start, words, variables, sentence):

@@ -132,7 +132,7 @@ def test_it_runs_as_a_script(tmp_path, checkpoint, photos):
     ("changes", "reason"),
     [
         ({"--images": "nowhere"}, "--images nowhere does not exist"),
-        ({"--images": "EMPTY"}, "holds no image"),
+        ({"--images": "EMPTY"}, "no images found in"),
         ({"--images": "NOTES"}, "no readable image"),
         ({"--checkpoint": "nowhere.pth"}, "nowhere.pth is no file"),
         ({"--checkpoint": "NOTES"}, "notes.txt"),
@@ -162,4 +162,4 @@ def test_a_truncated_image_is_refused_by_its_name(tmp_path, checkpoint, photos, 
     path = photos / "001.png"
     path.write_bytes(path.read_bytes()[:-300])
     argv = ["--checkpoint", checkpoint, "--output", tmp_path / "f.png", "--images", photos]
-    assert f"{path} is no readable image" in refusal(capsys, *argv, main=main)
+    assert f"cannot read image {path}" in refusal(capsys, *argv, main=main)

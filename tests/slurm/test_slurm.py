@@ -202,5 +202,5 @@ def test_what_sbatch_refuses_is_told_in_one_sentence(images, tmp_path):
     code, out, err = finish(start(command(*words)))
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
-    assert "launch_slurm.py: error: sbatch does not take the job: " in err
+    assert "launch_slurm.py: error: sbatch rejected the job: " in err
     assert "invalid partition" in err

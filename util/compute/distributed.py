@@ -44,8 +44,8 @@ def init_distributed(device: str, *, timeout_minutes: float | None = None) -> to
         chosen = torch.device("cuda", int(local_rank))
         if chosen.index >= num_gpus:
             raise InputError(
-                f"--device {chosen} needs {chosen.index + 1} GPUs, but there are {num_gpus}: "
-                "start fewer processes or use --device cpu"
+                f"--device {chosen} not found (GPUs on this machine: {num_gpus}): start fewer "
+                "processes or use --device cpu"
             )
     try:
         if chosen.type == "cuda":

@@ -1,1 +1,1 @@
-"""What is measured and drawn of a trained model."""
+"""Measurements and figures of a model."""

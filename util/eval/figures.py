@@ -1,4 +1,4 @@
-"""Reconstructions as a picture (Fig. 2)."""
+"""Figures of reconstructions (Fig. 2)."""
 
 from collections.abc import Sequence
 
@@ -14,30 +14,28 @@ from util.masking import TokenSplit, hidden_mask
 from util.patches import denormalize_patches, scatter_patches, unpatchify
 
 COLUMNS = ("original", "masked", "reconstruction", "+ visible patches")
-MOMENTS_NOTE = "Trained on normalised pixels: each patch's mean and deviation are the original's."
-SMALLEST_CELL = 128  # pixels; smaller images are enlarged by a whole factor
+MOMENTS_NOTE = "Trained on normalized pixels: each patch's mean and deviation are the original's."
+SMALLEST_CELL = 128  # pixels; smaller images are enlarged by an integer factor
 GAP, TEXT_HEIGHT = 4, 20
-GREY = 0.5
+GRAY = 0.5
 
 
 def reconstruction_panels(
     images: Tensor, pixels: Tensor, split: TokenSplit, patch_size: int
 ) -> list[Tensor]:
-    """The four columns of the figure, each (B, C, H, W) in [0, 1].
+    """Build the four columns of the figure, each (B, C, H, W) in [0, 1].
 
     Args:
         images: originals (B, C, H, W) in [0, 1].
-        pixels: predictions (B, P, p*p*C) in the same range, clipped here.
-        split: which patches were seen and which predicted.
-        patch_size: p in pixels.
+        pixels: predictions (B, P, p*p*C) for the same range, clipped here.
     """
     grid_size = (images.shape[2] // patch_size, images.shape[3] // patch_size)
-    hidden = hidden_mask(split, grid_size[0] * grid_size[1])  # (B, L)
+    mask = hidden_mask(split, grid_size[0] * grid_size[1])  # (B, L)
     per_pixel = images.shape[1] * patch_size**2
-    hidden = hidden.unsqueeze(-1).expand(-1, -1, per_pixel)
-    hidden = unpatchify(hidden, patch_size, grid_size)  # (B, C, H, W)
-    masked = torch.where(hidden, GREY, images)
-    blank = torch.full_like(images, GREY)
+    mask = mask.unsqueeze(-1).expand(-1, -1, per_pixel)
+    mask = unpatchify(mask, patch_size, grid_size)  # (B, C, H, W)
+    masked = torch.where(mask, GRAY, images)
+    blank = torch.full_like(images, GRAY)
     pixels = pixels.clamp(0, 1)
     reconstruction = scatter_patches(blank, pixels, split.predicted, patch_size)
     with_visible = scatter_patches(masked, pixels, split.predicted, patch_size)
@@ -45,7 +43,7 @@ def reconstruction_panels(
 
 
 def draw_figure(panels: list[Tensor], *, note: str = "") -> np.ndarray:
-    """Lay panels (B, 3, H, W) in [0, 1] out as columns under their names, images as rows.
+    """Arrange panels (B, 3, H, W) in [0, 1] as titled columns, with one row per image.
 
     Args:
         panels: one for each of COLUMNS.
@@ -86,14 +84,11 @@ def draw_reconstructions(
     std: Sequence[float],
     precision: Precision,
 ) -> np.ndarray:
-    """Draw images, what the encoder saw of them, and what the decoder made of that (Fig. 2).
+    """Draw images, their visible patches, and their reconstructions (Fig. 2).
 
     Args:
-        model: a MaskedAutoencoder, without the wrapper that averages gradients.
-        images: (B, C, H, W), normalised, on the model's device.
-        split: which patches are seen and predicted.
-        mean, std: of the normalisation of channels.
-        precision: for autocast.
+        model: a MaskedAutoencoder, not wrapped in DistributedDataParallel.
+        images: (B, C, H, W), normalized by `mean` and `std`, on the model's device.
 
     Returns:
         uint8 (height, width, 3).

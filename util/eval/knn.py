@@ -1,4 +1,4 @@
-"""How much frozen features tell about labels: k nearest neighbours and logistic regression."""
+"""Evaluation of frozen features: k nearest neighbors and logistic regression."""
 
 import logging
 import warnings
@@ -25,13 +25,13 @@ from util.data.streams import StreamedImages
 from util.errors import InputError
 from util.seeding import generator_for
 
-Labelled = tuple[Tensor, Tensor]
+LabeledFeatures = tuple[Tensor, Tensor]
 """Features (N, D) and labels (N,)."""
 
 logger = logging.getLogger(__name__)
 
-KNN_IMAGES = {"training": 50_000, "held-out": 10_000}  # at most, beside a run
-ROWS_AT_ONCE = 4096  # of each process, when features are exchanged
+KNN_IMAGES = {"training": 50_000, "validation": 10_000}  # limits for evaluation during training
+ROWS_AT_ONCE = 4096  # per process, when features are exchanged
 SIMILARITIES_AT_ONCE = 2**26  # 256 MiB
 MAX_ITER = 1000  # of logistic regression
 
@@ -45,18 +45,16 @@ def extract_features(
     precision: Precision,
     broken: BrokenImages,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the features of a whole data set, shared between the processes.
+    """Compute the features of a whole dataset, distributed over the processes.
 
     Args:
         encode: images (B, C, H, W) -> features (B, D), in evaluation mode.
-        loader: every image once; process r has the images r, r + world size, ...
-        device: where the encoder is.
-        precision: for autocast.
-        broken: keeps the books on images that cannot be read; others take their places.
+        loader: yields every image once; process r gets images r, r + world size, ...
+        broken: counts unreadable images, which other images replace.
 
     Returns:
-        float32 features (N, D) and int64 labels (N,) on the CPU, in the order of the data set,
-        the same on every process.
+        float32 features (N, D) and int64 labels (N,) on the CPU, in the order of the dataset, the
+        same on every process.
 
     Raises:
         InputError: features are not finite, or too many images cannot be read.
@@ -69,22 +67,22 @@ def extract_features(
             features.append(encode(images).float().cpu())  # (B, D)
         labels.append(batch.labels)
     broken.check()
-    # A process without an image does not know D: the first entry stands for it alone.
+    # A process without images does not know D and uses the empty first entry.
     features = _interleaved(torch.cat(features[1:] or features), device)  # (N, D)
     labels = _interleaved(torch.cat(labels).unsqueeze(1), device).squeeze(1)  # (N,)
     if not features.isfinite().all():
         raise InputError(
-            f"features computed in {precision.amp} are not finite: use --amp fp32, or other weights"
+            f"features computed in {precision.amp} are not finite: use --amp fp32 or other weights"
         )
     return features, labels
 
 
 def _interleaved(rows: Tensor, device: torch.device) -> Tensor:
-    """Row 0 of every process's (n, D), then row 1 of each, ...; the last processes may have fewer.
+    """Interleave the rows (n, D) of all processes; the last processes may have one row fewer.
 
     Args:
-        rows: on the CPU; D counts only where n > 0.
-        device: over which processes exchange tensors.
+        rows: on the CPU; D may be wrong where n = 0.
+        device: for the exchange between processes.
     """
     shapes = all_gather(torch.tensor(rows.shape, device=device))  # (world size, 2)
     most_rows, dim = shapes.amax(dim=0).tolist()
@@ -107,19 +105,19 @@ def knn_predict(
     temperature: float,
     device: torch.device,
 ) -> dict[int, Tensor]:
-    """Label images by a vote of the k training images whose features point most alike.
+    """Predict labels by a vote of the k training images with the most similar features.
 
-    A vote weighs exp(cosine similarity / temperature). Of labels with equal votes, the smallest
-    wins. Of training images that are equally similar at the k-th place, torch.topk chooses.
+    A vote weighs exp(cosine similarity / temperature). If votes are tied, the smallest label wins;
+    if similarities are tied at the k-th neighbor, torch.topk chooses.
 
     Args:
         train_features: (N, D), float32.
         train_labels: (N,), int64.
-        features: (M, D), float32, to be labelled.
-        ks: numbers of neighbours; one above N counts as N.
-        temperature: above 0; the lower, the more the nearest decide.
-        device: where to compute. All training features, but only SIMILARITIES_AT_ONCE of the
-            N x M similarities, are there at a time.
+        features: (M, D), float32, of the images to label.
+        ks: numbers of neighbors; one above N counts as N.
+        temperature: above 0; lower values give the nearest neighbors more weight.
+        device: for the computation. It holds all training features, but only SIMILARITIES_AT_ONCE
+            of the N x M similarities at a time.
 
     Returns:
         k -> labels (M,), int64, on the CPU.
@@ -127,7 +125,7 @@ def knn_predict(
     num_train = len(train_features)
     largest_k = min(max(ks), num_train)
     if max(ks) > num_train:
-        logger.warning("k-NN: %d neighbours are %d, the training images", max(ks), num_train)
+        logger.warning("k-NN: %d neighbors reduced to all %d training images", max(ks), num_train)
     classes, targets = train_labels.to(device).unique(return_inverse=True)  # (classes,), (N,)
     train_features = F.normalize(train_features.to(device, torch.float32), dim=1)
     predicted = {k: [] for k in ks}
@@ -135,7 +133,7 @@ def knn_predict(
         for part in features.split(max(1, SIMILARITIES_AT_ONCE // num_train)):
             directions = F.normalize(part.to(device, torch.float32), dim=1)
             nearest = (directions @ train_features.T).topk(largest_k)
-            # Less the largest, so that no exponential overflows at low temperatures.
+            # The largest similarity is subtracted to avoid overflow at low temperatures.
             weights = ((nearest.values - nearest.values[:, :1]) / temperature).exp()
             for k in predicted:
                 voters = targets[nearest.indices[:, :k]]  # (B, k)
@@ -147,7 +145,7 @@ def knn_predict(
 
 @contextmanager
 def _exact_matmul() -> Iterator[None]:
-    """Multiply float32 matrices in float32, not in TF32, which cannot tell close neighbours."""
+    """Context for float32 matrix products without TF32, which cannot rank close neighbors."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -166,7 +164,7 @@ def knn_accuracy(
     temperature: float = 0.07,
     device: torch.device,
 ) -> dict[int, float]:
-    """Measure how often `knn_predict` finds the label, in percent, for each k."""
+    """Accuracy of `knn_predict` in percent, for each k."""
     predicted = knn_predict(
         train_features, train_labels, features, ks=ks, temperature=temperature, device=device
     )
@@ -182,16 +180,13 @@ def logistic_accuracy(
     shots: int | None,
     seed: int,
 ) -> float:
-    """Measure how often a logistic regression on standardised features finds the label.
+    """Accuracy in percent of a logistic regression on standardized features.
 
     Args:
-        train_features, train_labels: (N, D) and (N,), of at least two classes.
-        features, labels: (M, D) and (M,), to be measured on.
-        shots: training images of each class, see `draw_shots`; None takes all.
-        seed: decides which.
-
-    Returns:
-        Accuracy in percent.
+        train_features, train_labels: (N, D) and (N,), with at least two classes.
+        features, labels: (M, D) and (M,), of the images to measure.
+        shots: training images per class, see `draw_shots`; None: all.
+        seed: for the choice of these images.
     """
     if shots is not None:
         chosen = draw_shots(train_labels, shots, seed=seed)
@@ -199,7 +194,7 @@ def logistic_accuracy(
     regression = LogisticRegression(max_iter=MAX_ITER)
     pipeline = make_pipeline(StandardScaler(), regression)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # said below, in the log
+        warnings.simplefilter("ignore", ConvergenceWarning)  # logged below
         pipeline.fit(train_features.numpy(), train_labels.numpy())
     if regression.n_iter_.max() >= MAX_ITER:
         logger.warning("logistic regression: not converged after %d iterations", MAX_ITER)
@@ -207,12 +202,12 @@ def logistic_accuracy(
 
 
 def draw_shots(labels: Tensor, shots: int, *, seed: int) -> Tensor:
-    """Draw so many images of every class, or all of a class that has fewer.
+    """Draw this many images of every class, or all of a class that has fewer.
 
-    With one seed, fewer shots are a subset of more.
+    With the same seed, fewer shots are a subset of more.
 
     Returns:
-        Their indices, int64, class by class.
+        Image indices, int64, grouped by class.
     """
     generator = generator_for("shots", seed)
     chosen, num_short = [], 0
@@ -221,7 +216,7 @@ def draw_shots(labels: Tensor, shots: int, *, seed: int) -> Tensor:
         chosen.append(ids[torch.randperm(len(ids), generator=generator)[:shots]])
         num_short += len(ids) < shots
     if num_short:
-        logger.warning("%d shots: %d classes have fewer images, all are taken", shots, num_short)
+        logger.warning("%d shots: using all images of classes with fewer (%d)", shots, num_short)
     return torch.cat(chosen)
 
 
@@ -232,11 +227,11 @@ def _percent_equal(guesses: Tensor, labels: Tensor) -> float:
 def check_knn_images(
     train_set: IndexedImages | StreamedImages, val_set: IndexedImages | None
 ) -> None:
-    """Refuse images that k-NN cannot be measured on."""
+    """Raise InputError if k-NN accuracy cannot be measured on these images."""
     if val_set is None or not isinstance(train_set, IndexedImages):
         raise InputError(
-            "--knn_every needs training images that are no stream, and held-out ones: name some "
-            "by --val_path, or leave it out"
+            "--knn_every needs training images that are not streamed, and validation images: set "
+            "--val_path, or leave it out"
         )
     check_classes(train_set, val_set, None)
 
@@ -250,20 +245,18 @@ def build_knn_loaders(
     num_workers: int,
     device: torch.device,
 ) -> tuple[Batches, Batches] | None:
-    """Loaders of labelled images, training and held-out, not augmented, for `measure_knn`.
+    """Build loaders of training and validation images, not augmented, for `measure_knn`.
 
     Args:
-        train_set, val_set: the images; None where none are held out.
-        every: epochs between measurements; 0 for none, None for as often as the images allow.
-        batch_size: of a process.
-        num_workers: loader processes.
-        device: where the batches go.
+        every: epochs between measurements; 0 for none, None for the default if the images allow
+            it.
+        batch_size: per process.
 
     Returns:
-        None for no k-NN.
+        None if k-NN accuracy is not measured.
 
     Raises:
-        InputError: k-NN was asked for, and the images do not allow it.
+        InputError: k-NN was requested, but the images do not allow it.
     """
     if every == 0:
         return None
@@ -278,7 +271,7 @@ def build_knn_loaders(
     plain_train_set = train_set.with_transform(val_set.transform)
     return (
         build_eval_loader(plain_train_set, limit=KNN_IMAGES["training"], **options),
-        build_eval_loader(val_set, limit=KNN_IMAGES["held-out"], **options),
+        build_eval_loader(val_set, limit=KNN_IMAGES["validation"], **options),
     )
 
 
@@ -290,17 +283,14 @@ def measure_knn(
     device: torch.device,
     precision: Precision,
 ) -> dict[str, float]:
-    """Classify held-out images by their nearest training images in the encoder's features.
+    """Measure the k-NN accuracy of an encoder's features on validation images.
 
     Args:
-        encoder: with `features(images) -> (B, D)`.
-        train_loader: this process's share of labelled training images, not augmented.
-        val_loader: the same of held-out images.
-        device: where the encoder is.
-        precision: for autocast.
+        encoder: has `features(images) -> (B, D)`.
+        train_loader, val_loader: this process's images, labeled and not augmented.
 
     Returns:
-        `knn10`, `knn20`, `knn100`: accuracy in percent with so many neighbours.
+        `knn10`, `knn20`, `knn100`: accuracy in percent with 10, 20 and 100 neighbors.
     """
     encoder.eval()
     sets = []
@@ -314,9 +304,9 @@ def measure_knn(
 
 
 def describe_knn(stats: dict[str, float]) -> str:
-    """What `measure_knn` measured, in words."""
+    """Describe the results of `measure_knn` for the log."""
     values = ", ".join(f"{name[3:]}-NN {stats[name]:.1f} %" for name in stats if "knn" in name)
-    return f"accuracy on held-out images {values}"
+    return f"accuracy on validation images {values}"
 
 
 def check_measurable(
@@ -325,24 +315,24 @@ def check_measurable(
     val_set: IndexedImages | None,
     num_classes: int | None,
 ) -> int:
-    """The number of classes, once both sets can be read image by image and have the same classes.
+    """Check that both sets can be read by index and have the same classes; return their number.
 
     Raises:
-        InputError: a set is missing, cannot be read by index, or has other classes.
+        InputError: a set is missing or cannot be read by index, or the classes differ.
     """
     if not isinstance(train_set, IndexedImages):
         raise InputError(
-            f"{name} is a stream, in which images have no number: name an indexed source such as "
-            "folder, tar, torch/<name> or hfds/<name> by --dataset"
+            f"{name} is a stream, whose images cannot be read by index: set --dataset to an "
+            "indexed source such as folder, tar, torch/<name> or hfds/<name>"
         )
     if val_set is None:
-        raise InputError(f"{name} has no held-out images to measure on: name some by --val_path")
+        raise InputError(f"{name} has no validation images to measure on: set --val_path")
     return check_classes(train_set, val_set, num_classes)
 
 
 def accuracies(
-    train: Labelled,
-    val: Labelled,
+    train: LabeledFeatures,
+    val: LabeledFeatures,
     *,
     ks: Sequence[int],
     temperature: float,
@@ -350,14 +340,13 @@ def accuracies(
     seed: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """Accuracy on validation images in percent, by the name of what finds the labels.
+    """Accuracy of each classifier on validation images in percent, by the classifier's name.
 
     Args:
-        train, val: features and labels.
-        ks, temperature: of k-NN, see `knn_accuracy`.
-        shots: one logistic regression for each: images of a class, None for all.
-        seed: of the choice of those images.
-        device: where neighbours are found.
+        ks, temperature: see `knn_predict`.
+        shots: images per class for each logistic regression, None for all images.
+        seed: for the choice of these images.
+        device: for the search of neighbors.
     """
     sets = (*train, *val)
     found = knn_accuracy(*sets, ks=ks, temperature=temperature, device=device)
@@ -370,7 +359,7 @@ def accuracies(
 
 
 def accuracy_table(results: dict[str, dict[str, float]]) -> list[str]:
-    """Lines of a table: a column for each network, a row for each measure."""
+    """Format a table with a column per network and a row per classifier, as lines."""
     rows = list(next(iter(results.values())))
     width = max(map(len, rows))
     lines = [" " * width + "".join(f"{name:>13}" for name in results)]

@@ -1,4 +1,4 @@
-"""Measurements and pictures of validation images during pre-training."""
+"""Evaluation and figures during pre-training."""
 
 import argparse
 from collections.abc import Iterable, Sequence
@@ -26,11 +26,12 @@ from util.patches import denormalize_patches
 from util.seeding import generator_for
 
 KNN_EVERY = 20  # epochs
-NUM_SHOWN = 8  # images in the pictures of reconstructions
+NUM_SHOWN = 8  # images in the figure of reconstructions
 
 
 def val_split(masking: Masking, ids: Sequence[int], device: torch.device) -> TokenSplit:
-    """The masks of validation images, which depend on the seed and the images' numbers alone."""
+    """Draw masks of validation images, which depend only on the seed and the images' indices."""
+    # "held-out" is part of the seed: another word would change every mask.
     generators = [generator_for("mask", masking.seed, "held-out", i) for i in ids]
     noise = torch.stack([torch.rand(masking.num_patches, generator=g) for g in generators])
     return masking.full_split(noise.to(device))
@@ -49,16 +50,14 @@ def evaluate(
     """Measure how well validation images are reconstructed (App. B.2).
 
     Args:
-        model: a MaskedAutoencoder, without the wrapper that averages gradients.
-        loader: every validation image once; process r has the images r, r + world size, ...
-        masking: of the run.
-        mean, std: of the normalisation of channels.
-        precision: for autocast, on the model's device.
+        model: a MaskedAutoencoder, not wrapped in DistributedDataParallel.
+        loader: yields every validation image once; process r gets images r, r + world size, ...
+        mean, std: of the channel normalization.
 
     Returns:
-        `val_loss`; `val_psnr` in dB, the mean over images of the PSNR of their predicted patches
-        in [0, 1], which takes the patches' moments from the original where the model was trained
-        on normalised pixels; `val_images`.
+        `val_loss`; `val_psnr` in dB, the mean over images of the PSNR of their predicted patches in
+        [0, 1], with the patches' moments taken from the original if the model was trained on
+        normalized pixels; and `val_images`, their number.
     """
     model.eval()
     device = precision.device
@@ -89,16 +88,16 @@ def evaluate(
 
 @dataclass(frozen=True)
 class MonitorSettings:
-    """How many epochs lie between measurements; see the flags."""
+    """Epochs between measurements; see the flags."""
 
     eval_every: int = 20
     knn_every: int | None = None
-    """0 for no k-NN; None for as often as the images allow."""
+    """0: never; None: KNN_EVERY if the images allow it."""
     visualize_every: int = 20
 
 
 class Monitor(NamedTuple):
-    """What is measured and drawn beside training, as far as there are images for it."""
+    """Images and settings for evaluation and figures; None where there are no images."""
 
     every: MonitorSettings
     masking: Masking
@@ -108,7 +107,7 @@ class Monitor(NamedTuple):
     val_loader: Batches | None
     knn_loaders: tuple[Batches, Batches] | None
     shown: tuple[Tensor, TokenSplit] | None
-    """Images (N, C, H, W), normalised, on the device, and their masks."""
+    """Normalized images (N, C, H, W) on the device, and their masks."""
 
 
 def open_monitor(
@@ -123,21 +122,16 @@ def open_monitor(
     batch_size: int,
     plain_transform: Transform,
 ) -> Monitor:
-    """Choose the images that are measured and drawn.
+    """Choose the images for evaluation and figures.
 
     Args:
-        train_set, val_set: the images; None where there are none for validation. Then training
-            images are drawn, if they can be picked.
-        val_loader: of the validation images.
-        data: of the run.
-        every: how often.
-        masking: of the run.
-        precision: for autocast, on the model's device.
-        batch_size: of a process, for k-NN.
-        plain_transform: of images that are drawn.
+        val_set: None without validation images. Figures then show training images, if these can
+            be read by index.
+        batch_size: per process, for k-NN.
+        plain_transform: for training images in figures.
 
     Raises:
-        InputError: k-NN was asked for, and the images do not allow it.
+        InputError: k-NN was requested, but the images do not allow it.
     """
     device = precision.device
     knn_loaders = build_knn_loaders(
@@ -162,18 +156,17 @@ def open_monitor(
 def measure(
     model: nn.Module, monitor: Monitor, epoch: int, *, is_last: bool = False
 ) -> dict[str, float]:
-    """What is due after so many epochs: loss and PSNR of validation images, k-NN accuracy.
+    """Measure what is due: loss and PSNR of validation images, k-NN accuracy.
 
     Args:
-        model: a MaskedAutoencoder, without the wrapper that averages gradients.
-        monitor: what is measured.
-        epoch: how many are done; 0 measures an untrained encoder.
-        is_last: everything is due.
+        model: a MaskedAutoencoder, not wrapped in DistributedDataParallel.
+        epoch: epochs done; 0 for an untrained encoder.
+        is_last: measure everything.
     """
     stats, precision = {}, monitor.precision
     if monitor.val_loader and (is_last or (epoch and epoch % monitor.every.eval_every == 0)):
-        colours = {"mean": monitor.mean, "std": monitor.std}
-        options = {"masking": monitor.masking, "precision": precision, **colours}
+        channels = {"mean": monitor.mean, "std": monitor.std}
+        options = {"masking": monitor.masking, "precision": precision, **channels}
         stats |= evaluate(model, monitor.val_loader, **options)
     if monitor.knn_loaders and (is_last or epoch % (monitor.every.knn_every or KNN_EVERY) == 0):
         device = precision.device
@@ -186,39 +179,38 @@ def measure(
 def draw(
     model: nn.Module, monitor: Monitor, epoch: int, *, is_last: bool = False
 ) -> np.ndarray | None:
-    """The picture that is due after so many epochs, uint8 (H, W, 3); None for none.
+    """Draw the figure, uint8 (H, W, 3), on the main process; None if none is due.
 
     Args:
         model: see `measure`.
-        monitor: what is drawn, by the main process.
-        epoch: how many are done.
-        is_last: a picture is due.
+        epoch: epochs done.
+        is_last: draw in any case.
     """
     is_due = is_last or epoch % monitor.every.visualize_every == 0
     if not is_due or monitor.shown is None or not is_main_process():
         return None
-    colours = {"mean": monitor.mean, "std": monitor.std}
-    return draw_reconstructions(model, *monitor.shown, precision=monitor.precision, **colours)
+    channels = {"mean": monitor.mean, "std": monitor.std}
+    return draw_reconstructions(model, *monitor.shown, precision=monitor.precision, **channels)
 
 
 def add_monitor_args(parser: argparse.ArgumentParser) -> None:
-    """The flags of MonitorSettings."""
+    """Add the flags of MonitorSettings."""
     group = parser.add_argument_group("evaluation")
     group.add_argument(
         "--eval_every",
         type=positive_int,
         default=MonitorSettings.eval_every,
-        help="epochs between measurements of held-out loss and PSNR (%(default)s)",
+        help="epochs between measurements of validation loss and PSNR (%(default)s)",
     )
     group.add_argument(
         "--knn_every",
         type=natural_int,
-        help=f"epochs between measurements of k-NN accuracy, 0 for none ({KNN_EVERY} where images "
-        "have labels and some are held out)",
+        help=f"epochs between measurements of k-NN accuracy, 0 for none ({KNN_EVERY} with labels "
+        "and validation images)",
     )
     group.add_argument(
         "--visualize_every",
         type=positive_int,
         default=MonitorSettings.visualize_every,
-        help="epochs between pictures of reconstructions (%(default)s)",
+        help="epochs between figures of reconstructions (%(default)s)",
     )

@@ -1,1 +1,1 @@
-"""How a run starts, goes on, is logged and is saved."""
+"""How a run starts, trains, resumes, is logged and is saved."""

@@ -1,7 +1,7 @@
 """Checkpoints: written atomically, read without running code, resumed exactly.
 
-A checkpoint is a dict of tensors and plain values. Random state is not in it: everything random
-is derived from the place in the run (`util.seeding`), and that place is.
+A checkpoint is a dict of tensors and plain values. It contains the progress of the run instead of
+random state, because everything random is derived from the progress (`util.seeding`).
 """
 
 import logging
@@ -37,16 +37,16 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class Progress:
-    """The place of a run: what has been done so far."""
+    """Number of epochs and steps done so far in a run."""
 
     epoch: int = 0
-    """Whole epochs."""
+    """Complete epochs."""
     step_in_epoch: int = 0
-    """Optimizer steps of the epoch under way."""
+    """Optimizer steps in the current epoch."""
     step: int = 0
-    """Optimizer steps of the whole run."""
+    """Optimizer steps in the run."""
     best: dict[str, float] | None = None
-    """What was measured after the best epoch, in runs that have one."""
+    """Metrics of the best epoch, in runs that track it."""
 
 
 @dataclass
@@ -59,16 +59,16 @@ class TrainState:
     broken: BrokenImages
     ema: ModelEmaV3 | None = None
     lr: float = 0.0
-    """Of the last step; not saved."""
+    """Learning rate of the last step; not saved."""
     unwritten: list[dict] = field(default_factory=list)
-    """Lines that `log.jsonl` had no room for so far."""
+    """Lines of `log.jsonl` that could not be written yet because the disk was full."""
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
         self.meters = EpochMeters(self.precision.device)
 
     def state_dict(self) -> dict:
-        """Tensors and plain values, for a checkpoint."""
+        """Tensors and plain values for a checkpoint."""
         return {
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
@@ -81,11 +81,11 @@ class TrainState:
         }
 
     def load_state_dict(self, content: dict) -> None:
-        """Continue where a checkpoint was written.
+        """Restore the state from a checkpoint.
 
         Raises:
-            AttributeError, LookupError, RuntimeError, TypeError, ValueError: it is of another
-                model, or was not written by `state_dict`.
+            AttributeError, LookupError, RuntimeError, TypeError, ValueError: the checkpoint is of
+                another model or was not written by `state_dict`.
         """
         load_model_state(self.model, content["model"])
         if self.ema is not None:
@@ -94,28 +94,28 @@ class TrainState:
         settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         load_optimizer_state(self.optimizer, content["optimizer"])
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)  # of the same run, so that a file cannot bring others
+            group.update(own)  # settings come from the command, never from a file
         for parameter, state in self.optimizer.state.items():
             if any(t.ndim and t.shape != parameter.shape for t in state.values()):
-                raise ValueError("the optimizer's state is not of the shape of the weights")
+                raise ValueError("the shapes of optimizer state and weights differ")
         if self.precision.scaler.is_enabled() and content["scaler"]:
             self.precision.scaler.load_state_dict(content["scaler"])
         progress = asdict(Progress(**content["progress"]))
-        places = [number for name, number in progress.items() if name != "best"]
+        counts = [number for name, number in progress.items() if name != "best"]
         best = (progress["best"] or {}).values()
-        numbers_fit = all(isinstance(n, int) and 0 <= n < 2**53 for n in places)
-        if not numbers_fit or not all(isinstance(n, int | float) for n in best):
-            raise ValueError(f"progress of {progress}")
+        counts_fit = all(isinstance(n, int) and 0 <= n < 2**53 for n in counts)
+        if not counts_fit or not all(isinstance(n, int | float) for n in best):
+            raise ValueError(f"invalid progress {progress}")
         vars(self.progress).update(progress)
         self.meters.load_state_dict(content["meters"])
         self.broken.load_state_dict(content["broken"])
         lines = content.get("unwritten", [])
         if not all(isinstance(line, dict) and isinstance(line.get("epoch"), int) for line in lines):
-            raise ValueError("lines of the log without their epoch")
+            raise ValueError("log lines without an epoch")
         self.unwritten[:] = lines
 
     def end_epoch(self) -> dict[str, float]:
-        """Move to the next epoch; return the mean metrics of the one that is done."""
+        """Move to the next epoch; return the mean metrics of the finished one."""
         means = {
             **self.meters.means(),
             "lr": self.lr,
@@ -126,11 +126,11 @@ class TrainState:
         return means
 
     def rewind_epoch(self) -> None:
-        """Go back to the start of the epoch under way, for data that cannot start within one."""
+        """Return to the start of the current epoch, for data that cannot start within one."""
         if self.progress.step_in_epoch:
             _logger.warning(
-                "streamed images cannot be resumed within an epoch: the %d steps done of epoch %d "
-                "stay in the weights, and the epoch starts again",
+                "streamed images cannot be resumed within an epoch: the weights keep the %d steps "
+                "done in epoch %d, and the epoch starts again",
                 *(self.progress.step_in_epoch, self.progress.epoch + 1),
             )
         self.progress.step -= self.progress.step_in_epoch
@@ -140,55 +140,54 @@ class TrainState:
 
 
 def read_checkpoint(path: str | Path, kind: str) -> dict:
-    """Read a checkpoint of ours; `kind` is one of KINDS.
+    """Read a checkpoint of this program; `kind` is one of KINDS.
 
     Raises:
-        InputError: the file is missing, damaged, of another program or of a newer version.
+        InputError: the file is missing, damaged, or from another program or a newer version.
     """
     return check_format(read_weights_file(path), path, kind)
 
 
-def checkpoint_place(path: Path) -> tuple[int, int] | None:
-    """The (epoch, step in it) that a checkpoint's name tells; None for another file."""
+def checkpoint_position(path: Path) -> tuple[int, int] | None:
+    """Parse (epoch, step in epoch) from a checkpoint's name; None for other files."""
     match = NAME.fullmatch(path.name)
     return match and (int(match[1]), int(match[2]))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, oldest first."""
-    return sorted(filter(checkpoint_place, folder.glob("checkpoint-*.pth")), key=checkpoint_place)
+    """List the checkpoints in a folder, oldest first."""
+    paths = filter(checkpoint_position, folder.glob("checkpoint-*.pth"))
+    return sorted(paths, key=checkpoint_position)
 
 
 def last_checkpoint(folder: Path, epoch: int) -> Path:
-    """The checkpoint of a finished run.
+    """Return the final checkpoint of a finished run.
 
     Args:
-        folder: of the run.
-        epoch: the last one.
+        epoch: number of epochs in the run.
 
     Raises:
         RunError: it could not be written.
     """
     paths = list_checkpoints(folder)
-    if not paths or checkpoint_place(paths[-1])[0] < epoch:
+    if not paths or checkpoint_position(paths[-1])[0] < epoch:
         raise RunError(
-            "the last checkpoint could not be written, see above: make room and start the same "
-            "command again, which continues from the checkpoint before it"
+            "the last checkpoint could not be written, see above: free disk space and start the "
+            "same command again to continue from the checkpoint before it"
         )
     return paths[-1]
 
 
 class CheckpointWriter:
-    """Saves a run's state into its output folder, from the main process.
+    """Checkpoint writer for a run, which writes from the main process.
 
     Args:
-        folder: where the checkpoints go.
-        state: what changes; read at every save.
-        header: what does not: plain values that are stored beside it.
+        state: the changing content, read at every save.
+        header: the constant content: plain values stored with the state.
         kind: one of KINDS.
-        every_epochs: how often `end_epoch` saves.
-        every_minutes: how often `save_if_due` saves; None for never.
-        keep_last: older checkpoints than this many are deleted, which the log says; 0 keeps all.
+        every_epochs: epochs between saves of `end_epoch`.
+        every_minutes: minutes between saves of `save_if_due`; None: only on signals.
+        keep_last: number of checkpoints to keep, 0 for all; deletions are logged.
     """
 
     def __init__(
@@ -210,12 +209,12 @@ class CheckpointWriter:
         if is_main_process():
             for unfinished in folder.glob("checkpoint-*.pth.tmp"):
                 unfinished.unlink()
-                _logger.info("deleted %s, which an earlier start left unfinished", unfinished)
+                _logger.info("deleted %s, left unfinished by an earlier start", unfinished)
 
     def save_if_due(self) -> None:
-        """Save when `every_minutes` have passed, or when a process was sent a signal to stop.
+        """Save if `every_minutes` have passed or a process received a stop signal.
 
-        The main process's clock decides for all. Every process has to call it.
+        The main process's clock decides for all. Every process must call it.
 
         Raises:
             StoppedError: after a signal to any process, on all at once.
@@ -226,7 +225,7 @@ class CheckpointWriter:
         if signals or broadcast_object(is_time):
             self.save()
         if signals:
-            broadcast_object(None)  # one that ends has launchers end the others: await the save
+            broadcast_object(None)  # launchers end all once one exits: wait for the save
             progress = self.state.progress
             raise StoppedError(
                 f"stopped by {Signals(signals[0]).name} after {progress.epoch} epochs and "
@@ -235,7 +234,7 @@ class CheckpointWriter:
             )
 
     def end_epoch(self, *, is_last: bool) -> None:
-        """Save after the last epoch and every `every_epochs`, after others if it is due.
+        """Save after the last epoch and every `every_epochs`; otherwise only if due.
 
         Raises:
             RunError, StoppedError: see `save` and `save_if_due`.
@@ -246,13 +245,13 @@ class CheckpointWriter:
             self.save_if_due()
 
     def save(self) -> Path | None:
-        """Write a checkpoint named after its place in the run; return its path.
+        """Write a checkpoint named after the progress of the run; return its path.
 
-        A write that fails, on a full disk for instance, is logged; it leaves the earlier
-        checkpoints as they are and returns None.
+        A failed write, for instance on a full disk, is logged, leaves earlier checkpoints intact,
+        and returns None.
 
         Raises:
-            RunError: a weight is not finite. Nothing is written.
+            RunError: a weight is not finite; nothing is written.
         """
         self.last_save = time.monotonic()
         progress = self.state.progress
@@ -263,11 +262,11 @@ class CheckpointWriter:
         return path
 
     def save_if_best(self, stats: dict[str, float], *, by: str) -> None:
-        """Keep the weights, without the optimizer, of the epoch with the highest value so far.
+        """Save the weights, without the optimizer, if this is the best epoch so far.
 
         Args:
-            stats: of the epoch that was just finished.
-            by: the value that counts; without it nothing is kept.
+            stats: metrics of the epoch that was just finished.
+            by: the metric to maximize; if `stats` lacks it, nothing is saved.
         """
         progress = self.state.progress
         before = progress.best
@@ -275,7 +274,7 @@ class CheckpointWriter:
             progress.best = {"epoch": progress.epoch, **stats}
             written = self._write(self.folder / BEST_NAME, self._weights)
             if not broadcast_object(bool(written)):
-                progress.best = before  # so that the next good epoch is kept
+                progress.best = before  # so that the next good epoch is saved
 
     def _weights(self) -> dict:
         state = self.state.state_dict()
@@ -297,7 +296,7 @@ class CheckpointWriter:
         except (OSError, RuntimeError) as error:
             if dead_loader(error):
                 raise
-            while error.__context__:  # torch's own errors hide that of the file
+            while error.__context__:  # torch's errors hide the file's
                 error = error.__context__
             _logger.warning("could not save %s: %s. Earlier checkpoints are intact", path, error)
             return None
@@ -307,7 +306,7 @@ class CheckpointWriter:
     def _delete_old(self, newest: Path) -> None:
         if self.keep_last == 0:
             return
-        # A later name is that of a broken file, which a resume passed over.
+        # A later name belongs to a damaged file that a resume skipped.
         paths = list_checkpoints(self.folder)
         for path in paths[: paths.index(newest) + 1][: -self.keep_last]:
             path.unlink()
@@ -315,7 +314,7 @@ class CheckpointWriter:
 
 
 def not_finite(content: object, name: str = "state") -> Iterator[str]:
-    """The names of the tensors in nested dicts that hold a NaN or an infinity."""
+    """Yield the names of tensors in nested dicts that contain NaN or infinity."""
     if isinstance(content, dict):
         for key, value in content.items():
             yield from not_finite(value, f"{name}.{key}")
@@ -324,10 +323,10 @@ def not_finite(content: object, name: str = "state") -> Iterator[str]:
 
 
 def write_atomically(content: dict, path: Path) -> None:
-    """Write a file so that at every moment `path` is the old file or the whole new one.
+    """Write a file so that at any moment `path` is either the old file or the complete new one.
 
     Raises:
-        OSError, RuntimeError: the write failed; `path` is as it was.
+        OSError, RuntimeError: the write failed; `path` is unchanged.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -339,7 +338,7 @@ def write_atomically(content: dict, path: Path) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    # The new name is on the disk once its folder is.
+    # The rename is durable only once the folder is synced.
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -1,4 +1,4 @@
-"""One run at a time writes into a folder."""
+"""Lock that lets only one run at a time write to a folder."""
 
 import fcntl
 import json
@@ -20,16 +20,16 @@ _logger = logging.getLogger(__name__)
 
 
 class FolderLock:
-    """A folder taken by this process, until `release` or its end, however it ends.
+    """Lock on a folder that this process holds until `release` or until it ends in any way.
 
-    The system frees the lock of a process that has died, so none is ever stale. It is a POSIX lock,
+    The system frees the lock of a dead process, so locks never become stale. It is a POSIX lock,
     which loader processes do not inherit: they may outlive a killed run by some seconds.
 
     Args:
-        folder: to take; made if it is not there, and removed again if it stays empty.
+        folder: created if missing, and removed again if it stays empty.
 
     Raises:
-        InputError: another process has it, which the message names, or it cannot be written.
+        InputError: another process holds the lock, or the folder cannot be written to.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,13 +39,13 @@ class FolderLock:
             self.file = self._locked()
             if self._is_in_place():
                 break
-            self.file.close()  # the owner before removed it between opening and locking
+            self.file.close()  # the previous owner removed it between opening and locking
         else:
             raise InputError(f"cannot lock {self.path}: choose another --output_dir")
         owner = {"process": os.getpid(), "host": socket.gethostname()}
         owner["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
         self.file.truncate(0)
-        with suppress(OSError):  # only for the message to others
+        with suppress(OSError):  # it only serves the error message of other runs
             self.file.write(json.dumps(owner).encode())
 
     def _locked(self) -> BinaryIO:
@@ -64,11 +64,11 @@ class FolderLock:
             owner = _owner(file)
             file.close()
             raise InputError(
-                f"another run, {owner}, is writing to {folder}: wait for its end or stop it, or "
+                f"another run, {owner}, is writing to {folder}: wait until it ends, stop it, or "
                 "choose another --output_dir"
             ) from error
-        except OSError as error:  # some network file systems have no locks
-            _logger.warning("%s cannot be locked (%s): start only one run in it", folder, error)
+        except OSError as error:  # some network file systems do not support locks
+            _logger.warning("cannot lock %s (%s): start only one run in it", folder, error)
         return file
 
     def _is_in_place(self) -> bool:
@@ -77,13 +77,13 @@ class FolderLock:
         return False
 
     def release(self) -> None:
-        """Leave the folder to others, and no folder where none was and nothing was written."""
+        """Release the lock, and remove the folders that it created if they are empty."""
         if self.file.closed:
             return
-        with suppress(OSError):  # which must not stand in for what ended the run
+        with suppress(OSError):  # must not hide the error that ended the run
             self.path.unlink(missing_ok=True)
         self.file.close()
-        with suppress(OSError):  # of a folder that is not empty
+        with suppress(OSError):  # not empty
             for path in self.made:
                 path.rmdir()
 
@@ -94,11 +94,11 @@ def _owner(file: BinaryIO) -> str:
         owner = json.loads(file.read())
         return f"process {owner['process']} on {owner['host']} since {owner['since']}"
     except (ValueError, KeyError, TypeError):
-        return "which has not said who it is"
+        return "whose lock file does not identify it"
 
 
 def lock_folder(folder: Path) -> FolderLock | None:
-    """Take a folder by the main process, for all of them; None on the others.
+    """Lock a folder from the main process on behalf of all; None on the others.
 
     Raises:
         InputError: on all processes, see FolderLock.

@@ -1,4 +1,4 @@
-"""An epoch's mean loss and gradient norm, summed up without waiting for the device."""
+"""Mean loss and gradient norm of an epoch, accumulated without waiting for the device."""
 
 import math
 
@@ -10,32 +10,32 @@ from util.errors import NonFiniteLossError
 
 
 class EpochMeters:
-    """Means over an epoch, summed up on the device and read on the host only at log points."""
+    """Means over an epoch, accumulated on the device and read on the host only at log points."""
 
     def __init__(self, device: torch.device) -> None:
-        # float64, so that a long epoch loses no digits; MPS has none.
+        # float64, so that a long epoch does not lose precision; MPS does not support it.
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
         self.device = device
         self.reset()
 
     def reset(self) -> None:
         """Start a new epoch."""
-        # Loss, gradient norm, and the images of the steps whose gradient was finite.
+        # Sums of loss and gradient norm, and the images in steps with a finite gradient.
         self.sums = torch.zeros(3, dtype=self.dtype, device=self.device)
         self.first_bad_step = torch.full((1,), math.inf, dtype=self.dtype, device=self.device)
         self.num_images = 0
         self.last_sums, self.last_num_images = [0.0, 0.0, 0.0], 0
 
     def update(self, *, loss: Tensor, grad_norm: Tensor, num_images: int, step: int) -> None:
-        """Take in a step, without waiting for the device.
+        """Add a step, without waiting for the device.
 
         Args:
             loss: this process's part, such that the mean over processes is the step's loss.
             grad_norm: of the whole step, the same on all processes.
-            num_images: of the whole step, over all processes.
-            step: its number in the run, counted from 0.
+            num_images: over all processes.
+            step: number in the run, counted from 0.
         """
-        # A step that fp16 loss scaling skips has an infinite gradient.
+        # A step skipped by fp16 loss scaling has an infinite gradient.
         is_finite = grad_norm.isfinite()
         norm = torch.where(is_finite, grad_norm, 0.0)
         self.sums += torch.stack((loss, norm, is_finite.to(loss.dtype))) * num_images
@@ -44,10 +44,9 @@ class EpochMeters:
         self.first_bad_step = torch.minimum(self.first_bad_step, bad_step)
 
     def read(self) -> dict[str, float]:
-        """Mean loss and gradient norm since the last read.
+        """Return the mean loss and gradient norm since the last read.
 
-        This is the only moment at which the host waits for the device, and processes for each
-        other.
+        Only here does the host wait for the device, and processes for each other.
 
         Raises:
             NonFiniteLossError: on all processes at once.
@@ -59,8 +58,8 @@ class EpochMeters:
             where = f" on process {process}" if len(rows) > 1 else ""
             raise NonFiniteLossError(
                 f"the loss of step {int(bad_step) + 1} of the run is not finite{where}, and "
-                "nothing was saved since: lower the learning rate or use --amp bf16 or fp32, then "
-                "continue from the last checkpoint"
+                "nothing has been saved since: lower the learning rate or use --amp bf16 or fp32, "
+                "then continue from the last checkpoint"
             )
         window = [new - old for new, old in zip(sums, self.last_sums, strict=True)]
         num_images = self.num_images - self.last_num_images
@@ -72,11 +71,11 @@ class EpochMeters:
         return mean_metrics(self.last_sums, self.last_num_images)
 
     def state_dict(self) -> dict:
-        """Plain values, as of the last read."""
+        """Plain values as of the last read."""
         return {"sums": self.last_sums, "num_images": self.last_num_images}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue an epoch."""
+        """Restore the sums of an unfinished epoch."""
         self.reset()
         self.last_sums = [float(value) for value in state["sums"]]
         self.last_num_images = int(state["num_images"])
@@ -85,7 +84,7 @@ class EpochMeters:
 
 
 def mean_metrics(sums: list[float], num_images: int) -> dict[str, float]:
-    """Turn the sums of EpochMeters into means; NaN for the mean of nothing."""
+    """Turn the sums of EpochMeters into means; NaN without images."""
     loss, grad_norm, num_finite = sums
     return {
         "loss": loss / num_images if num_images else math.nan,

@@ -1,4 +1,4 @@
-"""How a run resumes: which checkpoint it continues, whether it is the same run, where it writes."""
+"""Resuming of runs: choice of the checkpoint, check that it is of the same run, and output."""
 
 import logging
 from collections.abc import Collection, Iterator, Sequence
@@ -14,7 +14,7 @@ from util.optim import OptimSettings
 from util.runs.checkpoint import (
     CheckpointWriter,
     TrainState,
-    checkpoint_place,
+    checkpoint_position,
     list_checkpoints,
     read_checkpoint,
 )
@@ -23,7 +23,7 @@ from util.runs.run import RunSettings, write_args
 from util.runs.run_log import RunLog
 from util.weights.files import check_format, read_weights_file, unknown_content
 
-EFFECTIVE_BATCH = "effective batch size"  # among what makes a run the run it is
+EFFECTIVE_BATCH = "effective batch size"  # key in the fixed settings
 
 _logger = logging.getLogger(__name__)
 
@@ -31,14 +31,12 @@ _logger = logging.getLogger(__name__)
 def changeable_settings(
     optim: OptimSettings, data: DataSettings, *, lr: float, amp: str, fsdp: bool | None = None
 ) -> dict[str, object]:
-    """What may change when a run is continued.
+    """Collect the settings that may change on resume.
 
     Args:
-        optim: with all its values.
-        data: whose place may change.
-        lr: the peak rate.
-        amp: the number format that was chosen.
-        fsdp: whether the model is sharded; None where that is not an option.
+        optim: with all defaults filled in.
+        lr: peak learning rate.
+        fsdp: whether the model is sharded; None if the program has no such option.
     """
     settings = {
         "--epochs": optim.epochs,
@@ -55,7 +53,7 @@ def changeable_settings(
 
 
 class RunRecord(NamedTuple):
-    """What a run records about itself, so that a resume recognises it."""
+    """Settings that a run saves in its checkpoints, to check them on resume."""
 
     kind: str
     """One of util.weights.files.KINDS."""
@@ -64,30 +62,27 @@ class RunRecord(NamedTuple):
     may_change: dict[str, object]
     """Settings that may change, "--epochs" among them."""
     header: dict[str, object]
-    """What else every checkpoint keeps: the model's name and options, mean, std."""
+    """Further content of every checkpoint: the model's name and options, mean, std."""
     args: dict[str, object]
-    """Of the command line."""
+    """All command-line arguments."""
     given: Collection[str]
-    """The options that are not at their defaults."""
+    """Options that differ from their defaults."""
 
 
 @contextmanager
 def open_run(
     state: TrainState, loader: StepLoader, run: RunSettings, record: RunRecord
 ) -> Iterator[tuple[CheckpointWriter, RunLog]]:
-    """Context of a run: put where it was stopped, with its checkpoints and its log.
+    """Context of a run: resumes it if there is a checkpoint, and opens its checkpoints and log.
 
-    The output folder is locked as long as it lasts.
+    The output folder is locked inside the context.
 
     Args:
-        state: of a run that starts; changed where it continues.
-        loader: of its steps.
-        run: where it writes, and what it continues.
-        record: what the run is.
+        state: the initial state; overwritten on resume.
 
     Raises:
-        InputError: the run cannot be continued, or nothing can be written.
-        RunError: at the end, `log.jsonl` lacks lines.
+        InputError: the run cannot be continued, or the output folder cannot be written to.
+        RunError: `log.jsonl` is incomplete when the context closes.
     """
     lock = lock_folder(run.folder)
     try:
@@ -134,7 +129,7 @@ def open_run(
 
 
 def log_settings(settings: dict) -> None:
-    """Say what a run is going to do, defaults that depend on something included."""
+    """Log the settings of a run, including derived defaults."""
     _logger.info("recipe: %s", ", ".join(f"{k.lstrip('-')} {v}" for k, v in settings.items()))
 
 
@@ -153,16 +148,16 @@ def _read_newest_good(paths: Sequence[Path], kind: str) -> tuple[Path, dict] | N
     if paths and found is None:
         raise InputError(
             f"none of the {len(paths)} checkpoints in {paths[0].parent} can be read: choose "
-            "another --output_dir, or move them away to start again"
+            "another --output_dir, or move them away to start from scratch"
         )
     return found
 
 
 def newest_good_checkpoint(folder: Path, kind: str) -> Path | None:
-    """The newest checkpoint of a folder that can be read; None where there is none at all.
+    """Find the newest readable checkpoint in a folder; None if the folder has no checkpoints.
 
     Raises:
-        InputError: there are checkpoints and none can be read.
+        InputError: there are checkpoints, but none can be read.
     """
     found = _read_newest_good(list_checkpoints(folder), kind)
     return found and found[0]
@@ -171,19 +166,19 @@ def newest_good_checkpoint(folder: Path, kind: str) -> Path | None:
 def read_resume(
     folder: Path, resume: str, kind: str, own: Sequence[Path]
 ) -> tuple[Path, dict] | None:
-    """The checkpoint that a run continues from, the same on every process, and its content.
+    """Path and content of the checkpoint to continue from, the same on every process.
 
     A run's own checkpoints come first, so that a restarted job with `--resume PATH` of another
-    run goes on where it was.
+    run continues from its own progress.
 
     Args:
         folder: the run's output folder.
         resume: "auto" for the run's own newest good checkpoint, "none", or a path.
         kind: one of KINDS.
-        own: the folder's checkpoints, oldest first; those of the main process count.
+        own: the folder's checkpoints, oldest first; only the main process's list is used.
 
     Raises:
-        InputError: nothing can be read, or the choice would overwrite checkpoints.
+        InputError: the checkpoint cannot be read, or the choice would overwrite checkpoints.
     """
     answer = found = None
     if is_main_process():
@@ -208,8 +203,8 @@ def _read_resume(
     if resume == "none":
         if own:
             raise InputError(
-                f"{folder} holds checkpoints that a new run would overwrite: continue them with "
-                "--resume auto, or choose another --output_dir"
+                f"{folder} contains checkpoints that a new run would overwrite: continue from them "
+                "with --resume auto, or choose another --output_dir"
             )
         return None
     path = Path(resume)
@@ -217,32 +212,27 @@ def _read_resume(
     if path.resolve().parent != folder.resolve():
         found = _read_newest_good(own, kind)
     else:
-        place = checkpoint_place(path)
-        newer = [other for other in own if place is None or checkpoint_place(other) > place]
+        position = checkpoint_position(path)
+        newer = [p for p in own if position is None or checkpoint_position(p) > position]
         if newer:
             raise InputError(
-                f"{folder} holds checkpoints newer than {path.name}, which would be overwritten: "
-                f"move them away ({newer[0].name} and later), or choose another --output_dir"
+                f"{folder} contains checkpoints newer than {path.name}, which would be "
+                f"overwritten: move them away ({newer[0].name} and later), or choose another "
+                "--output_dir"
             )
     return found or (path, read_checkpoint(path, kind))
 
 
 def continue_run(state: TrainState, path: Path, checkpoint: dict, record: RunRecord) -> None:
-    """Put the state where a checkpoint was written.
-
-    Args:
-        state: of a run that starts.
-        path: of the checkpoint.
-        checkpoint: its content.
-        record: of the run.
+    """Restore the state from a checkpoint of the same run.
 
     Raises:
-        InputError: the checkpoint is of another run, or not one that training can go on from.
+        InputError: the checkpoint is of another run, or has weights only.
     """
     if "optimizer" not in checkpoint:
         raise InputError(
-            f"{path} holds the weights of the best epoch, which training cannot go on from: resume "
-            "another checkpoint, or start anew from these by --finetune"
+            f"{path} contains only the weights of the best epoch, and training cannot continue "
+            "from it: resume another checkpoint, or start a new run from it with --finetune"
         )
     with unknown_content(path):
         check_same_run(checkpoint, record, path)
@@ -250,34 +240,32 @@ def continue_run(state: TrainState, path: Path, checkpoint: dict, record: RunRec
 
 
 def check_left(state: TrainState, path: Path, folder: Path, epochs: int) -> None:
-    """Say where a run goes on, and whether anything is left to train.
+    """Log where a run continues, and whether anything is left to train.
 
     Raises:
-        InputError: another run's checkpoint has all epochs done.
+        InputError: the checkpoint is from another folder and has all epochs done.
     """
     progress = state.progress
     if progress.epoch < epochs:
-        place = (progress.epoch, progress.step_in_epoch)
-        _logger.info("continuing %s after %d epochs and %d steps", path, *place)
+        done = (progress.epoch, progress.step_in_epoch)
+        _logger.info("continuing %s after %d epochs and %d steps", path, *done)
     elif path.resolve().parent != folder.resolve():
-        raise InputError(f"{path} has all {epochs} epochs done: raise --epochs")
+        raise InputError(f"all {epochs} epochs of {path} are done: raise --epochs")
     else:
-        _logger.info("%s is the end of this run: nothing is left to train", path)
+        _logger.info("%s is the final checkpoint of this run: nothing is left to train", path)
 
 
 def check_same_run(checkpoint: dict, record: RunRecord, path: Path) -> None:
-    """Refuse to continue a checkpoint as another run; say which settings change on the way.
+    """Refuse a checkpoint of another run, and log the settings that change.
 
-    A setting that the checkpoint does not have is one of a newer version. It counts as unchanged
-    unless it was given, because its default is what the older version did.
+    A setting that the checkpoint lacks was added in a newer version. It counts as unchanged unless
+    it was given, because its default is what the older version did.
 
     Args:
-        checkpoint: with the settings of the start that wrote it, as `identity` and `recipe`.
-        record: of this start.
-        path: of the checkpoint, for the message.
+        checkpoint: has the settings of its run as `identity` (fixed) and `recipe` (may change).
 
     Raises:
-        InputError: with the list of differences.
+        InputError: fixed settings differ, or --epochs is lower than before.
     """
     fixed, may_change, given = record.fixed, record.may_change, record.given
     known, before = (
@@ -289,31 +277,32 @@ def check_same_run(checkpoint: dict, record: RunRecord, path: Path) -> None:
         size = checkpoint["identity"].get(EFFECTIVE_BATCH)
         advice = "Give it the same arguments"
         if fixed.get(EFFECTIVE_BATCH) != size:
-            advice += f" (--effective_batch_size {size} holds on any number of processes)"
+            advice += f" (--effective_batch_size {size} works with any number of processes)"
         raise InputError(
-            f"{path} was written by another run: {'; '.join(different)}. {advice}, or start anew "
-            "in another --output_dir"
+            f"{path} was written by another run: {'; '.join(different)}. {advice}, or start a new "
+            "run in another --output_dir"
         )
     done, epochs = checkpoint["progress"]["epoch"], may_change["--epochs"]
     if epochs < before["--epochs"]:
         raise InputError(
             f"--epochs {epochs} is below the {before['--epochs']} that {path} was started with, "
-            f"{done} of them done: a schedule cannot shrink, so start anew in another --output_dir"
+            f"{done} of them done: the schedule cannot be shortened, so start a new run in another "
+            "--output_dir"
         )
     if not is_main_process():
         return
     if epochs > before["--epochs"]:
         _logger.warning(
-            "--epochs grew from %d to %d: from epoch %d on the learning rate follows the longer "
-            "schedule, so the run differs from one started with %d epochs",
+            "--epochs increased from %d to %d: from epoch %d on, the learning rate follows the "
+            "longer schedule, so the run differs from one started with %d epochs",
             *(before["--epochs"], epochs, done, epochs),
         )
     processes = may_change.get("processes")
     if before.get("processes") != processes:
         _logger.warning(
             "the number of processes was %s and is now %s: steps have the same images and masks as "
-            "before, but sums are rounded in another order, and drop path and mixup, where there "
-            "are any, draw other numbers, so the result is not the same to the bit",
+            "before, but sums are rounded in another order, and drop path and mixup, if used, draw "
+            "other numbers, so the result is not bit-identical",
             *(before["processes"], processes),
         )
     for change in changes({**before, "--epochs": epochs, "processes": processes}, may_change):
@@ -321,7 +310,7 @@ def check_same_run(checkpoint: dict, record: RunRecord, path: Path) -> None:
 
 
 def changes(before: dict, now: dict) -> list[str]:
-    """The values that differ, as text; what one of the two leaves out counts as None."""
+    """Describe the values that differ; a missing value counts as None."""
     return [
         f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
         for name in {**before, **now}

@@ -1,4 +1,4 @@
-"""The frame of a run: how it starts, what it records about itself, and how it ends."""
+"""Start and end of a run: devices, logging, records of versions and arguments, exit codes."""
 
 import argparse
 import errno
@@ -42,7 +42,7 @@ from util.errors import (
 from util.kernels import cpu_linear
 
 TIME_FORMAT = "%Y%m%d-%H%M%S"
-SECONDS_BEFORE_SPEAKING = 5
+REPORT_DELAY = 5  # seconds
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 BAD_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM)
 
@@ -51,7 +51,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Where a run computes, writes and continues; see the flags."""
+    """Settings for device, output, resume and logging of a run; see the flags."""
 
     output_dir: str
     log_dir: str | None
@@ -66,33 +66,33 @@ class RunSettings:
 
     @property
     def folder(self) -> Path:
-        """Of checkpoints, logs and figures."""
+        """Folder of checkpoints, logs and figures."""
         return Path(self.output_dir)
 
     @property
     def log_folder(self) -> Path:
-        """TensorBoard's."""
+        """Folder of TensorBoard's logs."""
         return Path(self.log_dir or self.folder / "tensorboard")
 
 
 def add_run_args(parser: argparse.ArgumentParser, *, output_dir: str, save_every: int = 20) -> None:
-    """The flags of RunSettings."""
+    """Add the flags of RunSettings."""
     group = parser.add_argument_group("run")
     group.add_argument(
         "--output_dir",
         default=output_dir,
-        help="folder of checkpoints, logs and figures (%(default)s)",
+        help="folder for checkpoints, logs and figures (%(default)s)",
     )
     group.add_argument("--log_dir", help="TensorBoard's folder (OUTPUT_DIR/tensorboard)")
-    group.add_argument("--device", help="such as cuda, cuda:1 or cpu (cuda where there is one)")
+    group.add_argument("--device", help="cuda, cuda:N or cpu (cuda if available)")
     group.add_argument(
-        "--seed", type=seed_number, default=0, help="decides everything random (%(default)s)"
+        "--seed", type=seed_number, default=0, help="seed of all random numbers (%(default)s)"
     )
     group.add_argument(
         "--resume",
         default="auto",
-        help="auto continues the newest good checkpoint in OUTPUT_DIR, a path that checkpoint, "
-        "none starts anew (%(default)s)",
+        help="auto continues from the newest good checkpoint in OUTPUT_DIR, a path from that "
+        "checkpoint; none starts from scratch (%(default)s)",
     )
     group.add_argument(
         "--save_every",
@@ -103,13 +103,13 @@ def add_run_args(parser: argparse.ArgumentParser, *, output_dir: str, save_every
     group.add_argument(
         "--save_every_minutes",
         type=natural_float,
-        help="also save within epochs, at the first log point after so many minutes (off)",
+        help="also save within epochs, at the first log point after this many minutes (off)",
     )
     group.add_argument(
         "--keep_last",
         type=natural_int,
         default=3,
-        help="how many checkpoints to keep, 0 for all (%(default)s)",
+        help="number of checkpoints to keep, 0 for all (%(default)s)",
     )
     group.add_argument(
         "--log_every", type=positive_int, default=20, help="steps between log points (%(default)s)"
@@ -118,24 +118,25 @@ def add_run_args(parser: argparse.ArgumentParser, *, output_dir: str, save_every
         "--timeout_minutes",
         type=positive_float,
         default=TIMEOUT_MINUTES,
-        help="a process that does nothing for so long ends those that wait for it (%(default)s)",
+        help="end the run if a process makes no progress for this long (%(default)s)",
     )
 
 
 class TerminalHandler(logging.Handler):
-    """Prints log lines to stdout without breaking a progress bar."""
+    """Log handler that prints to stdout without breaking a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one line."""
+        """Print one record."""
         encoding = sys.stdout.encoding or "utf-8"
-        line = self.format(record).encode(encoding, "backslashreplace")  # of any file name
-        with suppress(OSError):  # stdout may be a file on a full disk, which ends no run
+        # File names may contain characters that stdout cannot encode.
+        line = self.format(record).encode(encoding, "backslashreplace")
+        with suppress(OSError):  # stdout may be a file on a full disk, which must not stop a run
             tqdm.write(line.decode(encoding), file=sys.stdout)
             sys.stdout.flush()
 
 
 def start_logging() -> None:
-    """Log to stdout; processes other than the main one only warn."""
+    """Log to stdout; processes other than the main one log only warnings."""
     handler = TerminalHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     root = logging.getLogger()
@@ -144,9 +145,9 @@ def start_logging() -> None:
 
 
 def git_commit() -> str:
-    """The commit this code is at, with "+" for local changes; "unknown" if nothing says.
+    """Commit of this code, with "+" for local changes; "unknown" without a repository.
 
-    The environment's COMMIT comes first: a copy of the code may have no repository beside it.
+    The environment variable COMMIT takes precedence, for copies of the code without a repository.
     """
     if given := os.environ.get("COMMIT"):
         return given
@@ -164,15 +165,15 @@ def git_commit() -> str:
 
 
 def versions() -> dict[str, str]:
-    """What a result depends on beside its arguments.
+    """Collect what a result depends on besides its arguments: commit, versions and kernels.
 
     Raises:
-        InputError: the environment asks for kernels that do not exist.
+        InputError: the environment requests an unknown kernel.
     """
     return {
         "commit": git_commit(),
         "python": platform.python_version(),
-        "torch": str(torch.__version__),  # by itself no plain value
+        "torch": str(torch.__version__),  # a TorchVersion is not a plain value
         "torchvision": torchvision.__version__,
         "timm": timm.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -183,16 +184,15 @@ def versions() -> dict[str, str]:
 def start_run(
     *, device: str | None, seed: int, timeout_minutes: float | None = None
 ) -> torch.device:
-    """Start processes, logging and the random state of initialisation; return the device.
+    """Set up processes and logging, and seed the initialization; return the device.
 
     Args:
-        device: None takes the GPU where there is one, else the CPU.
-        seed: of the run.
-        timeout_minutes: of several processes, before one that does nothing ends all; None lets
-            them wait.
+        device: None: the GPU if there is one, else the CPU.
+        timeout_minutes: with several processes, time without progress in one that ends all; None:
+            no watchdog.
 
     Raises:
-        InputError: the device is not there, or the environment asks for kernels that do not exist.
+        InputError: the device is not available, or the environment requests an unknown kernel.
     """
     chosen = init_distributed(
         device or ("cuda" if torch.cuda.is_available() else "cpu"), timeout_minutes=timeout_minutes
@@ -203,8 +203,9 @@ def start_run(
     torch.manual_seed(seed)
     if chosen.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
-        # PyTorch's first choice on recent GPUs. Where it has no plan for a shape, it ends the run
-        # instead of leaving the shape to FlashAttention. --attention_backend cudnn has it back.
+        # cuDNN's attention is PyTorch's first choice on recent GPUs. If it has no plan for a shape,
+        # it raises an error instead of falling back to FlashAttention. --attention_backend cudnn
+        # enables it again.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if chosen.type == "cpu":
         _logger.info(
@@ -217,10 +218,10 @@ def start_run(
 def write_args(output_dir: Path, args: dict) -> dict[str, str]:
     """Record a start in `args.json`: arguments, versions, commit, command and time.
 
-    The record of an earlier start is kept beside it under its own time.
+    An earlier start's record is renamed to include its time.
 
     Raises:
-        InputError: the folder cannot be made or written.
+        InputError: the folder cannot be created or written to.
     """
     start = {"time": time.strftime(TIME_FORMAT), "command": sys.argv, "versions": versions()}
     if not is_main_process():
@@ -235,10 +236,10 @@ def write_args(output_dir: Path, args: dict) -> dict[str, str]:
 
 
 def write_json(path: Path, content: dict, *, keep_earlier: bool = True) -> None:
-    """Write a record; an earlier one is kept beside it under its own time, or replaced.
+    """Write a JSON file; an earlier one is renamed to include its time, or replaced.
 
     Raises:
-        OSError: it cannot be written; the earlier one is as it was.
+        OSError: the write failed; the earlier file is unchanged.
     """
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
@@ -253,15 +254,14 @@ def run_main(
 ) -> NoReturn:
     """Run a main and exit: 0, or 2 with one sentence for wrong input, 1 for a failed run.
 
-    A signal that stopped the run gives its number and 128, as in a shell.
+    A run stopped by a signal exits with 128 plus its number, as in a shell.
 
     Args:
-        main: to run.
-        trains: whether it saves and ends when it finds a signal; others are ended by it at once.
-        memory_advice: what to change where the device runs out of memory.
+        trains: the main saves and stops on a signal; otherwise a signal ends it at once.
+        memory_advice: what to change if the device runs out of memory.
     """
     try:
-        # Noted until all is told, because torchrun ends all processes as soon as one has ended.
+        # Deferred until the error is reported: torchrun signals all processes once one has ended.
         with deferred_signals() if trains else nullcontext():
             code = exit_code(main, memory_advice)
     finally:
@@ -272,7 +272,7 @@ def run_main(
 
 
 def exit_code(main: Callable[[], None], memory_advice: str) -> int:
-    """Run a main and tell how it ended; of several processes that fail, one tells why."""
+    """Run a main and return its exit code; if several processes fail, only one reports why."""
     try:
         main()
     except StoppedError as error:
@@ -285,20 +285,20 @@ def exit_code(main: Callable[[], None], memory_advice: str) -> int:
         death = None if message else dead_loader(error, seconds=1)
         message = message or death or lost_process(error)
         if message is None:
-            claim_report()  # the traceback does
+            claim_report()  # the traceback is the report
             raise
         wrong_input = isinstance(error, InputError) or getattr(error, "errno", None) in BAD_PATH
         program = Path(sys.argv[0]).name
         if not is_main_process():
-            # If the main process fails too, it says so meanwhile.
-            time.sleep(SECONDS_BEFORE_SPEAKING)
+            # If the main process fails too, it reports first.
+            time.sleep(REPORT_DELAY)
             program += f" (process {rank()})"
         if claim_report():
             with suppress(OSError):
                 sys.stdout.flush()
             sys.stderr.write(f"{program}: error: {one_line(message)}\n")
             sys.stderr.flush()
-        if death:  # cleaning up after it may wait for a lock that it held
+        if death:  # normal cleanup may wait for a lock that the dead process held
             end_loaders()
             os._exit(1)
         return 2 if wrong_input else 1
@@ -306,11 +306,11 @@ def exit_code(main: Callable[[], None], memory_advice: str) -> int:
 
 
 def failure(error: Exception) -> str | None:
-    """What an error tells the user; None for one that may be a fault of the program."""
+    """Message for an expected error; None for a likely bug."""
     if isinstance(error, InputError | RunError):
         return str(error)
     if isinstance(error, OSError) and error.errno in DISK_FULL:
-        return f"{error}: make room and start the same command again"
+        return f"{error}: free disk space and start the same command again"
     if isinstance(error, OSError) and error.errno in BAD_PATH:
-        return f"{error}: correct this path, or who may read and write there"
+        return f"{error}: correct this path or its permissions"
     return None

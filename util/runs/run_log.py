@@ -1,4 +1,4 @@
-"""What a run shows while it trains, and keeps: progress, TensorBoard and `log.jsonl`."""
+"""Logs of a run: progress, TensorBoard and `log.jsonl`."""
 
 import json
 import logging
@@ -28,13 +28,10 @@ _logger = logging.getLogger(__name__)
 
 
 class TimedIterator(Iterator[T]):
-    """Counts the seconds for which the next item is waited for.
-
-    Args:
-        items: what is passed on.
+    """Iterator that measures the time spent waiting for items.
 
     Attributes:
-        seconds: since the start, or since they were set.
+        seconds: total wait; may be reset.
     """
 
     def __init__(self, items: Iterable[T]) -> None:
@@ -50,7 +47,7 @@ class TimedIterator(Iterator[T]):
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory used so far, in GiB: allocated on a GPU, else resident in this process."""
+    """Peak memory so far, in GiB: allocated on a GPU, otherwise resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 2**10
@@ -58,28 +55,26 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def read_log(output_dir: Path) -> list[dict]:
-    """The lines of a run's `log.jsonl`, one an epoch; one that was cut off is left out."""
+    """Read a run's `log.jsonl`, one line per epoch; a truncated line is skipped."""
     path = output_dir / LOG_NAME
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}\n")]
 
 
 class RunLog:
-    """Shows a run and keeps its numbers: progress, TensorBoard and `log.jsonl`.
+    """Logger of a run's progress and metrics: terminal, TensorBoard and `log.jsonl`.
 
-    On a terminal the progress is a bar, elsewhere a line at every log point. Only the main
-    process shows and writes anything. A full disk ends no run: the lines of `log.jsonl` wait for
-    room, TensorBoard and pictures are given up.
+    On a terminal the progress is a bar, elsewhere a line at every log point. Only the main process
+    shows and writes anything. A full disk does not stop a run: lines of `log.jsonl` are written
+    once there is space, while TensorBoard and figures are dropped.
 
     Args:
-        output_dir: gets `log.jsonl`, one line an epoch, and the last of each picture.
-        log_dir: of TensorBoard.
-        num_epochs: of the whole run.
-        steps_per_epoch: optimizer steps.
-        epoch: whole epochs done; later lines of an interrupted run are dropped.
-        step: steps done; later TensorBoard points of an interrupted run are hidden.
-        device: whose memory is shown.
-        unwritten: lines that wait for room in `log.jsonl`, kept by checkpoints meanwhile.
+        output_dir: for `log.jsonl`, one line per epoch, and the latest of each figure.
+        log_dir: for TensorBoard.
+        epoch: complete epochs; later lines of an interrupted run are dropped.
+        step: steps done; later TensorBoard points of an interrupted run are purged.
+        device: its memory use is shown.
+        unwritten: lines of `log.jsonl` that could not be written yet; checkpoints contain them.
     """
 
     def __init__(
@@ -106,7 +101,7 @@ class RunLog:
                 self.tensorboard = SummaryWriter(log_dir, purge_step=step + 1)
             except OSError as error:
                 raise InputError(f"cannot write to --log_dir {log_dir}: {error}") from error
-            # What waited when the checkpoint was saved may have been written since.
+            # Lines unwritten at the time of the checkpoint may have been written since.
             lines = {line["epoch"]: line for line in [*unwritten, *read_log(output_dir)]}
             kept = [line for number, line in sorted(lines.items()) if number <= epoch]
             temporary = self.path.with_suffix(".tmp")
@@ -116,7 +111,7 @@ class RunLog:
             self.size = self.path.stat().st_size
 
     def start_epoch(self, epoch: int, step_in_epoch: int) -> None:
-        """Open the bar of an epoch, counted from 0; a resumed one starts within."""
+        """Open the progress bar of an epoch, counted from 0; a resumed epoch starts partway."""
         self.window_time = time.monotonic()
         if is_main_process() and sys.stderr.isatty():
             self.bar = tqdm(
@@ -138,14 +133,13 @@ class RunLog:
         data_seconds: float,
         stats: dict[str, float],
     ) -> None:
-        """Show where the run is.
+        """Show the progress and metrics at a log point.
 
         Args:
             step: steps done in the run.
-            epoch: the one under way, counted from 0.
-            lr: of the last step.
-            num_images: in all processes since the last call.
-            data_seconds: that this process waited for its loader since the last call.
+            epoch: the current one, counted from 0.
+            num_images: over all processes, since the last call.
+            data_seconds: time that this process waited for its loader since the last call.
             stats: means since the last call.
         """
         if not is_main_process():
@@ -184,7 +178,7 @@ class RunLog:
                 tensorboard.add_scalar(f"{group}/{name}", value, step)
 
     def log_image(self, name: str, image: np.ndarray, step: int) -> None:
-        """Add an image, uint8 (H, W, 3), to TensorBoard, and keep the last one as `<name>.png`."""
+        """Add an image, uint8 (H, W, 3), to TensorBoard, and save the latest as `<name>.png`."""
         if not is_main_process():
             return
         with self._writing_tensorboard() as tensorboard:
@@ -201,22 +195,21 @@ class RunLog:
 
     @contextmanager
     def _writing_tensorboard(self) -> Iterator[SummaryWriter | None]:
-        # Its writer has a thread, which ends at its first error; later calls raise that error.
+        # The writer's thread ends at its first error; later calls raise that error.
         try:
             yield self.tensorboard
         except OSError as error:
             self.tensorboard = None
             _logger.warning(
-                "cannot write to --log_dir (%s): TensorBoard gets nothing more of this start", error
+                "cannot write to --log_dir (%s): TensorBoard is off until the next start", error
             )
 
     def end_epoch(self, values: dict[str, float | int], *, epoch: int, step: int) -> None:
-        """Close the bar; keep the epoch's numbers in `log.jsonl`, TensorBoard and the log.
+        """Close the bar; write the epoch's metrics to `log.jsonl`, TensorBoard and the log.
 
         Args:
-            values: of the epoch.
-            epoch: how many are done now.
-            step: how many are done now.
+            epoch: epochs done.
+            step: steps done in the run.
         """
         if self.bar is not None:
             self.bar.close()
@@ -234,7 +227,7 @@ class RunLog:
         """Finish writing.
 
         Raises:
-            RunError: `log.jsonl` lacks lines. The last checkpoint has them.
+            RunError: `log.jsonl` is incomplete; the last checkpoint has the missing lines.
         """
         if self.bar is not None:
             self.bar.close()
@@ -245,19 +238,19 @@ class RunLog:
             self._write_lines()
         if self.unwritten:
             raise RunError(
-                f"{self.path} lacks the lines of {len(self.unwritten)} epochs, see above: make "
-                "room and start the same command again"
+                f"{self.path} lacks the lines of {len(self.unwritten)} epochs, see above: free "
+                "disk space and start the same command again"
             )
 
     def _write_lines(self) -> None:
         try:
             with self.path.open("a") as file:
-                # Off with a line that an earlier attempt left half-written.
+                # Removes a line that an earlier attempt left half-written.
                 file.truncate(min(file.tell(), self.size))
                 file.writelines(json.dumps(line) + "\n" for line in self.unwritten)
         except OSError as error:
             _logger.warning(
-                "could not write %s: %s. %d lines wait for room",
+                "could not write %s: %s. %d lines will be written once there is space",
                 *(self.path, error, len(self.unwritten)),
             )
         else:

@@ -1,4 +1,4 @@
-"""The optimizer steps of an epoch, for every engine: accumulation, resume, log points, saves."""
+"""Training steps for every engine: gradient accumulation, resume, log points and saves."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -19,18 +19,16 @@ from util.runs.run_log import RunLog, TimedIterator
 
 
 class Step:
-    """One optimizer update, for which an engine computes the losses of all micro-batches.
+    """One optimizer update, for which an engine computes the loss of each micro-batch.
 
     Args:
-        model: what is trained, perhaps wrapped to average gradients.
-        state: of the run.
+        model: the trained model, possibly wrapped in DistributedDataParallel.
         batches: this process's micro-batches.
-        num_images: of all processes in the step, where each crop counts as one.
-        num_crops: K, the crops of an image, side by side in one micro-batch.
-        device: where the model is.
+        num_images: over all processes, each crop counted as an image.
+        num_crops: number of crops of each image, adjacent in one micro-batch.
 
     Attributes:
-        number: of the step in the run. Everything random of a step is drawn from it.
+        number: step in the run, counted from 0; seeds everything random in the step.
         loss: the sum of the losses so far, such that its mean over processes is the step's loss.
     """
 
@@ -48,21 +46,21 @@ class Step:
         self.num_images, self.number = num_images, state.progress.step
         self.own_images = num_crops * len(range(rank(), num_images // num_crops, world_size()))
         self.loss = torch.zeros((), device=device)
-        self.weight = 0.0  # of the micro-batch at hand
+        self.weight = 0.0  # of the current micro-batch
 
     def micro_batches(self) -> Iterator[tuple[Batch, slice]]:
-        """Every micro-batch as it left its worker, and which of this process's images it has.
+        """Yield each micro-batch as it was loaded, with its slice of this process's images.
 
-        Each needs one call of `backward` before the next.
+        Call `backward` once for each micro-batch before the next.
         """
         first = 0
         for number, batch in enumerate(self.batches, start=1):
-            # What stands in for another process's image weighs nothing.
+            # Padding for processes with fewer images has weight 0.
             counts = first < self.own_images
-            # Gradients are averaged over processes: an image weighs the same wherever it is.
+            # Gradients are averaged over processes, and every image must have the same weight.
             self.weight = counts * batch.num_images * (world_size() / self.num_images)
             start = first if counts else 0
-            # They are reduced once a step, not once a micro-step.
+            # Gradients are reduced once per step, not once per micro-step.
             with gradient_sync(self.model, enabled=number == len(self.batches)):
                 yield batch, slice(start, start + batch.num_images)
             if counts:
@@ -74,7 +72,7 @@ class Step:
         return self.state.precision.autocast()
 
     def backward(self, loss: Tensor) -> None:
-        """Take in the mean loss of the micro-batch at hand."""
+        """Backpropagate the mean loss of the current micro-batch."""
         loss = loss * self.weight
         self.state.precision.backward(loss)
         self.loss += loss.detach()
@@ -91,28 +89,25 @@ def training_steps(
     run_log: RunLog,
     checkpoints: CheckpointWriter,
 ) -> Iterator[Step]:
-    """The steps of an epoch, or of what a resume has left of it.
+    """Yield the steps of an epoch, or the remaining ones after a resume.
 
-    The weights are updated when the engine comes back for the next step. `state.end_epoch` ends the
-    epoch.
+    The weights are updated when the engine requests the next step. The caller then ends the epoch
+    with `state.end_epoch`.
 
     Args:
-        model: what is trained, perhaps wrapped to average gradients.
-        loader: the epoch's steps, each a list of micro-batches.
-        state: what training changes; its progress says where to begin.
+        model: the trained model, possibly wrapped in DistributedDataParallel.
+        state: its progress says where to start.
         lr_at: learning rate of a step, by its number in the run.
-        device: where the model is.
-        log_every: steps between log points, the only ones at which the host waits.
-        run_log: shows and keeps the metrics.
-        checkpoints: saves at log points when it is time.
+        log_every: steps between log points, where the host waits for the device.
+        checkpoints: saves at log points when due.
 
     Raises:
         NonFiniteLossError: on all processes at once, before anything is saved.
         InputError: too many images cannot be read.
-        StoppedError: a signal told the run to stop; it is saved.
+        StoppedError: the run received a stop signal and was saved.
     """
     progress, precision, meters = state.progress, state.precision, state.meters
-    images_shown = meters.num_images
+    images_logged = meters.num_images
     contention = contention_watch(device)
     run_log.start_epoch(progress.epoch, progress.step_in_epoch)
     steps = TimedIterator(loader.steps(progress.epoch, progress.step_in_epoch))
@@ -145,19 +140,19 @@ def training_steps(
         enter_step(progress.step)
 
         end_of_epoch = progress.step_in_epoch == loader.steps_per_epoch
-        # Told to stop, a single process does so at once, several where they meet anyway.
+        # A single process stops at once, several at the next log point, where they sync anyway.
         stops = world_size() == 1 and stop_signal() is not None
         if end_of_epoch or progress.step_in_epoch % log_every == 0 or stops:
-            stats = meters.read()  # the host waits for the device here, and nowhere else
+            stats = meters.read()  # the host waits for the device only here
             state.broken.check()
             run_log.log_step(
                 progress.step,
                 epoch=progress.epoch,
                 lr=state.lr,
-                num_images=meters.num_images - images_shown,
+                num_images=meters.num_images - images_logged,
                 data_seconds=steps.seconds,
                 stats=stats,
             )
-            images_shown, steps.seconds = meters.num_images, 0.0
+            images_logged, steps.seconds = meters.num_images, 0.0
             if not end_of_epoch:
                 checkpoints.save_if_due()
