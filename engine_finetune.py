@@ -1,4 +1,4 @@
-"""Training on labels, for fine-tuning and linear probing, and accuracy on held-out images."""
+"""Training on labels, for fine-tuning and linear probing, and accuracy on validation images."""
 
 import logging
 from collections.abc import Iterable
@@ -39,27 +39,22 @@ def train_one_epoch(
     smoothing: float = 0.0,
     **options: object,
 ) -> dict[str, float]:
-    """Train for one epoch, or for what a resume has left of it.
+    """Train for one epoch, or for the rest of it after a resume.
 
-    Drop path and mixup draw from the global generators, which start every step from the seed, the
-    step and the process.
+    Drop path and mixup draw from the global generators, which are seeded at every step from the
+    seed, the step and the rank.
 
     Args:
-        model: images -> logits, perhaps wrapped to average gradients.
-        loader: the epoch's steps.
-        state: what training changes.
-        num_classes: of the head.
-        seed: of the run.
-        device: where the model is.
-        mixup: timm's, without label smoothing; None leaves images as they are.
-        smoothing: share of every target that is spread over all classes.
-        options: the others of `training_steps`: lr_at, log_every, run_log, checkpoints.
+        model: images -> logits, possibly wrapped in DDP.
+        mixup: timm's, without label smoothing; None turns it off.
+        smoothing: label smoothing, in [0, 1).
+        options: other arguments of `training_steps`: lr_at, log_every, run_log, checkpoints.
 
     Returns:
         Mean metrics of the epoch.
 
     Raises:
-        InputError: a label is not one of the classes.
+        InputError: a label is out of range.
     """
     model.train()
     for step in training_steps(model, loader, state, device=device, **options):
@@ -84,23 +79,22 @@ def evaluate(
     precision: Precision,
     broken: BrokenImages,
 ) -> dict[str, float]:
-    """Measure cross-entropy and accuracy; over all processes, every image counts once.
+    """Measure cross-entropy and accuracy over all processes, counting every image once.
 
     Args:
-        model: images -> logits, without the wrapper that averages gradients.
-        loader: this process's share of the images.
-        precision: for autocast, on the model's device.
-        broken: keeps the books on images that cannot be read.
+        model: images -> logits, not wrapped in DDP.
+        loader: this process's part of the images.
+        broken: counts unreadable images.
 
     Returns:
-        `val_loss`, `val_top1` and `val_top5` in percent, `val_images`.
+        `val_loss`, `val_top1` and `val_top5` in percent, and `val_images`.
 
     Raises:
-        InputError: too many images cannot be read, or a label is no class.
+        InputError: too many images cannot be read, or a label is out of range.
     """
     model.eval()
     device = precision.device
-    sums = torch.zeros(4, device=device)  # of losses, hits, hits among the best five, images
+    sums = torch.zeros(4, device=device)  # loss, top-1 hits, top-5 hits, images
     for batch in loader:
         images, labels = batch.to(device)  # (B, C, H, W), (B,)
         with precision.autocast():
@@ -125,7 +119,7 @@ def evaluate(
 
 
 def describe(stats: dict[str, float]) -> str:
-    """What `evaluate` measured, in words."""
+    """Format the results of `evaluate`."""
     return (
         f"top-1 {stats['val_top1']:.2f} %, top-5 {stats['val_top5']:.2f} %, "
         f"loss {stats['val_loss']:.4f} over {stats['val_images']} images"
@@ -133,11 +127,7 @@ def describe(stats: dict[str, float]) -> str:
 
 
 def report(output_dir: Path, title: str) -> None:
-    """Say what a finished run reached, in the last epoch and in the best, and where it is.
-
-    Args:
-        output_dir: of the run.
-        title: what it was.
+    """Log the last and best results of a finished run and the paths of its checkpoints.
 
     Raises:
         RunError: the last checkpoint could not be written.
@@ -161,14 +151,11 @@ def describe_classifier(
     dataset: str,
     crop_pct: float,
 ) -> tuple[dict, dict]:
-    """What fine-tuning and probing have in common of a run's fixed settings, and their header.
+    """Settings that must match on resume and the checkpoint header, for fine-tuning and probing.
 
     Args:
-        start: where the encoder starts from.
-        options: of the model: img_size, num_classes, pool and perhaps more.
-        train_set: the images to train on.
-        dataset: its name.
-        crop_pct: share of the side of validation images that is seen.
+        options: arguments of the model, with img_size, num_classes and pool.
+        crop_pct: fraction of a validation image's side that the center crop keeps.
     """
     form = {"mean": start.mean, "std": start.std}
     fixed = {

@@ -1,4 +1,4 @@
-"""The pre-training step: masks are drawn, a part of the patches is predicted."""
+"""The pre-training step: draw masks, encode visible patches, predict a part of the masked ones."""
 
 import logging
 from collections.abc import Sequence
@@ -31,23 +31,21 @@ def step_noise(
     num_crops: int,
     device: torch.device,
 ) -> Tensor:
-    """This process's rows of a step's noise, from which its token splits follow.
+    """Draw this process's part of a step's noise, which determines its token splits.
 
-    Every process draws the rows of all, so that a step's splits do not depend on how many
-    processes and micro-steps share its images.
+    Every process draws the noise of all processes and keeps its own rows, so a step's splits do not
+    depend on the number of processes or micro-steps.
 
     Args:
-        masking: of the run.
-        step: in the run.
-        num_images: of all processes in the step; each crop counts as one.
-        num_crops: K, the crops that come of one image, next to each other.
-        device: of the noise.
+        step: number of the step in the run.
+        num_images: images of all processes in the step; each crop counts as one.
+        num_crops: crops per image, adjacent in the batch.
 
     Returns:
         (B, L) uniform in [0, 1) for the images of this process, in the loader's order.
     """
     generator = generator_for("mask", masking.seed, step, device=device)
-    # A process without an image has a stand-in.
+    # A process without an image computes on a placeholder.
     shape = (max(num_images // num_crops, world_size()), num_crops, masking.num_patches)
     noise = torch.rand(shape, generator=generator, device=device)
     return noise[rank() :: world_size()].flatten(0, 1)
@@ -62,7 +60,7 @@ def blank_batch(
     std: Sequence[float],
     device: torch.device,
 ) -> tuple[RawImages, TokenSplit]:
-    """The inputs of a step on black images, to try a device with."""
+    """Build the inputs of a step from black images, to try out a device."""
     pixels = torch.zeros((num_images, 3, *img_size), dtype=torch.uint8, device=device)
     noise = torch.zeros(num_images, masking.num_patches, device=device)
     return Normalization(tuple(mean), tuple(std)).later(pixels), masking.split(noise)
@@ -77,15 +75,11 @@ def train_one_epoch(
     device: torch.device,
     **options: object,
 ) -> dict[str, float]:
-    """Train for one epoch, or for what a resume has left of it.
+    """Train for one epoch, or for the rest of it after a resume.
 
     Args:
-        model: `model(images, split) -> loss`, perhaps wrapped to average gradients.
-        loader: the epoch's steps.
-        state: what training changes.
-        masking: of the run.
-        device: where the model is.
-        options: the others of `training_steps`: lr_at, log_every, run_log, checkpoints.
+        model: `model(images, split) -> loss`, possibly wrapped in DDP.
+        options: other arguments of `training_steps`: lr_at, log_every, run_log, checkpoints.
 
     Returns:
         Mean metrics of the epoch.
@@ -103,7 +97,7 @@ def train_one_epoch(
 
 
 def report(run: RunSettings) -> None:
-    """Say what a finished run reached, and where it is.
+    """Log the results of a finished run and the paths of its files.
 
     Raises:
         RunError: the last checkpoint could not be written.
@@ -112,7 +106,7 @@ def report(run: RunSettings) -> None:
     path = last_checkpoint(run.folder, last["epoch"])
     if "val_loss" in last:
         _logger.info(
-            "held-out loss %.4f, masked-patch PSNR %.2f dB over %d images",
+            "validation loss %.4f, masked-patch PSNR %.2f dB over %d images",
             *(last["val_loss"], last["val_psnr"], last["val_images"]),
         )
     if "knn10" in last:

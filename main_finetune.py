@@ -1,7 +1,7 @@
 """Fine-tune an encoder on labels, train one from scratch, or evaluate a classifier.
 
 python main_finetune.py --finetune PRETRAINED --data_path IMAGES
-torchrun --nproc_per_node 8 main_finetune.py --finetune PRETRAINED --data_path IMAGES
+torchrun --standalone --nproc_per_node 8 main_finetune.py --finetune PRETRAINED --data_path IMAGES
 python main_finetune.py --eval --finetune FINETUNED --data_path IMAGES
 """
 
@@ -62,7 +62,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Recipe(NamedTuple):
-    """What Table 11 and the authors' commands make depend on the model's size."""
+    """Hyperparameters that depend on the model's size (Table 11 and the authors' commands)."""
 
     epochs: int
     blr: float
@@ -81,7 +81,7 @@ RECIPES = {
     "huge_patch14": HUGE_RECIPE,
     "giant_patch14": HUGE_RECIPE,  # the paper has no ViT-g
 }
-WARMUP_EPOCHS = 5  # and at most a tenth of the run
+WARMUP_EPOCHS = 5  # at most a tenth of the run
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -106,19 +106,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_memory_args(parser)
     group = parser.add_argument_group("fine-tuning")
     group.add_argument(
-        "--layer_decay", type=share, help="of the learning rate, per layer (by the model's size)"
+        "--layer_decay",
+        type=share,
+        help="decay of the learning rate from layer to layer (depends on the model's size)",
     )
     group.add_argument(
-        "--drop_path", type=share, help="of the last block, rising from 0 (by the model's size)"
+        "--drop_path",
+        type=share,
+        help="drop path of the last block, rising from 0 (depends on the model's size)",
     )
     group.add_argument(
         "--ema",
         type=share,
         metavar="DECAY",
-        help="keep a moving average of the weights, such as 0.9999, and evaluate that (off)",
+        help="keep and evaluate a moving average of the weights; a decay such as 0.9999 (off)",
     )
     group.add_argument(
-        "--eval", action="store_true", help="evaluate --finetune's or OUTPUT_DIR's classifier only"
+        "--eval",
+        action="store_true",
+        help="only evaluate the classifier in --finetune or --output_dir",
     )
     add_augmentation_args(parser)
     add_mix_args(parser)
@@ -126,35 +132,35 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for settings in SETTINGS:
         take(settings, args)
     if args.fsdp and args.ema is not None:
-        raise InputError("--ema does not go with --fsdp: leave one of them out")
+        raise InputError("--ema does not work with --fsdp: leave one of them out")
     if args.ema == 1:
-        raise InputError("--ema 1 would never take in what is trained: lower it")
+        raise InputError("--ema 1 would never update the average: lower it")
     if args.drop_path == 1:
-        raise InputError("--drop_path 1 would leave nothing of the last block: lower it")
+        raise InputError("--drop_path 1 would skip the last block entirely: lower it")
     return args
 
 
 def resolve_recipe(args: argparse.Namespace, size: str) -> Recipe:
-    """The recipe of a size, with what the command line gives instead."""
+    """The recipe of a size, overridden by the command line."""
     given = {name: getattr(args, name) for name in Recipe._fields}
     return RECIPES[size]._replace(**{n: v for n, v in given.items() if v is not None})
 
 
-def find_classifier(run: RunSettings, finetune: str | None) -> str | Path:
-    """The file that --eval is about.
+def eval_checkpoint(run: RunSettings, finetune: str | None) -> str | Path:
+    """Path of the checkpoint that --eval measures.
 
     Raises:
-        InputError: there is none, or there are two.
+        InputError: none is found, or two are given.
     """
     resumed = None if run.resume in ("auto", "none") else run.resume
     if finetune and resumed:
-        raise InputError("--eval takes one classifier: leave --finetune or --resume out")
+        raise InputError("--eval takes one checkpoint: leave --finetune or --resume out")
     if finetune or resumed:
         return finetune or resumed
     path = newest_good_checkpoint(run.folder, "finetune")
     if path is None:
         raise InputError(
-            f"--eval found no checkpoint in {run.folder}: name a fine-tuned one by --finetune"
+            f"--eval found no checkpoint in {run.folder}: give a fine-tuned one with --finetune"
         )
     return path
 
@@ -168,10 +174,10 @@ def evaluate_only(
     batch_size: int,
     device: torch.device,
 ) -> None:
-    """Measure a fine-tuned classifier on the validation images; nothing is written.
+    """Measure a fine-tuned classifier on the validation images, without writing anything.
 
     Raises:
-        InputError: the file holds no classifier, or it does not go with the images.
+        InputError: the file does not hold a classifier, or not one for these images.
     """
     start = starting_point(
         path, encoder.model, img_size=data.input_size, mean=data.mean, std=data.std
@@ -182,13 +188,13 @@ def evaluate_only(
     if encoder.num_classes not in (None, weights.num_classes):
         raise InputError(
             f"{path} has a head of {weights.num_classes} classes: correct --num_classes "
-            f"{encoder.num_classes}, or leave it out"
+            f"{encoder.num_classes} or leave it out"
         )
     crop_pct = data.crop_pct or weights.crop_pct or default_crop_pct(start.img_size)
     transform = eval_transform(*start.input_format, crop_pct)
     val_set = open_val(data, transform, seed=run.seed)
     if val_set is None:
-        raise InputError(f"{data.name} has no held-out images to evaluate: name some by --val_path")
+        raise InputError(f"{data.name} has no validation images: give some with --val_path")
     num_classes = check_classes(None, val_set, weights.num_classes, weights.classes)
     pool = encoder.pool or weights.pool
     model = build_classifier(
@@ -198,7 +204,7 @@ def evaluate_only(
         make_linear_probe(model, num_classes)
     load_encoder(model, weights, head=True)
     example = blank_images(start.img_size, device)
-    # Whole on every process: processes may have different numbers of images.
+    # Not sharded, because processes may have different numbers of images.
     precision = place_model(model, replace(compute, fsdp=False), device, example)
     sizes = {"batch_size": batch_size, "num_workers": data.num_workers}
     loader = build_eval_loader(val_set, **sizes, device=device)
@@ -209,16 +215,16 @@ def evaluate_only(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Fine-tune from the start, or from where the last start was stopped."""
+    """Fine-tune from the beginning, or continue a stopped run."""
     args = parse_args(argv)
     run, data, optim, compute, encoder, augment, mix = (take(group, args) for group in SETTINGS)
     device = start_run(device=run.device, seed=run.seed, timeout_minutes=run.timeout_minutes)
     if args.eval:
-        path = find_classifier(run, encoder.finetune)
+        path = eval_checkpoint(run, encoder.finetune)
         evaluate_only(path, run, data, compute, encoder, optim.batch_size, device)
         return
 
-    # The weights decide how images are read, and their size the recipe.
+    # The weights determine the input format, and their size the recipe.
     start = starting_point(
         encoder.finetune, encoder.model, img_size=data.input_size, mean=data.mean, std=data.std
     )

@@ -1,8 +1,8 @@
-"""Measure what frozen features tell about labels: k-NN and logistic regression, no training.
+"""Evaluate frozen features by k-NN and logistic regression, without training.
 
 python main_knn.py --finetune PRETRAINED --data_path IMAGES
 python main_knn.py --finetune PRETRAINED --data_path IMAGES --untrained --shots 1 5 10
-torchrun --nproc_per_node 8 main_knn.py --finetune PRETRAINED --data_path IMAGES --no-logistic
+torchrun --standalone --nproc_per_node 8 main_knn.py --finetune PRETRAINED --data_path IMAGES
 """
 
 import argparse
@@ -44,21 +44,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read and check the command line."""
     parser = Parser(
         prog="main_knn.py",
-        description="Measure frozen features by k-NN and logistic regression.",
+        description="Evaluate frozen features by k-NN and logistic regression.",
     )
     group = parser.add_argument_group("run")
     group.add_argument(
-        "--output_dir", default="output/knn", help=f"folder of {REPORT} (%(default)s)"
+        "--output_dir", default="output/knn", help=f"folder for {REPORT} (%(default)s)"
     )
-    group.add_argument("--device", help="such as cuda, cuda:1 or cpu (cuda where there is one)")
+    group.add_argument("--device", help="cuda, cuda:N or cpu (cuda if available)")
     group.add_argument(
         "--seed",
         type=seed_number,
         default=0,
-        help="of the untrained network and the shots (%(default)s)",
+        help="seed of the untrained network and of the shots (%(default)s)",
     )
     group.add_argument(
-        "--batch_size", type=positive_int, default=256, help="images of a process (%(default)s)"
+        "--batch_size", type=positive_int, default=256, help="images per process (%(default)s)"
     )
     add_data_args(parser, input_size=None)
     group = parser.add_argument_group("encoder")
@@ -66,19 +66,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--finetune",
         required=True,
         metavar="PATH",
-        help="weights: a checkpoint of this project, of the released CrossMAE or MAE, or a file of "
-        "timm's or Hugging Face's",
+        help="weights: a checkpoint of this project, of the released CrossMAE or MAE, or a ViT of "
+        "timm or Hugging Face",
     )
     group.add_argument(
         "--untrained",
         action="store_true",
-        help="also measure the same network at its random start (off)",
+        help="also evaluate the same network before any training (off)",
     )
     group.add_argument(
         "--pool",
         choices=POOLS,
         default="avg",
-        help="features are the mean of the patch tokens, or the class token (%(default)s)",
+        help="mean of the patch tokens (avg) or class token (cls) (%(default)s)",
     )
     add_precision_args(parser)
 
@@ -88,19 +88,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=positive_int,
         nargs="+",
         default=[10, 20, 100],
-        help="neighbours that vote (10 20 100)",
+        help="numbers of neighbors that vote (10 20 100)",
     )
     group.add_argument(
         "--temperature",
         type=positive_float,
         default=0.07,
-        help="votes weigh exp(cosine similarity / temperature) (%(default)s)",
+        help="votes are weighted by exp(cosine similarity / temperature) (%(default)s)",
     )
     group.add_argument(
         "--logistic",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="logistic regression on all images, which takes long on many (on)",
+        help="logistic regression on all images, slow for large datasets (on)",
     )
     group.add_argument(
         "--shots",
@@ -108,10 +108,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="N",
-        help="logistic regression on N images of each class, too (none)",
+        help="also logistic regression on N images per class (none)",
     )
     group.add_argument(
-        "--num_classes", type=positive_int, help="where the data do not tell (what they tell)"
+        "--num_classes",
+        type=positive_int,
+        help="number of classes, if the data do not give it (from the data)",
     )
     args = parser.parse_args(argv)
     for group in (DataSettings, ComputeSettings):
@@ -120,7 +122,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure the features of one file of weights."""
+    """Evaluate the features of one file of weights."""
     args = parse_args(argv)
     data, compute = take(DataSettings, args), take(ComputeSettings, args)
     device = start_run(device=args.device, seed=args.seed)
@@ -151,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_labels(labels, num_classes)
         return features, labels
 
-    # The model is at its random start until the weights are loaded.
+    # The model has its random initialization until the weights are loaded.
     untrained = (features_of(train_set), features_of(val_set)) if args.untrained else None
     load_encoder(model, start.weights, head=False)
     features = {"pre-trained": (features_of(train_set), features_of(val_set))}
@@ -167,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, sets in features.items()
     }
     _logger.info(
-        "accuracy in %% on %d images of %s after %d labelled ones, vit_%s, %s pool",
+        "accuracy in %% on %d images of %s with %d labeled training images, vit_%s, %s pool",
         *(len(val_set), data.name, len(train_set), start.size, args.pool),
     )
     for line in accuracy_table(results):
@@ -182,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "mean": list(start.mean),
         "std": list(start.std),
         "crop_pct": crop_pct,
-        "num_images": {"training": len(train_set), "held-out": len(val_set)},
+        "num_images": {"training": len(train_set), "validation": len(val_set)},
         "num_classes": num_classes,
         "results": results,
     }

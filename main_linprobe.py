@@ -1,7 +1,7 @@
 """Train a linear classifier on frozen features (App. B.1).
 
 python main_linprobe.py --finetune PRETRAINED --data_path IMAGES
-torchrun --nproc_per_node 8 main_linprobe.py --finetune PRETRAINED --data_path IMAGES
+torchrun --standalone --nproc_per_node 8 main_linprobe.py --finetune PRETRAINED --data_path IMAGES
 """
 
 import argparse
@@ -29,12 +29,12 @@ from util.schedule import plan_learning_rate
 from util.weights.encoder import load_encoder
 
 SETTINGS = (RunSettings, DataSettings, OptimSettings, ComputeSettings, EncoderSettings)
-WARMUP_SHARE = 1 / 9  # of the run: 10 of 90 epochs
+WARMUP_FRACTION = 1 / 9  # of the epochs: 10 of 90
 MEMORY_ADVICE = "lower --batch_size and raise --accum_iter"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read and check the command line; defaults are MAE's, which the paper takes over."""
+    """Read and check the command line; defaults are MAE's, which the paper adopts."""
     parser = Parser(
         prog="main_linprobe.py", description="Train a linear classifier on frozen features."
     )
@@ -57,12 +57,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Probe from the start, or from where the last start was stopped."""
+    """Train a probe from the beginning, or continue a stopped run."""
     args = parse_args(argv)
     run, data, optim, compute, encoder = (take(group, args) for group in SETTINGS)
     device = start_run(device=run.device, seed=run.seed, timeout_minutes=run.timeout_minutes)
 
-    # The weights decide how images are read.
+    # The weights determine the input format.
     start = starting_point(
         encoder.finetune, encoder.model, img_size=data.input_size, mean=data.mean, std=data.std
     )
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     compile_model(model, compute.compile, device=device)
 
     # How it is trained
-    optim = optim.with_defaults(warmup_epochs=optim.epochs * WARMUP_SHARE)
+    optim = optim.with_defaults(warmup_epochs=optim.epochs * WARMUP_FRACTION)
     lr = plan_learning_rate(optim, loader)
     optimizer = build_lars(model, weight_decay=optim.weight_decay)
     broken = BrokenImages(loader.sampler.num_samples, data.max_broken)
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 run_log=run_log,
                 checkpoints=checkpoints,
             )
-            broadcast_buffers(model)  # each process has normalised its own features
+            broadcast_buffers(model)  # each process has normalized only its own features
             if val_loader:
                 broken = BrokenImages(len(val_set), data.max_broken)
                 stats |= evaluate(model, val_loader, precision=precision, broken=broken)

@@ -1,7 +1,7 @@
 """Pre-train CrossMAE, or the MAE baseline.
 
 python main_pretrain.py --data_path IMAGES --pred_ratio 0.25
-torchrun --nproc_per_node 8 main_pretrain.py --data_path IMAGES --pred_ratio 0.25
+torchrun --standalone --nproc_per_node 8 main_pretrain.py --data_path IMAGES --pred_ratio 0.25
 """
 
 import argparse
@@ -64,42 +64,42 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     *_, network, masks, _ = (take(group, args) for group in SETTINGS)
     if args.fsdp and args.batch_size == "auto":
-        raise InputError("--batch_size auto does not go with --fsdp: give a number")
+        raise InputError("--batch_size auto does not work with --fsdp: give a number")
     if network.is_mae and masks.pred_ratio not in (None, masks.mask_ratio):
         raise InputError(
-            f"--pred_ratio {masks.pred_ratio} does not go with {network.model}: MAE's decoder "
-            "predicts all masked patches at once (Sec. 3.3), so leave it out"
+            f"--pred_ratio {masks.pred_ratio} does not work with {network.model}: MAE's decoder "
+            "predicts all masked patches at once (Sec. 3.3), so leave --pred_ratio out"
         )
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Pre-train from the start, or from where the last start was stopped."""
+    """Pre-train from scratch, or continue a stopped run."""
     args = parse_args(argv)
     run, data, optim, compute, network, masks, every = (take(group, args) for group in SETTINGS)
     device = start_run(device=run.device, seed=run.seed, timeout_minutes=run.timeout_minutes)
     check_decoder(args.decode, device)
 
-    # Data first: whatever is wrong with it shows before a model is built.
+    # Data come first, so that problems show before a model is built.
     options = network.options(data.input_size)
-    colours = {"mean": data.mean, "std": data.std}
+    colors = {"mean": data.mean, "std": data.std}
     crops = {"num_crops": args.repeated_aug, "decode": args.decode}
-    plain_transform = eval_transform(options["img_size"], **colours)
+    plain_transform = eval_transform(options["img_size"], **colors)
     known_batch_size = 1 if optim.batch_size == "auto" else optim.batch_size
     train_set, val_set = open_train_val(
         data,
-        pretrain_transform(options["img_size"], **colours, **crops),
+        pretrain_transform(options["img_size"], **colors, **crops),
         plain_transform,
         seed=run.seed,
         batch_size=known_batch_size,
     )
 
-    # The model, and the batches that its device holds
+    # The model, and the batch size that fits its device
     build = partial(build_model, network.model, options)
     model = build()
     grid_size = model.encoder.grid_size
     masking = Masking.of(masks, grid_size, seed=run.seed, all_masked=network.is_mae)
-    example = partial(blank_batch, masking, options["img_size"], **colours, device=device)
+    example = partial(blank_batch, masking, options["img_size"], **colors, device=device)
     precision = place_model(model, compute, device, example, optim)
     batches = plan_batches(
         optim, model, example=example, precision=precision, multiple_of=args.repeated_aug
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     header = {
         "model_name": network.model,
         "model_options": options,
-        **colours,
+        **colors,
         "mask_ratio": masks.mask_ratio,
         "mask_sampling": masks.mask_sampling,
     }

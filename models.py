@@ -1,4 +1,4 @@
-"""Models by their names, and from files of weights: the one place that knows both."""
+"""Models by name, and from files of weights."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -20,23 +20,23 @@ from util.weights.encoder import StartingPoint, check_mean_std, input_format, re
 from util.weights.files import check_format, read_weights_file, unknown_content
 from util.weights.released import from_released, released_options
 
-# Another decoder is a file with a builder, and an entry here.
+# To add a decoder, write a file with a builder and add it here.
 BUILDERS = {"crossmae": build_crossmae, "mae": build_mae}
 MODELS: dict[str, Callable[..., MaskedAutoencoder]] = {
     f"{method}_vit_{name}": partial(build, size)
     for method, build in BUILDERS.items()
     for name, size in SIZES.items()
 }
-# Of a decoder. A larger one would exhaust the machine before it failed.
+# Limits of a decoder: a larger one would exhaust the machine before it failed.
 MAX_DEPTH, MAX_WIDTH = 1000, 2**14
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Which network is pre-trained (Sec. 3, Tables 3, 7, 8, 9); None is the model's own default.
+    """The network to pre-train (Sec. 3, Tables 3, 7, 8, 9); None is the model's default.
 
     Raises:
-        InputError: the model has no such option.
+        InputError: the model does not have an option that is given.
     """
 
     model: str
@@ -53,19 +53,19 @@ class ModelSettings:
     def __post_init__(self) -> None:
         if self.decoder_self_attention and not self.model.startswith("crossmae_"):
             raise InputError(
-                f"--decoder_self_attention is an option of CrossMAE; {self.model} has nothing else"
+                f"--decoder_self_attention is for CrossMAE only: leave it out for {self.model}"
             )
 
     @property
     def is_mae(self) -> bool:
-        """Whether every masked patch is decoded together, by self-attention."""
+        """Whether all masked patches are decoded together, by self-attention."""
         return self.model.startswith("mae_")
 
     def options(self, input_size: Sequence[int]) -> dict[str, object]:
-        """The arguments of the model's factory, as plain values that a checkpoint keeps.
+        """Arguments of the model's builder, as plain values that a checkpoint can hold.
 
         Args:
-            input_size: a side, or height and width, in pixels.
+            input_size: [side] or [height, width], in pixels.
         """
         options = {n: v for n, v in vars(self).items() if n != "model" and v is not None}
         if not self.model.startswith("crossmae_"):
@@ -75,7 +75,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """Which encoder is used, and what of it is classified; None is what the weights say."""
+    """The encoder to use and how it is pooled; None takes what the weights say."""
 
     finetune: str | None = None
     model: str | None = None
@@ -91,53 +91,51 @@ def starting_point(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
 ) -> StartingPoint:
-    """Read the weights of an encoder, and how images have to be for them.
+    """Read an encoder's weights and the input format that they need.
 
     Args:
-        path: of a file that `read_encoder` reads; None starts from random weights.
-        model: such as vit_base_patch16, as the user names it; None is the weights' own size, or
-            ViT-B/16.
-        img_size, mean, std: as the user gives them; None is what the weights were trained with.
+        path: a file that `read_encoder` reads; None starts from random weights.
+        model: such as vit_base_patch16; None is the size of the weights, or ViT-B/16.
+        img_size, mean, std: None is what the weights were trained with.
 
     Raises:
-        InputError: see `read_encoder`; or no size of ours is like the file's.
+        InputError: the file cannot be read (see `read_encoder`), or its size is unknown.
     """
     weights = read_encoder(path) if path else None
     with as_input_error(f"{path} cannot be loaded"):
         size = choose_size(model, weights and weights.shape)
     default_size = SIZES[size].img_size
-    colours = {"mean": mean, "std": std}
+    colors = {"mean": mean, "std": std}
     img_size, mean, std = input_format(
-        weights, img_size=img_size, default_size=default_size, **colours
+        weights, img_size=img_size, default_size=default_size, **colors
     )
     return StartingPoint(weights, size, img_size, mean, std)
 
 
 def find_size(patch_size: int, embed_dim: int, depth: int) -> str:
-    """The name in SIZES of what weights have been measured to be.
+    """Name of the size with this patch size, width and depth.
 
     Raises:
-        ValueError: no size is like that.
+        ValueError: there is none.
     """
     shape = (patch_size, embed_dim, depth)
     for name, size in SIZES.items():
         if (size.patch_size, size.embed_dim, size.depth) == shape:
             return name
     raise ValueError(
-        f"a ViT of {depth} blocks, {embed_dim} wide, on patches of {patch_size} px is none of the "
-        f"sizes {', '.join(SIZES)}"
+        f"a ViT of depth {depth} and width {embed_dim} with patches of {patch_size} px is not one "
+        f"of the known sizes: {', '.join(SIZES)}"
     )
 
 
 def choose_size(model: str | None, shape: tuple[int, int, int] | None) -> str:
-    """The name in SIZES of a model such as vit_base_patch16, else of weights, else ViT-B's.
+    """Name of the size of a model such as vit_base_patch16, else of the weights, else ViT-B's.
 
     Args:
-        model: as the user names it, if they do.
         shape: (patch_size, embed_dim, depth) of the weights, if there are any.
 
     Raises:
-        ValueError: no size is like that.
+        ValueError: the weights have an unknown size.
     """
     if model is not None:
         return model.removeprefix("vit_")
@@ -145,10 +143,10 @@ def choose_size(model: str | None, shape: tuple[int, int, int] | None) -> str:
 
 
 def build_model(name: str, options: dict) -> MaskedAutoencoder:
-    """Build a model of MODELS.
+    """Build a masked autoencoder of MODELS.
 
     Raises:
-        InputError: the options do not fit together, or leave encoder blocks untrained.
+        InputError: the options are incompatible, or leave encoder blocks untrained.
     """
     limits = {"decoder_depth": MAX_DEPTH, "decoder_embed_dim": MAX_WIDTH}
     with as_input_error(f"{name} cannot be built"):
@@ -160,17 +158,17 @@ def build_model(name: str, options: dict) -> MaskedAutoencoder:
     if model.mixer is not None and max(model.mixer.map_ids) < depth:
         raise InputError(
             f"--feature_maps without {depth}, the last block's, would leave the encoder's last "
-            "blocks untrained: add it"
+            f"blocks untrained: add {depth}"
         )
     use_fast_kernels(model)
     return model
 
 
 def build_classifier(size: str, **options: object) -> VisionTransformer:
-    """Build a classifier.
+    """Build a classifier of a size in SIZES.
 
     Raises:
-        InputError: the sizes do not fit together.
+        InputError: the sizes are incompatible.
     """
     with as_input_error(f"vit_{size} cannot be built"):
         model = build_vit(SIZES[size], **options)
@@ -179,16 +177,16 @@ def build_classifier(size: str, **options: object) -> VisionTransformer:
 
 
 def load_model(path: str | Path) -> tuple[MaskedAutoencoder, dict]:
-    """Load a pre-trained model, in evaluation mode on the CPU.
+    """Load a pre-trained model on the CPU, in evaluation mode.
 
     Args:
-        path: a checkpoint of ours, or of the released CrossMAE or MAE code.
+        path: a checkpoint of this project, or of the released CrossMAE or MAE code.
 
     Returns:
-        The model, and how it was trained: `mean`, `std`, `mask_ratio`, `mask_sampling`.
+        The model, and its `mean`, `std`, `mask_ratio` and `mask_sampling` of training.
 
     Raises:
-        InputError: the file is missing, damaged or holds no masked autoencoder.
+        InputError: the file is missing, damaged or does not hold a masked autoencoder.
     """
     content = read_weights_file(path)
     with unknown_content(path):
@@ -201,7 +199,10 @@ def _load_model(content: dict, path: str | Path) -> tuple[MaskedAutoencoder, dic
         mean, std = check_mean_std(checkpoint["mean"], checkpoint["std"])
         ratio, sampling = checkpoint["mask_ratio"], checkpoint["mask_sampling"]
         if not 0 < ratio < 1 or sampling not in MASK_SAMPLINGS:
-            raise InputError(f"{path} tells of masks that there are none of: use another file")
+            raise InputError(
+                f"{path} has invalid mask settings (mask_ratio {ratio}, mask_sampling {sampling}): "
+                "use another file"
+            )
         name, options = checkpoint["model_name"], checkpoint["model_options"]
         state = checkpoint["model"]
     else:
@@ -216,10 +217,10 @@ def _load_model(content: dict, path: str | Path) -> tuple[MaskedAutoencoder, dic
             raise InputError(f"{path} cannot be loaded: {error}") from error
         name, options = f"{found['kind']}_vit_{size}", found["options"]
         state = from_released(released)
-    with torch.device("meta"):  # a file can tell of a model that is larger than the memory
+    with torch.device("meta"):  # a file may claim a model larger than memory
         expected = build_model(name, options).state_dict()
     if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in expected.items()}:
-        raise InputError(f"{path} does not hold the weights of the {name} that it tells of")
+        raise InputError(f"{path} does not hold the weights of a {name}, which it says it is")
     model = build_model(name, options)
     model.load_state_dict(state)
     training = {"mean": mean, "std": std, "mask_ratio": ratio, "mask_sampling": sampling}
@@ -227,18 +228,18 @@ def _load_model(content: dict, path: str | Path) -> tuple[MaskedAutoencoder, dic
 
 
 def feature_map_choice(text: str) -> str | list[int]:
-    """Either "all", "last" or indices with commas between."""
+    """Read "all", "last" or indices separated by commas."""
     if text in ("all", "last"):
         return text
     try:
         return [int(index) for index in text.split(",")]
     except ValueError:
-        message = f"{text!r} is neither all, nor last, nor indices such as 0,4,8,12"
+        message = f"must be all, last or indices such as 0,4,8,12, not {text!r}"
         raise argparse.ArgumentTypeError(message) from None
 
 
 def add_model_args(parser: argparse.ArgumentParser, *, model: str) -> None:
-    """The flags of ModelSettings."""
+    """Add the flags of ModelSettings."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", choices=MODELS, default=model, metavar="NAME", help="%(choices)s (%(default)s)"
@@ -247,68 +248,72 @@ def add_model_args(parser: argparse.ArgumentParser, *, model: str) -> None:
         "--norm_pix_loss",
         action=argparse.BooleanOptionalAction,
         default=ModelSettings.norm_pix_loss,
-        help="predict pixels normalised by their patch (on)",
+        help="predict pixels normalized per patch (on)",
     )
     group.add_argument(
         "--decoder_depth", type=positive_int, help="decoder blocks (12 for CrossMAE, 8 for MAE)"
     )
     group.add_argument(
-        "--decoder_embed_dim", type=positive_int, help="decoder's width (512; small 256, tiny 128)"
+        "--decoder_embed_dim",
+        type=positive_int,
+        help="width of the decoder (512; small 256, tiny 128)",
     )
     group.add_argument(
-        "--decoder_num_heads", type=positive_int, help="decoder's heads (16; small 8, tiny 4)"
+        "--decoder_num_heads",
+        type=positive_int,
+        help="attention heads of the decoder (16; small 8, tiny 4)",
     )
     group.add_argument(
         "--decoder_self_attention",
         action="store_true",
-        help="CrossMAE with self-attention in the decoder, Table 3a (off)",
+        help="add self-attention to CrossMAE's decoder, Table 3a (off)",
     )
     group.add_argument(
         "--feature_maps",
         type=feature_map_choice,
-        help="encoder maps that inter-block attention mixes: all, or indices such as 0,4,8,12, 0 "
-        "being the encoder's input; last is no inter-block attention, Table 3d (all for CrossMAE, "
-        "last for MAE)",
+        help="feature maps for inter-block attention to mix: all, or indices such as 0,4,8,12, "
+        "where 0 is the encoder's input; last turns inter-block attention off, Table 3d (all for "
+        "CrossMAE, last for MAE)",
     )
     group.add_argument(
         "--iba_init",
         choices=IBA_INITS,
         default=ModelSettings.iba_init,
-        help="start of the mixing weights; xavier is what the released code used (%(default)s)",
+        help="initialization of the mixing weights; the released code used xavier (%(default)s)",
     )
     group.add_argument(
-        "--iba_softmax", action="store_true", help="mixing weights that sum to one, Table 8 (off)"
+        "--iba_softmax", action="store_true", help="make mixing weights sum to one, Table 8 (off)"
     )
     group.add_argument(
         "--iba_projection",
         action="store_true",
-        help="a linear layer for each map before the mix, Table 9 (off)",
+        help="apply a linear layer to each map before mixing, Table 9 (off)",
     )
 
 
 def add_encoder_args(parser: argparse.ArgumentParser, *, pool: str) -> None:
-    """The flags of EncoderSettings; `pool` is what is classified by default."""
+    """Add the flags of EncoderSettings; `pool` is the default pooling in the help."""
     group = parser.add_argument_group("encoder")
     group.add_argument(
         "--finetune",
         metavar="PATH",
         help="weights to start from: a checkpoint of this project, of the released CrossMAE or "
-        "MAE, or a file of timm's or Hugging Face's (none, which is training from scratch)",
+        "MAE, or a ViT of timm or Hugging Face (none: train from scratch)",
     )
     group.add_argument(
         "--model",
         choices=[f"vit_{size}" for size in SIZES],
         metavar="NAME",
-        help="%(choices)s (that of --finetune's file, else vit_base_patch16)",
+        help="%(choices)s (the size of the --finetune weights, else vit_base_patch16)",
     )
     group.add_argument(
         "--pool",
         choices=POOLS,
-        help=f"classify the mean of the patch tokens, or the class token ({pool})",
+        help=f"classify the mean of the patch tokens (avg) or the class token (cls) ({pool})",
     )
     group.add_argument(
         "--num_classes",
         "--nb_classes",
         type=positive_int,
-        help="outputs of the head (the classes of the data)",
+        help="outputs of the head (the number of classes in the data)",
     )

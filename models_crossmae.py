@@ -1,8 +1,8 @@
 """CrossMAE: a masked ViT, the cross-attention decoder and inter-block attention (Sec. 3).
 
-In the paper's order: `ViTEncoder` sees the visible patches, `MaskedAutoencoder` is the objective
-(Sec. 3.1), `CrossMAEDecoder` the idea of the paper (Sec. 3.2, 3.3), and `InterBlockAttention` what
-its blocks read (Sec. 3.4).
+In the paper's order: `ViTEncoder` encodes the visible patches and `MaskedAutoencoder` is the
+objective (Sec. 3.1); `CrossMAEDecoder` is the paper's main idea (Sec. 3.2, 3.3);
+`InterBlockAttention` mixes the feature maps that its blocks read (Sec. 3.4).
 """
 
 from collections.abc import Callable, Sequence
@@ -30,20 +30,20 @@ from util.masking import TokenSplit
 from util.patches import RawImages, gather_patches, gather_tokens, patch_moments
 
 IBA_INITS = ("normal", "xavier")
-HEAD_DIM = 32  # of a decoder, unless told otherwise
+HEAD_DIM = 32  # width of a decoder's attention heads by default
 
 
 class ViTEncoder(ViT):
-    """A ViT that sees only the visible patches and the class token (Sec. 3.1).
+    """A ViT on the visible patches and the class token (Sec. 3.1).
 
-    The final LayerNorm is not part of it: with inter-block attention there is none (App. A.3).
+    It has no final LayerNorm, because inter-block attention leaves none to train (App. A.3).
     """
 
     def visible_tokens(self, images: Tensor | RawImages, split: TokenSplit) -> Tensor:
-        """Pick the visible patches, then embed them: a masked one costs nothing; (B, 1+V, D)."""
+        """Embed the visible patches only, so masked ones cost nothing -> (B, 1+V, D)."""
         self.check_images(images)
         if len(split.visible) != len(images):
-            raise ValueError(f"a split of {len(split.visible)} images came with {len(images)}")
+            raise ValueError(f"the split is for {len(split.visible)} images, not for {len(images)}")
         patches = gather_patches(images, split.visible, self.patch_size)  # (B, V, p*p*C)
         positions = gather_tokens(self.pos_embed[:, 1:], split.visible)  # (B, V, D)
         return self.embed(patches, positions)  # (B, 1+V, D)
@@ -52,15 +52,15 @@ class ViTEncoder(ViT):
         """Encode the visible patches, or all of them.
 
         Args:
-            images: (B, C, H, W), normalised; with a split, raw ones too.
+            images: (B, C, H, W), normalized, or raw if there is a split.
             split: `visible` is (B, V); None encodes every patch, for downstream use.
 
         Returns:
-            K = 1 + depth feature maps (B, 1+V, D), or (B, 1+L, D) without a split, class token
-            first: the input of the first block, then every block's output.
+            K = 1 + depth feature maps, the input of the first block and then the output of every
+            block: (B, 1+V, D), or (B, 1+L, D) without a split, with the class token first.
 
         Raises:
-            ValueError: the images have another size, or the split another batch size.
+            ValueError: the images have the wrong size, or the split is for another batch size.
         """
         x = self.tokens(images) if split is None else self.visible_tokens(images, split)
         feature_maps = [x]
@@ -71,12 +71,12 @@ class ViTEncoder(ViT):
 
 
 class MaskedAutoencoder(nn.Module):
-    """Encoder, decoder and the loss between them; a pure function of images and a token split.
+    """Encoder, decoder and loss; a pure function of images and a token split.
 
     Args:
-        encoder: images and split -> feature maps.
+        encoder: maps images and a split to feature maps.
         decoder: any module with `forward(feature_maps, split) -> (B, P, p*p*C)`.
-        norm_pix_loss: predict pixels normalised by their patch's mean and standard deviation.
+        norm_pix_loss: predict pixels normalized by their patch's mean and standard deviation.
     """
 
     def __init__(self, encoder: ViTEncoder, decoder: nn.Module, *, norm_pix_loss: bool) -> None:
@@ -87,25 +87,25 @@ class MaskedAutoencoder(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The transformer blocks, in the order in which they compute."""
+        """All transformer blocks, in the order of computation."""
         return [*self.encoder.blocks, *getattr(self.decoder, "blocks", ())]
 
     @property
     def mixer(self) -> nn.Module | None:
-        """What mixes feature maps for the decoder, if anything does."""
+        """The decoder's inter-block attention, or None."""
         return getattr(self.decoder, "inter_block_attention", None)
 
     def predict(self, images: Tensor | RawImages, split: TokenSplit) -> Tensor:
-        """Predict (B, P, p*p*C) in target space for images (B, C, H, W), see `forward`."""
+        """Predict the patches of `split.predicted` in target space, (B, P, p*p*C)."""
         return self.decoder(self.encoder(images, split), split)
 
     def predicted_patches(self, images: Tensor | RawImages, split: TokenSplit) -> Tensor:
-        """The original pixels (B, P, p*p*C) of the predicted patches, in at least float32."""
+        """Original pixels of the predicted patches, (B, P, p*p*C) in at least float32."""
         patches = gather_patches(images, split.predicted, self.encoder.patch_size)
         return patches.to(torch.promote_types(patches.dtype, torch.float32))
 
     def target(self, images: Tensor | RawImages, split: TokenSplit) -> Tensor:
-        """What `predict` should return, (B, P, p*p*C) in at least float32."""
+        """The target of `predict`, (B, P, p*p*C) in at least float32."""
         patches = self.predicted_patches(images, split)
         if self.norm_pix_loss:
             mean, std = patch_moments(patches)
@@ -113,10 +113,10 @@ class MaskedAutoencoder(nn.Module):
         return patches  # (B, P, p*p*C)
 
     def pixels(self, pred: Tensor, images: Tensor | RawImages, split: TokenSplit) -> Tensor:
-        """Take predictions (B, P, p*p*C) out of target space, for PSNR and pictures.
+        """Convert predictions (B, P, p*p*C) to pixel values, for PSNR and pictures.
 
         With norm_pix_loss the model does not predict a patch's mean and standard deviation; they
-        are taken from the original image (Fig. 5).
+        come from the original image (Fig. 5).
         """
         if not self.norm_pix_loss:
             return pred
@@ -127,7 +127,7 @@ class MaskedAutoencoder(nn.Module):
         """Mean squared error over the predicted patches (Sec. 3.1), a scalar of at least float32.
 
         Args:
-            images: (B, C, H, W), normalised, or raw ones.
+            images: (B, C, H, W), normalized or raw.
             split: `visible` (B, V) and `predicted` (B, P).
         """
         target = self.target(images, split)
@@ -135,18 +135,17 @@ class MaskedAutoencoder(nn.Module):
 
 
 class CrossMAEDecoder(nn.Module):
-    """Reads masked patches out of the visible tokens by cross-attention alone (Sec. 3.2).
+    """Decoder that reconstructs masked patches by cross-attention only (Sec. 3.2).
 
-    No block lets predicted tokens see each other, so decoding a subset of positions gives the
-    values that decoding all of them would. Partial reconstruction (Sec. 3.3) rests on this.
+    Predicted tokens never see each other, so decoding a subset of the masked patches gives the same
+    values as decoding all of them. Partial reconstruction (Sec. 3.3) relies on this.
 
     Args:
-        encoder: whose feature maps are read; only its shapes are used.
+        encoder: the encoder whose feature maps are decoded; only its shapes are used.
         embed_dim: E, divisible by 4 and by num_heads.
-        depth: J, number of blocks.
-        num_heads: attention heads of each block.
+        depth: J, the number of blocks.
         feature_maps: "all", "last" (no inter-block attention) or a list of indices (Table 3d).
-        self_attention: put self-attention back, the ablation of Table 3a.
+        self_attention: add self-attention to each block, the ablation of Table 3a.
         iba_options: iba_init, iba_softmax, iba_projection, see `inter_block_attention`.
     """
 
@@ -184,11 +183,11 @@ class CrossMAEDecoder(nn.Module):
         """Predict the pixels of `split.predicted`.
 
         Args:
-            feature_maps: K encoder outputs (B, 1+V, D), shallow to deep, class token first.
+            feature_maps: K maps (B, 1+V, D) of the encoder, shallow to deep, class token first.
             split: `predicted` is (B, P), patch indices in [0, L).
 
         Returns:
-            (B, P, p*p*C) in target space: normalised per patch when norm_pix_loss is set.
+            (B, P, p*p*C) in target space: normalized per patch if norm_pix_loss is set.
         """
         if self.inter_block_attention is None:  # Fig. 4a
             contexts = [feature_maps[-1]] * len(self.blocks)
@@ -203,13 +202,12 @@ class CrossMAEDecoder(nn.Module):
 
 
 class CrossAttentionBlock(nn.Module):
-    """A decoder block without self-attention (Fig. 4b); with it, the ablation of Table 3a, Fig. 6.
+    """Decoder block of cross-attention and an MLP (Fig. 4b).
 
     Args:
         dim: E, the decoder's width.
-        context_dim: D, the encoder's.
-        num_heads: attention heads.
-        self_attention: let predicted tokens see each other first.
+        context_dim: D, the encoder's width.
+        self_attention: let predicted tokens see each other first (Table 3a, Fig. 6).
     """
 
     def __init__(
@@ -227,10 +225,10 @@ class CrossAttentionBlock(nn.Module):
         self.mlp = Mlp(dim)
 
     def forward(self, x: Tensor, context: Tensor, context_norm: nn.Module) -> Tensor:
-        """Tokens x (B, P, E) read the context (B, 1+V, D) -> (B, P, E).
+        """Tokens x (B, P, E) attend to the context (B, 1+V, D) -> (B, P, E).
 
-        The context is normalised here, because `--memory` keeps a block's inputs: the mix is there
-        anyway, its norm would come on top.
+        The context is normalized inside the block because `--memory` keeps a block's inputs for the
+        backward pass: the mix is in memory anyway, its normalized copy would come on top.
         """
         if self.self_attn is not None:  # Table 3a
             x = x + self.self_attn(self.norm0(x))
@@ -241,7 +239,8 @@ class CrossAttentionBlock(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention from decoder tokens to encoder tokens of another width.
 
-    The projection from the encoder's width is part of it; MAE has a layer of its own (Sec. 3.2).
+    Keys and values project the encoder's width to the decoder's; MAE has a separate layer for that
+    (Sec. 3.2).
     """
 
     def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
@@ -253,7 +252,7 @@ class CrossAttention(nn.Module):
         self.proj = xavier_linear(dim, dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Queries x (B, P, E) read the context (B, 1+V, D) -> (B, P, E)."""
+        """Queries x (B, P, E) attend to the context (B, 1+V, D) -> (B, P, E)."""
         q = split_heads(self.q(x), self.num_heads)  # (B, h, P, d)
         kv = self.kv(context).chunk(2, dim=-1)  # 2 of (B, 1+V, E)
         k, v = (split_heads(part, self.num_heads) for part in kv)  # (B, h, 1+V, d)
@@ -261,15 +260,15 @@ class CrossAttention(nn.Module):
 
 
 class InterBlockAttention(nn.Module):
-    """Mixes the encoder's feature maps, once for each decoder block (Sec. 3.4, Eq. 1, App. A.3).
+    """One learned mix of the encoder's feature maps per decoder block (Sec. 3.4, Eq. 1, App. A.3).
 
     Args:
-        map_ids: the K feature maps that take part (Table 3d); 0 is the encoder's input.
-        num_mixes: J, one mix for each decoder block.
-        dim: D, width of the feature maps.
-        init: "normal" is the paper's N(0, 1/K); "xavier" is what the released code trained with.
-        softmax: make each mix sum to one (Table 8).
-        projection: put a linear layer before the mix, one for each map (Table 9).
+        map_ids: indices of the K feature maps to mix (Table 3d); 0 is the encoder's input.
+        num_mixes: J, the number of decoder blocks.
+        dim: D, the width of the feature maps.
+        init: "normal" is the paper's N(0, 1/K), "xavier" what the released code trained with.
+        softmax: make the weights of each mix sum to one (Table 8).
+        projection: apply a linear layer to each map before mixing (Table 9).
     """
 
     def __init__(
@@ -291,7 +290,7 @@ class InterBlockAttention(nn.Module):
         elif init == "xavier":
             nn.init.xavier_uniform_(self.weight)
         else:
-            raise ValueError(f"init is one of {IBA_INITS}, not {init!r}")
+            raise ValueError(f"init must be one of {IBA_INITS}, not {init!r}")
         self.projections = (
             nn.ModuleList(xavier_linear(dim, dim) for _ in self.map_ids) if projection else None
         )
@@ -302,7 +301,7 @@ class InterBlockAttention(nn.Module):
         if self.projections is not None:
             maps = [project(x) for project, x in zip(self.projections, maps, strict=True)]
         weight = self.weight.softmax(dim=1) if self.softmax else self.weight
-        # Maps stacked in front leave each decoder block's mix contiguous.
+        # Stacking along the first axis keeps each decoder block's mix contiguous.
         stacked = stack_factors(maps)  # (K, B, N, D)
         return (weight @ stacked.flatten(1)).unflatten(1, stacked.shape[1:])  # (J, B, N, D)
 
@@ -316,16 +315,16 @@ def inter_block_attention(
     iba_softmax: bool = False,
     iba_projection: bool = False,
 ) -> InterBlockAttention | None:
-    """Read the choice of feature maps: "all", a list of indices, or "last" for no mixing at all.
+    """Build inter-block attention for a choice of feature maps.
 
     Args:
-        encoder: whose maps are mixed; index 0 is its input, i the output of its block i.
         num_mixes: J.
-        feature_maps: the choice.
+        feature_maps: "all", a list of indices (0 is the encoder's input, i the output of its block
+            i), or "last", which is no inter-block attention.
         iba_init, iba_softmax, iba_projection: see InterBlockAttention.
 
     Raises:
-        ValueError: an index is out of range or given twice.
+        ValueError: an index is out of range or repeated.
     """
     if feature_maps == "last":
         return None
@@ -334,7 +333,7 @@ def inter_block_attention(
     in_range = all(isinstance(i, int) and 0 <= i < num_maps for i in map_ids)
     if not in_range or not map_ids or len(set(map_ids)) < len(map_ids):
         raise ValueError(
-            f'feature maps are "all", "last" or different indices from 0 (the encoder\'s input) '
+            f'feature maps must be "all", "last" or distinct indices from 0 (the encoder\'s input) '
             f"to {num_maps - 1} (its last block), not {feature_maps!r}"
         )
     return InterBlockAttention(
@@ -348,7 +347,7 @@ def inter_block_attention(
 
 
 def decoder_width(encoder_width: int) -> int:
-    """E of a named size: MAE's 512, and less where the encoder is small."""
+    """Default E: MAE's 512, or less for a small encoder."""
     return {192: 128, 384: 256}.get(encoder_width, 512)
 
 
@@ -364,21 +363,19 @@ def build_autoencoder(
     decoder_num_heads: int | None = None,
     **decoder_options: object,
 ) -> MaskedAutoencoder:
-    """A masked autoencoder of a named size.
+    """Build a masked autoencoder of a named size.
 
     Args:
-        size: of the encoder.
-        decoder_type: CrossMAEDecoder or another class with its arguments.
-        img_size: side, or (height, width), in pixels; None takes the size's own.
+        decoder_type: CrossMAEDecoder, or another class with the same arguments.
+        img_size: side, or (height, width), in pixels; None is the size's default.
         in_chans: C.
-        norm_pix_loss: see MaskedAutoencoder.
-        decoder_embed_dim: E; None goes by the size.
+        decoder_embed_dim: E; None is the size's default.
         decoder_depth: J.
-        decoder_num_heads: None goes by the size too, whatever E is: heads of HEAD_DIM.
-        decoder_options: further ones of the decoder: feature_maps, iba_init, ...
+        decoder_num_heads: None is the size's default, even if E is given.
+        decoder_options: other arguments of the decoder, such as feature_maps and iba_init.
 
     Raises:
-        ValueError: the sizes do not fit together.
+        ValueError: the sizes are incompatible.
     """
     shape = size if img_size is None else size._replace(img_size=img_size)
     encoder = ViTEncoder(**shape._asdict(), in_chans=in_chans)
@@ -400,13 +397,12 @@ def build_crossmae(
     decoder_self_attention: bool = False,
     **options: object,
 ) -> MaskedAutoencoder:
-    """A CrossMAE of a named size; the defaults are the paper's (App. A.6).
+    """Build a CrossMAE of a named size; the defaults are the paper's (App. A.6).
 
     Args:
-        size: one of models_vit's.
-        decoder_depth: J, number of decoder blocks.
+        decoder_depth: J.
         decoder_self_attention: the ablation of Table 3a.
-        options: of `build_autoencoder` and CrossMAEDecoder.
+        options: other arguments of `build_autoencoder` and CrossMAEDecoder.
     """
     decoder_type = partial(CrossMAEDecoder, self_attention=decoder_self_attention)
     return build_autoencoder(size, decoder_type, decoder_depth=decoder_depth, **options)

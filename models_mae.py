@@ -18,18 +18,16 @@ from util.patches import gather_tokens
 
 
 class MAEDecoder(nn.Module):
-    """Decodes visible and mask tokens together by self-attention (Sec. 3.1).
+    """Decoder of self-attention over visible and mask tokens (Sec. 3.1).
 
-    Every token sees every other, so all masked patches have to be decoded to predict any of them
-    as in training.
+    Every token sees every other, so a prediction is that of training only if all masked patches are
+    decoded together.
 
     Args:
-        encoder: whose feature maps are read; only its shapes are used.
+        encoder: the encoder whose feature maps are decoded; only its shapes are used.
         embed_dim: E, divisible by 4 and by num_heads.
-        depth: number of blocks.
-        num_heads: attention heads of each block.
-        feature_maps: "last" is MAE; "all" or a list of indices adds inter-block attention with
-            one mix for the whole decoder (Table 7, App. A.3).
+        feature_maps: "last" is MAE; "all" or a list of indices adds inter-block attention with a
+            single mix for the whole decoder (Table 7, App. A.3).
         iba_options: iba_init, iba_softmax, iba_projection, see `inter_block_attention`.
     """
 
@@ -56,14 +54,14 @@ class MAEDecoder(nn.Module):
         self.pred = xavier_linear(embed_dim, encoder.patch_size**2 * encoder.in_chans)
 
     def forward(self, feature_maps: list[Tensor], split: TokenSplit) -> Tensor:
-        """Predict the pixels of `split.predicted`, see CrossMAEDecoder.forward."""
+        """Predict the pixels of `split.predicted`; see CrossMAEDecoder.forward."""
         if self.inter_block_attention is None:
             context = feature_maps[-1]  # (B, 1+V, D)
         else:
             context = self.inter_block_attention(feature_maps)[0]  # (B, 1+V, D)
         positions = self.pos_embed[:, 1:]
         x = self.embed(self.context_norm(context))  # (B, 1+V, E)
-        # Attention knows no order, so the tokens need not go back to their places in the image.
+        # Attention ignores order, so the tokens need not return to their places in the image.
         x = torch.cat(
             (
                 x[:, :1] + self.pos_embed[:, :1],
@@ -79,11 +77,9 @@ class MAEDecoder(nn.Module):
 
 
 def build_mae(size: ModelSize, *, decoder_depth: int = 8, **options: object) -> MaskedAutoencoder:
-    """An MAE of a named size; the defaults are MAE's.
+    """Build an MAE of a named size; the defaults are MAE's.
 
     Args:
-        size: one of models_vit's.
-        decoder_depth: number of decoder blocks.
-        options: of `build_autoencoder` and MAEDecoder.
+        options: other arguments of `build_autoencoder` and MAEDecoder.
     """
     return build_autoencoder(size, MAEDecoder, decoder_depth=decoder_depth, **options)

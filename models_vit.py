@@ -1,6 +1,6 @@
 """The ViT: its layers and sizes, the classifier, and the linear probe.
 
-Parameter names are timm's and MAE's, so that weights move between projects without a table.
+Parameters have timm's and MAE's names, so weights move between projects without renaming.
 """
 
 from collections.abc import Sequence
@@ -45,21 +45,21 @@ POOLS = ("avg", "cls")
 
 
 def layer_norm(dim: int) -> nn.LayerNorm:
-    """A LayerNorm as everywhere in MAE: scale 1, shift 0, eps 1e-6."""
+    """Build a LayerNorm with MAE's eps, 1e-6."""
     return nn.LayerNorm(dim, eps=NORM_EPS)
 
 
 def xavier_linear(in_features: int, out_features: int) -> nn.Linear:
-    """A linear layer started as in MAE: Xavier-uniform weights, no bias at first."""
+    """Build a linear layer initialized as in MAE: Xavier-uniform weights, zero bias."""
     layer = nn.Linear(in_features, out_features)
-    # Right after PyTorch's own draws: what a seed stands for depends on the order of all draws.
+    # PyTorch's own initialization has drawn already: results of a seed depend on the order.
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 def check_heads(dim: int, num_heads: int) -> None:
-    """Raise ValueError where a width cannot be split into so many heads."""
+    """Raise ValueError if a width cannot be split into this number of heads."""
     if num_heads < 1 or dim % num_heads:
         raise ValueError(f"{num_heads} attention heads do not divide a width of {dim}")
 
@@ -70,32 +70,32 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention, its heads joined again: q (B, h, N, d), k and v (B, h, M, d) -> (B, N, h*d)."""
+    """Attend and join the heads: q (B, h, N, d), k and v (B, h, M, d) -> (B, N, h*d)."""
     return scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class PatchProjection(nn.Conv2d):
-    """The usual strided convolution, of patches that have been cut out already: a linear layer."""
+    """The usual strided convolution, applied to extracted patches as a linear layer."""
 
     def __init__(self, in_chans: int, embed_dim: int, patch_size: int) -> None:
         super().__init__(in_chans, embed_dim, patch_size, stride=patch_size)
         nn.init.xavier_uniform_(self.weight.flatten(1))
 
     def forward(self, patches: Tensor) -> Tensor:
-        """(B, N, p*p*C), laid out by `util.patches.patchify` -> (B, N, D)."""
+        """Patches (B, N, p*p*C) in the layout of `util.patches.patchify` -> (B, N, D)."""
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # (D, p*p*C)
         return F.linear(patches, weight, self.bias)  # (B, N, D)
 
 
 class PatchEmbed(nn.Module):
-    """Embeds flattened patches; the layer inside has timm's name and shape."""
+    """Patch embedding whose layer has timm's name and shape."""
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
         super().__init__()
         self.proj = PatchProjection(in_chans, embed_dim, patch_size)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """(B, N, p*p*C), laid out by `util.patches.patchify` -> (B, N, D)."""
+        """Patches (B, N, p*p*C) in the layout of `util.patches.patchify` -> (B, N, D)."""
         return self.proj(patches)
 
 
@@ -117,7 +117,7 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a GELU between; None for `mlp_dim` is four times the width."""
+    """Two linear layers with a GELU in between; `mlp_dim` defaults to four times the width."""
 
     def __init__(self, dim: int, mlp_dim: int | None = None) -> None:
         super().__init__()
@@ -131,12 +131,11 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block.
+    """Pre-norm transformer block.
 
     Args:
         dim: D.
-        num_heads: attention heads.
-        drop_path: chance in training to leave a branch out for an image (stochastic depth).
+        drop_path: probability of skipping a branch for an image in training (stochastic depth).
         mlp_dim: see Mlp.
     """
 
@@ -157,36 +156,34 @@ class Block(nn.Module):
 
 
 def learned_token(dim: int) -> nn.Parameter:
-    """A learned (1, 1, dim) vector, started at N(0, 0.02²) as MAE's tokens."""
+    """Build a learned (1, 1, dim) vector, initialized from N(0, 0.02²) as in MAE."""
     return nn.Parameter(torch.empty(1, 1, dim).normal_(std=0.02))
 
 
 def fixed_positions(dim: int, grid_size: tuple[int, int]) -> nn.Parameter:
-    """The sine-cosine table as a parameter that is saved with the weights and never trained."""
+    """The sine-cosine table as a parameter that is saved but not trained."""
     return nn.Parameter(sincos_table(dim, grid_size), requires_grad=False)
 
 
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """Read an image size: a side, or (height, width)."""
+    """Expand an image size, a side or (height, width), to (height, width)."""
     height, width = (size, size) if isinstance(size, int) else size
     return int(height), int(width)
 
 
 class ViT(nn.Module):
-    """A ViT without a final norm and a head.
+    """ViT without a final norm or a head.
 
     Args:
         img_size: side, or (height, width), in pixels; divisible by patch_size.
-        patch_size: p in pixels.
+        patch_size: p, in pixels.
         in_chans: C.
         embed_dim: D, divisible by 4 and by num_heads.
-        depth: number of blocks.
-        num_heads: attention heads of each block.
-        mlp_dim: of each block, see Mlp.
-        drop_path: of the last block, see Block; it rises linearly from 0 in the first.
+        mlp_dim: see Mlp.
+        drop_path: rate of the last block (see Block); it rises linearly from 0 in the first block.
 
     Raises:
-        ValueError: the patch side does not divide the image.
+        ValueError: the patch size does not divide the image size.
     """
 
     def __init__(
@@ -216,11 +213,11 @@ class ViT(nn.Module):
 
     @property
     def num_patches(self) -> int:
-        """L, patches per image."""
+        """L, the number of patches per image."""
         return self.grid_size[0] * self.grid_size[1]
 
     def check_images(self, images: Tensor | RawImages) -> None:
-        """Raise ValueError for images that `pos_embed` does not fit."""
+        """Raise ValueError for images of another size than `pos_embed` is for."""
         if images.shape[1:] != (self.in_chans, *self.img_size):
             raise ValueError(
                 f"the encoder takes images of {self.in_chans} x {self.img_size[0]} x "
@@ -231,10 +228,10 @@ class ViT(nn.Module):
         """Embed patches (B, N, p*p*C) and add their positions (1 or B, N, D).
 
         Returns:
-            The input of the first block, class token first, (B, 1+N, D).
+            The input of the first block (B, 1+N, D), class token first.
         """
         x = self.patch_embed(patches) + positions  # (B, N, D)
-        # Flat, so that its gradient is contiguous, as DDP's buckets want it.
+        # Flat, so that its gradient is contiguous, as DDP's buckets require.
         cls_token = (self.cls_token + self.pos_embed[:, :1]).flatten()  # (D,)
         return torch.cat((cls_token.expand(x.shape[0], 1, -1), x), dim=1)  # (B, 1+N, D)
 
@@ -245,35 +242,35 @@ class ViT(nn.Module):
         return self.embed(patches, self.pos_embed[:, 1:])  # (B, 1+L, D)
 
     def encode(self, images: Tensor) -> Tensor:
-        """The last block's output, (B, C, H, W) -> (B, 1+L, D)."""
+        """Output of the last block, (B, C, H, W) -> (B, 1+L, D)."""
         x = self.tokens(images)  # (B, 1+L, D)
         for block in self.blocks:
             x = block(x)
         return x
 
     def features(self, images: Tensor) -> Tensor:
-        """The mean of the patch tokens, normalised; (B, C, H, W) -> (B, D).
+        """Normalized mean of the patch tokens, for k-NN; (B, C, H, W) -> (B, D).
 
-        What k-NN compares. The norm has no scale and shift, because an encoder has none.
+        The norm has no scale and shift, because a pre-trained encoder has none.
         """
         x = self.encode(images)[:, 1:].mean(dim=1)  # (B, D)
         return F.layer_norm(x, (self.embed_dim,), eps=NORM_EPS)
 
 
 class VisionTransformer(ViT):
-    """A classifier: a pooled, normalised output and a linear head (App. A.6).
+    """Classifier: a ViT with pooling, a final norm and a linear head (App. A.6).
 
-    Weights have timm's names. Positions start from the sine-cosine table and are trained.
+    Positions start from the sine-cosine table and are trained.
 
     Args:
-        num_classes: of the head; 0 is no head, and the output is the features.
-        pool: "avg" takes the mean of the patch tokens and normalises it (`fc_norm`), "cls"
-            normalises the class token (`norm`).
-        head_init_std: of the head's weights at the start.
+        num_classes: outputs of the head; 0 returns the features instead.
+        pool: "avg" normalizes the mean of the patch tokens (`fc_norm`), "cls" the class token
+            (`norm`).
+        head_init_std: standard deviation of the head's initial weights.
         vit_options: see ViT.
 
     Raises:
-        ValueError: the sizes do not fit together.
+        ValueError: the sizes are incompatible.
     """
 
     def __init__(
@@ -286,7 +283,7 @@ class VisionTransformer(ViT):
     ) -> None:
         super().__init__(**vit_options)
         if pool not in POOLS:
-            raise ValueError(f"pool is one of {POOLS}, not {pool!r}")
+            raise ValueError(f"pool must be one of {POOLS}, not {pool!r}")
         self.pool = pool
         self.pos_embed.requires_grad_()
         if pool == "avg":
@@ -299,20 +296,20 @@ class VisionTransformer(ViT):
             nn.init.zeros_(self.head.bias)
 
     def features(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W), normalised -> (B, D)."""
+        """Normalized images (B, C, H, W) -> (B, D)."""
         x = self.encode(images)  # (B, 1+L, D)
         if self.pool == "avg":
             return self.fc_norm(x[:, 1:].mean(dim=1))
         return self.norm(x[:, 0])
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W), normalised -> logits (B, num_classes)."""
+        """Normalized images (B, C, H, W) -> logits (B, num_classes)."""
         return self.head(self.features(images))
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Which parameters are one layer to `timm.optim.param_groups_layer_decay`: MAE's rule.
+        """Layers for `timm.optim.param_groups_layer_decay`, by MAE's rule.
 
-        The embeddings, every block, and norm and head together.
+        The embeddings are one layer, every block is one, norm and head are one together.
         """
         return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": [(r"^blocks\.(\d+)", None)]}
 
@@ -320,32 +317,31 @@ class VisionTransformer(ViT):
 def build_vit(
     size: ModelSize, *, img_size: int | Sequence[int] | None = None, **options: object
 ) -> VisionTransformer:
-    """A classifier of a named size.
+    """Build a classifier of a named size.
 
     Args:
-        size: one of SIZES.
-        img_size: side, or (height, width), in pixels; None takes the size's own.
-        options: of VisionTransformer: num_classes, pool, drop_path, in_chans.
+        img_size: side, or (height, width), in pixels; None is the size's default.
+        options: other arguments of VisionTransformer.
     """
     shape = size if img_size is None else size._replace(img_size=img_size)
     return VisionTransformer(**shape._asdict(), **options)
 
 
 class FeatureNorm(nn.BatchNorm1d):
-    """Batch normalisation without scale and shift, as MAE's linear probe has it (App. B.1)."""
+    """Batch normalization without scale and shift, as in MAE's linear probe (App. B.1)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, affine=False, eps=NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, D) -> (B, D), by the batch's statistics in training, else by running ones."""
-        if self.training and len(x) == 1:  # one image has no variance
+        """(B, D) -> (B, D), with batch statistics in training and running ones otherwise."""
+        if self.training and len(x) == 1:  # a single image has no variance
             return F.batch_norm(x, self.running_mean, self.running_var, eps=self.eps)
         return super().forward(x)
 
 
 def make_linear_probe(model: VisionTransformer, num_classes: int) -> None:
-    """Freeze a model, and put a normalised linear head on it that is trained (App. B.1)."""
+    """Freeze a model and give it a trainable batch norm and linear head (App. B.1)."""
     model.requires_grad_(False)
     head = nn.Linear(model.embed_dim, num_classes)
     nn.init.trunc_normal_(head.weight, std=0.01)

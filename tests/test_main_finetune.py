@@ -143,9 +143,9 @@ def test_another_image_size_resamples_positions(tmp_path, images, pretrained, ca
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"embed_dim": 48}, "a ViT of 2 blocks, 48 wide, on patches of 4 px is none of the sizes"),
-        ({"patch_size": 8}, "a ViT of 2 blocks, 32 wide, on patches of 8 px is none of the sizes"),
-        ({"depth": 3}, "a ViT of 3 blocks, 32 wide, on patches of 4 px is none of the sizes"),
+        ({"embed_dim": 48}, "a ViT of depth 2 and width 48 with patches of 4 px is not one of the"),
+        ({"patch_size": 8}, "a ViT of depth 2 and width 32 with patches of 8 px is not one of the"),
+        ({"depth": 3}, "a ViT of depth 3 and width 32 with patches of 4 px is not one of the"),
     ],
 )
 def test_weights_of_no_known_size_are_refused(tmp_path, images, capsys, changes, reason):
@@ -525,7 +525,7 @@ UNFIT = {
     "--output_dir RUN --dataset digits": "the classes of the held-out images are not those of the",
     "--output_dir RUN --val_path OTHER": "1 are missing (bear) and 1 are new (dog)",
     "--output_dir RUN --val_path UNSORTED": "no labels",
-    "--output_dir RUN --data_path IMAGES/train": "no held-out images to evaluate",
+    "--output_dir RUN --data_path IMAGES/train": "has no validation images",
     "--output_dir RUN --num_classes 2": "has a head of 3 classes: correct --num_classes 2",
     "--output_dir RUN --num_classes 5": "has a head of 3 classes: correct --num_classes 5",
     "--output_dir RUN --attention_backend cudnn": "--attention_backend cudnn cannot run this",
@@ -592,9 +592,9 @@ REFUSED = {
     "--finetune EMPTY": "is a folder without",
     "--model vit_tiny_patch16 --input_size 20": "patches of 16 px do not divide 20 x 20 px",
     "--nb_classes 4": "a head of 4 classes does not fit the 3 of the training images",
-    "--ema 1": "--ema 1 would never take in",
+    "--ema 1": "--ema 1 would never update",
     "--data_path IMAGES/train/cup": "no labels",
-    "--drop_path 1": "--drop_path 1 would leave nothing",
+    "--drop_path 1": "--drop_path 1 would skip the last block",
     "--drop_path -0.1": "--drop_path",
     "--smoothing 1": "--smoothing 1 would leave nothing",
     "--mixup_mode image": "invalid choice: 'image'",

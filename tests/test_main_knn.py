@@ -65,7 +65,7 @@ def test_digits_from_start_to_end(tmp_path, weights, capsys):
         "pre-trained": rows,
         "untrained": rows,
     }
-    assert report["num_images"] == {"training": 1437, "held-out": 360}
+    assert report["num_images"] == {"training": 1437, "validation": 360}
     assert report["num_classes"] == 10
     assert report["weights"] == report["args"]["finetune"] == str(weights)
     assert report["model"] == "vit_tiny_patch4"
@@ -128,7 +128,7 @@ def test_val_images_from_elsewhere(tmp_path, images, weights):
     paths = ["--data_path", images / "train", "--val_path", images / "val"]
     elsewhere = measure(tmp_path / "elsewhere", weights, *paths)
     together = measure(tmp_path / "together", weights, "--data_path", images)
-    assert elsewhere["num_images"] == {"training": 76, "held-out": 12}
+    assert elsewhere["num_images"] == {"training": 76, "validation": 12}
     assert elsewhere["results"] == together["results"]
 
 
@@ -193,7 +193,7 @@ def test_broken_images_are_limited(tmp_path, images, weights, capsys):
     )
     assert "1 of 12 images (8.33%) cannot be read" in sentence
     report = measure(tmp_path / "run", weights, *argv, "--max_broken", 0.1)
-    assert report["num_images"]["held-out"] == 12
+    assert report["num_images"]["validation"] == 12
     assert "cup/001.png" in capsys.readouterr().out
 
 

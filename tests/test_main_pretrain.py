@@ -147,9 +147,11 @@ def test_digits_from_start_to_end(tmp_path, capsys, nano):
     assert log[-1]["step"] == 2 * 12
     out = capsys.readouterr().out
     assert "digits: 1437 images, 12 steps an epoch, 360 images held out" in out
-    assert out.index("held-out loss") > out.index("saved")
+    assert out.index("validation loss") > out.index("saved")
     val_loss, val_psnr = log[-1]["val_loss"], log[-1]["val_psnr"]
-    expected = f"held-out loss {val_loss:.4f}, masked-patch PSNR {val_psnr:.2f} dB over 360 images"
+    expected = (
+        f"validation loss {val_loss:.4f}, masked-patch PSNR {val_psnr:.2f} dB over 360 images"
+    )
     *_, summary, knn, checkpoint, tensorboard, figure = out.splitlines()
     assert summary.endswith(expected)
     assert checkpoint.endswith(f"checkpoint: {tmp_path}/checkpoint-e0002-s000000.pth")
@@ -220,7 +222,7 @@ def test_folder_without_validation_images(tmp_path, images, capsys, nano):
     assert_complete(tmp_path, 2, held_out=False)
     out = capsys.readouterr().out
     assert "no images held out" in out
-    assert "held-out loss" not in out
+    assert "validation loss" not in out
 
 
 def test_val_images_from_elsewhere(tmp_path, images, nano):
@@ -340,7 +342,7 @@ def test_a_finished_run_started_again_changes_nothing(tmp_path, finished, capsys
     folder = copied(before, tmp_path / "again")
     run(*argv, "--output_dir", folder)
     out = capsys.readouterr().out
-    assert "held-out loss" in out
+    assert "validation loss" in out
     assert f"checkpoint: {folder}/checkpoint-e0002-s000000.pth" in out
     same = [name for name in files_in(before) if name.endswith((".pth", ".jsonl", ".png"))]
     assert {n: files_in(folder)[n] for n in same} == {n: files_in(before)[n] for n in same}
@@ -562,7 +564,7 @@ REFUSED = {
     "--model mae_vit_tiny_patch4 --decoder_self_attention": "--decoder_self_attention",
     "--mask_sampling grid --mask_ratio 0.6": "grid masking masks exactly 0.75",
     "--mask_sampling grid --input_size 20": "even number of patches",
-    "--feature_maps some": "neither all, nor last, nor indices",
+    "--feature_maps some": "must be all, last or indices",
     "--feature_maps 1,13": "not [1, 13]",
     "--feature_maps 3,3,12": "not [3, 3, 12]",
     "--feature_maps 0,6": "--feature_maps without 12, the last block's",

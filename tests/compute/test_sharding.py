@@ -155,7 +155,7 @@ def test_a_sharded_run_writes_the_checkpoints_of_any_other(folder, monkeypatch):
         (["--fsdp", "--amp", "fp16"], "--amp fp16 cannot be combined with --fsdp"),
         (
             ["--fsdp", "--batch_size", "auto", "--effective_batch_size", "8"],
-            "--batch_size auto does not go with --fsdp",
+            "--batch_size auto does not work with --fsdp",
         ),
     ],
 )
@@ -169,7 +169,7 @@ def test_what_does_not_go_with_shards_is_refused(tmp_path, capsys, monkeypatch, 
 
 def test_a_moving_average_does_not_go_with_shards(capsys):
     argv = ["--data_path", "images", "--fsdp", "--ema", "0.99"]
-    assert "--ema does not go with --fsdp" in refusal(capsys, *argv, main=main_finetune.main)
+    assert "--ema does not work with --fsdp" in refusal(capsys, *argv, main=main_finetune.main)
 
 
 if __name__ == "__main__":
