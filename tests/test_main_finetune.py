@@ -148,7 +148,7 @@ def test_a_run_starts_from_the_weights_of_a_file_and_says_what_is_new(
         assert torch.allclose(model[name], tensor, rtol=0, atol=1e-20), name
     out = capsys.readouterr().out
     assert all(words in out for words in SAID[source])
-    assert f"loaded {len(weights.encoder)} tensors of " in out
+    assert f"loaded {len(weights.encoder)} tensors from " in out
     assert "new: fc_norm.weight, fc_norm.bias, head.weight, head.bias" in out
     assert "fine-tuning, last epoch, 1: top-1" in out
 
@@ -177,7 +177,7 @@ def test_images_come_as_in_pre_training_unless_given(tmp_path, images, finished,
 def test_another_image_size_resamples_positions(tmp_path, images, pretrained, capsys, size, grid):
     argv = [*QUICK, "--finetune", pretrained, "--data_path", images, "--epochs", 1]
     finetune(*argv, "--input_size", *size, "--output_dir", tmp_path)
-    assert f"positions resampled from 4 x 4 patches to {grid}" in capsys.readouterr().out
+    assert f"position embeddings resampled from 4 x 4 patches to {grid}" in capsys.readouterr().out
     rows, columns = map(int, grid.split(" x "))
     assert last_checkpoint(tmp_path)["model"]["pos_embed"].shape == (1, 1 + rows * columns, 32)
     finetune(*QUICK, "--eval", "--data_path", images, "--output_dir", tmp_path)
@@ -204,9 +204,9 @@ def test_weights_of_no_known_size_are_refused(tmp_path, images, capsys, changes,
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"embed_dim": 48}, "a width of 32 and the model a width of 48"),
-        ({"patch_size": 8}, "patches of 4 px and the model patches of 8 px"),
-        ({"depth": 3}, "2 blocks and the model 3 blocks"),
+        ({"embed_dim": 48}, "a width of 32 but the model a width of 48"),
+        ({"patch_size": 8}, "patches of 4 px but the model patches of 8 px"),
+        ({"depth": 3}, "2 blocks but the model 3 blocks"),
     ],
 )
 def test_a_model_that_contradicts_the_file_is_refused_by_name(
@@ -358,7 +358,7 @@ def test_digits_from_scratch(tmp_path, capsys):
     assert log[-1]["val_top1"] > 30  # 10 by chance
     assert log[-1]["val_top1"] < log[-1]["val_top5"]
     out = capsys.readouterr().out
-    assert "digits: 1437 images, 23 steps an epoch, 360 images held out" in out
+    assert "digits: 1437 images, 23 steps per epoch, 360 validation images" in out
     assert "training from scratch, last epoch, 2" in out
 
 
@@ -366,7 +366,7 @@ def test_without_validation_images_a_run_says_so_and_trains(tmp_path, images, ca
     argv = [*SCRATCH, "--data_path", images / "train", "--epochs", 1, "--output_dir", tmp_path]
     finetune(*argv)
     out = capsys.readouterr().out
-    assert "no images held out" in out
+    assert "no validation images" in out
     assert "top-1" not in out
     assert "val_top1" not in read_log(tmp_path)[-1]
     assert not (tmp_path / BEST_NAME).exists()
@@ -548,7 +548,7 @@ def test_checkpoints_of_another_kind_are_no_start(tmp_path, finished, pretrained
         ["--resume", pretrained, "--output_dir", tmp_path / "x"],
     ):
         sentence = refused(capsys, *finished[1], *place)
-        assert "is no fine-tuning checkpoint of this project" in sentence
+        assert "is not a fine-tuning checkpoint of this project" in sentence
     assert files_in(folder) == files_in(pretrained.parent)
     assert not (tmp_path / "x").exists()
 
@@ -647,9 +647,9 @@ def test_a_classifier_of_timms_is_evaluated(tmp_path, images, capsys):
 UNFIT = {
     "--finetune PRETRAINED": "has no head to evaluate",
     "--output_dir EMPTY": "--eval found no checkpoint in",
-    "--output_dir RUN --resume nowhere.pth": "nowhere.pth is no file",
-    "--output_dir RUN --dataset digits": "the classes of the held-out images are not those of the",
-    "--output_dir RUN --val_path OTHER": "1 are missing (bear) and 1 are new (dog)",
+    "--output_dir RUN --resume nowhere.pth": "checkpoint not found: nowhere.pth",
+    "--output_dir RUN --dataset digits": "classes of the validation images differ from those of",
+    "--output_dir RUN --val_path OTHER": "1 missing (bear) and 1 new (dog)",
     "--output_dir RUN --val_path UNSORTED": "no labels",
     "--output_dir RUN --data_path IMAGES/train": "no held-out images to evaluate",
     "--output_dir RUN --num_classes 2": "has a head of 3 classes: correct --num_classes 2",
@@ -657,9 +657,9 @@ UNFIT = {
     "--output_dir RUN --attention_backend cudnn": "--attention_backend cudnn cannot run this",
     "--output_dir RUN --pool cls": "with --pool cls the head cannot be used",
     "--output_dir RUN --input_size 18": "patches of 4 px do not divide 18 x 18 px",
-    "--output_dir RUN --model vit_tiny_patch16": "and the model patches of 16 px",
+    "--output_dir RUN --model vit_tiny_patch16": "but the model patches of 16 px",
     "--finetune PRETRAINED --resume PRETRAINED": "leave --finetune or --resume out",
-    "--output_dir PRETRAINING": "is no fine-tuning checkpoint of this project",
+    "--output_dir PRETRAINING": "is not a fine-tuning checkpoint of this project",
 }
 
 
@@ -713,9 +713,9 @@ def test_two_processes_equal_one(tmp_path, images, pretrained):
 
 
 REFUSED = {
-    "--finetune nowhere.pth": "nowhere.pth is no file",
+    "--finetune nowhere.pth": "checkpoint not found: nowhere.pth",
     "--finetune README.md": "README.md",
-    "--finetune EMPTY": "is a folder without",
+    "--finetune EMPTY": "has no model.safetensors or pytorch_model.bin",
     "--model vit": "invalid choice: 'vit'",
     "--model vit_tiny_patch16 --input_size 20": "patches of 16 px do not divide 20 x 20 px",
     "--input_size 18": "patches of 4 px do not divide 18 x 18 px",
@@ -725,34 +725,34 @@ REFUSED = {
     "--nb_classes 4": "a head of 4 classes does not fit the 3 of the training images",
     "--num_classes 0": "0 is not at least 1",
     "--ema 1": "--ema 1 would never take in",
-    "--val_path OTHER": "1 are missing (bear) and 1 are new (dog)",
+    "--val_path OTHER": "1 missing (bear) and 1 new (dog)",
     "--data_path UNSORTED": "no labels",
     "--data_path nowhere": "nowhere does not exist",
-    "--data_path EMPTY": "has images in it",
+    "--data_path EMPTY": "contains images",
     "--data_path IMAGES/train/cup": "no labels",
-    "--dataset imagenet": "--dataset imagenet is unknown",
-    "--num_samples 10": "drop --num_samples",
+    "--dataset imagenet": "unknown --dataset imagenet",
+    "--num_samples 10": "--num_samples is for streams",
     "--std 0 1 1": "--std must be above 0",
     "--layer_decay 1.5": "1.5 does not lie in 0 to 1",
     "--layer_decay nan": "nan does not lie in 0 to 1",
     "--drop_path 1": "--drop_path 1 would leave nothing",
     "--drop_path -0.1": "--drop_path",
-    "--smoothing 1": "--smoothing 1 would leave nothing",
+    "--smoothing 1": "--smoothing must be below 1",
     "--ema 2": "2 does not lie in 0 to 1",
     "--mixup -1": "-1 is not a finite number from 0",
     "--cutmix inf": "inf is not a finite number from 0",
     "--mixup_prob 1.1": "1.1 does not lie in 0 to 1",
     "--mixup_mode image": "invalid choice: 'image'",
-    "--auto_augment random": "--auto_augment 'random' is not understood",
+    "--auto_augment random": "unknown --auto_augment 'random'",
     "--reprob 2": "2 does not lie in 0 to 1",
     "--remode noise": "invalid choice: 'noise'",
     "--recount 0": "0 is not at least 1",
-    "--crop_pct 0": "0 does not lie in 0.1 to 1",
+    "--crop_pct 0": "must lie between 0.1 and 1, not 0",
     "--warmup_epochs 2": "--warmup_epochs 2 is not below --epochs 2",
     "--epochs 0": "0 is not at least 1",
     "--lr 0": "0 is not above 0",
     "--clip_grad 0": "0 is not above 0",
-    "--resume nowhere.pth": "nowhere.pth is no file",
+    "--resume nowhere.pth": "checkpoint not found: nowhere.pth",
     "--device abacus": "--device abacus is none that PyTorch knows",
     "--attention_backend cudnn": "--attention_backend cudnn cannot run this model",
     "--output_dir FILE": "--output_dir",
@@ -824,7 +824,7 @@ def test_streams_are_trained_on_and_measured_on_a_folder(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [([], "give --num_classes"), (["--num_classes", 2], "label 2, which is none of 2 classes")],
+    [([], "give --num_classes"), (["--num_classes", 2], "label 2 is not one of the 2 classes")],
 )
 def test_streams_do_not_tell_their_classes(tmp_path, capsys, options, reason):
     assert reason in refused(capsys, *stream(tmp_path, *options))

@@ -147,7 +147,7 @@ def test_an_earlier_report_is_kept(tmp_path, images, weights):
 
 # Command-line options -> what the one sentence has to say.
 REFUSED = {
-    "--finetune nowhere.pth": "nowhere.pth is no file",
+    "--finetune nowhere.pth": "checkpoint not found: nowhere.pth",
     "--finetune README.md": "README.md",
     "--data_path IMAGES/train": "no held-out images",
     "--data_path nowhere": "nowhere does not exist",
@@ -157,7 +157,7 @@ REFUSED = {
     "--dataset wds/a.tar --num_samples 9": "stream",
     "--input_size 18": "patches of 4 px do not divide 18 x 18 px",
     "--std 0 1 1": "--std must be above 0",
-    "--crop_pct 0": "0 does not lie in 0.1 to 1",
+    "--crop_pct 0": "must lie between 0.1 and 1, not 0",
     "--crop_pct 2": "--crop_pct",
     "--k 0": "0 is not at least 1",
     "--temperature 0": "0 is not above 0",

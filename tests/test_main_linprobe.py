@@ -197,7 +197,7 @@ def test_one_image_left_over_is_trained_on(tmp_path, images, weights):
 def test_without_validation_images_a_probe_says_so_and_trains(tmp_path, images, weights, capsys):
     argv = [*QUICK, "--finetune", weights["crossmae"], "--data_path", images / "train"]
     probe(*argv, "--output_dir", tmp_path)
-    assert "no images held out" in capsys.readouterr().out
+    assert "no validation images" in capsys.readouterr().out
     assert not (tmp_path / BEST_NAME).exists()
 
 
@@ -279,7 +279,7 @@ def test_checkpoints_of_another_kind_are_no_start(tmp_path, finished, weights, c
     before = weights["mae"].parent
     folder = copied(before, tmp_path / "pretrained")
     sentence = refused(capsys, *finished[1], "--output_dir", folder)
-    assert "is no linear-probing checkpoint of this project" in sentence
+    assert "is not a linear-probing checkpoint of this project" in sentence
     assert files_in(folder) == files_in(before)
 
 
@@ -312,24 +312,24 @@ def test_two_processes_leave_one_whole_checkpoint(tmp_path, images, weights):
 
 
 REFUSED = {
-    "--finetune nowhere.pth": "nowhere.pth is no file",
+    "--finetune nowhere.pth": "checkpoint not found: nowhere.pth",
     "--finetune README.md": "README.md",
-    "--model vit_tiny_patch16": "patches of 4 px and the model patches of 16 px",
+    "--model vit_tiny_patch16": "patches of 4 px but the model patches of 16 px",
     "--input_size 18": "patches of 4 px do not divide 18 x 18 px",
     "--input_size 16 16 16": "--input_size takes one side, or a height and a width",
     "--pool max": "invalid choice: 'max'",
     "--num_classes 4": "a head of 4 classes does not fit the 3 of the training images",
-    "--val_path OTHER": "1 are missing (bear) and 1 are new (dog)",
+    "--val_path OTHER": "1 missing (bear) and 1 new (dog)",
     "--data_path OTHER/cup": "no labels",
     "--data_path nowhere": "nowhere does not exist",
-    "--num_samples 10": "drop --num_samples",
+    "--num_samples 10": "--num_samples is for streams",
     "--std 0 1 1": "--std must be above 0",
-    "--crop_pct 2": "2 does not lie in 0.1 to 1",
+    "--crop_pct 2": "must lie between 0.1 and 1, not 2",
     "--warmup_epochs 2": "--warmup_epochs 2 is not below --epochs 2",
     "--epochs 0": "0 is not at least 1",
     "--blr 0": "0 is not above 0",
-    "--resume nowhere.pth": "nowhere.pth is no file",
-    "--resume MAE": "is no linear-probing checkpoint of this project",
+    "--resume nowhere.pth": "checkpoint not found: nowhere.pth",
+    "--resume MAE": "is not a linear-probing checkpoint of this project",
     "--attention_backend cudnn": "--attention_backend cudnn cannot run this model",
     "--device abacus": "--device abacus is none that PyTorch knows",
     "--output_dir FILE": "--output_dir",

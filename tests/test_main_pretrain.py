@@ -151,7 +151,7 @@ def test_digits_from_start_to_end(tmp_path, capsys, nano):
     assert log[-1]["val_images"] == 360
     assert log[-1]["step"] == 2 * 12
     out = capsys.readouterr().out
-    assert "digits: 1437 images, 12 steps an epoch, 360 images held out" in out
+    assert "digits: 1437 images, 12 steps per epoch, 360 validation images" in out
     assert out.index("held-out loss") > out.index("saved")
     val_loss, val_psnr = log[-1]["val_loss"], log[-1]["val_psnr"]
     expected = f"held-out loss {val_loss:.4f}, masked-patch PSNR {val_psnr:.2f} dB over 360 images"
@@ -217,14 +217,14 @@ def test_folder_with_validation_images(tmp_path, images, capsys, nano, model):
     run(*TINY, *model, "--data_path", images, "--eval_every", 1, "--output_dir", tmp_path)
     log = assert_complete(tmp_path, 2, held_out=True)
     assert [line["val_images"] for line in log] == [5, 5]
-    assert "folder: 37 images, 5 steps an epoch, 5 images held out" in capsys.readouterr().out
+    assert "folder: 37 images, 5 steps per epoch, 5 validation images" in capsys.readouterr().out
 
 
 def test_folder_without_validation_images(tmp_path, images, capsys, nano):
     run(*TINY, "--data_path", images / "train", "--output_dir", tmp_path)
     assert_complete(tmp_path, 2, held_out=False)
     out = capsys.readouterr().out
-    assert "no images held out" in out
+    assert "no validation images" in out
     assert "held-out loss" not in out
 
 
@@ -338,7 +338,7 @@ def test_a_stopped_run_with_several_crops_of_an_image_continues_bit_for_bit(
     num_images = len(list((images / "train").iterdir()))
     out = capsys.readouterr().out
     steps = -(-num_images // 2)  # of two images, four crops each
-    assert f"{num_images} images x 4 crops, {steps} steps an epoch" in out
+    assert f"{num_images} images x 4 crops, {steps} steps per epoch" in out
     assert "effective batch size 8 = 8 x 1" in out
     stopped = tmp_path / "stopped"
     run_until(7, monkeypatch, *argv, *EACH_STEP, "--output_dir", stopped)
@@ -695,13 +695,13 @@ REFUSED = {
     "--decoder_num_heads 3": "3 attention heads do not divide a width of 128",
     "--decoder_embed_dim 30 --decoder_num_heads 3": "30",
     "--data_path nowhere": "nowhere does not exist",
-    "--data_path EMPTY": "has images in it",
+    "--data_path EMPTY": "contains images",
     "--val_path nowhere": "nowhere does not exist",
-    "--dataset imagenet": "--dataset imagenet is unknown",
+    "--dataset imagenet": "unknown --dataset imagenet",
     "--device abacus": "--device abacus is none that PyTorch knows",
     "--device meta": "--device meta",
-    "--resume nowhere.pth": "nowhere.pth is no file",
-    "--resume EMPTY": "is no file",
+    "--resume nowhere.pth": "checkpoint not found: nowhere.pth",
+    "--resume EMPTY": "checkpoint not found",
     "--std 0 1 1": "--std must be above 0",
     "--std nan 1 1": "--std",
     "--mean nan 0 0": "--mean",
@@ -712,14 +712,14 @@ REFUSED = {
     "--clip_grad 0": "0 is not above 0",
     "--batch_size 0": "0 is not at least 1",
     "--repeated_aug 0": "0 is not at least 1",
-    "--repeated_aug 3": "--batch_size 8 counts crops: make it a multiple of --repeated_aug 3",
-    "--decode gpu --device cpu": "--decode gpu needs a CUDA device, and this run is on cpu",
+    "--repeated_aug 3": "--batch_size 8 must be a multiple of --repeated_aug 3",
+    "--decode gpu --device cpu": "--decode gpu needs a CUDA device, but this run is on cpu",
     "--decode both": "invalid choice: 'both'",
     "--seed -1": "-1 is negative",
     "--seed 99999999999999999999": "--seed",
     "--amp int8": "invalid choice: 'int8'",
     "--attention_backend cudnn": "--attention_backend cudnn cannot run this model",
-    "--num_samples 10": "drop --num_samples",
+    "--num_samples 10": "--num_samples is for streams",
     "--decoder_depth 2000": "decoder_depth must be from 1 to 1000, not 2000",
     "--decoder_embed_dim 20000": "decoder_embed_dim must be from 1 to 16384, not 20000",
 }
@@ -740,7 +740,7 @@ def test_wrong_input_is_refused_in_one_sentence_and_nothing_is_written(
 
 def test_validation_images_alone_are_refused(tmp_path, images, capsys):
     argv = [*TINY, "--val_path", images, "--output_dir", tmp_path / "run"]
-    assert "name those to train on by --data_path" in refusal(capsys, *argv)
+    assert "name the training images by --data_path" in refusal(capsys, *argv)
     assert not (tmp_path / "run").exists()
 
 
