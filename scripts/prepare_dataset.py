@@ -284,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_broken=args.max_broken,
     )
     write_new(Path(args.output_dir), write)
-    _logger.info("wrote %s: train on it by --data_path %s", args.output_dir, args.output_dir)
+    _logger.info("wrote %s: train on it with --data_path %s", args.output_dir, args.output_dir)
 
 
 if __name__ == "__main__":

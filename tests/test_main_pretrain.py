@@ -740,7 +740,7 @@ def test_wrong_input_is_refused_in_one_sentence_and_nothing_is_written(
 
 def test_validation_images_alone_are_refused(tmp_path, images, capsys):
     argv = [*TINY, "--val_path", images, "--output_dir", tmp_path / "run"]
-    assert "name the training images by --data_path" in refusal(capsys, *argv)
+    assert "name the training images with --data_path" in refusal(capsys, *argv)
     assert not (tmp_path / "run").exists()
 
 

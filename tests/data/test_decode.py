@@ -26,7 +26,7 @@ def in_file(image, file_format, **options):
 
 
 def upright_pixels(file):
-    """Read the pixels of a file only by Pillow, as a uint8 tensor (3, h, w)."""
+    """Read the pixels of a file with Pillow only, as a uint8 tensor (3, h, w)."""
     image = to_rgb(Image.open(io.BytesIO(file.getvalue())))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 

@@ -84,7 +84,7 @@ def pixels_of(images, index):
 
 
 def resized(pixels):
-    """Resize pixels by torchvision."""
+    """Resize pixels with torchvision."""
     if min(pixels.shape[:2]) <= SIDE:
         return pixels
     resize = v2.Resize(SIDE, InterpolationMode.BICUBIC, antialias=True)

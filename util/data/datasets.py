@@ -92,7 +92,7 @@ def build_dataset(
     root = _checked_path(data_path, required=kind in FROM_FILES)
     if kind in STREAMS:
         if split == "validation":
-            logger.info("%s is a stream without validation images: add some by --val_path", name)
+            logger.info("%s is a stream without validation images: add some with --val_path", name)
             return None
         options = {"num_samples": num_samples, "batch_size": batch_size, "is_training": True}
         # tfds returns arrays by default, timm's other streams return images as stored.
@@ -148,7 +148,7 @@ def open_train_val(
     """
     if data.val_path and not (data.data_path or data.dataset):
         raise InputError(
-            "--val_path names only validation images: name the training images by --data_path or "
+            "--val_path names only validation images: name the training images with --data_path or "
             "--dataset"
         )
     train_set = build_dataset(
@@ -172,7 +172,7 @@ def open_labeled(
     batch_size: int = 1,
     num_classes: int | None = None,
 ) -> tuple[IndexedImages | StreamedImages, IndexedImages | None, int]:
-    """Open both sets by `open_train_val` for training on labels; also return the class count.
+    """Open both sets with `open_train_val` to train on labels; also return the class count.
 
     Args:
         num_classes: None to infer it, see `check_classes`.
@@ -203,7 +203,7 @@ def _places365_options(root: str, split: str) -> dict[str, bool]:
 def _checked_path(data_path: str | Path | None, *, required: bool) -> str | None:
     if data_path is None:
         if required:
-            raise InputError("this --dataset is read from files: give their path by --data_path")
+            raise InputError("this --dataset is read from files: give their path with --data_path")
         return None
     if re.match(r"\w+://|pipe:", str(data_path)):  # webdataset reads from the network too
         return str(data_path)
@@ -234,7 +234,7 @@ def _split_path(root: str, split: str, *, tars: bool) -> str | None:
     if val and not train:
         raise InputError(
             f"{root} has validation images but no train/: move the training images there, "
-            f"or give their folder by --data_path and {val} by --val_path"
+            f"or give their folder with --data_path and {val} with --val_path"
         )
     return train or root
 

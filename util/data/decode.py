@@ -48,7 +48,7 @@ Record = Image.Image | BinaryIO | np.ndarray | dict[str, object]
 
 
 def read_rgb(record: Record) -> Image.Image:
-    """Read a record by `to_rgb`, and close it if it is a file."""
+    """Read a record with `to_rgb`, and close it if it is a file."""
     if isinstance(record, np.ndarray):
         return Image.fromarray(record)
     if isinstance(record, dict):

@@ -105,7 +105,7 @@ class StreamStepLoader(StepLoader):
     resumes_mid_epoch = False
 
     def batches_from(self, epoch: int, first_step: int) -> Iterator[Batch]:
-        """Return this rank's micro-batches of the epoch, in an endless iterator.
+        """Return an endless iterator of this rank's micro-batches, starting with the epoch's.
 
         Raises:
             ValueError: first_step is not 0.

@@ -52,7 +52,7 @@ class INat2019(Dataset):
         root: folder of `train2019.json`, `val2019.json` and the images.
 
     Raises:
-        InputError: the list is missing or malformed, or an image lacks its one annotation.
+        InputError: the list is missing or malformed, or an image has zero or several annotations.
     """
 
     def __init__(self, root: str | Path, split: Literal["train", "validation"]) -> None:

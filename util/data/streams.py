@@ -94,8 +94,8 @@ class StreamedImages(IterableDataset):
                 raise too_many_broken(broken)
             if num_images == num_images_before:
                 raise InputError(
-                    f"{self.name} has too few shards for one per worker: lower --num_workers, so "
-                    "that the workers of all processes are at most as many as the shards"
+                    f"{self.name} has no shard for one of the workers: lower --num_workers, so "
+                    "that all processes together have at most one worker per shard"
                 )
             message = "%s: epoch %d, share %d is exhausted after %d images and starts again"
             logger.warning(message, self.name, self.epoch, share, num_images)

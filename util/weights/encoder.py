@@ -1,4 +1,4 @@
-"""Encoders from weights files of any origin: `read_encoder`, and into a model: `load_encoder`."""
+"""Encoders from any weights file: `read_encoder` reads one, `load_encoder` puts it into a model."""
 
 import hashlib
 import json
@@ -427,7 +427,7 @@ def fit_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> dic
             ours = f"is {_size_text(own[name].shape)} in" if name in own else "is missing in"
             raise InputError(
                 f"{name} is {_size_text(tensor.shape)} in the {weights.kind} but {ours} the "
-                "model: choose the model that was trained"
+                "model: use the model that was trained"
             )
     new = [name for name in own if name not in state]
     if head and new:
@@ -439,7 +439,7 @@ def fit_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> dic
 
 
 def _check_sizes(model: nn.Module, weights: EncoderWeights) -> None:
-    """Refuse weights of another size with a clearer message than that of a shape."""
+    """Refuse weights of another size with a clearer message than a shape mismatch."""
     patch_size, embed_dim, depth = weights.shape
     sizes = [
         ("patches of {} px", patch_size, model.patch_size),
@@ -453,7 +453,7 @@ def _check_sizes(model: nn.Module, weights: EncoderWeights) -> None:
         if theirs not in (None, ours):
             raise InputError(
                 f"the {weights.kind} has {text.format(theirs)} but the model {text.format(ours)}: "
-                "choose the model that was trained"
+                "use the model that was trained"
             )
 
 
