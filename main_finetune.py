@@ -28,7 +28,7 @@ from util.compute.setup import ComputeSettings, add_memory_args, add_precision_a
 from util.compute.sharding import unsharded
 from util.data.broken_images import BrokenImages
 from util.data.classes import check_classes
-from util.data.datasets import open_labelled, open_val
+from util.data.datasets import open_labeled, open_val
 from util.data.loaders import build_eval_loader, build_loaders
 from util.data.mixing import MixSettings, add_mix_args, build_mixup
 from util.data.settings import DataSettings, add_data_args
@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         eval_transform(*start.input_format, crop_pct),
     )
     sizes = {"batch_size": optim.batch_size, "num_classes": encoder.num_classes}
-    train_set, val_set, num_classes = open_labelled(data, *transforms, seed=run.seed, **sizes)
+    train_set, val_set, num_classes = open_labeled(data, *transforms, seed=run.seed, **sizes)
     batches = plan_batches(optim)
     place = {"seed": run.seed, "device": device}
     loader, val_loader = build_loaders(train_set, val_set, data, batches, **place)

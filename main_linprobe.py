@@ -17,7 +17,7 @@ from util.compute.distributed import broadcast_buffers, data_parallel, is_main_p
 from util.compute.precision import blank_images
 from util.compute.setup import ComputeSettings, add_precision_args, place_model
 from util.data.broken_images import BrokenImages
-from util.data.datasets import open_labelled
+from util.data.datasets import open_labeled
 from util.data.loaders import build_loaders
 from util.data.settings import DataSettings, add_data_args
 from util.data.transforms import default_crop_pct, eval_transform, probe_transform
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         encoder.finetune, encoder.model, img_size=data.input_size, mean=data.mean, std=data.std
     )
     crop_pct = data.crop_pct or default_crop_pct(start.img_size)
-    train_set, val_set, num_classes = open_labelled(
+    train_set, val_set, num_classes = open_labeled(
         data,
         probe_transform(*start.input_format),
         eval_transform(*start.input_format, crop_pct),

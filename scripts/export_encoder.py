@@ -1,10 +1,10 @@
-"""Export a trained encoder to timm, to Hugging Face, or to a file of its own.
+"""Export a trained encoder to timm, to Hugging Face, or to an encoder-only file.
 
     python scripts/export_encoder.py --checkpoint C --format {timm,hf,safetensors} --output O
 
-timm: a .pth or .safetensors for `timm.create_model`; the log prints the line that loads it. hf: a
-folder for transformers' `from_pretrained`. safetensors: what was trained, under timm's names, for
-this project. Read are all the files that `util.weights.encoder.read_encoder` reads.
+timm: a .pth or .safetensors file for `timm.create_model`; the log has the line that loads it. hf: a
+folder for transformers' `from_pretrained`. safetensors: the trained weights, under timm's names,
+for this project. C is any file that `util.weights.encoder.read_encoder` reads.
 """
 
 import json
@@ -37,16 +37,16 @@ from util.weights.encoder import (
 from util.weights.files import save_safetensors, write_new
 from util.weights.names import DECODER_NAMES, ENCODER_NAMES, hugging_face_names
 
-# timm has no tiny ViT on patches of 4 px, but takes the patch side as an argument.
+# timm lacks a tiny ViT with patches of 4 px, but takes the patch size as an argument.
 TIMM_NAMES = {size: f"vit_{size}_224" for size in SIZES} | {"tiny_patch4": "vit_tiny_patch16_224"}
-# An MAE's decoder in a checkpoint of ours, and in a released one.
+# Weights that only an MAE's decoder has, in our checkpoints and in released ones.
 MAE_DECODERS = {"decoder.embed.weight", "decoder_embed.weight"}
 
 _logger = logging.getLogger(__name__)
 
 
 def fold_probe(head_state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Make the head of a linear probe, a normalisation and a linear layer, one linear layer."""
+    """Fold a linear probe's head, a normalization and a linear layer, into one linear layer."""
     if "head.0.running_var" not in head_state:
         return head_state
     scale = (head_state["head.0.running_var"] + NORM_EPS).rsqrt()
@@ -57,7 +57,7 @@ def fold_probe(head_state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def build(weights: EncoderWeights, size: str, *, head: bool) -> VisionTransformer:
-    """A fresh model into which the weights go, with the head that they have, or without one."""
+    """Build a new model that fits the weights, with their head or without one."""
     return build_vit(
         SIZES[size],
         img_size=weights.img_size,
@@ -68,7 +68,7 @@ def build(weights: EncoderWeights, size: str, *, head: bool) -> VisionTransforme
 
 
 def complete(weights: EncoderWeights, size: str, *, head: bool) -> VisionTransformer:
-    """Build the model of weights, with the norm of scale 1 and shift 0 where they have none.
+    """Build a model and load the weights; a norm that they lack has scale 1 and shift 0.
 
     Raises:
         InputError: the weights do not fit a ViT of that size.
@@ -79,18 +79,18 @@ def complete(weights: EncoderWeights, size: str, *, head: bool) -> VisionTransfo
 
 
 def write_timm(weights: EncoderWeights, size: str, output: Path) -> None:
-    """Write a file that `timm.create_model` loads strictly, and log how.
+    """Write a file that `timm.create_model` loads strictly, and log the call.
 
     Raises:
         InputError: the suffix is neither .pth nor .safetensors, or the file cannot be written.
     """
     if output.suffix not in (".pth", ".safetensors"):
-        raise InputError(f"--output {output} of --format timm should end in .pth or .safetensors")
+        raise InputError(f"--output {output} must end in .pth or .safetensors with --format timm")
     weights = weights._replace(head_state=fold_probe(weights.head_state))
     model = complete(weights, size, head=True)
     norms = [name for name in weights.head_state if name in ("norm.weight", "fc_norm.weight")]
     if not norms:
-        _logger.info("no final norm was trained: one of scale 1 and shift 0 is written")
+        _logger.info("no final norm was trained: writing one with scale 1 and shift 0")
     state = model.state_dict()
     if output.suffix == ".pth":
         write_new(output, partial(torch.save, state))
@@ -114,7 +114,7 @@ def write_timm(weights: EncoderWeights, size: str, output: Path) -> None:
 
 
 def vit_config(weights: EncoderWeights, size: str) -> dict:
-    """The config.json of a ViTModel."""
+    """Return the config.json of a ViTModel."""
     height, width = weights.img_size
     patch_size, embed_dim, depth = weights.shape
     return {
@@ -138,7 +138,7 @@ def vit_config(weights: EncoderWeights, size: str) -> dict:
 
 
 def mae_config(model: MaskedAutoencoder, mask_ratio: float) -> dict:
-    """What the config.json of a ViTMAEForPreTraining has beside and instead of a ViTModel's."""
+    """Return how the config.json of a ViTMAEForPreTraining differs from that of a ViTModel."""
     block = model.decoder.blocks[0]
     return {
         "architectures": ["ViTMAEForPreTraining"],
@@ -153,9 +153,9 @@ def mae_config(model: MaskedAutoencoder, mask_ratio: float) -> dict:
 
 
 def processor_config(weights: EncoderWeights) -> dict:
-    """The preprocessor_config.json: images of the right size, normalised as in training."""
+    """Return the preprocessor_config.json, which resizes and normalizes images as in training."""
     if weights.mean is None or weights.std is None:
-        _logger.info("the checkpoint tells no normalisation: ImageNet's is written")
+        _logger.info("the checkpoint has no mean and std: writing ImageNet's")
     height, width = weights.img_size
     return {
         "image_processor_type": "ViTImageProcessor",
@@ -180,9 +180,9 @@ def write_folder(state: dict[str, Tensor], config: dict, processor: dict, folder
 
 
 def read_mae(checkpoint: Path, weights: EncoderWeights) -> tuple[MaskedAutoencoder, dict] | None:
-    """Load a whole model if it is one that ViTMAEForPreTraining computes; the log says if not."""
+    """Load a whole model if ViTMAEForPreTraining can represent it; otherwise, log why not."""
     if not MAE_DECODERS & set(weights.left_out):
-        reason = "the checkpoint holds no MAE decoder that this project reads"
+        reason = "the checkpoint has no MAE decoder that this project can read"
     else:
         model, training = load_model(checkpoint)
         if model.decoder.inter_block_attention is not None:
@@ -191,21 +191,21 @@ def read_mae(checkpoint: Path, weights: EncoderWeights) -> tuple[MaskedAutoencod
             reason = "ViTMAE takes square images only"
         else:
             return model, training
-    _logger.info("exported as ViTModel, the encoder alone: %s", reason)
+    _logger.info("exported only the encoder, as ViTModel: %s", reason)
     return None
 
 
 def write_hugging_face(checkpoint: Path, weights: EncoderWeights, size: str, output: Path) -> None:
-    """Write a folder for `from_pretrained`: of an MAE whole, of anything else the encoder.
+    """Write a folder for `from_pretrained` with a whole MAE, or otherwise only the encoder.
 
     Raises:
         InputError: the folder cannot be written.
     """
-    # Its layernorm acts on every token, as fc_norm does not.
+    # ViTModel's layernorm acts on every token, unlike fc_norm.
     head_state = {name: t for name, t in weights.head_state.items() if name.startswith("norm.")}
     lost = [name for name in weights.head_state if name not in head_state]
     if lost:
-        _logger.info("left out, as ViTModel ends before it: %s", ", ".join(lost))
+        _logger.info("left out, because ViTModel lacks it: %s", ", ".join(lost))
     model = complete(weights._replace(head_state=head_state), size, head=False)
     mae = read_mae(checkpoint, weights)
     config, prefix, decoder = vit_config(weights, size), "", {}
@@ -217,7 +217,7 @@ def write_hugging_face(checkpoint: Path, weights: EncoderWeights, size: str, out
         parts = {name: t for name, t in theirs if not name.startswith("context_norm.")}
         decoder = hugging_face_names(parts, DECODER_NAMES, layers="decoder.decoder_layers")
     elif not head_state:
-        _logger.info("no final norm was trained: one of scale 1 and shift 0 is written")
+        _logger.info("no final norm was trained: writing one with scale 1 and shift 0")
     encoder = hugging_face_names(model.state_dict(), ENCODER_NAMES, layers="encoder.layer")
     state = {**{prefix + name: tensor for name, tensor in encoder.items()}, **decoder}
     write_new(output, partial(write_folder, state, config, processor_config(weights)))
@@ -230,12 +230,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Export one checkpoint."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--checkpoint", required=True, help="of this project, a released one, timm's or a folder"
+        "--checkpoint",
+        required=True,
+        help="checkpoint of this project, released or timm weights, or a Hugging Face folder",
     )
     parser.add_argument(
-        "--format", required=True, choices=("timm", "hf", "safetensors"), help="%(choices)s"
+        "--format", required=True, choices=("timm", "hf", "safetensors"), help="kind of output"
     )
-    parser.add_argument("--output", required=True, help="file, or folder of --format hf")
+    parser.add_argument("--output", required=True, help="new file, or new folder with --format hf")
     args = parser.parse_args(argv)
     start_run(device="cpu", seed=0)
     checkpoint, output = Path(args.checkpoint), Path(args.output)
@@ -251,8 +253,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_hugging_face(checkpoint, weights, size, output)
     else:
         if output.suffix != ".safetensors":
-            raise InputError(f"--output {output} should end in .safetensors")
-        fit_encoder(build(weights, size, head=False), weights, head=False)  # or be refused
+            raise InputError(
+                f"--output {output} must end in .safetensors with --format safetensors"
+            )
+        fit_encoder(
+            build(weights, size, head=False), weights, head=False
+        )  # raises if they do not fit
         write_new(output, partial(save_encoder, weights))
     _logger.info("wrote %s", output)
 

@@ -1,12 +1,12 @@
-"""Resize a folder of images once and for all, so that training reads them faster.
+"""Resize a folder of images once, so that training reads them faster.
 
     python scripts/prepare_dataset.py --data_path IMAGES --output_dir OUT [--format uint8]
     python scripts/prepare_dataset.py --verify OUT
     python main_pretrain.py --data_path OUT ...
 
-jpeg: OUT/train.tar and OUT/val.tar with the folders and names of the files. uint8: OUT/train/ and
-OUT/val/ with pixels that need no decoding, about six times as large. Either is the same for any
-number of processes; OUT/prepared.json tells how it was made and what was left out.
+jpeg writes OUT/train.tar and OUT/val.tar, with the folders and names of the original files. uint8
+writes OUT/train/ and OUT/val/, with pixels that need no decoding, about six times as large. Both
+are the same for any number of processes; OUT/prepared.json lists the settings and broken images.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ from util.errors import InputError, RunError
 from util.runs.run import run_main, start_run
 from util.weights.files import write_new
 
-SPLITS = {"train": "train", "val": "validation"}  # by the names that they are written under
+SPLITS = {"train": "train", "val": "validation"}  # names in the output -> names here
 RECORD, CHECKSUMS = "prepared.json", "checksums.txt"
 BLOCK = 1 << 20  # bytes
 
@@ -48,7 +48,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Prepared(NamedTuple):
-    """One image: its label, size in pixels, and a JPEG file or pixels (height, width, 3)."""
+    """A prepared image: label, size in pixels, and a JPEG file or pixels (height, width, 3)."""
 
     label: int
     height: int
@@ -57,12 +57,12 @@ class Prepared(NamedTuple):
 
 
 class PreparedImages(Dataset):
-    """The images of a reader, prepared; in place of one that cannot be read, the reason.
+    """Prepared images of a reader; for an unreadable image, the reason instead.
 
     Args:
-        reader: of open files and labels.
-        short_side: in pixels, of images larger than that.
-        quality: of JPEG, 1 to 100; None for pixels.
+        reader: gives open files and labels.
+        short_side: in pixels; smaller images are not resized.
+        quality: JPEG quality, 1 to 100; None for raw pixels.
     """
 
     def __init__(self, reader: Dataset, *, short_side: int, quality: int | None) -> None:
@@ -100,10 +100,10 @@ class PreparedImages(Dataset):
 def readable(
     images: IndexedImages, prepared: PreparedImages, broken: BrokenImages, num_workers: int
 ) -> Iterator[tuple[int, Prepared]]:
-    """Prepare images in parallel; give those that can be read in their order, with their index.
+    """Prepare images in parallel; yield the readable ones in order, with their index.
 
     Raises:
-        InputError: too many are broken, or all of a class, without which labels would shift.
+        InputError: too many are broken, or all of a class, so that labels would shift.
     """
     classes = class_names(images.reader)
     labels_left = set(range(len(classes)))
@@ -119,32 +119,32 @@ def readable(
         yield index, image
     if labels_left:
         raise InputError(
-            f"no image of the class '{classes[min(labels_left)]}' can be read: repair them, or "
+            f"no image of the class '{classes[min(labels_left)]}' can be read: repair one, or "
             "remove the class"
         )
 
 
 def write_tar(path: Path, images: Iterable[tuple[str, bytes]]) -> None:
-    """Write files by their names into a new .tar."""
+    """Write (name, content) pairs into a new .tar file."""
     with tarfile.open(path, "w") as tar:
         for name, content in images:
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-            tar.members.clear()  # else it keeps an entry for every file
+            tar.members.clear()  # else it would keep an entry for every file
 
 
 def jpeg_quality(text: str) -> int:
-    """A quality of JPEG."""
+    """Parse a JPEG quality."""
     value = int(text)
     if not 1 <= value <= 100:
-        raise ArgumentTypeError(f"{text} does not lie in 1 to 100")
+        raise ArgumentTypeError(f"must lie between 1 and 100, not {text}")
     return value
 
 
 def jpeg_names(names: Sequence[str]) -> list[str]:
-    """File names with .jpg for their suffix, or behind it where two would become the same."""
-    stems = [os.path.splitext(name)[0] for name in names]  # noqa: PTH122, for a million of them
+    """Replace the suffixes of file names by .jpg, or append it where two names would collide."""
+    stems = [os.path.splitext(name)[0] for name in names]  # noqa: PTH122, pathlib is slow
     counts = Counter(stems)
     return [
         f"{stem if counts[stem] == 1 else name}.jpg"
@@ -164,11 +164,8 @@ def prepare(
     """Write a new folder with the prepared images of all splits.
 
     Args:
-        splits: images by the name of the split.
-        folder: to be made.
         short_side, quality: see `PreparedImages`.
-        num_workers: processes.
-        max_broken: share of a split's images that may be left out.
+        max_broken: fraction of a split's images that may be left out.
 
     Raises:
         InputError: see `readable`.
@@ -195,7 +192,7 @@ def prepare(
 
 
 def checksums_of(paths: Sequence[Path]) -> Iterator[str]:
-    """The BLAKE2b digest of each file, in hexadecimal digits."""
+    """Yield the BLAKE2b digest of each file in hexadecimal."""
     size = sum(path.stat().st_size for path in paths)
     with tqdm(desc="checksums", total=size, unit="B", unit_scale=True, disable=None) as bar:
         for path in paths:
@@ -208,7 +205,7 @@ def checksums_of(paths: Sequence[Path]) -> Iterator[str]:
 
 
 def write_checksums(folder: Path) -> None:
-    """Write the checksums of a folder's files as `b2sum --check` reads them, the record's last."""
+    """Write the checksums of a folder's files in the format of `b2sum --check`, RECORD's last."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     paths = sorted(files, key=lambda path: (path.name == RECORD, path))
     lines = [
@@ -222,7 +219,7 @@ def verify(folder: Path) -> None:
     """Compare the files of a prepared folder with their checksums.
 
     Raises:
-        InputError: the folder is not one of those.
+        InputError: the folder was not written by this script.
         RunError: a file differs or is missing.
     """
     try:
@@ -230,7 +227,7 @@ def verify(folder: Path) -> None:
     except OSError as error:
         raise InputError(
             f"{folder / CHECKSUMS} cannot be read ({error.strerror}): give a folder that this "
-            "script has written"
+            "script wrote"
         ) from error
     parts = (line.partition("  ") for line in text.removesuffix("\n").split("\n"))
     expected = {name: digest for digest, _, name in parts}
@@ -243,21 +240,21 @@ def verify(folder: Path) -> None:
     if differing or RECORD not in expected:
         names = ", ".join(differing) or CHECKSUMS
         raise RunError(f"{folder} is damaged in {names}: prepare or copy it again")
-    _logger.info("%s: all %d files are as they were written", folder, len(found))
+    _logger.info("%s: all %d files match their checksums", folder, len(found))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prepare a data set, or verify one."""
+    """Prepare or verify a dataset."""
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--data_path", help="images, perhaps in train/ and val/, or a .tar of them")
+    add("--data_path", help="folder of images, optionally in train/ and val/, or a .tar file")
     add("--output_dir", help="new folder for the prepared images")
-    side = "to which the short side of larger images is resized (%(default)s)"
+    side = "size to which the short side of larger images is resized (%(default)s)"
     add("--short_side", type=positive_int, default=256, metavar="PX", help=side)
-    kinds = "files, or pixels as they are (%(default)s)"
+    kinds = "JPEG files or raw pixels (%(default)s)"
     add("--format", choices=("jpeg", "uint8"), default="jpeg", help=kinds)
-    add("--quality", type=jpeg_quality, default=95, help="of JPEG, 1 to 100 (%(default)s)")
-    limit = "share of unreadable files above which it stops (%(default)s)"
+    add("--quality", type=jpeg_quality, default=95, help="of JPEG files, 1 to 100 (%(default)s)")
+    limit = "fraction of unreadable files above which to stop (%(default)s)"
     add("--max_broken", type=natural_float, default=0.01, help=limit)
     add(
         "--num_workers",
@@ -265,14 +262,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=os.cpu_count() or 1,
         help="processes (%(default)s)",
     )
-    add("--verify", metavar="OUT", help="instead, compare an earlier OUTPUT_DIR with its checksums")
+    add("--verify", metavar="OUT", help="only compare an earlier OUTPUT_DIR with its checksums")
     args = parser.parse_args(argv)
     start_run(device="cpu", seed=0)
     if args.verify:
         verify(Path(args.verify))
         return
     if not (args.data_path and args.output_dir):
-        raise InputError("give --data_path and --output_dir, or --verify alone")
+        raise InputError("give --data_path and --output_dir, or only --verify")
 
     splits = {
         name: build_dataset("folder", args.data_path, split=split, transform=None, seed=0)
@@ -287,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_broken=args.max_broken,
     )
     write_new(Path(args.output_dir), write)
-    _logger.info("wrote %s: read it by --data_path %s", args.output_dir, args.output_dir)
+    _logger.info("wrote %s: train on it with --data_path %s", args.output_dir, args.output_dir)
 
 
 if __name__ == "__main__":

@@ -307,7 +307,7 @@ def test_a_label_that_is_no_class_ends_training():
     loader = make_loader((4,))
     loader.prepared[0][0].labels[1] = 10
     for options in ({}, RANDOM):
-        with pytest.raises(InputError, match="label 10, which is none of 10 classes"):
+        with pytest.raises(InputError, match="label 10 is not one of the 10 classes"):
             train(loader, make_state(vit_nano()), **options)
 
 

@@ -94,7 +94,7 @@ def test_a_data_set(copy):
         pixels = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), np.uint8)
         np.savez(copy / "arrays" / split, images=pixels, labels=np.arange(count) % 2)
     out = succeeds(copy, train, *MAIN, *PRETRAIN)
-    assert "npz: 16 images, 2 steps an epoch, 8 images held out" in out
+    assert "npz: 16 images, 2 steps per epoch, 8 validation images" in out
     assert "10-NN" in out
 
 

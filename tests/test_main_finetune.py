@@ -104,7 +104,7 @@ def test_a_run_starts_from_the_weights_of_a_file_and_says_what_is_new(
         assert torch.allclose(model[name], tensor, rtol=0, atol=1e-20), name
     out = capsys.readouterr().out
     assert all(words in out for words in SAID[source])
-    assert f"loaded {len(weights.encoder)} tensors of " in out
+    assert f"loaded {len(weights.encoder)} tensors from " in out
     assert "new: fc_norm.weight, fc_norm.bias, head.weight, head.bias" in out
     assert "fine-tuning, last epoch, 1: top-1" in out
 
@@ -133,7 +133,7 @@ def test_images_come_as_in_pre_training_unless_given(tmp_path, images, finished,
 def test_another_image_size_resamples_positions(tmp_path, images, pretrained, capsys, size, grid):
     argv = [*QUICK, "--finetune", pretrained, "--data_path", images, "--epochs", 1]
     finetune(*argv, "--input_size", *size, "--output_dir", tmp_path)
-    assert f"positions resampled from 4 x 4 patches to {grid}" in capsys.readouterr().out
+    assert f"position embeddings resampled from 4 x 4 patches to {grid}" in capsys.readouterr().out
     rows, columns = map(int, grid.split(" x "))
     assert last_checkpoint(tmp_path)["model"]["pos_embed"].shape == (1, 1 + rows * columns, 32)
     finetune(*QUICK, "--eval", "--data_path", images, "--output_dir", tmp_path)
@@ -160,9 +160,9 @@ def test_weights_of_no_known_size_are_refused(tmp_path, images, capsys, changes,
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"embed_dim": 48}, "a width of 32 and the model a width of 48"),
-        ({"patch_size": 8}, "patches of 4 px and the model patches of 8 px"),
-        ({"depth": 3}, "2 blocks and the model 3 blocks"),
+        ({"embed_dim": 48}, "a width of 32 but the model a width of 48"),
+        ({"patch_size": 8}, "patches of 4 px but the model patches of 8 px"),
+        ({"depth": 3}, "2 blocks but the model 3 blocks"),
     ],
 )
 def test_a_model_that_contradicts_the_file_is_refused_by_name(
@@ -314,7 +314,7 @@ def test_digits_from_scratch(tmp_path, capsys):
     assert log[-1]["val_top1"] > 30  # 10 by chance
     assert log[-1]["val_top1"] < log[-1]["val_top5"]
     out = capsys.readouterr().out
-    assert "digits: 1437 images, 23 steps an epoch, 360 images held out" in out
+    assert "digits: 1437 images, 23 steps per epoch, 360 validation images" in out
     assert "training from scratch, last epoch, 2" in out
 
 
@@ -521,9 +521,9 @@ def test_a_classifier_of_timms_is_evaluated(tmp_path, images, capsys):
 UNFIT = {
     "--finetune PRETRAINED": "has no head to evaluate",
     "--output_dir EMPTY": "--eval found no checkpoint in",
-    "--output_dir RUN --resume nowhere.pth": "nowhere.pth is no file",
-    "--output_dir RUN --dataset digits": "the classes of the held-out images are not those of the",
-    "--output_dir RUN --val_path OTHER": "1 are missing (bear) and 1 are new (dog)",
+    "--output_dir RUN --resume nowhere.pth": "checkpoint not found: nowhere.pth",
+    "--output_dir RUN --dataset digits": "classes of the validation images differ from those of",
+    "--output_dir RUN --val_path OTHER": "1 missing (bear) and 1 new (dog)",
     "--output_dir RUN --val_path UNSORTED": "no labels",
     "--output_dir RUN --data_path IMAGES/train": "has no validation images",
     "--output_dir RUN --num_classes 2": "has a head of 3 classes: correct --num_classes 2",
@@ -531,9 +531,9 @@ UNFIT = {
     "--output_dir RUN --attention_backend cudnn": "--attention_backend cudnn cannot run this",
     "--output_dir RUN --pool cls": "with --pool cls the head cannot be used",
     "--output_dir RUN --input_size 18": "patches of 4 px do not divide 18 x 18 px",
-    "--output_dir RUN --model vit_tiny_patch16": "and the model patches of 16 px",
+    "--output_dir RUN --model vit_tiny_patch16": "but the model patches of 16 px",
     "--finetune PRETRAINED --resume PRETRAINED": "leave --finetune or --resume out",
-    "--output_dir PRETRAINING": "is no fine-tuning checkpoint of this project",
+    "--output_dir PRETRAINING": "is not a fine-tuning checkpoint of this project",
 }
 
 
@@ -589,18 +589,18 @@ def test_two_processes_equal_one(tmp_path, images, pretrained):
 
 
 REFUSED = {
-    "--finetune EMPTY": "is a folder without",
+    "--finetune EMPTY": "has no model.safetensors or pytorch_model.bin",
     "--model vit_tiny_patch16 --input_size 20": "patches of 16 px do not divide 20 x 20 px",
     "--nb_classes 4": "a head of 4 classes does not fit the 3 of the training images",
     "--ema 1": "--ema 1 would never update",
     "--data_path IMAGES/train/cup": "no labels",
     "--drop_path 1": "--drop_path 1 would skip the last block",
     "--drop_path -0.1": "--drop_path",
-    "--smoothing 1": "--smoothing 1 would leave nothing",
+    "--smoothing 1": "--smoothing must be below 1",
     "--mixup_mode image": "invalid choice: 'image'",
-    "--auto_augment random": "--auto_augment 'random' is not understood",
+    "--auto_augment random": "unknown --auto_augment 'random'",
     "--remode noise": "invalid choice: 'noise'",
-    "--crop_pct 0": "0 does not lie in 0.1 to 1",
+    "--crop_pct 0": "must lie between 0.1 and 1, not 0",
 }
 
 
@@ -645,7 +645,7 @@ def test_streams_are_trained_on_and_measured_on_a_folder(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [([], "give --num_classes"), (["--num_classes", 2], "label 2, which is none of 2 classes")],
+    [([], "give --num_classes"), (["--num_classes", 2], "label 2 is not one of the 2 classes")],
 )
 def test_streams_do_not_tell_their_classes(tmp_path, capsys, options, reason):
     assert reason in refused(capsys, *stream(tmp_path, *options))

@@ -147,7 +147,7 @@ REFUSED = {
     "--val_path OTHER": "dog",
     "--data_path UNSORTED --val_path IMAGES/val": "no labels",
     "--dataset wds/a.tar --num_samples 9": "stream",
-    "--crop_pct 0": "0 does not lie in 0.1 to 1",
+    "--crop_pct 0": "must lie between 0.1 and 1, not 0",
     "--crop_pct 2": "--crop_pct",
 }
 

@@ -227,10 +227,10 @@ def test_two_processes_leave_one_whole_checkpoint(tmp_path, images, weights):
 
 
 REFUSED = {
-    "--model vit_tiny_patch16": "patches of 4 px and the model patches of 16 px",
+    "--model vit_tiny_patch16": "patches of 4 px but the model patches of 16 px",
     "--num_classes 4": "a head of 4 classes does not fit the 3 of the training images",
     "--data_path OTHER/cup": "no labels",
-    "--crop_pct 2": "2 does not lie in 0.1 to 1",
+    "--crop_pct 2": "must lie between 0.1 and 1, not 2",
     "--mixup 0.8": "--mixup",
     "--eval": "--eval",
 }

@@ -214,7 +214,7 @@ def test_folder_with_validation_images(tmp_path, images, capsys, nano, model):
     run(*TINY, *model, "--data_path", images, "--eval_every", 1, "--output_dir", tmp_path)
     log = assert_complete(tmp_path, 2, held_out=True)
     assert [line["val_images"] for line in log] == [5, 5]
-    assert "folder: 37 images, 5 steps an epoch, 5 images held out" in capsys.readouterr().out
+    assert "folder: 37 images, 5 steps per epoch, 5 validation images" in capsys.readouterr().out
 
 
 def test_folder_without_validation_images(tmp_path, images, capsys, nano):
@@ -320,7 +320,7 @@ def test_a_stopped_run_with_several_crops_of_an_image_continues_bit_for_bit(
     num_images = len(list((images / "train").iterdir()))
     out = capsys.readouterr().out
     steps = -(-num_images // 2)  # of two images, four crops each
-    assert f"{num_images} images x 4 crops, {steps} steps an epoch" in out
+    assert f"{num_images} images x 4 crops, {steps} steps per epoch" in out
     assert "effective batch size 8 = 8 x 1" in out
     stopped = tmp_path / "stopped"
     run_until(7, monkeypatch, *argv, *EACH_STEP, "--output_dir", stopped)
@@ -572,8 +572,8 @@ REFUSED = {
     "--decoder_num_heads 3": "3 attention heads do not divide a width of 128",
     "--decoder_embed_dim 30 --decoder_num_heads 3": "30",
     "--val_path nowhere": "nowhere does not exist",
-    "--repeated_aug 3": "--batch_size 8 counts crops: make it a multiple of --repeated_aug 3",
-    "--decode gpu --device cpu": "--decode gpu needs a CUDA device, and this run is on cpu",
+    "--repeated_aug 3": "--batch_size 8 must be a multiple of --repeated_aug 3",
+    "--decode gpu --device cpu": "--decode gpu needs a CUDA device, but this run is on cpu",
     "--decode both": "invalid choice: 'both'",
     "--decoder_depth 2000": "decoder_depth must be from 1 to 1000, not 2000",
     "--decoder_embed_dim 20000": "decoder_embed_dim must be from 1 to 16384, not 20000",
@@ -593,7 +593,7 @@ def test_wrong_input_is_refused_in_one_sentence_and_nothing_is_written(
 
 def test_validation_images_alone_are_refused(tmp_path, images, capsys):
     argv = [*TINY, "--val_path", images, "--output_dir", tmp_path / "run"]
-    assert "name those to train on by --data_path" in refusal(capsys, *argv)
+    assert "name the training images with --data_path" in refusal(capsys, *argv)
     assert not (tmp_path / "run").exists()
 
 

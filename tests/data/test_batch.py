@@ -1,4 +1,4 @@
-"""What a worker hands over, and that the device completes it as torchvision would."""
+"""What a worker returns, and that the device completes it as torchvision would."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from util.errors import RunError
 
 @pytest.mark.parametrize("box", [(0, 0, 45, 67), (3, 11, 40, 30), (20, 0, 5, 60), (1, 2, 1, 1)])
 @pytest.mark.parametrize("size", [(32, 32), (16, 48), (90, 110)])
-def test_the_pixels_of_a_box_are_pillows_but_for_rounding(box, size):
+def test_the_pixels_of_a_box_are_pillows_up_to_rounding(box, size):
     image = photo()
     expected = functional.resized_crop(image, *box, list(size), InterpolationMode.BICUBIC)
     got = resize_crop(read_pixels(image), Box(*box), size)
@@ -27,15 +27,15 @@ def test_the_pixels_of_a_box_are_pillows_but_for_rounding(box, size):
     assert np.abs(difference).max() <= 2
 
 
-def test_resizing_as_a_gpu_does_differs_by_rounding_alone():
+def test_resizing_as_a_gpu_does_differs_only_by_rounding():
     image = read_pixels(photo())[None]
     wanted = batch._resize(image, (24, 40)).int()
     difference = (batch._resize_in_float(image, (24, 40)) - wanted).abs()
-    assert difference.max() <= 1  # the other rounds between the two directions, too
+    assert difference.max() <= 1  # the other also rounds between the two directions
     assert difference.float().mean() < 0.25
 
 
-def test_flips_and_normalisation_are_left_to_the_device_and_are_torchvisions():
+def test_flips_and_normalization_are_left_to_the_device_and_are_torchvisions():
     transform = pretrain_transform((24, 32), MEAN, STD, num_crops=6)
     image = photo()
     crops = transform(read_pixels(image), "test", 1)
@@ -46,9 +46,9 @@ def test_flips_and_normalisation_are_left_to_the_device_and_are_torchvisions():
     images, labels = batch.to(CPU)
     assert labels.tolist() == [3] * 6
     assert batch.broken == [("a", "b")]
-    normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
     for got, pixels, flip in zip(images, crops.pixels, crops.flips, strict=True):
-        assert torch.equal(got, normalise(pixels.flip(2) if flip else pixels))
+        assert torch.equal(got, normalize(pixels.flip(2) if flip else pixels))
 
 
 def test_completing_a_batch_reads_nothing_from_the_device(monkeypatch):
@@ -59,7 +59,7 @@ def test_completing_a_batch_reads_nothing_from_the_device(monkeypatch):
     assert reads.found == []
 
 
-def test_every_value_is_normalised_as_torchvision_does_bit_for_bit():
+def test_every_value_is_normalized_as_torchvision_does_bit_for_bit():
     values = torch.arange(256, dtype=torch.uint8).expand(1, 3, 2, 256)
     expected = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])(values)
     assert torch.equal(Normalization(MEAN, STD)(values), expected)
@@ -70,7 +70,7 @@ def test_every_value_is_normalised_as_torchvision_does_bit_for_bit():
 
 def batches_of(decode, num_crops=1):
     transform = pretrain_transform((24, 32), MEAN, STD, num_crops=num_crops, decode=decode)
-    cases = ["usual", "EXIF 6", "grey", "CMYK", "usual", "with a tail"]
+    cases = ["usual", "EXIF 6", "gray", "CMYK", "usual", "with a tail"]
     samples = []
     for index, case in enumerate(cases):
         crops = transform(transform.read(JPEGS[case]()), "test", index)
@@ -81,7 +81,7 @@ def batches_of(decode, num_crops=1):
 @pytest.mark.parametrize("num_crops", [1, 3])
 def test_decoding_on_the_device_gives_the_batch_that_workers_decode(num_crops):
     later, now = (batches_of(decode, num_crops) for decode in ("gpu", "cpu"))
-    assert len(later.encoded.lengths) == 3  # the plain ones that end as a JPEG does
+    assert len(later.encoded.lengths) == 3  # the plain ones with an end marker
     assert len(later.images) == 3 * num_crops
     for got, expected in zip(later.to(CPU), now.to(CPU), strict=True):
         assert torch.equal(got, expected)
@@ -112,7 +112,7 @@ def test_denormalize_does_not_clip():
     assert denormalize(torch.full((1, 3, 2, 2), 9.0), MEAN, STD).min() > 1
 
 
-def test_a_batch_is_what_it_says(tmp_path):
+def test_a_batch_has_the_documented_types(tmp_path):
     write_grays(tmp_path / "cat", [1, 2, 3])
     (batch,) = eval_loader(open_train("", tmp_path))
     assert batch.images.shape == (3, 3, 8, 8)

@@ -46,7 +46,7 @@ from util.errors import InputError
 
 
 def sentence_of(loader):
-    """What the first epoch ends in; kept without the traceback, which would keep the workers."""
+    """Message that ends the first epoch; the traceback would keep the workers alive."""
     try:
         list(loader.steps(0))
     except InputError as error:
@@ -79,11 +79,11 @@ def test_class_folders(tmp_path):
     assert open_val_split("folder", tmp_path) is None
 
 
-@pytest.mark.parametrize("held_out", ["val", "validation", "valid", "eval"])
+@pytest.mark.parametrize("val", ["val", "validation", "valid", "eval"])
 @pytest.mark.parametrize("name", ["", "folder", "torch/folder"])
-def test_train_and_val_folders(tmp_path, name, held_out):
+def test_train_and_val_folders(tmp_path, name, val):
     write_grays(tmp_path / "train" / "cat", [1, 2])
-    write_grays(tmp_path / held_out / "cat", [3])
+    write_grays(tmp_path / val / "cat", [3])
     assert all_values(open_train(name, tmp_path)) == [1, 2]
     assert all_values(open_val_split(name, tmp_path)) == [3]
 
@@ -101,7 +101,7 @@ def test_val_without_train_is_refused(tmp_path):
         open_train("", tmp_path)
 
 
-def test_a_path_of_its_own_is_taken_as_given(tmp_path):
+def test_an_explicit_path_is_taken_as_given(tmp_path):
     write_grays(tmp_path / "train", [1])
     write_grays(tmp_path / "other", [2])
     assert all_values(open_val_split("", tmp_path, search_split=False)) == [2, 1]
@@ -148,13 +148,13 @@ def test_tars_of_splits_are_found_unless_there_are_folders(tmp_path):
         (".JPG", "JPEG"),
     ],
 )
-def test_no_image_is_passed_over_because_of_its_suffix(tmp_path, suffix, file_format):
+def test_no_image_is_skipped_because_of_its_suffix(tmp_path, suffix, file_format):
     write_grays(tmp_path, [1, 2], suffix, file_format)
     write_grays(tmp_path, [3])
     assert all_values(open_train("", tmp_path)) == [1, 2, 3]
 
 
-def test_other_files_are_ignored_aloud(tmp_path, caplog):
+def test_other_files_are_ignored_with_a_warning(tmp_path, caplog):
     write_grays(tmp_path, [1])
     (tmp_path / "b.heic").write_bytes(b"")
     (tmp_path / "README").write_text("about")
@@ -174,7 +174,7 @@ def write_mnist(root):
         (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(header + bytes(values))
 
 
-def test_torchvision_data_sets(tmp_path):
+def test_torchvision_datasets(tmp_path):
     write_mnist(tmp_path)
     dataset = open_train("torch/mnist", tmp_path)
     assert all_values(dataset) == all_labels(dataset) == [1, 2, 3]
@@ -215,12 +215,12 @@ def test_hugging_face_folder_without_labels_and_val_split(tmp_path):
 
 
 def skip_checksums(monkeypatch, module):
-    """torchvision knows the checksums of the real files, which a test has not."""
+    """Let torchvision accept files other than the real ones, whose checksums it knows."""
     monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: Path(path).is_file())
 
 
 def write_places(root, size):
-    # Out of order, so that sorted names are not the labels.
+    # Out of order, so that labels are not positions of sorted names.
     (root / "categories_places365.txt").write_text("/b/bog 1\n/a/arch 0\n/a/abbey 2\n")
     for split, folder, number in (("train_standard", "data_{}_standard", 1), ("val", "val_{}", 4)):
         files = [f"/{'x/' * (split != 'val')}{number + i:03d}.png" for i in range(3)]
@@ -241,9 +241,9 @@ def test_places365_in_the_version_that_is_there(tmp_path, monkeypatch, caplog, s
     assert all_labels(dataset) == [2, 0, 1]
     assert dataset.classes == ("/a/arch", "/b/bog", "/a/abbey")
     assert dataset.name(0) == str(tmp_path / f"data_{size}_standard/x/001.png")
-    held_out = open_val_split("torch/Places365", tmp_path)
-    assert all_values(held_out) == [4, 5, 6]
-    assert check_classes(dataset, held_out, None) == 3
+    val_set = open_val_split("torch/Places365", tmp_path)
+    assert all_values(val_set) == [4, 5, 6]
+    assert check_classes(dataset, val_set, None) == 3
 
 
 def test_incomplete_places365_is_one_sentence(tmp_path, monkeypatch):
@@ -270,12 +270,12 @@ def test_cifar(tmp_path, monkeypatch, name, key):
         batch = {"data": np.full((1, 3072), value, np.uint8), "labels": [value % 3]}
         (folder / file).write_bytes(pickle.dumps(batch))
     (folder / source.meta["filename"]).write_bytes(pickle.dumps({key: ["owl", "ant", "elk"]}))
-    dataset, held_out = (open_(f"torch/{name}", tmp_path) for open_ in (open_train, open_val_split))
+    dataset, val_set = (open_(f"torch/{name}", tmp_path) for open_ in (open_train, open_val_split))
     num_train = len(source.train_list)
     assert all_values(dataset) == list(range(1, num_train + 1))
-    assert all_values(held_out) == [num_train + 1]
-    assert all_labels(held_out) == [(num_train + 1) % 3]
-    assert dataset.classes == held_out.classes == ("owl", "ant", "elk")
+    assert all_values(val_set) == [num_train + 1]
+    assert all_labels(val_set) == [(num_train + 1) % 3]
+    assert dataset.classes == val_set.classes == ("owl", "ant", "elk")
     assert dataset.num_classes == 3
 
 
@@ -290,7 +290,7 @@ def test_inaturalist_2021(tmp_path):
     assert all_values(open_val_split("torch/inat", tmp_path)) == [4, 5, 6]
 
 
-def test_imagenet_goes_by_its_folders_names_for_not_all_others_are_unique(tmp_path):
+def test_imagenet_goes_by_its_folder_names_because_others_are_not_unique(tmp_path):
     names = {"n01": ("crane",), "n02": ("crane", "derrick")}
     torch.save((names, []), tmp_path / "meta.bin")
     for split in ("train", "val"):
@@ -329,17 +329,17 @@ def fill_zip(path):
 @pytest.mark.parametrize(
     ("fill", "name", "place", "advice"),
     [
-        (fill_nothing, "", "", "give a folder or a .tar file that has images in it"),
-        (fill_other_files, "", "", "give a folder or a .tar file that has images in it"),
-        (fill_empty_tar, "tar", "images.tar", "that has images in it (this one has none)"),
+        (fill_nothing, "", "", "give a folder or a .tar file that contains images"),
+        (fill_other_files, "", "", "give a folder or a .tar file that contains images"),
+        (fill_empty_tar, "tar", "images.tar", "that contains images (this one has none)"),
         (fill_broken_tar, "", "images.tar", "give a folder or a .tar file"),
         (fill_zip, "", "images.zip", "give a folder or a .tar file"),
         (fill_nothing, "", "missing", "missing does not exist: correct --data_path"),
-        (fill_nothing, "", None, "name their place by --data_path"),
-        (fill_nothing, "imagenet", "", "--dataset imagenet is unknown: use folder, tar"),
-        (fill_nothing, "foo/bar", "", "--dataset foo/bar is unknown: use folder, tar"),
-        (fill_nothing, "hfds/", "", "is unknown"),
-        (fill_nothing, "inat2019", None, "name their place by --data_path"),
+        (fill_nothing, "", None, "give their path with --data_path"),
+        (fill_nothing, "imagenet", "", "unknown --dataset imagenet: use folder, tar"),
+        (fill_nothing, "foo/bar", "", "unknown --dataset foo/bar: use folder, tar"),
+        (fill_nothing, "hfds/", "", "unknown --dataset hfds/: use"),
+        (fill_nothing, "inat2019", None, "give their path with --data_path"),
         (fill_nothing, "torch/cifar10", "", "download the files first"),
         (fill_nothing, "torch/nonsense", "", "check the name"),
         (fill_nothing, "hfds/nobody/nothing", "", "check the name and the network"),
@@ -358,7 +358,7 @@ def test_wrong_input_is_one_sentence_that_says_what_to_change(tmp_path, fill, na
 
 def test_the_length_of_an_indexed_source_cannot_be_given(tmp_path):
     write_grays(tmp_path, [1])
-    with pytest.raises(InputError, match="drop --num_samples"):
+    with pytest.raises(InputError, match=r"--num_samples is for streams, .*: drop it"):
         open_train("", tmp_path, num_samples=5)
 
 
@@ -380,7 +380,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, name, package):
         open_train(name, tmp_path, num_samples=None if name[0] in "hd" else 2)
 
 
-# Training and held-out images
+# Training and validation images
 
 
 def test_a_pair_has_its_own_transforms(tmp_path):
@@ -403,8 +403,8 @@ def test_a_pair_may_lack_validation_images_or_be_a_stream(tmp_path):
     train_set, val_set = open_train_val(data, RANDOM, STILL, **options)
     assert train_set.num_samples == 4
     assert val_set is None
-    write_grays(tmp_path / "held_out", [7])
-    data = replace(data, val_path=tmp_path / "held_out")
+    write_grays(tmp_path / "other_val", [7])
+    data = replace(data, val_path=tmp_path / "other_val")
     assert all_values(open_train_val(data, RANDOM, STILL, **options)[1]) == [7]
 
 
@@ -429,7 +429,7 @@ def test_evaluation_needs_no_training_images(tmp_path, name, data_path, val_path
 
 
 def break_images(folder):
-    """Every way in which a file is no image, in place of numbers 1, 4, 5 and 7 of ten."""
+    """Replace images 1, 4, 5 and 7 of ten by files that are broken in every way."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (64, 64, 3), np.uint8)
     jpeg, png = io.BytesIO(), io.BytesIO()
@@ -469,7 +469,7 @@ def test_a_file_that_disappears_is_broken(tmp_path):
     assert all_values(dataset) == [2, 2]
 
 
-def test_a_mistake_in_the_transform_is_not_taken_for_a_broken_image(tmp_path):
+def test_an_error_in_the_transform_is_not_mistaken_for_a_broken_image(tmp_path):
     write_grays(tmp_path, [1])
     with pytest.raises(ZeroDivisionError):
         open_train("", tmp_path, transform=Augmentation(lambda image: 1 / 0))[0, 0]
@@ -519,7 +519,7 @@ def test_more_broken_files_than_allowed_stop_the_run_with_the_list():
     assert "20.png" not in message
 
 
-def test_a_resumed_run_goes_on_counting_broken_files(caplog):
+def test_a_resumed_run_continues_to_count_broken_files(caplog):
     before, after = (BrokenImages(num_images=100, max_share=0.02) for _ in range(2))
     before.add([("a.png", "empty"), ("b.png", "empty")])
     after.load_state_dict(json.loads(json.dumps(before.state_dict())))
@@ -574,7 +574,7 @@ def test_a_restart_gives_the_remaining_batches(tmp_path, num_workers):
         assert_same(flat(fresh.steps(3, first_step)), flat(full[first_step:]))
 
 
-def test_an_epoch_left_in_the_middle_leaves_nothing_behind(tmp_path):
+def test_an_abandoned_epoch_does_not_affect_the_next(tmp_path):
     write_noise(tmp_path, 20)
     loader = train_loader(open_train("", tmp_path, RANDOM), num_workers=2)
     full = flat(loader.steps(0))
@@ -589,13 +589,13 @@ def test_ranks_together_read_what_one_process_reads(tmp_path, batch_size, accum_
     shape = {"batch_size": batch_size, "accum_iter": accum_iter, "world_size": world_size}
     ranks = [list(train_loader(dataset, rank=r, **shape).steps(0)) for r in range(world_size)]
     whole = list(train_loader(dataset, batch_size=6).steps(0))
-    for step in range(2):  # the third has one image, and stand-ins
+    for step in range(2):  # the third has one image and stand-ins
         own = [value for rank in ranks for value in values_of(rank[step])]
         assert sorted(own) == sorted(values_of(whole[step]))
     assert [values_of(rank[2]) for rank in ranks] == [values_of(whole[2])] * world_size
 
 
-def test_reading_neither_needs_nor_moves_global_random_state(tmp_path):
+def test_reading_neither_uses_nor_changes_global_random_state(tmp_path):
     write_noise(tmp_path, 7)
     first = flat(train_loader(open_train("", tmp_path, RANDOM)).steps(0))
     torch.manual_seed(123)
@@ -619,7 +619,7 @@ def test_evaluation_reads_each_image_once_and_unpadded(tmp_path, num_workers):
             loader = eval_loader(
                 dataset, batch_size=2, rank=rank, world_size=world_size, num_workers=num_workers
             )
-            for _ in range(2):  # a loader is there for every epoch
+            for _ in range(2):  # a loader can be used again
                 assert values_of(loader) == list(range(7))[rank::world_size]
 
 
@@ -631,7 +631,7 @@ def test_a_stream_reads_whole_steps_and_says_how_it_resumes(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         loader = train_loader(open_shards(tmp_path, 14), accum_iter=2)
     assert "resumes at the start of an epoch" in caplog.text
-    assert "leaves out the 2 of its 14 images" in caplog.text
+    assert "drops the 2 of its 14 images" in caplog.text
     assert not loader.resumes_mid_epoch
     assert (loader.steps_per_epoch, loader.effective_batch_size) == (3, 4)
     assert [loader.images_in_step(step) for step in range(3)] == [4, 4, 4]
@@ -658,7 +658,7 @@ def test_a_stream_restarts_at_an_epoch_with_the_same_batches(tmp_path, num_worke
     assert_same(flat(second.steps(1)), epochs[1])
 
 
-def test_ranks_share_a_stream_out(tmp_path):
+def test_ranks_split_a_stream(tmp_path):
     write_shards(tmp_path, [4, 4])
     loaders = [train_loader(open_shards(tmp_path, 8), rank=r, world_size=2) for r in range(2)]
     values = [set(values_of(flat(loader.steps(0)))) for loader in loaders]
@@ -667,18 +667,18 @@ def test_ranks_share_a_stream_out(tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_stream_that_runs_dry_starts_again_and_logs_it(tmp_path, caplog, num_workers):
+def test_an_exhausted_stream_starts_again_and_logs_it(tmp_path, caplog, num_workers):
     write_shards(tmp_path, [3, 2])
     loader = train_loader(open_shards(tmp_path, 12), num_workers=num_workers)
     values = values_of(flat(loader.steps(0)))
     assert len(values) == 12
     assert set(values[:5]) == set(values[5:10]) == {1, 2, 3, 4, 5}
     if num_workers == 0:  # a worker's log does not reach this process
-        assert "runs dry after 5 images and starts again" in caplog.text
+        assert "exhausted after 5 images and starts again" in caplog.text
 
 
-def test_unlabelled_shards(tmp_path):
-    write_shards(tmp_path, [2, 2], labelled=False)
+def test_unlabeled_shards(tmp_path):
+    write_shards(tmp_path, [2, 2], labeled=False)
     batches = flat(train_loader(open_shards(tmp_path, 4)).steps(0))
     assert sorted(values_of(batches)) == [1, 2, 3, 4]
     assert {int(label) for batch in batches for label in batch.labels} == {-1}

@@ -1,4 +1,4 @@
-"""Several crops of an image: what the loader counts, and that they stay together."""
+"""Several crops per image: what the loader counts, and that they stay together."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def loader_of(dataset, batch_size=6, accum_iter=1, rank=0, world_size=1, num_wor
 
 
 def crops_of(steps):
-    """Every crop of an epoch, as bytes."""
+    """Return every crop of an epoch as bytes."""
     batches = [batch.to(CPU)[0] for step in steps for batch in step]
     return [crop.numpy().tobytes() for images in batches for crop in images]
 
@@ -84,8 +84,10 @@ def test_processes_together_read_the_crops_that_one_reads(images):
         assert parts == [first, second]
 
 
-def test_a_batch_that_would_part_an_images_crops_is_refused(images):
-    with pytest.raises(InputError, match="make it a multiple of --repeated_aug 3") as caught:
+def test_a_batch_that_would_separate_an_images_crops_is_refused(images):
+    with pytest.raises(
+        InputError, match="--batch_size 8 must be a multiple of --repeated_aug 3"
+    ) as caught:
         loader_of(dataset_of(images), batch_size=8)
     assert "\n" not in str(caught.value)
 
@@ -94,11 +96,11 @@ def test_a_stream_gives_several_crops_too(tmp_path):
     write_shards(tmp_path, [8, 6])
     transform = pretrain_transform((8, 8), PLAIN.mean, PLAIN.std, num_crops=2)
     loader = loader_of(open_shards(tmp_path, 14, transform=transform), batch_size=8)
-    assert (loader.steps_per_epoch, loader.effective_batch_size) == (3, 8)  # two images left out
+    assert (loader.steps_per_epoch, loader.effective_batch_size) == (3, 8)  # drops two images
     assert [loader.images_in_step(step) for step in range(3)] == [8, 8, 8]
     crops = crops_of(loader.steps(1))
     assert len(crops) == 24
-    assert crops[::2] == crops[1::2]  # of images of one colour each
+    assert crops[::2] == crops[1::2]  # each image has one color
     assert len(set(crops)) == 12
 
 

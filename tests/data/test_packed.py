@@ -1,4 +1,4 @@
-"""Packed images: what was written is what is read, in every process, or is refused."""
+"""Packed images are read as they were written, in every process, or are refused."""
 
 import json
 import pickle
@@ -23,7 +23,7 @@ from util.data.settings import DataSettings
 from util.errors import InputError
 
 SIZES = [(5, 7), (1, 9), (300, 2)]
-NAMES = ["cat/1.png", "cat/zwei und 2.webp", "ödnis/\udcff.jpg"]  # the last is no UTF-8
+NAMES = ["cat/1.png", "cat/zwei und 2.webp", "ödnis/\udcff.jpg"]  # the last is not UTF-8
 LABELS = [0, 0, 1]
 CLASSES = ("cat", "ödnis")
 
@@ -65,10 +65,10 @@ def read(images, index):
     return images[index]
 
 
-def test_another_process_maps_the_file_by_itself(folder):
+def test_another_process_maps_the_file_on_its_own(folder):
     images = PackedImages(folder)
     pixels, label = images[2]
-    assert len(pickle.dumps(images)) < pixels.nbytes  # nothing of the file is in it
+    assert len(pickle.dumps(images)) < pixels.nbytes  # does not include the file
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         found = pool.submit(read, images, 2).result()
     np.testing.assert_array_equal(found[0], pixels)
@@ -83,7 +83,7 @@ def test_packed_folders_are_known_by_their_index(folder):
     assert not holds_packed(folder.parent)
 
 
-def test_packed_images_are_a_data_set_found_by_name_or_by_themselves(folder):
+def test_packed_images_are_a_dataset_given_by_name_or_inferred(folder):
     shutil.copytree(folder, folder.parent / "val")
     options = {"transform": None, "seed": 0}
     assert DataSettings(data_path=folder.parent).name == "packed"
@@ -94,22 +94,22 @@ def test_packed_images_are_a_data_set_found_by_name_or_by_themselves(folder):
             assert (len(images), images.classes) == (3, CLASSES)
             assert images.name(0) == f"{folder}/cat/1.png"
         assert build_dataset(name, folder, split="validation", **options) is None
-        held_out = build_dataset(name, folder.parent, split="validation", **options)
-        assert held_out.reader.root == folder.parent / "val"
-    # Wherever a folder of images could be named.
-    held_out = open_val(DataSettings(dataset="digits", val_path=folder.parent / "val"), **options)
-    assert held_out.reader.root == folder.parent / "val"
+        val_set = build_dataset(name, folder.parent, split="validation", **options)
+        assert val_set.reader.root == folder.parent / "val"
+    # They are accepted wherever a folder of images is.
+    val_set = open_val(DataSettings(dataset="digits", val_path=folder.parent / "val"), **options)
+    assert val_set.reader.root == folder.parent / "val"
 
 
 @pytest.mark.parametrize(
     ("path", "advice"),
     [
-        (None, "name their place by --data_path"),
+        (None, "give their path with --data_path"),
         ("nowhere", "nowhere does not exist: correct --data_path"),
-        (".", "packed.json does not exist: name a folder that scripts/prepare_dataset.py has"),
+        (".", "packed.json does not exist: use a folder that scripts/prepare_dataset.py has"),
     ],
 )
-def test_a_wrong_place_is_refused_in_one_sentence(tmp_path, path, advice):
+def test_a_wrong_path_is_refused_in_one_sentence(tmp_path, path, advice):
     with pytest.raises(InputError) as error:
         build_dataset("packed", path and tmp_path / path, split="train", transform=None, seed=0)
     assert advice in str(error.value)
@@ -135,10 +135,13 @@ def shorten(path, size):
 @pytest.mark.parametrize(
     ("damage", "advice"),
     [
-        (lambda f: shorten(f / PIXELS, 1000), "has 1000 bytes and not the 1932 of packed.json"),
+        (lambda f: shorten(f / PIXELS, 1000), "has 1000 bytes, but packed.json says 1932"),
         (lambda f: shorten(f / RECORDS, 200), "prepare them again"),
         (lambda f: shorten(f / RECORDS, 0), "prepare them again"),
-        (lambda f: np.save(f / RECORDS, np.load(f / RECORDS)[:2]), "has 2 records and not the 3"),
+        (
+            lambda f: np.save(f / RECORDS, np.load(f / RECORDS)[:2]),
+            "has 2 records, but packed.json says 3",
+        ),
         (lambda f: np.save(f / RECORDS, np.zeros(3)), "records.npy is damaged"),
         (lambda f: np.save(f / RECORDS, np.array([{}] * 3)), "prepare them again"),
         *(
@@ -148,13 +151,13 @@ def shorten(path, size):
         (lambda f: change_record(f, "height", -1), "records.npy is damaged"),
         (lambda f: change_record(f, "label", -1), "records.npy is damaged"),
         (lambda f: change_index(f, version=2), "has version 2 of the packed format"),
-        (lambda f: change_index(f, bytes=1), "has 1932 bytes and not the 1"),
-        (lambda f: change_index(f, images="3"), "has 3 records and not the 3"),
+        (lambda f: change_index(f, bytes=1), "has 1932 bytes, but packed.json says 1:"),
+        (lambda f: change_index(f, images="3"), "has 3 records, but packed.json says 3"),
         (lambda f: change_index(f, classes=["cat"]), "records.npy is damaged"),
         (lambda f: (f / INDEX).write_text("{}"), "(KeyError: 'version')"),
         (lambda f: (f / INDEX).write_text("[]"), "(TypeError"),
         (lambda f: (f / INDEX).write_bytes(b"\xff"), "prepare them again"),
-        (lambda f: (f / PIXELS).unlink(), "pixels.bin does not exist: name a folder"),
+        (lambda f: (f / PIXELS).unlink(), "pixels.bin does not exist: use a folder"),
         (lambda f: (f / RECORDS).unlink(), "records.npy does not exist"),
         (lambda f: shutil.rmtree(f), "packed.json does not exist"),
     ],

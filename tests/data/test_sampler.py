@@ -24,7 +24,7 @@ def samplers(num_samples, batch_size, accum_iter, world_size, seed=3):
 
 
 def steps_of(sampler, epoch=0, first_step=0):
-    """The micro-batches of each step, as the sampler itself says how many there are."""
+    """Return the micro-batches of each step, as many as the sampler says there are."""
     sampler.set_position(epoch, first_step)
     batches = iter(sampler)
     steps = [
@@ -41,7 +41,7 @@ def images_of(step):
 
 @pytest.mark.parametrize("num_samples", SIZES)
 @pytest.mark.parametrize(("batch_size", "accum_iter", "world_size"), SPLITS)
-def test_each_image_comes_up_once_whatever_the_split(
+def test_each_image_is_read_once_whatever_the_split(
     num_samples, batch_size, accum_iter, world_size
 ):
     ranks = samplers(num_samples, batch_size, accum_iter, world_size)
@@ -72,7 +72,7 @@ def test_each_image_comes_up_once_whatever_the_split(
     assert sorted(seen) == list(range(num_samples))
 
 
-def test_ranks_take_turns_and_keep_the_order():
+def test_ranks_are_interleaved_and_keep_the_order():
     chunk = images_of(steps_of(samplers(12, 12, 1, 1)[0])[0])
     ranks = samplers(12, 2, 2, 3)
     assert [images_of(steps_of(rank)[0]) for rank in ranks] == [chunk[r::3] for r in range(3)]
@@ -93,7 +93,7 @@ def test_len_counts_the_micro_batches_left():
             assert len(rank) == len(list(rank))
 
 
-def test_images_in_step_add_up_to_the_data_set():
+def test_images_in_step_add_up_to_the_dataset():
     sampler = samplers(61, 3, 2, 4)[1]
     counts = [sampler.images_in_step(step) for step in range(sampler.steps_per_epoch)]
     assert counts == [24, 24, 13]
@@ -114,7 +114,7 @@ def test_every_item_names_its_epoch():
     } == {5}
 
 
-def test_the_order_neither_reads_nor_moves_global_random_state():
+def test_the_order_neither_uses_nor_changes_global_random_state():
     sampler = samplers(50, 5, 1, 1)[0]
     order = steps_of(sampler)
     torch.manual_seed(99)

@@ -1,4 +1,4 @@
-"""The digits, iNaturalist 2019 and .tar files, and what is told of them when they are broken."""
+"""The digits, iNaturalist 2019 and .tar files, and the messages about broken ones."""
 
 import json
 
@@ -19,18 +19,18 @@ from util.data.classes import check_classes
 from util.errors import InputError
 
 
-def test_a_tar_that_was_cut_off_after_it_was_opened_breaks_its_last_images(tmp_path):
+def test_a_tar_truncated_after_opening_breaks_its_last_images(tmp_path):
     path = tmp_path / "images.tar"
     write_tar(path, {f"cat/{i}.png": encoded(i) for i in range(3)})
     reader = open_train("tar", path).reader
     with path.open("r+b") as file:
         file.truncate(reader.samples[2][0].offset_data + 10)
     assert reader[1][0].read() == encoded(1)
-    with pytest.raises(OSError, match="ends within the image"):
+    with pytest.raises(OSError, match="ends inside the image"):
         reader[2]
 
 
-def test_a_tar_that_was_cut_off_between_two_images_is_told(tmp_path, caplog):
+def test_a_tar_truncated_between_two_images_is_reported(tmp_path, caplog):
     path = tmp_path / "images.tar"
     write_tar(path, {f"cat/{i}.png": encoded(i) for i in range(3)})
     reader = open_train("tar", path).reader
@@ -42,7 +42,7 @@ def test_a_tar_that_was_cut_off_between_two_images_is_told(tmp_path, caplog):
 
 
 def test_tar_read_here_first_and_then_by_workers(tmp_path):
-    # Large enough that processes sharing a position in the file would get in each other's way.
+    # Large enough that processes sharing a file position would interfere with each other.
     files = {f"{i:03d}.bmp": encoded(i, "BMP", side=80) for i in range(200)}
     write_tar(tmp_path / "images.tar", files)
     dataset = open_train("", tmp_path / "images.tar")
@@ -52,14 +52,14 @@ def test_tar_read_here_first_and_then_by_workers(tmp_path):
     assert not any(batch.broken for batch in batches)
 
 
-def test_digits_hold_out_every_fifth():
-    train, held_out = open_train("digits", None), open_val_split("digits", None)
-    assert (len(train), len(held_out)) == (1437, 360)
-    assert train.num_classes == held_out.num_classes == 10
-    assert train.classes == held_out.classes == tuple("0123456789")
+def test_every_fifth_digit_is_for_validation():
+    train, val_set = open_train("digits", None), open_val_split("digits", None)
+    assert (len(train), len(val_set)) == (1437, 360)
+    assert train.num_classes == val_set.num_classes == 10
+    assert train.classes == val_set.classes == tuple("0123456789")
     image, label = train.reader[0]
     assert (image.size, image.mode) == ((32, 32), "RGB")
-    assert all_labels(held_out)[:4] == [0, 5, 0, 5]  # numbers 0, 5, 10, 15 of the set
+    assert all_labels(val_set)[:4] == [0, 5, 0, 5]  # numbers 0, 5, 10, 15 of the set
     assert all_labels(train)[:8] == [1, 2, 3, 4, 6, 7, 8, 9]
     pixels = np.stack([np.asarray(train.reader[i][0]) for i in range(50)])
     assert pixels.max() == 255
@@ -67,7 +67,7 @@ def test_digits_hold_out_every_fifth():
 
 
 def write_inat(folder, split="train", ids=(7, 30, 400), names=("ash", "bee", "cod"), **changes):
-    """Two images of each category, listed backwards; a change replaces a part of the list."""
+    """Write two images per category, listed backwards; `changes` replace parts of the list."""
     categories = [
         {"id": i, "name": name} if name else {"id": i} for i, name in zip(ids, names, strict=True)
     ]
@@ -85,14 +85,14 @@ def write_inat(folder, split="train", ids=(7, 30, 400), names=("ash", "bee", "co
 def test_inaturalist_2019(tmp_path):
     write_inat(tmp_path)
     write_inat(tmp_path, "val", ids=(7, 400), names=("ash", "cod"))
-    dataset, held_out = open_train("inat2019", tmp_path), open_val_split("iNat2019", tmp_path)
+    dataset, val_set = open_train("inat2019", tmp_path), open_val_split("iNat2019", tmp_path)
     assert all_values(dataset) == [1, 2, 3, 4, 5, 6]
     assert all_labels(dataset) == [0, 0, 1, 1, 2, 2]
     assert (dataset.classes, dataset.num_classes) == (("ash", "bee", "cod"), 3)
     assert dataset.name(5) == str(tmp_path / "train_val2019/Plants/400/train_5.png")
-    assert all_labels(held_out) == [0, 0, 1, 1]
-    with pytest.raises(InputError, match=r"held-out .* training images.* 1 are missing \(bee\)"):
-        check_classes(dataset, held_out, None)
+    assert all_labels(val_set) == [0, 0, 1, 1]
+    with pytest.raises(InputError, match=r"validation .* training images.* 1 missing \(bee\)"):
+        check_classes(dataset, val_set, None)
     (tmp_path / "train_val2019/Plants/7/train_0.png").unlink()
     assert all_values(dataset) == [2, 2, 3, 4, 5, 6]
 
@@ -113,10 +113,10 @@ ANNOTATION = {"image_id": 100, "category_id": 7}
         ({"annotations": []}, "exactly one annotation for each of its 6 images, but has 0 for 0"),
         ({"annotations": [ANNOTATION]}, "has 1 for 1 images: download it again"),
         ({"annotations": [ANNOTATION] * 2}, "has 2 for 1 images"),
-        ({"annotations": [{"image_id": 100, "category_id": 8}]}, "no list of iNaturalist 2019"),
+        ({"annotations": [{"image_id": 100, "category_id": 8}]}, "not a list of iNaturalist 2019"),
         ({"annotations": [{"image_id": 100}]}, "(KeyError: 'category_id')"),
-        ({"categories": None}, "no list of iNaturalist 2019: download it again (TypeError"),
-        ({"images": [{"id": 1, "file_name": "a"}] * 2}, "an id twice"),
+        ({"categories": None}, "not a list of iNaturalist 2019: download it again (TypeError"),
+        ({"images": [{"id": 1, "file_name": "a"}] * 2}, "repeats an id"),
         ({"images": [], "annotations": []}, "has no images"),
     ],
 )
@@ -129,9 +129,9 @@ def test_a_malformed_inaturalist_list_is_one_sentence(tmp_path, changes, advice)
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe\xfa", b""])
-def test_what_is_no_inaturalist_list_is_one_sentence(tmp_path, content):
+def test_a_file_that_is_not_an_inaturalist_list_is_one_sentence(tmp_path, content):
     (tmp_path / "train2019.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"train2019.json is no list of iNaturalist 2019"):
+    with pytest.raises(InputError, match=r"train2019.json is not a list of iNaturalist 2019"):
         open_train("inat2019", tmp_path)
-    with pytest.raises(InputError, match=r"val2019.json does not exist: give the folder"):
+    with pytest.raises(InputError, match=r"val2019.json does not exist: set --data_path"):
         open_val_split("inat2019", tmp_path)

@@ -28,7 +28,7 @@ IDENTITY = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def prepared(transform, image, *place):
-    """What a model gets of a Pillow image: (K, 3, H, W)."""
+    """Return the input (K, 3, H, W) of a model for a Pillow image."""
     crops = transform(transform.read(image.copy()), "test", *place)
     return collate([Sample(crops, label=-1, broken=[])]).to(CPU)[0]
 
@@ -62,7 +62,7 @@ def test_the_box_of_an_extreme_image_is_torchvisions(size):
     assert ours == theirs
 
 
-def test_crops_follow_from_the_place_and_the_first_ones_stay_with_more():
+def test_crops_follow_from_the_seed_and_the_first_ones_stay_with_more():
     few, many = (pretrain_transform((16, 16), *IDENTITY, num_crops=n) for n in (2, 5))
     first = few.draw(45, 67, 0, 1, 2)
     assert first == few.draw(45, 67, 0, 1, 2) == tuple(x[:2] for x in many.draw(45, 67, 0, 1, 2))
@@ -72,11 +72,11 @@ def test_crops_follow_from_the_place_and_the_first_ones_stay_with_more():
     assert 430 < sum(flips) < 570
 
 
-# What transforms make of images
+# Results of transforms
 
 
 def coordinates_image(side=256):
-    """Red is the column, green the row, so that a crop shows where it was cut."""
+    """Image whose red is the column and green the row, so that a crop shows where it was cut."""
     rows, columns = np.mgrid[:side, :side].astype(np.uint8)
     return Image.fromarray(np.stack([columns, rows, 0 * rows], axis=-1))
 
@@ -94,7 +94,7 @@ def finetune(size=(32, 48), normalization=IDENTITY, **options):
         (finetune, 0.08),
     ],
 )
-def test_crops_of_a_share_of_the_area_to_all_of_it_and_half_of_them_flipped(build, min_area):
+def test_crops_cover_min_area_to_the_whole_image_and_half_are_flipped(build, min_area):
     image, transform = coordinates_image(), build()
     crops = torch.cat([prepared(transform, image, index) for index in range(400)])
     assert crops.shape == (400, 3, 32, 48)
@@ -135,14 +135,14 @@ def test_eval_transform_equals_torchvisions_for_squares():
     for width, height in ((300, 500), (640, 333), (256, 256), (50, 40)):
         noise = torch.randint(256, (height, width, 3), dtype=torch.uint8).numpy()
         image = Image.fromarray(noise)
-        # Resized in uint8 by torch and not by Pillow, whose rounding is another.
+        # Resized in uint8 by PyTorch and not by Pillow, which rounds differently.
         difference = (prepared(ours, image)[0] - usual(image)) * torch.tensor(STD).view(3, 1, 1)
         assert 255 * difference.abs().mean() < 0.1
         assert 255 * difference.abs().max() < 2.5
 
 
 @pytest.mark.parametrize("image_size", [(400, 100), (100, 400), (256, 256), (7, 5)])
-def test_eval_transform_cuts_the_centre_without_padding(image_size):
+def test_eval_transform_cuts_the_center_without_padding(image_size):
     image = Image.new("RGB", image_size, "white")
     (tensor,) = prepared(eval_transform((32, 64), *IDENTITY, crop_pct=0.8), image)
     assert tensor.shape == (3, 32, 64)
@@ -160,7 +160,7 @@ def test_eval_transform_keeps_the_aspect_ratio_and_the_middle():
     ("size", "share"),
     [((224, 224), 0.875), ((32, 32), 0.875), ((225, 225), 1), ((192, 384), 1), ((384, 384), 1)],
 )
-def test_small_images_are_cut_out_of_larger_ones(size, share):
+def test_small_crops_are_cut_out_of_larger_images(size, share):
     assert default_crop_pct(size) == share
 
 
@@ -169,13 +169,13 @@ def test_crop_pct_above_one_is_refused():
         eval_transform((32, 32), MEAN, STD, crop_pct=1.1)
 
 
-def test_normalised_with_mean_and_std_and_back():
+def test_normalized_with_mean_and_std_and_back():
     image = Image.new("RGB", (8, 8), (255, 0, 51))
     (tensor,) = prepared(eval_transform((4, 4), MEAN, STD), image)
     expected = torch.tensor([(1 - 0.5) / 0.2, -0.4 / 0.25, (0.2 - 0.3) / 0.3])
     torch.testing.assert_close(tensor[:, 0, 0], expected)
-    colours = denormalize(tensor[None], MEAN, STD)[0, :, 0, 0]
-    torch.testing.assert_close(colours, torch.tensor([1.0, 0.0, 0.2]))
+    colors = denormalize(tensor[None], MEAN, STD)[0, :, 0, 0]
+    torch.testing.assert_close(colors, torch.tensor([1.0, 0.0, 0.2]))
 
 
 # Augmentation of fine-tuning
@@ -184,7 +184,7 @@ STRONG = {"auto_augment": "rand-m9-mstd0.5-inc1", "reprob": 0.5}
 
 
 class Noise:
-    """Eight images with labels, whose every crop differs."""
+    """Eight labeled images of which every crop differs."""
 
     classes = ("a", "b")
 
@@ -200,7 +200,7 @@ class Noise:
 
 
 def epoch_of(transform, epoch, num_workers=0):
-    """The images of an epoch, by their index."""
+    """Return the images of an epoch in the order they are read."""
     options = {"batch_size": 8, "accum_iter": 1, "rank": 0, "world_size": 1, "seed": 3}
     dataset = IndexedImages(Noise(), transform, seed=3)
     loader = build_train_loader(dataset, num_workers=num_workers, pin_memory=False, **options)
@@ -234,7 +234,7 @@ def test_finetune_images_follow_from_seed_epoch_and_index(options):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 32), (224, 160)])
-def test_finetune_images_are_normalised_float32(size):
+def test_finetune_images_are_normalized_float32(size):
     transform = finetune(size, (MEAN, STD), **STRONG)
     ((image,), *_) = transform(coordinates_image(), "test")
     assert type(image) is torch.Tensor
@@ -249,7 +249,7 @@ def test_random_erasing_replaces_a_rectangle(mode):
     transform = finetune((64, 64), (MEAN, STD), reprob=1.0, remode=mode)
     image = prepared(transform, Image.new("RGB", (64, 64), "white"))[0, 0]
     erased = image[image != image[image.isclose(torch.tensor((1 - MEAN[0]) / STD[0]))][0]]
-    assert 0.01 < erased.numel() / image.numel() < 0.35  # timm's rectangles: 2 to 33 % of the area
+    assert 0.01 < erased.numel() / image.numel() < 0.35  # timm's rectangles: 2 to 33% of the area
     assert (len(erased.unique()) > 1) == (mode == "pixel")
     assert mode != "const" or not erased.any()
 
@@ -262,6 +262,6 @@ def test_random_erasing_replaces_a_rectangle(mode):
     ],
 )
 def test_a_bad_auto_augment_is_one_sentence(text):
-    with pytest.raises(InputError, match=r"write it as in rand-m9-mstd0\.5-inc1") as error:
+    with pytest.raises(InputError, match=r"write it like rand-m9-mstd0\.5-inc1") as error:
         finetune(auto_augment=text)
     assert "\n" not in str(error.value)

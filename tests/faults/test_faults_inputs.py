@@ -668,7 +668,7 @@ def test_a_run_survives_broken_images_and_tells_each_once(tmp_path, capsys, monk
     out = capsys.readouterr().out
     log = read_log(tmp_path / "run")
     assert [line["broken_images"] for line in log] == [5, 5]
-    warnings = [line for line in out.splitlines() if "Broken image, another" in line]
+    warnings = [line for line in out.splitlines() if "Broken image, replaced" in line]
     assert len(warnings) == 5
     for name in names:
         told = os.fsdecode(name).encode(errors="backslashreplace").decode()

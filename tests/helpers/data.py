@@ -1,4 +1,4 @@
-"""Images that tell which they are, in data sets of every layout, and what loaders make of them."""
+"""Images that can be told apart, in datasets of every layout, and loaders of them."""
 
 import io
 import tarfile
@@ -20,7 +20,7 @@ SEED = 5
 
 
 def encoded(value, file_format="PNG", side=8):
-    """An image file of one grey, so that a tensor tells which image it was."""
+    """Image file of one gray value, which identifies the image in a tensor."""
     file = io.BytesIO()
     Image.new("RGB", (side, side), (value, value, value)).save(file, file_format)
     return file.getvalue()
@@ -33,7 +33,7 @@ def write_grays(folder, values, suffix=".png", file_format="PNG"):
 
 
 def write_noise(folder, num_images, num_classes=2):
-    """Images in which every crop differs."""
+    """Write images in which every crop differs."""
     pixels = np.random.default_rng(0).integers(0, 256, (num_images, 12, 12, 3), np.uint8)
     for index, image in enumerate(pixels):
         path = folder / f"class_{index % num_classes}" / f"{index:03d}.png"
@@ -108,14 +108,14 @@ def write_parquet(folder, values, split="train", column="label"):
     )
 
 
-def write_shards(folder, sizes, labelled=True):
-    """Shards of numbered images; the numbers go on from shard to shard."""
+def write_shards(folder, sizes, labeled=True):
+    """Write shards of numbered images; the numbers continue from shard to shard."""
     numbers = iter(range(1, 1 + sum(sizes)))
     for shard, size in enumerate(sizes):
         files = {}
         for number in [next(numbers) for _ in range(size)]:
             files[f"{number:03d}.png"] = encoded(number)
-            if labelled:
+            if labeled:
                 files[f"{number:03d}.cls"] = str(number % 3).encode()
         write_tar(folder / f"train-{shard}.tar", files)
 

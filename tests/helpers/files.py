@@ -1,4 +1,4 @@
-"""Small folders of images, and files compared."""
+"""Small folders of images, and helpers to compare files."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 class RunsCode:
-    """Makes a folder when it is unpickled the usual way."""
+    """Creates a folder when unpickled in the usual way."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -19,7 +19,7 @@ class RunsCode:
 
 
 def write_images(folder, num_images, size=20):
-    """Different images with some structure: a gradient, and noise of a few pixels' size."""
+    """Write different images with some structure: a gradient, and noise a few pixels wide."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(num_images)
     ramp = np.linspace(0, 128, size).reshape(1, size, 1)
@@ -34,7 +34,7 @@ CLASSES = {"apple": 12, "bear": 12, "cup": 13}
 
 
 def write_classes(folder):
-    """Class folders of 37 training images, in five steps of 8 an epoch, and 12 held-out ones."""
+    """Write class folders of 37 training images (5 steps of 8 per epoch) and 12 for validation."""
     for number, (name, num_images) in enumerate(CLASSES.items(), start=3):
         write_images(folder / "train" / name, num_images)
         write_images(folder / "val" / name, number)
@@ -42,7 +42,7 @@ def write_classes(folder):
 
 
 def files_in(folder):
-    """Every file in a folder with its content, by its path from there."""
+    """Return the content of every file in a folder, by its relative path."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -51,5 +51,5 @@ def files_in(folder):
 
 
 def copied(folder, place):
-    """A copy of a folder, for a test that changes it."""
+    """Copy a folder for a test that changes it."""
     return Path(shutil.copytree(folder, place))

@@ -1,4 +1,4 @@
-"""JPEG files of every kind that a camera or program writes."""
+"""JPEG files of all kinds that cameras and programs write."""
 
 import io
 
@@ -8,7 +8,7 @@ from PIL import Image
 ORIENTATION = 0x0112
 
 
-# What each EXIF orientation asks of a viewer.
+# How to turn an image of each EXIF orientation upright.
 UPRIGHT = {
     1: lambda a: a,
     2: np.fliplr,
@@ -22,7 +22,7 @@ UPRIGHT = {
 
 
 def file_of(image, file_format, **options):
-    """The image as an open file."""
+    """Return the image as an open file."""
     file = io.BytesIO()
     image.save(file, file_format, **options)
     file.seek(0)
@@ -30,7 +30,7 @@ def file_of(image, file_format, **options):
 
 
 def photo(width=67, height=45):
-    """Something like a photograph: smooth, with some noise."""
+    """Return an image like a photograph: smooth, with some noise."""
     rng = np.random.default_rng(width)
     coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
@@ -44,7 +44,7 @@ def exif(orientation):
 
 
 def padded(file):
-    """A JPEG file with bytes in front of its first segment that readers pass over."""
+    """Insert bytes before a JPEG's first segment that readers skip."""
     data = file.getvalue()
     return io.BytesIO(data[:2] + b"\xff\xff" + data[2:])
 
@@ -55,11 +55,11 @@ JPEGS = {
     "progressive": lambda: file_of(photo(), "JPEG", progressive=True),
     "without subsampling": lambda: file_of(photo(), "JPEG", subsampling=0),
     "RGB inside": lambda: file_of(photo(), "JPEG", keep_rgb=True),
-    "grey": lambda: file_of(photo().convert("L"), "JPEG"),
+    "gray": lambda: file_of(photo().convert("L"), "JPEG"),
     "CMYK": lambda: file_of(photo().convert("CMYK"), "JPEG"),
     "comment and profile": lambda: file_of(photo(), "JPEG", comment=b"no", icc_profile=b"i" * 999),
     **{f"EXIF {n}": lambda n=n: file_of(photo(), "JPEG", exif=exif(n)) for n in UPRIGHT},
-    "EXIF behind padding": lambda: padded(JPEGS["EXIF 6"]()),
+    "EXIF after padding": lambda: padded(JPEGS["EXIF 6"]()),
     "XMP": lambda: file_of(photo(), "JPEG", xmp=XMP),
     "two pictures": lambda: file_of(photo(), "MPO", save_all=True, append_images=[photo(9)]),
     "tiny": lambda: file_of(photo(1, 1), "JPEG"),

@@ -1,4 +1,4 @@
-"""Tiny models and checkpoints as this project, timm, transformers and the released code write."""
+"""Tiny models and checkpoints of this project, timm, transformers and the released code."""
 
 import argparse
 
@@ -51,7 +51,7 @@ HF_SIZES = {
 
 
 def randomized(model):
-    """Weights that no initialisation gives, so that none can be left out unnoticed."""
+    """Set weights unlike any initialization, so that no missing one goes unnoticed."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.2 + ("norm" in name))
@@ -73,7 +73,7 @@ def hf_nano(kind, **options):
 
 
 def pretrained(model, **options):
-    """The content of a pre-training checkpoint."""
+    """Return the content of a pre-training checkpoint."""
     name = "mae" if hasattr(model.decoder, "embed") else "crossmae"
     options = {"img_size": list(model.encoder.img_size), "decoder_depth": 2, **options}
     return {
@@ -91,7 +91,7 @@ def pretrained(model, **options):
 
 
 def finetuned(model, *, kind="finetune", ema=None, classes=None):
-    """The content of a fine-tuning or probing checkpoint."""
+    """Return the content of a fine-tuning or linear-probing checkpoint."""
     options = {"img_size": list(model.img_size), "num_classes": 3, "pool": model.pool}
     return {
         "format": f"crossmae-{kind}",
@@ -107,7 +107,7 @@ def finetuned(model, *, kind="finetune", ema=None, classes=None):
 
 
 def released(model):
-    """The content of a released pre-training checkpoint."""
+    """Return the content of a released pre-training checkpoint."""
     theirs = {ours: name for name, ours in RELEASED_PREFIXES.items()}
     state = {}
     for name, tensor in model.state_dict().items():

@@ -1,4 +1,4 @@
-"""Exported encoders compute in timm and in Hugging Face what they compute here."""
+"""Exported encoders give the same results in timm and Hugging Face as here."""
 
 import json
 
@@ -39,14 +39,14 @@ NANO_IN_TIMM = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 
 @pytest.fixture(autouse=True)
 def _nano(monkeypatch):
-    """Let the tiny models be ones that are quickly written."""
+    """Replace the tiny models by ones that are fast to write."""
     monkeypatch.setitem(models_vit.SIZES, "tiny_patch4", NANO)
     use_nano_models(monkeypatch)
 
 
 @pytest.fixture
 def export(tmp_path, caplog):
-    """Export the content of a checkpoint; return the path and what was logged."""
+    """Function that exports a checkpoint's content and returns the path and the log."""
     caplog.set_level("INFO")
 
     def call(content, form, name="out"):
@@ -55,7 +55,7 @@ def export(tmp_path, caplog):
             path = stored(tmp_path / "checkpoint.pth", content)
         caplog.clear()
         words = ["--checkpoint", path, "--format", form, "--output", tmp_path / name]
-        # The log of a run replaces the one that is watched here.
+        # A run's logging would replace the handler of caplog.
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("util.runs.run.start_logging", lambda: None)
             main([str(word) for word in words])
@@ -65,7 +65,7 @@ def export(tmp_path, caplog):
 
 
 def in_timm(log, **options):
-    """The model of the line that the log gives, at a nano size."""
+    """Build the model of the line in the log, at nano size."""
     line = next(line for line in log.splitlines() if "timm.create_model(" in line)
     line = "timm.create_model(" + line.partition("timm.create_model(")[2]
     return eval(line[:-1] + ", **options)", {"timm": timm, "options": options}).eval()
@@ -108,7 +108,7 @@ def test_logits_of_a_finetuned_model_are_the_same_in_timm(export, suffix, pool):
 def test_logits_of_a_linear_probe_are_the_same_in_timm(export, pool):
     model = vit_nano(pool=pool)
     make_linear_probe(model, 3)
-    model.train()(images(8))  # so that its normalisation does something
+    model.train()(images(8))  # so that its normalization has an effect
     _, log = export(finetuned(model.eval(), kind="linprobe"), "timm", "probe.pth")
     x = images()
     close(in_timm(log, **NANO_IN_TIMM)(x), model(x))
@@ -136,7 +136,7 @@ def test_the_line_in_the_log_loads_a_real_size(export, monkeypatch):
 
 
 def from_pretrained(name, folder, **options):
-    """A model of transformers, every weight of which was in the folder and the other way round."""
+    """Load a transformers model, whose weights must be exactly those in the folder."""
     model, info = getattr(transformers, name).from_pretrained(
         folder, output_loading_info=True, **options
     )
@@ -158,7 +158,7 @@ def test_tokens_of_an_encoder_are_the_same_in_hugging_face(
 ):
     model = randomized(factory(feature_maps=feature_maps, img_size=img_size))
     folder, log = export(pretrained(model, feature_maps=feature_maps), "hf")
-    assert "exported as ViTModel, the encoder alone: " in log and reason in log
+    assert "exported only the encoder, as ViTModel: " in log and reason in log
     assert ("no final norm was trained" in log) == (feature_maps == "all")
     assert set(files_in(folder)) == {
         "config.json",
@@ -198,7 +198,7 @@ def test_an_mae_of_images_that_are_not_square_is_exported_without_its_decoder(ex
 
 
 @pytest.mark.parametrize("pool", ["avg", "cls"])
-def test_what_hugging_face_has_no_place_for_is_named(export, pool):
+def test_weights_that_hugging_face_lacks_are_named(export, pool):
     model = vit_nano(pool=pool, num_classes=3)
     folder, log = export(finetuned(model), "hf")
     lost = "fc_norm.weight, fc_norm.bias, head.weight" if pool == "avg" else "it: head.weight"
@@ -224,7 +224,7 @@ def test_weights_of_hugging_face_come_back_as_they_were(export, tmp_path):
     assert set(theirs) - set(again) == {"pooler.dense.weight", "pooler.dense.bias"}
 
 
-# Files of our own
+# Encoder-only files
 
 
 @pytest.mark.parametrize("content", [pretrained(crossmae_nano()), finetuned(vit_nano())])
@@ -237,7 +237,7 @@ def test_our_own_files_hold_what_was_trained(export, tmp_path, content):
 
 
 @pytest.mark.parametrize("form", ["timm", "hf"])
-def test_an_mlp_of_a_width_of_its_own_goes_there_and_back(export, monkeypatch, form):
+def test_an_mlp_of_another_width_survives_the_round_trip(export, monkeypatch, form):
     size = NANO._replace(mlp_dim=96)
     monkeypatch.setitem(models_vit.SIZES, "tiny_patch4", size)
     model = randomized(models_vit.build_vit(size, pool="cls", num_classes=0))
@@ -279,9 +279,9 @@ def test_a_mae_exported_to_hugging_face_is_the_model_that_was_loaded(export, tmp
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"--checkpoint": "nowhere.pth"}, "nowhere.pth is no file"),
-        ({"--output": "encoder.bin", "--format": "timm"}, "should end in .pth or .safetensors"),
-        ({"--output": "encoder.pth", "--format": "safetensors"}, "should end in .safetensors"),
+        ({"--checkpoint": "nowhere.pth"}, "checkpoint not found: nowhere.pth"),
+        ({"--output": "encoder.bin", "--format": "timm"}, "must end in .pth or .safetensors"),
+        ({"--output": "encoder.pth", "--format": "safetensors"}, "must end in .safetensors"),
         ({"--output": "nowhere/encoder.pth"}, "cannot write --output nowhere/encoder.pth"),
         ({"--format": "onnx"}, "invalid choice: 'onnx'"),
         ({"--sort": "x"}, "--sort"),
@@ -307,7 +307,7 @@ def test_an_mlp_that_the_size_does_not_have_is_refused(tmp_path, capsys):
     model = build_mae(NANO._replace(mlp_dim=96), decoder_depth=2)
     path = stored(tmp_path / "checkpoint.pth", released(model))
     words = ["--checkpoint", path, "--format", "hf", "--output", tmp_path / "out"]
-    sentence = "has an MLP 96 wide and the model an MLP 128 wide"
+    sentence = "has an MLP 96 wide but the model an MLP 128 wide"
     assert sentence in refusal(capsys, *words, main=main)
     with pytest.raises(InputError, match="does not hold the weights of the mae_vit_tiny_patch4"):
         load_model(path)

@@ -1,4 +1,4 @@
-"""Prepared images are the images of the folder, resized: by name, label, class and pixel."""
+"""Prepared images are those of the folder, resized, with the same names, labels and classes."""
 
 import errno
 import json
@@ -27,14 +27,14 @@ FORMATS = ["jpeg", "uint8"]
 
 
 def photo(width, height, seed=0):
-    """An image that JPEG keeps well: colours that change slowly."""
+    """Return an image that JPEG preserves well, with slowly changing colors."""
     coarse = np.random.default_rng(seed).integers(0, 256, (3, 3, 3), np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
-    """Images of every kind in class folders; names and classes whose order is not that of text."""
+    """Images of every kind in class folders; numeric names that sort differently as text."""
     folder = tmp_path_factory.mktemp("images")
     for split, classes in (("train", ("2", "10", "cat")), ("val", ("2", "10", "cat"))):
         for number, name in enumerate(classes):
@@ -46,7 +46,7 @@ def images(tmp_path_factory):
     photo(20, 30).save(train / "small.jpg", quality=50)
     photo(60, 90).save(train / "large.jpg")
     photo(20, 20).save(train / "small.webp", lossless=True)
-    photo(90, 30).convert("L").save(train / "grey.jpg")
+    photo(90, 30).convert("L").save(train / "gray.jpg")
     Image.fromarray(np.full((50, 60), 100 * 257, np.uint16)).save(train / "16bit.png")
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
@@ -84,14 +84,14 @@ def pixels_of(images, index):
 
 
 def resized(pixels):
-    """What torchvision makes of an image."""
+    """Resize pixels with torchvision."""
     if min(pixels.shape[:2]) <= SIDE:
         return pixels
     resize = v2.Resize(SIDE, InterpolationMode.BICUBIC, antialias=True)
     return np.asarray(resize(Image.fromarray(pixels)))
 
 
-# What comes out
+# Results
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -148,12 +148,12 @@ def test_a_folder_without_classes_and_splits(images, tmp_path, form):
     prepare(flat, tmp_path / "out", "--format", form)
     for results in (opened(tmp_path / "out"), opened(flat)):
         assert len(results) == 3
-        assert not results.labelled
+        assert not results.labeled
         assert results.classes is None
     assert opened(tmp_path / "out", "validation") is None
 
 
-def test_val_images_alone_are_named_by_their_own_path(images, prepared):
+def test_val_path_may_name_prepared_images(images, prepared):
     for place in ("uint8/val", "jpeg/val.tar"):
         data = DataSettings(dataset="folder", data_path=images, val_path=prepared / place)
         train_set, val_set = open_train_val(data, None, None, seed=0)
@@ -161,13 +161,13 @@ def test_val_images_alone_are_named_by_their_own_path(images, prepared):
         assert check_classes(train_set, val_set, None) == 3
 
 
-def test_two_folders_of_one_name_are_still_refused_as_classes(tmp_path):
-    for name in ("cats/grey", "dogs/grey", "red"):
+def test_two_folders_of_the_same_name_are_still_refused_as_classes(tmp_path):
+    for name in ("cats/gray", "dogs/gray", "red"):
         (tmp_path / "images" / name).mkdir(parents=True)
         photo(9, 9).save(tmp_path / "images" / name / "1.png")
     for form in FORMATS:
         prepare(tmp_path / "images", tmp_path / form, "--format", form)
-        with pytest.raises(InputError, match="2 folders of the training images are called grey"):
+        with pytest.raises(InputError, match="2 folders of the training images are named gray"):
             check_classes(opened(tmp_path / form), None, None)
 
 
@@ -197,7 +197,7 @@ def test_pretraining_resumes_within_an_epoch_bit_for_bit(tmp_path, monkeypatch, 
 
 @pytest.fixture
 def broken(tmp_path):
-    """Ten images of two classes, one of which is cut off."""
+    """Ten images of two classes; one image is truncated."""
     for index in range(10):
         path = tmp_path / "broken" / "ab"[index % 2] / f"{index}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -229,7 +229,7 @@ def test_broken_images_below_the_limit_are_left_out_and_listed(broken, tmp_path,
     }
 
 
-def test_a_class_is_not_lost_for_that_would_shift_labels(tmp_path, capsys):
+def test_a_class_is_not_lost_because_that_would_shift_labels(tmp_path, capsys):
     for name in "ab":
         (tmp_path / "images" / name).mkdir(parents=True)
         photo(9, 9).save(tmp_path / "images" / name / "1.png")
@@ -251,7 +251,7 @@ def test_a_killed_preparation_leaves_nothing_that_looks_finished(images, tmp_pat
     )
     assert finish(start(command("-c", code)))[0] == -signal.SIGKILL
     assert not out.exists()
-    prepare(images, out)  # what is left is not in the way
+    prepare(images, out)  # leftover files are not in the way
     run("--verify", out, main=main)
 
 
@@ -275,12 +275,12 @@ def test_an_earlier_result_is_not_overwritten(images, prepared, capsys):
 @pytest.mark.parametrize(
     ("argv", "advice"),
     [
-        ([], "give --data_path and --output_dir, or --verify alone"),
+        ([], "give --data_path and --output_dir, or only --verify"),
         (["--data_path", "IMAGES"], "give --data_path and --output_dir"),
         (["--data_path", "nowhere", "--output_dir", "OUT"], "nowhere does not exist"),
-        (["--data_path", "EMPTY", "--output_dir", "OUT"], "that has images in it"),
+        (["--data_path", "EMPTY", "--output_dir", "OUT"], "that contains images"),
         (["--data_path", "IMAGES/val", "--output_dir", "OUT/deeper"], "cannot write"),
-        (["--data_path", "PREPARED/uint8", "--output_dir", "OUT"], "that has images in it"),
+        (["--data_path", "PREPARED/uint8", "--output_dir", "OUT"], "that contains images"),
         (["--verify", "IMAGES"], "checksums.txt cannot be read"),
     ],
 )
@@ -295,7 +295,7 @@ def test_wrong_input_is_refused_in_one_sentence(images, prepared, tmp_path, caps
 
 
 @pytest.mark.parametrize("quality", ["0", "101", "x"])
-def test_a_quality_that_jpeg_has_not_is_refused(capsys, quality):
+def test_an_invalid_jpeg_quality_is_refused(capsys, quality):
     with pytest.raises(SystemExit) as caught:
         main(["--quality", quality])
     assert caught.value.code == 2
@@ -324,7 +324,7 @@ def test_verify_finds_a_flipped_byte_in_any_file(prepared, tmp_path, capsys, for
             assert name in sentence or name == "checksums.txt"
 
 
-def test_verify_misses_no_file(prepared, tmp_path, capsys):
+def test_verify_checks_every_file(prepared, tmp_path, capsys):
     files = files_in(prepared / "jpeg")
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)

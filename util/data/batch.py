@@ -1,4 +1,4 @@
-"""What a worker hands over, and what the device does with it."""
+"""Batches as workers produce them, and the decoding, flips and normalization on the device."""
 
 import itertools
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from util.patches import RawImages, normalize
 
 
 class Box(NamedTuple):
-    """A part of an image, in pixels."""
+    """A rectangle of an image, in pixels."""
 
     top: int
     left: int
@@ -28,11 +28,11 @@ class Box(NamedTuple):
 
 
 def resize_crop(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
-    """Cut a box out and resize it, bicubic and antialiased: uint8 (3, h, w) to uint8 (3, H, W)."""
+    """Crop a box and resize it, bicubic and antialiased: uint8 (3, h, w) to uint8 (3, H, W)."""
     top, left, height, width = box
     crop = image[None, :, top : top + height, left : left + width]
     if image.device.type == "cpu":
-        # A copy with the channels last is what the fast kernel takes, and gives.
+        # The fast kernel takes and returns channels-last memory.
         return _resize(crop.contiguous(memory_format=torch.channels_last), size)[0]
     return _resize_in_float(crop, size)[0]
 
@@ -42,29 +42,24 @@ def _resize(images: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _resize_in_float(images: Tensor, size: Sequence[int]) -> Tensor:
-    """`_resize` of uint8 images for GPUs, which have no kernel for whole numbers."""
+    """`_resize` of uint8 images on GPUs, which lack an integer kernel."""
     return _resize(images.float(), size).round_().clamp_(0, 255).to(torch.uint8)
 
 
 @dataclass(frozen=True)
 class Normalization:
-    """What is left to do with a batch of pixels.
-
-    Args:
-        mean: of each RGB channel, in [0, 1].
-        std: of each RGB channel, in units of the [0, 1] range.
-    """
+    """Normalization by a mean and std for each RGB channel, both on the [0, 1] scale."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalise uint8 (B, 3, H, W) to float32."""
+        """Normalize uint8 (B, 3, H, W) to float32."""
         mean, std = self._on(images.device)
         return normalize(images, mean.view(3, 1, 1), std.view(3, 1, 1))
 
     def later(self, images: Tensor) -> RawImages:
-        """Leave uint8 (B, 3, H, W) to be normalised patch by patch."""
+        """Wrap uint8 (B, 3, H, W) to be normalized patch by patch."""
         return RawImages(images, *self._on(images.device))
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -73,23 +68,23 @@ class Normalization:
 
 @cache
 def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """A number for each channel, (3,); kept, so that the host never waits for the device."""
+    """One value per channel, (3,); cached so that the host never waits for the device."""
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 class Crops(NamedTuple):
-    """What a worker makes of one image: K views of it, and what the device has to do with them."""
+    """K crops of one image from a worker, and the steps that are left to the device."""
 
-    pixels: list[Tensor]  # K of (3, H, W): uint8, or float32 and normalised
-    flips: list[bool]  # K, to be done
-    normalization: Normalization | None  # to be done; None if it has been
-    jpeg: Tensor | None = None  # uint8 (bytes,), to be decoded, in place of `pixels`
-    boxes: Sequence[Box] = ()  # K, to be cut out of it and resized to `size`
+    pixels: list[Tensor]  # K of (3, H, W): uint8, or normalized float32
+    flips: list[bool]  # K, not yet applied
+    normalization: Normalization | None  # not yet applied; None if it has been
+    jpeg: Tensor | None = None  # uint8 (bytes,), to be decoded; `pixels` is empty then
+    boxes: Sequence[Box] = ()  # K, to be cropped from it and resized to `size`
     size: tuple[int, int] = (0, 0)
 
 
 def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Undo the normalisation: (B, 3, H, W) back to the [0, 1] range, not clipped to it."""
+    """Undo the normalization: (B, 3, H, W) back to the [0, 1] scale, without clipping."""
     channels = {"dtype": images.dtype, "device": images.device}
     mean = torch.tensor(mean, **channels).view(3, 1, 1)
     std = torch.tensor(std, **channels).view(3, 1, 1)
@@ -97,7 +92,7 @@ def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
 
 
 class Sample(NamedTuple):
-    """One image's crops, its label, and the broken images met on the way to it."""
+    """Crops and label of one image, and the broken images that were skipped to reach it."""
 
     crops: Crops
     label: int
@@ -105,19 +100,19 @@ class Sample(NamedTuple):
 
 
 class EncodedCrops(NamedTuple):
-    """Crops of JPEG files, to be decoded on the device."""
+    """JPEG files that the device decodes, and the crops to take from them."""
 
-    files: Tensor  # uint8 (bytes,), one after another
+    files: Tensor  # uint8 (bytes,), concatenated
     lengths: list[int]  # of each file, in bytes
     boxes: list[Sequence[Box]]  # of each file
     size: tuple[int, int]  # (height, width) of a crop
-    is_encoded: list[bool]  # of every crop of the batch: whether it is one of these
+    is_encoded: list[bool]  # for every crop of the batch: whether it comes from one of the files
 
     def decode(self, device: torch.device) -> list[Tensor]:
-        """The crops, each uint8 (3, H, W) on the device.
+        """Return the crops, each uint8 (3, H, W) on the device.
 
         Raises:
-            RunError: it cannot decode one.
+            RunError: the device cannot decode a file.
         """
         files = list(self.files.split(self.lengths))
         try:
@@ -131,39 +126,38 @@ class EncodedCrops(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One micro-batch, as it leaves a worker; `to`, or `raw`, completes it."""
+    """A micro-batch from a worker, completed by `to` or `raw`."""
 
-    images: Tensor  # (B, 3, H, W): uint8, channels last in memory, or float32 and normalised
-    labels: Tensor  # (B,), int64; -1 where the source has none
-    broken: list[tuple[str, str]]  # (file name, reason) of a broken image, every time it is met
-    flips: Tensor | None = None  # (B,), bool; None for none
+    images: Tensor  # (B, 3, H, W): uint8, channels last in memory, or normalized float32
+    labels: Tensor  # (B,), int64; -1 for an image without a label
+    broken: list[tuple[str, str]]  # (file name, reason), each time a broken image was read
+    flips: Tensor | None = None  # (B,), bool; None if no image is flipped
     normalization: Normalization | None = None  # of uint8 images
-    encoded: EncodedCrops | None = None  # those that are not among `images`
+    encoded: EncodedCrops | None = None  # crops that are not yet among `images`
 
     @property
     def num_images(self) -> int:
-        """B."""
+        """Batch size B."""
         return len(self.labels)
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W), float32 and normalised, and labels (B,), on the device.
+        """Return images (B, 3, H, W), normalized float32, and labels (B,) on the device.
 
-        The host does not wait for the device, unless that decodes.
+        The host waits for the device only if the device decodes JPEGs.
         """
         batch = self.copied(device)
         images = batch.upright()
         return images if self.normalization is None else self.normalization(images), batch.labels
 
     def raw(self, device: torch.device) -> Tensor | RawImages:
-        """The images of `to`, normalised only where patches of them are read, if they are uint8."""
+        """Return the images of `to`, but leave uint8 ones to be normalized patch by patch."""
         images = self.copied(device).upright()
         return images if self.normalization is None else self.normalization.later(images)
 
     def copied(self, device: torch.device) -> "Batch":
-        """The batch with its tensors on the device, for what is launched from now on.
+        """Return the batch with its tensors on the device, for work launched from now on.
 
-        The host is a step or so ahead of a GPU, so that the next batch is on its way while the one
-        before is computed.
+        Copies to a GPU overlap with the computation of the previous batch.
         """
         names = [name for name in ("images", "labels", "flips") if getattr(self, name) is not None]
         on_gpu = device.type == "cuda"
@@ -173,11 +167,11 @@ class Batch(NamedTuple):
             computing = torch.cuda.current_stream(device)
             computing.wait_stream(copy_stream(device))
             for tensor in copies.values():
-                tensor.record_stream(computing)  # its memory is free when that has read it
+                tensor.record_stream(computing)  # keeps its memory until that stream is done
         return self._replace(**copies)
 
     def upright(self) -> Tensor:
-        """Images (B, 3, H, W) where the batch is: decoded, and flipped where they are to be."""
+        """Return images (B, 3, H, W), decoded and flipped, on the batch's own device."""
         images = self.images
         if self.encoded is not None:
             decoded, others = iter(self.encoded.decode(images.device)), iter(images)
@@ -189,12 +183,12 @@ class Batch(NamedTuple):
 
 @cache
 def copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which batches are copied to a GPU, beside what it computes."""
+    """Stream that copies batches to a GPU in parallel with its computation."""
     return torch.cuda.Stream(device)
 
 
 def collate(samples: list[Sample | InputError | RunError]) -> Batch | InputError | RunError:
-    """Put samples into a batch; an error among the samples takes the place of the batch."""
+    """Combine samples into a batch; if one of them is an error, return the error instead."""
     for sample in samples:
         if isinstance(sample, InputError | RunError):
             return sample
@@ -211,7 +205,7 @@ def collate(samples: list[Sample | InputError | RunError]) -> Batch | InputError
 
 
 def _stack(pixels: list[Tensor]) -> Tensor:
-    """(B, 3, H, W), in a worker in memory that is shared with the main process."""
+    """Stack to (B, 3, H, W); in a worker, in memory shared with the main process."""
     if not pixels:
         return torch.empty(0)
     if pixels[0].dtype != torch.uint8:

@@ -1,4 +1,4 @@
-"""The images of a data set that cannot be read: named once, counted, and limited."""
+"""Unreadable images: each is logged once, all are counted, and their number is limited."""
 
 import logging
 
@@ -13,8 +13,8 @@ MAX_LISTED = 20
 
 
 def reason_of(error: Exception) -> str:
-    """Why an image is broken, in one line that is the same every time."""
-    if isinstance(error, UnidentifiedImageError):  # its own text holds an address in memory
+    """Return why an image is broken, in one line that is the same every time."""
+    if isinstance(error, UnidentifiedImageError):  # its own text contains a memory address
         return "empty, or not an image that Pillow can read"
     if isinstance(error, Image.DecompressionBombError):
         return f"{str(error).partition(', could')[0]}: resize it"
@@ -22,7 +22,7 @@ def reason_of(error: Exception) -> str:
 
 
 def too_many_broken(broken: list[tuple[str, str]]) -> InputError:
-    """What to raise when these images in a row are broken."""
+    """Return the error to raise when these consecutive images are broken."""
     name, reason = broken[-1]
     return InputError(
         f"{len(broken)} images in a row cannot be read, the last being {name} ({reason}): "
@@ -31,11 +31,11 @@ def too_many_broken(broken: list[tuple[str, str]]) -> InputError:
 
 
 class BrokenImages:
-    """Keeps the books on broken images, so that a run survives a few of them and not many.
+    """Counts unreadable images, logs each once, and stops the run above a limit.
 
     Args:
-        num_images: size of the data set.
-        max_share: share of it, in [0, 1], that may be broken.
+        num_images: size of the dataset.
+        max_share: fraction of the dataset that may be broken, in [0, 1].
     """
 
     def __init__(self, num_images: int, max_share: float) -> None:
@@ -43,28 +43,28 @@ class BrokenImages:
         self.max_share = max_share
         self.count = 0  # on this process, since `take_count`
         self.count_elsewhere = 0  # on the other processes, as of the last `check`
-        self.reasons: dict[str, str] = {}  # of every distinct file, in the order met
+        self.reasons: dict[str, str] = {}  # of every distinct file, in the order found
 
     def add(self, broken: list[tuple[str, str]]) -> None:
-        """Count every (file name, reason), and name in the log each file not met before."""
+        """Count every (file name, reason), and log each file the first time."""
         for name, reason in broken:
             self.count += 1
             if name not in self.reasons:
                 self.reasons[name] = reason
-                logger.warning("Broken image, another takes its place: %s (%s)", name, reason)
+                logger.warning("Broken image, replaced by another: %s (%s)", name, reason)
 
     def take_count(self) -> int:
-        """How often all processes met a broken image since the last call, in an epoch for one."""
+        """Return how often all processes read a broken image since the last call."""
         count, self.count, self.count_elsewhere = self.count, 0, 0
         return sum(all_gather_objects([count]))
 
     def check(self) -> None:
-        """Stop the run once too large a share of the data set is broken.
+        """Stop the run if too large a fraction of the dataset is broken.
 
-        Every process has to call it, and all come to the same answer.
+        Every process has to call this, and all reach the same decision.
 
         Raises:
-            InputError: with the number, the limit and the list of the distinct broken files.
+            InputError: with the number of broken files, the limit and their names.
         """
         self.reasons = dict(all_gather_objects(list(self.reasons.items())))
         self.count_elsewhere = sum(all_gather_objects([self.count])) - self.count
@@ -81,7 +81,7 @@ class BrokenImages:
         )
 
     def state_dict(self) -> dict[str, int | dict[str, str]]:
-        """Plain values that a resumed run continues from, of all processes at the last `check`."""
+        """Return plain values to resume from, for all processes as of the last `check`."""
         return {"count": self.count + self.count_elsewhere, "reasons": dict(self.reasons)}
 
     def load_state_dict(self, state: dict[str, int | dict[str, str]]) -> None:

@@ -1,9 +1,9 @@
-"""From `--dataset` and `--data_path` to a data set that `util.data.loaders` reads.
+"""Opens the dataset that `--dataset` and `--data_path` name, for `util.data.loaders` to read.
 
-Sources carry timm's names (`timm.data.create_dataset`) and come in two kinds. Indexed sources
-(folders, .tar files, `packed`, `torch/...`, `hfds/...`, `inat2019`, `digits`) know each image by
-its index, so that a run resumes at any step. Streams (`wds/...`, `hfids/...`, `tfds/...`) are read
-from front to back, so that a run resumes at the start of an epoch.
+Sources have timm's names (`timm.data.create_dataset`) and are of two kinds. Indexed sources
+(folders, .tar files, `packed`, `torch/...`, `hfds/...`, `inat2019`, `digits`) are read by index,
+so a run resumes at any step. Streams (`wds/...`, `hfids/...`, `tfds/...`) are read sequentially,
+so a run resumes at the start of an epoch.
 """
 
 import logging
@@ -36,13 +36,13 @@ STREAMS = ("hfids", "tfds", "wds")
 FROM_FILES = ("folder", "torch", "wds")
 FROM_FILES += tuple(name for name, source in OWN_SOURCES.items() if source.from_files)
 DATASET_NAME = rf"(folder|tar|{'|'.join(OWN_SOURCES)})?|(torch|hfds|hfids|tfds)/.+|wds/.*"
-ADVICE = {  # for a source of this kind that cannot be opened
-    "folder": "give a folder or a .tar file that has images in it",
+ADVICE = {  # by kind, if a source cannot be opened
+    "folder": "give a folder or a .tar file that contains images",
     **{name: source.advice for name, source in OWN_SOURCES.items()},
-    "torch": "check the name, and download the files first, which a run never does by itself",
-    "hfds": "check the name and the network, and call the column of the images 'image'",
-    "hfids": "check the name and the network, and give --num_samples if its length is unknown",
-    "tfds": "check the name, and prepare the files first, which a run never does by itself",
+    "torch": "check the name, and download the files first, because runs never do",
+    "hfds": "check the name and the network, and name the image column 'image'",
+    "hfids": "check the name and the network, and give --num_samples if the length is unknown",
+    "tfds": "check the name, and prepare the files first, because runs never do",
     "wds": "name the shards, as in wds/train-{0000..0099}.tar, and give --num_samples",
 }
 
@@ -58,52 +58,50 @@ def build_dataset(
     batch_size: int = 1,
     search_split: bool = True,
 ) -> IndexedImages | StreamedImages | None:
-    """Open a data set by its name.
+    """Open a dataset by name.
 
     Args:
-        name: "" for what `data_path` is, `folder`, `tar`, `packed`, `digits`, `inat2019`, or one
-            of timm's names; of `torch/places365` the small version is read where it is. Without a
-            pattern, `wds/` takes the training shards of `_info.json` in `data_path`.
-        data_path: folder, .tar file, or for Hugging Face's data sets their cache.
+        name: `folder`, `tar`, `packed`, `digits`, `inat2019`, one of timm's names, or "" to infer
+            it from `data_path`. `torch/places365` is read in its small version if that exists.
+            `wds/` without a pattern takes the training shards of `_info.json` in `data_path`.
+        data_path: folder or .tar file, or the cache of Hugging Face datasets.
         split: in a folder, "train" is `train/` or `train.tar` if there is one, else the folder
-            itself. A folder with `val/` or `val.tar` alone is refused: training would read the
-            held-out images.
-        transform: how images are read, and what is made of them.
-        seed: the run's seed.
-        num_samples: images in an epoch of a stream that does not know it.
-        batch_size: of a micro-batch, a hint for timm's streams.
+            itself. A folder with only `val/` or `val.tar` is refused: training would read the
+            validation images.
+        num_samples: images per epoch of a stream of unknown length.
+        batch_size: micro-batch size, a hint for timm's streams.
         search_split: False takes a folder exactly as given, and a .tar file for either split.
 
     Returns:
-        None only for "validation", when the source has no held-out split. Streams count as having
-        none, because they cannot be read once each and in order.
+        None only for "validation", if the source has no such split. Streams count as having none,
+        because they cannot be read in order, each image once.
 
     Raises:
-        InputError: the source cannot be opened; the sentence says what to change.
+        InputError: the source cannot be opened; the message says what to change.
     """
     if not re.fullmatch(DATASET_NAME, name, re.IGNORECASE):
         raise InputError(
-            f"--dataset {name} is unknown: use folder, tar, {', '.join(OWN_SOURCES)}, "
+            f"unknown --dataset {name}: use folder, tar, {', '.join(OWN_SOURCES)}, "
             "torch/<name>, hfds/<name>, hfids/<name>, tfds/<name> or wds/<pattern>.tar"
         )
     kind, _, rest = name.partition("/")
     kind = kind.lower() or kind_of(data_path)
     kind = "folder" if kind == "tar" else kind
     if num_samples is not None and kind not in STREAMS:
-        raise InputError(f"--dataset {name} knows its length: drop --num_samples")
+        raise InputError(f"--num_samples is for streams, not for --dataset {name or kind}: drop it")
     root = _checked_path(data_path, required=kind in FROM_FILES)
     if kind in STREAMS:
         if split == "validation":
-            logger.info("%s is a stream, without a held-out split: name one by --val_path", name)
+            logger.info("%s is a stream without validation images: add some with --val_path", name)
             return None
         options = {"num_samples": num_samples, "batch_size": batch_size, "is_training": True}
-        # timm's other streams give images as they are stored; unasked, tfds gives arrays.
+        # tfds returns arrays by default, timm's other streams return images as stored.
         options["input_img_mode"] = "RGB" if kind == "tfds" else ""
         source = _open(name, root, rest if ".tar" in rest else split, seed=seed, **options)
         return StreamedImages(source, transform, seed=seed, name=name)
     in_folders = kind in ("folder", "packed") or rest.lower() in ("folder", "image_folder")
     if search_split and in_folders:
-        root = _place_of_split(root, split, tars=kind == "folder")
+        root = _split_path(root, split, tars=kind == "folder")
         if root is None:
             return None
     splits = VAL_SPLITS if (kind, split) == ("hfds", "validation") else (split,)
@@ -114,16 +112,14 @@ def build_dataset(
 
 
 def open_val(data: DataSettings, transform: Transform, *, seed: int) -> IndexedImages | None:
-    """Open the validation images alone; no training images need be there.
+    """Open only the validation images; training images may be missing.
 
     Args:
-        data: whose `val_path`, a folder, packed or not, or .tar file, is taken as given; without
-            one, the data set's own validation images are opened.
-        transform: how images are read, and what is made of them.
-        seed: the run's seed.
+        data: its `val_path` (a folder, packed or not, or a .tar file) is taken as given; without
+            one, the dataset's own validation images are opened.
 
     Returns:
-        None where the source has no validation images.
+        None if the source has no validation images.
 
     Raises:
         InputError: see `build_dataset`.
@@ -142,23 +138,17 @@ def open_train_val(
     seed: int,
     batch_size: int = 1,
 ) -> tuple[IndexedImages | StreamedImages, IndexedImages | None]:
-    """Open the images to train on and the validation images.
+    """Open the training images, and the validation images if there are any.
 
     Args:
-        data: which images.
-        train_transform, val_transform: how they are read, and what is made of them.
-        seed: the run's seed.
-        batch_size: of a micro-batch, a hint for timm's streams.
-
-    Returns:
-        Both sets; None for the second where there are no validation images.
+        batch_size: micro-batch size, a hint for timm's streams.
 
     Raises:
-        InputError: see `build_dataset`; or there are validation images only.
+        InputError: see `build_dataset`; or `data` names only validation images.
     """
     if data.val_path and not (data.data_path or data.dataset):
         raise InputError(
-            "--val_path names validation images only: name those to train on by --data_path or "
+            "--val_path names only validation images: name the training images with --data_path or "
             "--dataset"
         )
     train_set = build_dataset(
@@ -173,7 +163,7 @@ def open_train_val(
     return train_set, open_val(data, val_transform, seed=seed)
 
 
-def open_labelled(
+def open_labeled(
     data: DataSettings,
     train_transform: Transform,
     val_transform: Transform,
@@ -182,10 +172,10 @@ def open_labelled(
     batch_size: int = 1,
     num_classes: int | None = None,
 ) -> tuple[IndexedImages | StreamedImages, IndexedImages | None, int]:
-    """`open_train_val` for training on labels, and the number of classes.
+    """Open both sets with `open_train_val` to train on labels; also return the class count.
 
     Args:
-        num_classes: as given by the user; None to find it, see `check_classes`.
+        num_classes: None to infer it, see `check_classes`.
 
     Raises:
         InputError: see `build_dataset` and `check_classes`.
@@ -197,14 +187,14 @@ def open_labelled(
 
 
 def _places365_options(root: str, split: str) -> dict[str, bool]:
-    """Which version of Places365 timm should open: the small one if there is a folder of it."""
+    """Select timm's version of Places365: the small one if its folder exists."""
     small = any(Path(root, name).is_dir() for name in ("data_256_standard", "val_256"))
     size = "256" if small else "large"
     folder = f"data_{size}_standard" if split == "train" else f"val_{size}"
-    if not Path(root, folder).is_dir():  # torchvision would read the lists and find no image
+    if not Path(root, folder).is_dir():  # torchvision would read the lists and find no images
         raise InputError(
-            f"{root} has no folder {folder}: extract the images of Places365 there, and call "
-            "those for training data_256_standard or data_large_standard"
+            f"{root} has no folder {folder}: extract the images of Places365 there, those for "
+            "training as data_256_standard or data_large_standard"
         )
     logger.info("Places365: reading the %s images in %s", "small" if small else "large", folder)
     return {"small": small}
@@ -213,7 +203,7 @@ def _places365_options(root: str, split: str) -> dict[str, bool]:
 def _checked_path(data_path: str | Path | None, *, required: bool) -> str | None:
     if data_path is None:
         if required:
-            raise InputError("this --dataset is read from files: name their place by --data_path")
+            raise InputError("this --dataset is read from files: give their path with --data_path")
         return None
     if re.match(r"\w+://|pipe:", str(data_path)):  # webdataset reads from the network too
         return str(data_path)
@@ -223,20 +213,19 @@ def _checked_path(data_path: str | Path | None, *, required: bool) -> str | None
     return str(path)
 
 
-def _place_of_split(root: str, split: str, *, tars: bool) -> str | None:
-    """The sub-folder, or the tar, of a split; timm's own search would validate on training images.
+def _split_path(root: str, split: str, *, tars: bool) -> str | None:
+    """Subfolder or .tar file of a split; timm's own search would validate on training images.
 
     Args:
-        root: of the splits, or of the training images alone.
-        split: "train" or "validation".
-        tars: whether a .tar file of a split's name counts where there is no sub-folder.
+        root: parent folder of the splits, or folder of training images only.
+        tars: whether a .tar file named after the split counts if there is no subfolder.
     """
 
     def existing(names: tuple[str, ...]) -> str | None:
-        places = [Path(root, name) for name in names]
-        found = [place for place in places if place.is_dir()]
+        paths = [Path(root, name) for name in names]
+        found = [path for path in paths if path.is_dir()]
         if tars:
-            found += [tar for tar in (Path(f"{p}.tar") for p in places) if tar.is_file()]
+            found += [tar for tar in (Path(f"{path}.tar") for path in paths) if tar.is_file()]
         return str(found[0]) if found else None
 
     train, val = existing(TRAIN_FOLDERS), existing(VAL_FOLDERS)
@@ -244,14 +233,14 @@ def _place_of_split(root: str, split: str, *, tars: bool) -> str | None:
         return val
     if val and not train:
         raise InputError(
-            f"{root} has held-out images but no train/: move the training images there, "
-            f"or give their folder by --data_path and {val} by --val_path"
+            f"{root} has validation images but no train/: move the training images there, "
+            f"or give their folder with --data_path and {val} with --val_path"
         )
     return train or root
 
 
 def _open(name: str, root: str | None, split: str, **options: object) -> Dataset | None:
-    """timm's data set; None when Hugging Face's does not have this held-out split."""
+    """Open a source through timm; None if a Hugging Face dataset lacks this validation split."""
     kind = name.partition("/")[0].lower()
     if kind in ("", "folder", "tar"):
         name, kind = "", "folder"
@@ -264,7 +253,7 @@ def _open(name: str, root: str | None, split: str, **options: object) -> Dataset
         if kind == "folder" and Path(root).is_file() and Path(root).suffix == ".tar":
             return TarImages(root)
         if kind == "wds":
-            import_module("webdataset")  # timm goes on without it
+            import_module("webdataset")  # timm would continue without it
         source = timm.data.create_dataset(name, root, split, search_split=False, **options)
     except InputError:
         raise
@@ -273,12 +262,12 @@ def _open(name: str, root: str | None, split: str, **options: object) -> Dataset
     except Exception as error:
         if "Unknown split" in str(error) and split in VAL_SPLITS:
             return None
-        # What timm raises about a .tar file without images says something else.
+        # timm's own message about a .tar file without images is misleading.
         empty_tar = kind == "folder" and isinstance(error, ValueError)
         reason = "this one has none" if empty_tar else reason_of(error)
-        place = f" at {root}" if root else ""
+        location = f" at {root}" if root else ""
         raise InputError(
-            f"--dataset {name or kind} cannot be opened{place}: {ADVICE[kind]} ({reason})"
+            f"cannot open --dataset {name or kind}{location}: {ADVICE[kind]} ({reason})"
         ) from error
     if kind in ("hfds", "hfids"):
         adapt_hub_reader(kind, source.reader)
@@ -294,6 +283,6 @@ def _report_ignored_files(folder: str) -> None:
     ignored = {suffix: n for suffix, n in suffixes.items() if suffix not in IMAGE_SUFFIXES}
     if ignored:
         logger.warning(
-            "%s: ignored %d files that are not images by their suffix: %s",
+            "%s: ignored %d files without an image suffix: %s",
             *(folder, sum(ignored.values()), ", ".join(suffix or "none" for suffix in ignored)),
         )

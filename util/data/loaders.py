@@ -1,4 +1,4 @@
-"""From a data set to the micro-batches of every step."""
+"""Loaders of the micro-batches of every step."""
 
 import itertools
 import logging
@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 class Batches(DataLoader):
-    """A DataLoader of batches, which raises the errors that its workers hand over as values."""
+    """DataLoader of batches that raises the errors its workers return as values."""
 
     def __init__(self, dataset: Dataset, **options: object) -> None:
-        # Without a generator of its own it would draw from torch's global one.
+        # By default it would draw from PyTorch's global generator.
         options = {"generator": torch.Generator(), **options}
         super().__init__(dataset, collate_fn=collate, worker_init_fn=ignore_stop_signals, **options)
 
@@ -41,22 +41,21 @@ class Batches(DataLoader):
             if batch is None:
                 return
             if isinstance(batch, InputError | RunError):
-                # A copy: raised itself, it and this frame would keep each other and the workers.
+                # A copy: the original and this frame would keep each other and the workers alive.
                 raise type(batch)(*batch.args)
             yield batch
 
 
 class StepLoader:
-    """The micro-batches of each step, from an indexed source; resumes at any step.
+    """Loads the micro-batches of each step from an indexed source; resumes at any step.
 
     Args:
-        dataset: what is read.
-        sampler: which of it makes up the micro-batches and steps of this rank.
+        sampler: chooses the images of this rank's micro-batches.
         workers: `num_workers` and `pin_memory` of the DataLoader.
 
     Attributes:
-        num_crops: K, the crops of every image, side by side in one micro-batch. The sampler counts
-            images; this loader counts crops, each as an image.
+        num_crops: K, crops per image, adjacent in one micro-batch. The sampler counts images;
+            this loader counts every crop as an image.
     """
 
     resumes_mid_epoch = True
@@ -73,23 +72,23 @@ class StepLoader:
 
     @cached_property
     def batches(self) -> Batches:
-        """The batches from the sampler's position on; its workers stay for the next epoch."""
+        """Batches from the sampler's position on; the workers are kept for the next epoch."""
         persistent = self.workers["num_workers"] > 0
         return Batches(
             self.dataset, batch_sampler=self.sampler, persistent_workers=persistent, **self.workers
         )
 
     def batches_from(self, epoch: int, first_step: int) -> Iterator[Batch]:
-        """This rank's micro-batches from this step to the end of the epoch."""
+        """Return this rank's micro-batches from this step to the end of the epoch."""
         self.sampler.set_position(epoch, first_step)
         return iter(self.batches)
 
     def images_in_step(self, step: int) -> int:
-        """Images that all ranks read together in this step of an epoch; fewer in the last."""
+        """Return the number of images of all ranks in this step of an epoch; fewer in the last."""
         return self.sampler.images_in_step(step) * self.num_crops
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
-        """This rank's micro-batches, step by step from `first_step` to the end of the epoch."""
+        """Return this rank's micro-batches, step by step, from `first_step` to the epoch's end."""
         batches = self.batches_from(epoch, first_step)
         return (
             list(itertools.islice(batches, self.sampler.micro_batches_in_step(step)))
@@ -98,15 +97,15 @@ class StepLoader:
 
 
 class StreamStepLoader(StepLoader):
-    """The micro-batches of each step, from a stream; resumes at the start of an epoch only.
+    """Loads the micro-batches of each step from a stream; resumes only at the start of an epoch.
 
-    Its sampler is there to count, for a stream has an order of its own.
+    Its sampler only counts, because a stream has its own order.
     """
 
     resumes_mid_epoch = False
 
     def batches_from(self, epoch: int, first_step: int) -> Iterator[Batch]:
-        """This rank's micro-batches of the epoch, and more if asked for.
+        """Return an endless iterator of this rank's micro-batches, starting with the epoch's.
 
         Raises:
             ValueError: first_step is not 0.
@@ -115,7 +114,7 @@ class StreamStepLoader(StepLoader):
             raise ValueError(f"a stream cannot start an epoch at step {first_step}, only at 0")
         rank, world_size = self.sampler.rank, self.sampler.world_size
         self.dataset.set_position(epoch, rank, world_size, self.workers["num_workers"])
-        # New workers for every epoch, because timm's readers carry random state over in old ones.
+        # New workers for every epoch: in old ones, timm's readers would carry over random state.
         options = {"generator": generator_for("workers", self.sampler.seed, epoch, rank)}
         options["batch_size"] = self.sampler.batch_size
         return iter(Batches(self.dataset, **options, **self.workers))
@@ -132,18 +131,18 @@ def build_train_loader(
     num_workers: int,
     pin_memory: bool,
 ) -> StepLoader | StreamStepLoader:
-    """The loader of one rank; `batch_size` is that of a micro-batch on one process, in crops.
+    """Build the loader of one rank; `batch_size` is the number of crops in its micro-batches.
 
     Raises:
-        InputError: a stream is too short for one step, or an image's crops would be parted.
+        InputError: a stream is too short for one step, or an image's crops would be separated.
     """
     num_crops = dataset.transform.num_crops
     if batch_size % num_crops:
         raise InputError(
-            f"--batch_size {batch_size} counts crops: make it a multiple of --repeated_aug "
-            f"{num_crops}, which stay together"
+            f"--batch_size {batch_size} must be a multiple of --repeated_aug {num_crops}, "
+            "because an image's crops stay together"
         )
-    batch_size //= num_crops  # from here on, of images
+    batch_size //= num_crops  # from here on, in images
     steps = {"batch_size": batch_size, "accum_iter": accum_iter, "seed": seed}
     make_sampler = partial(StepSampler, rank=rank, world_size=world_size, **steps)
     workers = {"num_workers": num_workers, "pin_memory": pin_memory}
@@ -158,7 +157,7 @@ def build_train_loader(
             "step: lower --batch_size or --accum_iter"
         )
     logger.info(
-        "%s is a stream: a run resumes at the start of an epoch, and an epoch leaves out the "
+        "%s is a stream: a run resumes at the start of an epoch, and every epoch drops the "
         "%d of its %d images that do not fill a step",
         *(dataset.name, left_out, dataset.num_samples),
     )
@@ -175,15 +174,12 @@ def build_eval_loader(
     world_size: int | None = None,
     limit: int | None = None,
 ) -> Batches:
-    """Every image once, in order, without padding: rank r reads r, r + world_size, ... or none.
+    """Build a loader of every image once, unpadded: rank r reads images r, r + world_size, ...
 
     Args:
-        dataset: the images.
-        batch_size: of this process.
-        num_workers: loader processes.
-        device: where the batches go.
-        rank, world_size: of the processes; None for this process's.
-        limit: read only so many images, spread over the data set.
+        batch_size: per process.
+        rank, world_size: None for those of this process.
+        limit: read at most this many images, evenly spaced.
     """
     rank = distributed.rank() if rank is None else rank
     world_size = distributed.world_size() if world_size is None else world_size
@@ -206,15 +202,7 @@ def build_loaders(
     seed: int,
     device: torch.device,
 ) -> tuple[StepLoader | StreamStepLoader, Batches | None]:
-    """This process's loaders of training and validation images; the log says how much there is.
-
-    Args:
-        train_set, val_set: the images; None where there are none for validation.
-        data: their name, and how many loader processes read them.
-        batches: how many at once.
-        seed: of the run.
-        device: where the batches go.
-    """
+    """Build this process's loaders of training and validation images, and log their sizes."""
     world_size = distributed.world_size()
     loader = build_train_loader(
         train_set,
@@ -227,7 +215,7 @@ def build_loaders(
         pin_memory=device.type == "cuda",
     )
     logger.info(
-        "%s: %d images%s, %d steps an epoch, %s images held out",
+        "%s: %d images%s, %d steps per epoch, %s validation images",
         *(data.name, loader.sampler.num_samples),
         f" x {loader.num_crops} crops" if loader.num_crops > 1 else "",
         *(loader.steps_per_epoch, len(val_set) if val_set else "no"),

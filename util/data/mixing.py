@@ -1,4 +1,4 @@
-"""Mixing the images of a batch with each other, and their labels alike (Table 11)."""
+"""Mixup and CutMix of the images of a batch and their labels (Table 11)."""
 
 import argparse
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class MixSettings:
     """Mixup, CutMix and label smoothing (Table 11); see the flags.
 
     Raises:
-        InputError: the smoothing leaves nothing of the labels.
+        InputError: smoothing is 1.
     """
 
     mixup: float = 0.8
@@ -28,11 +28,11 @@ class MixSettings:
 
     def __post_init__(self) -> None:
         if self.smoothing == 1:
-            raise InputError("--smoothing 1 would leave nothing of the labels: lower it")
+            raise InputError("--smoothing must be below 1, which would erase the labels")
 
 
 def build_mixup(mix: MixSettings, num_classes: int) -> Mixup | None:
-    """timm's mixup and CutMix; None if both are off."""
+    """Build timm's mixup and CutMix; None if both are off."""
     if not (mix.mixup or mix.cutmix) or not mix.mixup_prob:
         return None
     return Mixup(
@@ -41,7 +41,7 @@ def build_mixup(mix: MixSettings, num_classes: int) -> Mixup | None:
         prob=mix.mixup_prob,
         switch_prob=mix.mixup_switch_prob,
         mode=mix.mixup_mode,
-        label_smoothing=0.0,  # cross-entropy smooths
+        label_smoothing=0.0,  # the cross-entropy smooths them
         num_classes=num_classes,
     )
 
@@ -49,14 +49,14 @@ def build_mixup(mix: MixSettings, num_classes: int) -> Mixup | None:
 def mix_images(
     mixup: Mixup, images: Tensor, labels: Tensor, num_classes: int
 ) -> tuple[Tensor, Tensor]:
-    """Mix the images of a micro-batch with each other, and their labels alike (Table 11).
+    """Mix the images of a micro-batch with each other, and their labels likewise (Table 11).
 
-    timm mixes the i-th with the i-th last, of an even number. The last of an odd number stays as it
-    is.
+    timm mixes the i-th image with the i-th last and needs an even number of images. The last image
+    of an odd number is not mixed.
 
     Args:
-        mixup: timm's, drawing from numpy's global generator; without label smoothing.
-        images: (B, C, H, W); changed.
+        mixup: without label smoothing; it draws from NumPy's global generator.
+        images: (B, C, H, W), modified in place.
         labels: (B,).
         num_classes: N.
 
@@ -71,41 +71,41 @@ def mix_images(
 
 
 def add_mix_args(parser: argparse.ArgumentParser) -> None:
-    """The flags of MixSettings."""
+    """Add the flags of MixSettings."""
     group = parser.add_argument_group("mixing")
     group.add_argument(
         "--mixup",
         type=natural_float,
         default=MixSettings.mixup,
-        help="alpha, 0 for none (%(default)s)",
+        help="alpha of mixup, 0 to disable it (%(default)s)",
     )
     group.add_argument(
         "--cutmix",
         type=natural_float,
         default=MixSettings.cutmix,
-        help="alpha, 0 for none (%(default)s)",
+        help="alpha of CutMix, 0 to disable it (%(default)s)",
     )
     group.add_argument(
         "--mixup_prob",
         type=share,
         default=MixSettings.mixup_prob,
-        help="share of batches mixed (%(default)s)",
+        help="fraction of batches to mix (%(default)s)",
     )
     group.add_argument(
         "--mixup_switch_prob",
         type=share,
         default=MixSettings.mixup_switch_prob,
-        help="share of those that are cut (%(default)s)",
+        help="fraction of mixed batches that use CutMix (%(default)s)",
     )
     group.add_argument(
         "--mixup_mode",
         choices=("batch", "pair", "elem"),
         default=MixSettings.mixup_mode,
-        help="what shares one mixing ratio (%(default)s)",
+        help="which images share one mixing ratio (%(default)s)",
     )
     group.add_argument(
         "--smoothing",
         type=share,
         default=MixSettings.smoothing,
-        help="of labels over all classes (%(default)s)",
+        help="label smoothing (%(default)s)",
     )

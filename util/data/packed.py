@@ -1,7 +1,7 @@
-"""Packed images: the raw pixels of a data set in one memory-mapped file, read without decoding.
+"""Packed images: the raw pixels of a dataset in one memory-mapped file, read without decoding.
 
-A folder holds them: `pixels.bin` has the rows (height, width, 3) of each image, one image behind
-the other, `records.npy` their places, sizes, labels and names, `packed.json` the rest.
+In their folder, `pixels.bin` holds the pixels (height, width, 3) of all images, one after another,
+`records.npy` their offsets, sizes, labels and names, and `packed.json` the rest.
 """
 
 import json
@@ -22,13 +22,13 @@ FIELDS = [("offset", "<i8"), ("height", "<i4"), ("width", "<i4"), ("label", "<i4
 
 
 def holds_packed(path: str | Path) -> bool:
-    """Whether a folder holds packed images, or those of a split in its train/ or val/."""
+    """Whether a folder, or its train/ or val/, holds packed images."""
     folder = Path(path).expanduser()
     return any((folder / split / INDEX).is_file() for split in ("", "train", "val"))
 
 
 def kind_of(path: str | Path | None) -> str:
-    """What --dataset a path holds unless told otherwise: packed images, or a folder of files."""
+    """Return the --dataset to assume for a path: packed images or a folder of files."""
     return "packed" if path and holds_packed(path) else "folder"
 
 
@@ -42,10 +42,9 @@ def write_packed(
     """Write a new folder that `PackedImages` reads.
 
     Args:
-        folder: to be made.
-        images: at least one (file name from the class folders on, label, height, width, pixels).
-        classes: their names in the order of labels.
-        short_side: to which larger images were resized; kept for the record.
+        images: at least one (file name from the class folder on, label, height, width, pixels).
+        classes: names in the order of labels.
+        short_side: size to which larger images were resized, for the record.
     """
     folder.mkdir()
     rows, offset = [], 0
@@ -60,8 +59,8 @@ def write_packed(
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _fit_together(records: np.ndarray, num_bytes: int, num_classes: int) -> bool:
-    """Whether the images of the records fill the file without a gap, and labels are classes."""
+def _is_consistent(records: np.ndarray, num_bytes: int, num_classes: int) -> bool:
+    """Whether the recorded images fill the file without gaps and have valid labels."""
     if records.dtype.names != (*(name for name, _ in FIELDS), "name"):
         return False
     offset, height, width, label = (records[name] for name, _ in FIELDS)
@@ -77,16 +76,16 @@ def _fit_together(records: np.ndarray, num_bytes: int, num_classes: int) -> bool
 
 
 class PackedImages(Dataset):
-    """Packed images known by their index; each process maps the files by itself, when first read.
+    """Packed images read by index; each process maps the files when it first reads one.
 
     Args:
-        root: folder that `write_packed` has written.
+        root: folder written by `write_packed`.
 
     Attributes:
-        classes: their names in the order of labels; one, "", where images have no labels.
+        classes: names in the order of labels; only "" if images have no labels.
 
     Raises:
-        InputError: the files are missing, damaged, of different ages or of a newer version.
+        InputError: the files are missing, damaged, inconsistent or of a newer version.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -96,56 +95,56 @@ class PackedImages(Dataset):
             index = json.loads(path.read_bytes())
             if index["version"] > VERSION:
                 raise InputError(
-                    f"{path} has version {index['version']} of the packed format and this code "
-                    f"reads up to {VERSION}: update the code"
+                    f"{path} has version {index['version']} of the packed format, but this code "
+                    f"reads only up to {VERSION}: update the code"
                 )
             self.classes = tuple(index["classes"])
             sizes = {PIXELS: index["bytes"], RECORDS: index["images"]}
             found = {PIXELS: (self.root / PIXELS).stat().st_size, RECORDS: len(self.records)}
         except FileNotFoundError as error:
             raise InputError(
-                f"{error.filename} does not exist: name a folder that scripts/prepare_dataset.py "
+                f"{error.filename} does not exist: use a folder that scripts/prepare_dataset.py "
                 "has written, or its train/ or val/"
             ) from error
         except (EOFError, KeyError, OSError, TypeError, ValueError) as error:
             raise InputError(
-                f"{self.root} holds no packed images that can be read: prepare them again "
+                f"cannot read the packed images in {self.root}: prepare them again "
                 f"({reason_of(error)})"
             ) from error
         for name, size in sizes.items():
             if found[name] != size:
                 unit = "bytes" if name == PIXELS else "records"
                 raise InputError(
-                    f"{self.root / name} has {found[name]} {unit} and not the {size} of {INDEX}: "
+                    f"{self.root / name} has {found[name]} {unit}, but {INDEX} says {size}: "
                     "copy or prepare it again"
                 )
-        if not _fit_together(self.records, sizes[PIXELS], len(self.classes)):
+        if not _is_consistent(self.records, sizes[PIXELS], len(self.classes)):
             raise InputError(f"{self.root / RECORDS} is damaged: copy or prepare it again")
 
     @cached_property
     def records(self) -> np.ndarray:
-        """One of FIELDS and name for each image, (N,)."""
+        """FIELDS and name of each image, (N,)."""
         return np.load(self.root / RECORDS, mmap_mode="r", allow_pickle=False)
 
     @cached_property
     def pixels(self) -> np.ndarray:
-        """Of all images, uint8."""
+        """Pixels of all images, uint8 (bytes,)."""
         return np.memmap(self.root / PIXELS, np.uint8, mode="r")
 
     def __getstate__(self) -> dict:
-        """Without the maps: pickling one would copy the whole file."""
+        """Leave out the maps: pickling one would copy the whole file."""
         return {k: v for k, v in vars(self).items() if k not in ("records", "pixels")}
 
     def __len__(self) -> int:
         return len(self.records)
 
     def filename(self, index: int, *, absolute: bool = False) -> str:
-        """The image's file as it was called, from the class folders on or from `root` on."""
+        """Return the original file name from the class folder on, or prefixed by `root`."""
         name = os.fsdecode(self.records[index]["name"])
         return f"{self.root}/{name}" if absolute else name
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """Pixels (h, w, 3) of uint8, a copy of one's own, and the label."""
+        """Return a copy of the pixels, uint8 (h, w, 3), and the label."""
         offset, height, width, label = (int(self.records[index][name]) for name, _ in FIELDS)
         pixels = self.pixels[offset : offset + 3 * height * width]
         return np.array(pixels).reshape(height, width, 3), label

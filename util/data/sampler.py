@@ -1,4 +1,4 @@
-"""Which images each process reads in each step of an epoch."""
+"""Sampler that chooses which images each process reads in each step of an epoch."""
 
 import math
 from collections.abc import Iterator
@@ -10,17 +10,17 @@ from util.seeding import generator_for
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
-    """Batch sampler of one rank: every item is one micro-batch, a list of (epoch, sample index).
+    """Batch sampler of one rank: every item is one micro-batch, a list of (epoch, image index).
 
-    The order of an epoch is a function of (seed, epoch). Step s takes the next R images of it, an
-    effective batch or what is left in the last step; rank r takes every `world_size`-th of them
-    from the r-th on, and reads them in order in micro-batches of at most `batch_size`, as many as
-    the others. So the images of a step do not depend on the number of processes and micro-batches
-    they are split into, and every image comes up once an epoch.
+    The order of an epoch is a function of (seed, epoch). Each step takes the next R images: an
+    effective batch, or the rest in the last step. Rank r takes every `world_size`-th of them from
+    the r-th on, in micro-batches of at most `batch_size`, equally many on every rank. So the images
+    of a step do not depend on how they are split over processes and micro-batches, and every image
+    is read once per epoch.
 
-    One exception: a rank without an image for its last micro-batch gets one that has come up in the
-    step already as a stand-in, because every rank has to take part in every micro-step. The caller
-    gives it the weight zero.
+    One exception: every rank has to take part in every micro-step, so a rank without an image for
+    its last micro-batch repeats one of the step's images as a stand-in. The caller gives it weight
+    zero.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         if min(num_samples, batch_size, accum_iter, world_size) < 1:
             raise ValueError("num_samples, batch_size, accum_iter and world_size must be positive")
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not one of {world_size} processes")
+            raise ValueError(f"rank must lie between 0 and {world_size - 1}, not {rank}")
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.rank = rank
@@ -48,24 +48,24 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         self.first_step = 0
 
     def images_in_step(self, step: int) -> int:
-        """R, the images that all ranks read together in this step of an epoch."""
+        """Return R, the number of images of all ranks in this step of an epoch."""
         if not 0 <= step < self.steps_per_epoch:
-            raise ValueError(f"step {step} is not one of the epoch's {self.steps_per_epoch}")
+            raise ValueError(f"step {step} is outside the epoch's {self.steps_per_epoch} steps")
         return min(self.effective_batch_size, self.num_samples - step * self.effective_batch_size)
 
     def micro_batches_in_step(self, step: int) -> int:
-        """Micro-batches of every rank in this step of an epoch."""
+        """Return the number of micro-batches per rank in this step of an epoch."""
         return math.ceil(self.images_in_step(step) / (self.world_size * self.batch_size))
 
     def set_position(self, epoch: int, step: int) -> None:
         """Start the next iteration at this step of this epoch."""
         if not 0 <= step <= self.steps_per_epoch:
-            raise ValueError(f"step {step} lies outside the epoch's {self.steps_per_epoch}")
+            raise ValueError(f"step {step} is outside the epoch's {self.steps_per_epoch} steps")
         self.epoch = epoch
         self.first_step = step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """The micro-batches from the position to the end of its epoch."""
+        """Yield the micro-batches from the position to the end of its epoch."""
         generator = generator_for("order", self.seed, self.epoch)
         order = torch.randperm(self.num_samples, generator=generator)
         epoch = self.epoch
@@ -75,13 +75,13 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             own = images[self.rank :: self.world_size] or [images[self.rank % len(images)]]
             size = self.batch_size
             batches = [own[first : first + size] for first in range(0, len(own), size)]
-            if len(batches) < self.micro_batches_in_step(step):  # by one, with an image less
+            if len(batches) < self.micro_batches_in_step(step):  # one fewer, with one image fewer
                 last = batches.pop()
                 batches += [last[:-1] or last, last[-1:]]
             for batch in batches:
                 yield [(epoch, index) for index in batch]
 
     def __len__(self) -> int:
-        """The micro-batches left on this rank from the position on."""
+        """Return the number of micro-batches left on this rank."""
         steps = range(self.first_step, self.steps_per_epoch)
         return sum(self.micro_batches_in_step(step) for step in steps)

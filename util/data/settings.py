@@ -1,4 +1,4 @@
-"""Which images a run reads, and how: the settings and their flags."""
+"""Settings and flags for which images a run reads, and how."""
 
 import argparse
 from dataclasses import dataclass
@@ -12,29 +12,29 @@ from util.data.packed import kind_of
 from util.data.sources import OWN_SOURCES
 from util.errors import InputError
 
-MIN_CROP_PCT = 0.1  # below it, resized images take more than a hundred times a crop's memory
+MIN_CROP_PCT = 0.1  # below it, a resized image takes more than 100 times a crop's memory
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Which images, and how they are read.
+    """Which images to read, and how.
 
     Raises:
-        InputError: the size or the normalisation is invalid.
+        InputError: the size or the normalization is invalid.
     """
 
     dataset: str | None = None
-    """None is what a path holds, see `name`."""
+    """None to infer it, see `name`."""
     data_path: str | None = None
     val_path: str | None = None
     num_samples: int | None = None
-    """Of an epoch of a stream."""
+    """Images per epoch of a stream."""
     input_size: list[int] | None = None
-    """A side, or height and width. None, as for mean and std, is what the weights say."""
+    """One side, or height and width. If None, it is that of the weights; so are mean and std."""
     mean: list[float] | None = None
     std: list[float] | None = None
     crop_pct: float | None = None
-    """Share of the side of validation images that is seen; None is the default of their size."""
+    """Side of the crop over the side of a resized validation image; None is MAE's default."""
     max_broken: float = 0.01
     num_workers: int = 0
 
@@ -46,44 +46,44 @@ class DataSettings:
 
     @property
     def name(self) -> str:
-        """The data set that is meant: by its name, else what a path holds, else the digits."""
+        """The dataset's name: as given, else inferred from a path, else the digits."""
         path = self.data_path or self.val_path
         return self.dataset or (kind_of(path) if path else "digits")
 
 
 def check_decoder(decode: str, device: torch.device) -> None:
-    """Raise InputError where `--decode gpu` has no CUDA device."""
+    """Raise InputError if `--decode gpu` has no CUDA device."""
     if decode == "gpu" and device.type != "cuda":
         raise InputError(
-            f"--decode gpu needs a CUDA device, and this run is on {device}: use --decode cpu"
+            f"--decode gpu needs a CUDA device, but this run is on {device}: use --decode cpu"
         )
 
 
 def crop_pct(text: str) -> float:
-    """A number from MIN_CROP_PCT to 1."""
+    """Parse a number from MIN_CROP_PCT to 1."""
     value = float(text)
     if not MIN_CROP_PCT <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} does not lie in {MIN_CROP_PCT} to 1")
+        raise argparse.ArgumentTypeError(f"must lie between {MIN_CROP_PCT} and 1, not {text}")
     return value
 
 
 def add_data_args(parser: argparse.ArgumentParser, *, input_size: int | None) -> None:
-    """Which images, and how they are read; without `input_size`, as the weights were trained."""
-    inherited = "" if input_size else "those of --finetune's file, else "
+    """Add the flags of DataSettings; without `input_size`, defaults come from the weights."""
+    inherited = "" if input_size else "from --finetune's file, else "
     group = parser.add_argument_group("data")
-    group.add_argument("--data_path", help="folder or tar of images, or the root of --dataset")
+    group.add_argument("--data_path", help="folder or .tar file of images, or root of --dataset")
     group.add_argument(
         "--dataset",
-        help=f"folder, tar, {', '.join(OWN_SOURCES)}, or a name of timm's such as torch/cifar10, "
+        help=f"folder, tar, {', '.join(OWN_SOURCES)}, or a timm name such as torch/cifar10, "
         "torch/places365, hfds/NAME or wds/NAME (folder with --data_path, else digits)",
     )
     group.add_argument(
-        "--val_path", help="held-out images, where --data_path brings none (its val folder)"
+        "--val_path", help="folder or .tar file of validation images (val/ in --data_path)"
     )
     group.add_argument(
         "--num_samples",
         type=positive_int,
-        help="images of a streamed set that does not tell (what it tells)",
+        help="images per epoch of a stream (its own length, if known)",
     )
     group.add_argument(
         "--input_size",
@@ -92,7 +92,7 @@ def add_data_args(parser: argparse.ArgumentParser, *, input_size: int | None) ->
         default=[input_size] if input_size else None,
         metavar="PX",
         help="side of the square input, or height and width "
-        f"({inherited}{input_size or 'the size of the model'})",
+        f"({inherited}{input_size or 'the default of the model'})",
     )
     for name, imagenet in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
         group.add_argument(
@@ -101,39 +101,40 @@ def add_data_args(parser: argparse.ArgumentParser, *, input_size: int | None) ->
             nargs=3,
             metavar=("R", "G", "B"),
             default=list(imagenet) if input_size else None,
-            help=f"of the channels, in 0 to 1 ({inherited}ImageNet's)",
+            help=f"{name} of the channels, on the [0, 1] scale ({inherited}ImageNet's)",
         )
     if input_size is None:
         group.add_argument(
             "--crop_pct",
             "--crop_share",
             type=crop_pct,
-            help="of the side of held-out images that is seen (224 / 256 up to 224 px, 1 above)",
+            help="side of the center crop over the side of a resized validation image "
+            "(224 / 256 up to 224 px, 1 above)",
         )
     group.add_argument(
         "--max_broken",
         type=natural_float,
         default=DataSettings.max_broken,
-        help="share of unreadable files above which the run stops (%(default)s)",
+        help="fraction of unreadable files above which the run stops (%(default)s)",
     )
     group.add_argument(
         "--num_workers",
         type=process_count,
         default=default_workers(),
-        help="loader processes of each process (its share of the CPU cores less an eighth, "
+        help="loader processes per process (its share of the CPU cores minus an eighth, "
         "%(default)s on this machine)",
     )
 
 
 def add_crop_args(parser: argparse.ArgumentParser) -> None:
-    """How many crops are taken of the images, and where they are decoded."""
+    """Add the flags for the number of crops per image and where to decode."""
     group = parser.add_argument_group("crops")
     group.add_argument(
         "--repeated_aug",
         type=positive_int,
         default=1,
         metavar="K",
-        help="crops of every image each time that it is read, which saves decoding. They share a "
+        help="crops to take each time an image is read, which saves decoding. They share a "
         "micro-batch, --batch_size counts them, and an epoch has K times as many steps: lower "
         "--epochs (%(default)s)",
     )
@@ -141,6 +142,6 @@ def add_crop_args(parser: argparse.ArgumentParser) -> None:
         "--decode",
         choices=("cpu", "gpu"),
         default="cpu",
-        help="where JPEGs are decoded: by loader processes or, with somewhat other pixels, on the "
-        "CUDA device (%(default)s)",
+        help="where to decode JPEGs: in the loader processes or, with slightly different pixels, "
+        "on the CUDA device (%(default)s)",
     )

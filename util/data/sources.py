@@ -1,4 +1,4 @@
-"""Sources that timm lacks or reads otherwise: the digits, iNaturalist 2019, .tar files."""
+"""Sources that timm lacks or reads differently: the digits, iNaturalist 2019 and .tar files."""
 
 import io
 import json
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class Digits(Dataset):
-    """scikit-learn's 1,797 real digits, 8x8 resized to 32x32 RGB; every fifth is held out."""
+    """scikit-learn's 1,797 digits, 8x8 resized to 32x32 RGB; every fifth is for validation."""
 
     classes = tuple("0123456789")
 
@@ -30,8 +30,8 @@ class Digits(Dataset):
 
         pixels, labels = load_digits(return_X_y=True)
         chosen = (np.arange(len(labels)) % 5 == 0) == (split == "validation")
-        grey = np.round(pixels[chosen] * (255 / 16)).astype(np.uint8)  # scikit-learn's go to 16
-        self.images = grey.reshape(-1, 8, 8)
+        gray = np.round(pixels[chosen] * (255 / 16)).astype(np.uint8)  # scikit-learn's maximum: 16
+        self.images = gray.reshape(-1, 8, 8)
         self.labels = labels[chosen]
 
     def __len__(self) -> int:
@@ -43,17 +43,16 @@ class Digits(Dataset):
 
 
 class INat2019(Dataset):
-    """iNaturalist 2019 as its authors ship it: images, and lists of them in JSON (COCO style).
+    """iNaturalist 2019 as published: images, and lists of them in JSON (COCO style).
 
-    Classes are the categories in the order of their ids, called by name, or by id where an
-    anonymised list has no names.
+    Classes are the categories in the order of their ids, under their names, or under their ids if
+    an anonymized list has no names.
 
     Args:
         root: folder of `train2019.json`, `val2019.json` and the images.
-        split: which of the lists is read.
 
     Raises:
-        InputError: the list is missing or malformed, or an image has not exactly one annotation.
+        InputError: the list is missing or malformed, or an image has zero or several annotations.
     """
 
     def __init__(self, root: str | Path, split: Literal["train", "validation"]) -> None:
@@ -70,16 +69,16 @@ class INat2019(Dataset):
             samples = [(str(Path(root, file)), labels.get(image)) for image, file in files.items()]
         except FileNotFoundError as error:
             raise InputError(
-                f"{path} does not exist: give the folder of train2019.json, val2019.json and "
-                "train_val2019/ by --data_path"
+                f"{path} does not exist: set --data_path to the folder of train2019.json, "
+                "val2019.json and train_val2019/"
             ) from error
         except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
             raise InputError(
-                f"{path} is no list of iNaturalist 2019: download it again ({reason_of(error)})"
+                f"{path} is not a list of iNaturalist 2019: download it again ({reason_of(error)})"
             ) from error
         sizes = len(names), len(files)
         if not samples or sizes != (len(content["categories"]), len(content["images"])):
-            raise InputError(f"{path} has no images, or an id twice: download it again")
+            raise InputError(f"{path} has no images or repeats an id: download it again")
         if len(categories) != len(pairs) or set(categories) != set(files):
             raise InputError(
                 f"{path} needs exactly one annotation for each of its {len(files)} images, but has "
@@ -97,17 +96,17 @@ class INat2019(Dataset):
 
 
 def _has_tar_end(path: Path) -> bool:
-    """Whether an archive ends as tar ends it, by two blocks of zeros."""
+    """Whether an archive ends with tar's two blocks of zeros."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 1024))
         return not any(file.read())
 
 
 class TarImages(ReaderImageInTar):
-    """timm's reader of a .tar file, but it goes straight to where an image lies.
+    """timm's reader of a .tar file, except that it seeks directly to an image.
 
-    timm's opens the archive for every image, or keeps it open, so that processes forked from this
-    one share the position in it.
+    timm's own either opens the archive again for every image, or keeps it open, so that forked
+    processes share a file position.
     """
 
     def __init__(self, root: str) -> None:
@@ -115,7 +114,7 @@ class TarImages(ReaderImageInTar):
         archive = Path(root)
         if archive.is_file() and not _has_tar_end(archive):
             logger.warning(
-                "%s lacks the zeros at its end: it may have been cut off between two images", root
+                "%s lacks the zeros at its end: it may be truncated between two images", root
             )
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
@@ -126,19 +125,19 @@ class TarImages(ReaderImageInTar):
             file.seek(member.offset_data)
             data = file.read(member.size)
         if len(data) < member.size:
-            raise OSError("the archive ends within the image")
+            raise OSError("the archive ends inside the image")
         return io.BytesIO(data), self.targets[index]
 
 
 class Source(NamedTuple):
-    """A data set that timm does not read."""
+    """A source that this project reads instead of timm."""
 
     open: Callable[[str, str], Dataset]
-    """(--data_path, "train" or "validation") -> a data set of (image or its file, label)."""
+    """(--data_path, "train" or "validation") -> a dataset of (image or its file, label)."""
     advice: str
-    """What to do where it cannot be opened."""
+    """What to do if it cannot be opened."""
     from_files: bool = True
-    """Whether --data_path has to be given."""
+    """Whether --data_path is required."""
 
 
 OWN_SOURCES = {

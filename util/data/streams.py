@@ -1,4 +1,4 @@
-"""Images that come in a row: webdatasets and streams of Hugging Face's data sets."""
+"""Images read sequentially: webdatasets and streams of Hugging Face datasets."""
 
 import io
 import itertools
@@ -21,15 +21,13 @@ logger = logging.getLogger(__name__)
 
 
 class StreamedImages(IterableDataset):
-    """Images that come in a row, without end: a source that runs dry starts again, and logs it.
+    """Images read sequentially, without end: an exhausted source starts again and logs it.
 
     They are a function of (seed, epoch, rank, world size, worker, number of workers).
 
     Args:
-        source: an iterable data set of timm that leaves its images unconverted.
-        transform: how images are read, and what is made of them.
-        seed: the run's seed.
-        name: the source's name, `wds/...` for instance.
+        source: an iterable timm dataset that does not convert its images.
+        name: the source's name, such as `wds/...`.
     """
 
     def __init__(
@@ -45,11 +43,11 @@ class StreamedImages(IterableDataset):
         self.epoch, self.rank, self.world_size = 0, 0, 1
 
     def identity(self) -> dict[str, object]:
-        """What tells these images from others, as far as a stream knows."""
+        """Return what distinguishes these images from others: their number, in a stream."""
         return {"number of training images": self.num_samples, "hash of their names": None}
 
     def set_position(self, epoch: int, rank: int, world_size: int, num_workers: int) -> None:
-        """Choose the epoch of the next iteration, and share it out among ranks and workers."""
+        """Choose the epoch of the next iteration, and split it over ranks and workers."""
         self.epoch = epoch
         self.rank = self.reader.dist_rank = rank
         self.world_size = self.reader.dist_num_replicas = world_size
@@ -57,13 +55,13 @@ class StreamedImages(IterableDataset):
         self.reader.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Sample | InputError | RunError]:
-        """Samples; an error is handed over as the last value, see `IndexedImages.__getitems__`."""
+        """Yield samples; an error is the last value, see `IndexedImages.__getitems__`."""
         try:
             yield from self._samples()
         except InputError as error:
             yield error
         except Exception as error:
-            yield RunError(f"{self.name} cannot be read any further: {reason_of(error)}")
+            yield RunError(f"cannot continue to read {self.name}: {reason_of(error)}")
 
     def _samples(self) -> Iterator[Sample]:
         worker = get_worker_info()
@@ -73,15 +71,15 @@ class StreamedImages(IterableDataset):
         for restart in itertools.count():
             num_images_before = num_images
             if hasattr(self.reader, "sample_shuffle_size"):  # a webdataset
-                place, num_shares = (self.seed, self.epoch, restart), self.world_size * num_workers
-                source = _read_shards(self.reader, place, share, num_shares, broken)
+                parts, num_shares = (self.seed, self.epoch, restart), self.world_size * num_workers
+                source = _read_shards(self.reader, parts, share, num_shares, broken)
             else:
                 source = (("", image, label) for image, label in self.reader)
             for name, record, label in source:
                 try:
                     image = self.transform.read(record)
                 except Exception as error:  # decoders raise anything on broken files
-                    if not name:  # a record of Hugging Face's, which may know its path
+                    if not name:  # a Hugging Face record, which may have a path
                         name = record.get("path") or f"{self.name}: {fold_seed(repr(record)):x}"
                     broken.append((name, reason_of(error)))
                     num_broken += 1
@@ -96,39 +94,39 @@ class StreamedImages(IterableDataset):
                 raise too_many_broken(broken)
             if num_images == num_images_before:
                 raise InputError(
-                    f"{self.name} has no shard left for one of the workers: lower --num_workers, "
-                    "so that all processes together have no more workers than there are shards"
+                    f"{self.name} has no shard for one of the workers: lower --num_workers, so "
+                    "that all processes together have at most one worker per shard"
                 )
-            message = "%s: epoch %d, share %d runs dry after %d images and starts again"
+            message = "%s: epoch %d, share %d is exhausted after %d images and starts again"
             logger.warning(message, self.name, self.epoch, share, num_images)
 
 
 def _read_shards(
     reader: object,
-    place: tuple[int, ...],
+    seed_parts: tuple[int, ...],
     share: int,
     num_shares: int,
     broken: list[tuple[str, str]],
 ) -> Iterator[tuple[str, BinaryIO, int]]:
-    """(name, file, label) of this share of a webdataset, shuffled; what breaks goes to `broken`.
+    """Yield (name, file, label) of a share of a webdataset, shuffled; errors go to `broken`.
 
-    timm's own iteration drops unlabelled and broken images without saying which.
+    timm's own iteration silently drops unlabeled and broken images.
     """
     import webdataset
 
     def samples() -> Iterator[dict[str, bytes]]:
         for shard in shards[share::num_shares]:
 
-            def go_on(error: Exception, shard: str = shard) -> bool:
+            def note_broken(error: Exception, shard: str = shard) -> bool:
                 broken.append((shard, f"cannot be read to its end: {type(error).__name__}"))
                 return True
 
-            yield from webdataset.tarfile_samples([{"url": shard}], handler=go_on)
+            yield from webdataset.tarfile_samples([{"url": shard}], handler=note_broken)
 
     shards = [f"{reader.root}/{name}" for name in reader.split_info.filenames]
-    random.Random(fold_seed("shards", *place)).shuffle(shards)
+    random.Random(fold_seed("shards", *seed_parts)).shuffle(shards)
     sizes = {"bufsize": reader.sample_shuffle_size, "initial": reader.sample_initial_size}
-    rng = random.Random(fold_seed("shuffle", *place, share))
+    rng = random.Random(fold_seed("shuffle", *seed_parts, share))
     image_keys = [suffix[1:] for suffix in IMAGE_SUFFIXES]
     for sample in webdataset.shuffle(**sizes, rng=rng)(samples()):
         name = f"{sample['__url__']}/{sample['__key__']}"
@@ -138,7 +136,7 @@ def _read_shards(
 
 
 def adapt_hub_reader(kind: str, reader: object) -> None:
-    """Let timm's readers of Hugging Face's data sets pass over missing labels and broken images."""
+    """Let timm's readers of Hugging Face datasets tolerate missing labels and broken images."""
     if kind == "hfds" and "label" not in reader.dataset.column_names:
         reader.label_key = reader.image_key
     if kind == "hfids":
@@ -147,7 +145,7 @@ def adapt_hub_reader(kind: str, reader: object) -> None:
 
 
 def _undecoded_stream(reader: object, builder: object, split: str) -> IterableDataset:
-    """The builder's stream, its images left encoded: decoding, it would end at a broken one."""
+    """Return the builder's stream with encoded images: decoding would stop at a broken one."""
     from datasets import Image as ImageColumn
 
     stream = builder.as_streaming_dataset(split=split)

@@ -1,4 +1,4 @@
-"""From an image to the views of it that a model sees: random crops, or the centre."""
+"""Transforms of an image to what a model sees: random crops or the center."""
 
 import argparse
 import math
@@ -18,7 +18,7 @@ from util.data.decode import Jpeg, Record, read_for_device, read_pixels, read_rg
 from util.errors import InputError
 from util.seeding import fold_seed, seeded
 
-# timm passes over sections that it does not know, without a word.
+# timm silently ignores sections that it does not know.
 AUTO_AUGMENT = (
     r"rand(-(m|n|mmax|inc)\d+|-(p|mstd)\d+(\.\d+)?|-t(3a|3aw|weights))*"
     r"|augmix(-(m|w|d|b)\d+|-(a|mstd)\d+(\.\d+)?)*"
@@ -27,16 +27,14 @@ AUTO_AUGMENT = (
 
 
 def draw_box(rng: random.Random, height: int, width: int, min_area: float) -> Box:
-    """Draw the part of an image that is seen, distributed as torchvision's RandomResizedCrop.
+    """Draw a random crop, distributed like torchvision's RandomResizedCrop.
 
-    The area is uniform in [min_area, 1] of the image's, the logarithm of width / height in that of
-    [3/4, 4/3]. What does not fit into the image is drawn again; after ten times, the box is the
-    largest in the centre that goes with the aspect ratios.
+    Its area is uniform in [min_area, 1] of the image's, log(width / height) uniform in
+    [log(3/4), log(4/3)]. A box that does not fit into the image is drawn again; after ten tries,
+    it is the largest centered one with these aspect ratios.
 
     Args:
-        rng: where the numbers come from.
-        height, width: of the image.
-        min_area: share of its area, in (0, 1].
+        min_area: fraction of the image's area, in (0, 1].
     """
     for _ in range(10):
         area = height * width * rng.uniform(min_area, 1)
@@ -50,13 +48,12 @@ def draw_box(rng: random.Random, height: int, width: int, min_area: float) -> Bo
 
 @dataclass(frozen=True)
 class RandomCrops:
-    """Random crops of an image, half of them flipped; flips and normalisation are for the device.
+    """Random crops of an image, half of them flipped; the device flips and normalizes.
 
     Args:
         size: (height, width) in pixels.
-        normalization: of the pixels.
-        min_area: of a crop, as a share of the image's.
-        num_crops: K, of every image. The k-th is the same for any larger K.
+        min_area: smallest area of a crop, as a fraction of the image's.
+        num_crops: K, crops per image. The k-th is the same for any larger K.
         decode: where JPEGs are decoded, by the worker (cpu) or on the device (gpu).
     """
 
@@ -67,20 +64,20 @@ class RandomCrops:
     decode: Literal["cpu", "gpu"] = "cpu"
 
     def read(self, record: Record) -> Jpeg | Tensor:
-        """The pixels (3, h, w), or a file that the device decodes."""
+        """Return the pixels (3, h, w), or a file that the device decodes."""
         return read_pixels(record) if self.decode == "cpu" else read_for_device(record)
 
-    def draw(self, height: int, width: int, *place: int | str) -> tuple[list[Box], list[bool]]:
-        """The crops' boxes in an image of this size, and which of them are flipped."""
-        rng, boxes, flips = random.Random(fold_seed(*place)), [], []
+    def draw(self, height: int, width: int, *seed_parts: int | str) -> tuple[list[Box], list[bool]]:
+        """Draw the crops' boxes in an image of this size, and which of them are flipped."""
+        rng, boxes, flips = random.Random(fold_seed(*seed_parts)), [], []
         for _ in range(self.num_crops):
             boxes.append(draw_box(rng, height, width, self.min_area))
             flips.append(rng.random() < 0.5)
         return boxes, flips
 
-    def __call__(self, image: Jpeg | Tensor, *place: int | str) -> Crops:
-        """Crops of an image; see `Transform`."""
-        boxes, flips = self.draw(*image.shape[1:], *place)
+    def __call__(self, image: Jpeg | Tensor, *seed_parts: int | str) -> Crops:
+        """Return crops of an image; see `Transform`."""
+        boxes, flips = self.draw(*image.shape[1:], *seed_parts)
         if isinstance(image, Jpeg):
             return Crops([], flips, self.normalization, image.data, boxes, self.size)
         pixels = [resize_crop(image, box, self.size) for box in boxes]
@@ -88,13 +85,12 @@ class RandomCrops:
 
 
 @dataclass(frozen=True)
-class CentreCrop:
-    """The centre of an image that was resized to cover; normalisation is for the device.
+class CenterCrop:
+    """The center of a resized image; the device normalizes.
 
     Args:
         size: (height, width) of the crop.
-        cover_size: (height, width) of what the resized image covers.
-        normalization: of the pixels.
+        cover_size: (height, width) that the resized image just covers.
     """
 
     size: tuple[int, int]
@@ -104,10 +100,10 @@ class CentreCrop:
     read = staticmethod(read_pixels)
 
     def __call__(self, image: Tensor, *_: int | str) -> Crops:
-        """The crop of an image (3, h, w); see `Transform`."""
+        """Return the crop of an image (3, h, w); see `Transform`."""
         _, height, width = image.shape
         scale = max(self.cover_size[0] / height, self.cover_size[1] / width)
-        # Truncated, so that for square sizes this is torchvision's usual Resize of the short side.
+        # Truncated, so that for square sizes this equals torchvision's Resize of the short side.
         cover = [max(self.cover_size[0], int(height * scale))]
         cover.append(max(self.cover_size[1], int(width * scale)))
         resized = resize_crop(image, Box(0, 0, height, width), cover)  # (3, *cover)
@@ -121,16 +117,16 @@ class Augmentation:
     """An augmentation of Pillow images that draws from the global generators, such as timm's.
 
     Args:
-        augment: RGB image to float32 (3, H, W), normalised.
+        augment: maps an RGB image to normalized float32 (3, H, W).
     """
 
     augment: Callable[[Image.Image], Tensor]
     num_crops: ClassVar[int] = 1
     read = staticmethod(read_rgb)
 
-    def __call__(self, image: Image.Image, *place: int | str) -> Crops:
-        """The augmented image; see `Transform`."""
-        with seeded(*place):
+    def __call__(self, image: Image.Image, *seed_parts: int | str) -> Crops:
+        """Return the augmented image; see `Transform`."""
+        with seeded(*seed_parts):
             return Crops([self.augment(image)], [False], None)
 
 
@@ -142,14 +138,12 @@ def pretrain_transform(
     num_crops: int = 1,
     decode: Literal["cpu", "gpu"] = "cpu",
 ) -> RandomCrops:
-    """MAE's augmentation: a random crop of 20 to 100 % of the area, and a horizontal flip.
+    """Build MAE's augmentation: a random crop of 20 to 100% of the area, and a horizontal flip.
 
     Args:
         img_size: (height, width) in pixels.
-        mean: of each RGB channel, in [0, 1].
-        std: of each RGB channel, in units of the [0, 1] range.
-        num_crops: of every image.
-        decode: where JPEGs are decoded.
+        mean, std: of the RGB channels, on the [0, 1] scale.
+        num_crops, decode: see `RandomCrops`.
     """
     normalization = Normalization(tuple(mean), tuple(std))
     return RandomCrops(tuple(img_size), normalization, 0.2, num_crops, decode)
@@ -158,7 +152,7 @@ def pretrain_transform(
 def probe_transform(
     img_size: Sequence[int], mean: Sequence[float], std: Sequence[float]
 ) -> RandomCrops:
-    """The augmentation of a linear probe: as `pretrain_transform`, from 8 % of the area on."""
+    """Build a linear probe's augmentation: that of `pretrain_transform`, from 8% of the area on."""
     return RandomCrops(tuple(img_size), Normalization(tuple(mean), tuple(std)), 0.08)
 
 
@@ -167,13 +161,13 @@ class AugmentSettings:
     """timm's augmentation in fine-tuning (Table 11); see the flags.
 
     Raises:
-        InputError: auto_augment is not in timm's language.
+        InputError: auto_augment is not in timm's syntax.
     """
 
     auto_augment: str = "rand-m9-mstd0.5-inc1"
-    """RandAugment, AugMix or AutoAugment; "none" for none."""
+    """RandAugment, AugMix or AutoAugment in timm's syntax, or "none"."""
     color_jitter: float | None = None
-    """It counts only without auto_augment, or with one of the 3a kinds."""
+    """Used only if auto_augment is "none" or of the 3a kind."""
     reprob: float = 0.25
     remode: str = "pixel"
     recount: int = 1
@@ -181,7 +175,7 @@ class AugmentSettings:
     def __post_init__(self) -> None:
         if self.auto_augment != "none" and not re.fullmatch(AUTO_AUGMENT, self.auto_augment):
             raise InputError(
-                f"--auto_augment '{self.auto_augment}' is not understood: write it as in "
+                f"unknown --auto_augment '{self.auto_augment}': write it like "
                 "rand-m9-mstd0.5-inc1, augmix-m5-w4-d2 or original-mstd0.5"
             )
 
@@ -192,13 +186,12 @@ def finetune_transform(
     std: Sequence[float],
     augment: AugmentSettings,
 ) -> Augmentation:
-    """timm's augmentation: crop of 8 to 100 % of the area, flip, RandAugment, random erasing.
+    """Build timm's augmentation: crop of 8 to 100% of the area, flip, RandAugment, random erasing.
 
     Args:
         img_size: (height, width) in pixels.
-        mean: of each RGB channel, in [0, 1].
-        std: of each RGB channel, in units of the [0, 1] range.
-        augment: what is done besides cropping and flipping.
+        mean, std: of the RGB channels, on the [0, 1] scale.
+        augment: everything besides cropping and flipping.
     """
     transform = create_transform(
         img_size,
@@ -217,7 +210,7 @@ def finetune_transform(
 
 
 def default_crop_pct(img_size: tuple[int, int]) -> float:
-    """MAE's `crop_pct` of `eval_transform`: 224 / 256 up to 224 pixels, all above."""
+    """Return MAE's `crop_pct` for `eval_transform`: 224 / 256 up to 224 pixels, 1 above."""
     return 224 / 256 if max(img_size) <= 224 else 1.0
 
 
@@ -226,48 +219,47 @@ def eval_transform(
     mean: Sequence[float],
     std: Sequence[float],
     crop_pct: float = 1.0,
-) -> CentreCrop:
-    """Resize to cover `img_size / crop_pct`, then cut `img_size` out of the centre.
+) -> CenterCrop:
+    """Build the transform that resizes to cover `img_size / crop_pct` and crops the center.
 
     Args:
         img_size: (height, width) in pixels.
-        mean: of each RGB channel, in [0, 1].
-        std: of each RGB channel, in units of the [0, 1] range.
+        mean, std: of the RGB channels, on the [0, 1] scale.
         crop_pct: side of the crop over the side it is cut from, in (0, 1]; MAE's is 224 / 256.
     """
     if not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct must lie in (0, 1], not {crop_pct}")
     cover_size = tuple(round(side / crop_pct) for side in img_size)
-    return CentreCrop(tuple(img_size), cover_size, Normalization(tuple(mean), tuple(std)))
+    return CenterCrop(tuple(img_size), cover_size, Normalization(tuple(mean), tuple(std)))
 
 
 def add_augmentation_args(parser: argparse.ArgumentParser) -> None:
-    """The flags of AugmentSettings."""
+    """Add the flags of AugmentSettings."""
     group = parser.add_argument_group("augmentation")
     group.add_argument(
         "--auto_augment",
         "--aa",
         default=AugmentSettings.auto_augment,
-        help="in timm's language, none for none (%(default)s)",
+        help="augmentation in timm's syntax, or none (%(default)s)",
     )
     group.add_argument(
-        "--color_jitter", type=natural_float, help="strength, without --auto_augment (off)"
+        "--color_jitter", type=natural_float, help="strength, if --auto_augment is none or 3a (off)"
     )
     group.add_argument(
         "--reprob",
         type=share,
         default=AugmentSettings.reprob,
-        help="share of images erased in part (%(default)s)",
+        help="fraction of images with erased regions (%(default)s)",
     )
     group.add_argument(
         "--remode",
         choices=("const", "rand", "pixel"),
         default=AugmentSettings.remode,
-        help="what erased pixels become (%(default)s)",
+        help="how to fill erased regions (%(default)s)",
     )
     group.add_argument(
         "--recount",
         type=positive_int,
         default=AugmentSettings.recount,
-        help="most erased regions (%(default)s)",
+        help="maximum number of erased regions (%(default)s)",
     )

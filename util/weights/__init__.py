@@ -1,1 +1,1 @@
-"""Files of weights, in and out."""
+"""Reading and writing of weights files."""

@@ -1,7 +1,4 @@
-"""The encoder of a file, whoever wrote it, and the way into a model.
-
-`read_encoder` reads the encoder out of any file that has one, `load_encoder` puts it into a model.
-"""
+"""Encoders from any weights file: `read_encoder` reads one, `load_encoder` puts it into a model."""
 
 import hashlib
 import json
@@ -40,15 +37,15 @@ from util.weights.names import (
 
 _logger = logging.getLogger(__name__)
 
-# Where a file has its weights, the moving average first; else it is the weights.
+# Keys of the weights in a file, moving averages first; without one, the file is the state dict.
 _MOVING_AVERAGES = ("ema", "state_dict_ema", "model_ema")
 _STATE_KEYS = (*_MOVING_AVERAGES, "state_dict", "model")
 ENCODER_FORMAT = "crossmae-encoder"  # in the metadata of an encoder-only file
-OLD_KEYS = {"crop_share": "crop_pct"}  # as earlier versions called them
+OLD_KEYS = {"crop_share": "crop_pct"}  # names in earlier versions
 
 
 class EncoderWeights(NamedTuple):
-    """The encoder of a file, in float32 under timm's names, and what the file tells about it."""
+    """The encoder of a file, in float32 under timm's names, and the file's metadata about it."""
 
     encoder: dict[str, Tensor]
     """cls_token, pos_embed (1, 1+L, D), patch_embed.proj.*, blocks.*"""
@@ -57,19 +54,19 @@ class EncoderWeights(NamedTuple):
     img_size: tuple[int, int]
     """Height and width in pixels."""
     kind: str
-    """Where it comes from, for messages."""
+    """Origin of the weights, for messages."""
     mean: list[float] | None = None
     std: list[float] | None = None
-    """Of the channels, as it was trained; None where the file does not tell."""
+    """Per channel, as in training; None if the file does not say."""
     classes: list[str] | None = None
     pool: str | None = None
     """What a head classifies: "avg", the patch tokens' mean, or "cls", the class token."""
     crop_pct: float | None = None
-    """Of the side of held-out images that a classifier was evaluated on."""
+    """`crop_pct` of the `eval_transform` that a classifier was evaluated with."""
     num_heads: int | None = None
     norm_eps: float | None = None
     left_out: tuple[str, ...] = ()
-    """The file's own names of what is not part of the encoder, such as its decoder."""
+    """Names of the file's other weights, such as its decoder's."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -79,12 +76,12 @@ class EncoderWeights(NamedTuple):
 
     @property
     def mlp_dim(self) -> int:
-        """Width inside the blocks' MLPs."""
+        """Hidden width of the MLPs."""
         return self.encoder["blocks.0.mlp.fc1.bias"].numel()
 
     @property
     def in_chans(self) -> int:
-        """C."""
+        """Input channels C."""
         return self.encoder["patch_embed.proj.weight"].shape[1]
 
     @property
@@ -94,7 +91,7 @@ class EncoderWeights(NamedTuple):
 
     @property
     def num_classes(self) -> int | None:
-        """Of the head; None where there is none."""
+        """Outputs of the head; None without a head."""
         head = (
             t for name, t in self.head_state.items() if name.startswith("head.") and t.ndim == 2
         )
@@ -102,11 +99,11 @@ class EncoderWeights(NamedTuple):
 
     @property
     def is_linear_probe(self) -> bool:
-        """Whether the head normalises features first."""
+        """Whether the head normalizes features first."""
         return "head.0.running_var" in self.head_state
 
     def hash(self) -> str:
-        """A digest of all the weights: equal for equal ones, whatever file they come from."""
+        """Return a digest of all weights that does not depend on the file they come from."""
         digest = hashlib.blake2b(digest_size=8)
         for name, tensor in sorted({**self.encoder, **self.head_state}.items()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -115,7 +112,7 @@ class EncoderWeights(NamedTuple):
 
 
 class StartingPoint(NamedTuple):
-    """The weights that an encoder starts from, if any, and the size and input that go with them."""
+    """The weights that an encoder starts from, if any, and the size and input to use with them."""
 
     weights: EncoderWeights | None
     size: str
@@ -126,12 +123,12 @@ class StartingPoint(NamedTuple):
 
     @property
     def input_format(self) -> tuple[tuple[int, int], list[float], list[float]]:
-        """What every transform needs: the size of images, mean and std of their channels."""
+        """Size of the images, mean and std of their channels, as every transform needs them."""
         return self.img_size, self.mean, self.std
 
 
 def count_blocks(encoder: Mapping[str, Tensor]) -> int:
-    """The depth of an encoder by timm's names."""
+    """Return the depth of an encoder with timm's names."""
     ids = (int(name.split(".")[1]) for name in encoder if name.startswith("blocks."))
     return 1 + max(ids, default=-1)
 
@@ -141,10 +138,10 @@ def read_encoder(path: str | Path) -> EncoderWeights:
 
     Args:
         path: a checkpoint of this project, an encoder-only file, released CrossMAE or MAE weights,
-            a ViT of timm's, or one of Hugging Face's, which may be named by its folder.
+            a timm ViT, or a Hugging Face ViT (its file or folder).
 
     Raises:
-        InputError: the file is missing or damaged, has no encoder, or has more than ours computes.
+        InputError: the file is missing or damaged, lacks an encoder, or has parts our ViT lacks.
     """
     file = _file_of(Path(path))
     content = read_weights_file(file)
@@ -153,7 +150,7 @@ def read_encoder(path: str | Path) -> EncoderWeights:
     if weights.left_out:
         groups = sorted({re.split(r"\.", name)[0] for name in weights.left_out})
         _logger.info(
-            "%s: left out %d tensors that are not of the encoder: %s",
+            "%s: left out %d tensors that are not part of the encoder: %s",
             *(path, len(weights.left_out), ", ".join(groups)),
         )
     return weights
@@ -165,7 +162,7 @@ def _file_of(path: Path) -> Path:
     names = ("model.safetensors", "pytorch_model.bin")
     file = next((path / name for name in names if (path / name).is_file()), None)
     if file is None:
-        raise InputError(f"{path} is a folder without {' or '.join(names)}: name a weights file")
+        raise InputError(f"folder {path} has no {' or '.join(names)}: name a weights file")
     return file
 
 
@@ -177,11 +174,11 @@ def _read_encoder(content: dict, path: Path) -> EncoderWeights:
     if key in _MOVING_AVERAGES:
         _logger.info("%s: reading the moving average of the weights", path)
     names, renamed, left_out = _rename(state, path)
-    # What was trained is converted, not what counts batches.
+    # Only floating-point tensors are converted: a batch norm's counter stays an integer.
     renamed = {n: t.detach().float() if t.is_floating_point() else t for n, t in renamed.items()}
     bad = next((name for name, tensor in renamed.items() if not tensor.isfinite().all()), None)
     if bad:
-        raise InputError(f"{path} cannot be used: {bad} is not finite")
+        raise InputError(f"{path} has values in {bad} that are not finite: use another file")
     encoder = {name: t for name, t in renamed.items() if re.fullmatch(ENCODER, name)}
     head_state = {name: t for name, t in renamed.items() if name not in encoder}
     has_head = any(name.startswith("head.") for name in head_state)
@@ -192,7 +189,10 @@ def _read_encoder(content: dict, path: Path) -> EncoderWeights:
         metadata |= _hf_metadata(path.parent)
     *_, patch_height, patch_size = encoder["patch_embed.proj.weight"].shape
     if patch_height != patch_size:
-        raise InputError(f"{path} has patches of {patch_height} x {patch_size} px; ours are square")
+        raise InputError(
+            f"{path} has patches of {patch_height} x {patch_size} px, but only square ones are "
+            "supported: use another file"
+        )
     _, num_positions, _ = encoder["pos_embed"].shape
     img_size = _image_size(num_positions - 1, patch_size, metadata, path)
     mean, std = check_mean_std(metadata.get("mean"), metadata.get("std"))
@@ -217,21 +217,21 @@ def _read_encoder(content: dict, path: Path) -> EncoderWeights:
 
 
 def _rename(state: dict, path: Path) -> tuple[WeightNames, dict[str, Tensor], list[str]]:
-    """Find how a file calls its weights; return that, the weights renamed, and what is left out."""
-    cleaned = clean_state_dict(state)  # of what DDP and torch.compile put before a name
+    """Find a file's naming scheme; return it, the renamed weights and the names left out."""
+    cleaned = clean_state_dict(state)  # without the prefixes of DDP and torch.compile
     found = (n for n in (PRETRAINED, TIMM, HUGGING_FACE) if "cls_token" in map(n.rename, cleaned))
     names = next(found, None)
     if names is None:
         raise InputError(
-            f"no encoder in {path}: what is read is a ViT with a class token, under the names of "
-            "this project, of released CrossMAE and MAE, of timm or of Hugging Face"
+            f"no encoder in {path}: use a file that has a ViT with a class token, named as in this "
+            "project, released CrossMAE or MAE, timm or Hugging Face"
         )
     new_names = {name: names.rename(name) for name in cleaned}
     unknown = [name for name, new in new_names.items() if new is None]
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise InputError(
-            f"{path} has {unknown[0]}{more}, which a plain ViT does not compute: use another file"
+            f"{path} has {unknown[0]}{more}, which a plain ViT does not have: use another file"
         )
     if any(re.fullmatch(MIXING_WEIGHTS, name) for name in cleaned):
         new_names = {n: "" if new.startswith("norm.") else new for n, new in new_names.items()}
@@ -268,12 +268,12 @@ def _check_complete(encoder: dict[str, Tensor], head_state: dict[str, Tensor], p
         raise InputError(f"the encoder in {path} lacks {missing[0]}{more}: use another file")
     if "norm.weight" in head_state and "fc_norm.weight" in head_state:
         raise InputError(
-            f"{path} has both norm and fc_norm, and our ViT computes one of them: use another file"
+            f"{path} has both norm and fc_norm, but our ViT has only one of them: use another file"
         )
 
 
 def _own_metadata(content: dict, path: Path) -> dict:
-    """What a file of this project says: img_size, mean, std and the like."""
+    """Return the metadata of a file of this project: img_size, mean, std and the like."""
     metadata = content.get("metadata", {})
     if metadata.get("format") == ENCODER_FORMAT:
         values = {key: json.loads(value) for key, value in metadata.items() if key != "format"}
@@ -297,41 +297,44 @@ def _own_metadata(content: dict, path: Path) -> dict:
 def check_mean_std(
     mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[list[float] | None, list[float] | None]:
-    """The mean and standard deviation of RGB channels, as a file tells them, or None.
+    """Check and return a file's mean and std of the RGB channels, each of which may be None.
 
     Raises:
-        TypeError, ValueError: they are not three finite numbers each, std above 0.
+        TypeError, ValueError: one is not three finite numbers, or a std is not above 0.
     """
     checked = [None if v is None else [float(x) for x in v] for v in (mean, std)]
     for values in filter(None, checked):
         if len(values) != 3 or not all(map(math.isfinite, values)):
             raise ValueError(f"{values} are not three finite numbers")
     if std is not None and min(checked[1]) <= 0:
-        raise ValueError(f"a std of {std} is not above 0")
+        raise ValueError(f"std must be above 0, not {std}")
     return tuple(checked)
 
 
 def _check_metadata(metadata: dict) -> None:
-    """Raise TypeError or ValueError where a file tells settings that mean nothing."""
-    classes, pool, share = (metadata.get(name) for name in ("classes", "pool", "crop_pct"))
+    """Raise TypeError or ValueError if a file has invalid settings."""
+    classes, pool, crop_pct = (metadata.get(name) for name in ("classes", "pool", "crop_pct"))
     if not all(isinstance(name, str) for name in classes or []):
-        raise TypeError("classes are called by strings")
-    if pool not in (None, "avg", "cls") or not 0 < (1 if share is None else share) <= 1:
-        raise ValueError(f"pool {pool}, crop_pct {share}")
+        raise TypeError("class names must be strings")
+    if pool not in (None, "avg", "cls") or not 0 < (1 if crop_pct is None else crop_pct) <= 1:
+        raise ValueError(f"pool {pool}, crop_pct {crop_pct}")
     if not 0 <= (metadata.get("norm_eps") or 0) < 1:
         raise ValueError(f"layer_norm_eps {metadata['norm_eps']}")
 
 
 def _hf_metadata(folder: Path) -> dict:
-    """The same of the files beside Hugging Face weights, as far as they are there."""
+    """Return the metadata in the files beside Hugging Face weights, where they exist."""
     config = _read_json(folder / "config.json")
     processor = _read_json(folder / "preprocessor_config.json")
     activation = config.get("hidden_act", "gelu")
     if activation != "gelu":
-        raise InputError(f"{folder / 'config.json'} has hidden_act {activation}; our ViT has gelu")
+        raise InputError(
+            f"{folder / 'config.json'} has hidden_act {activation}, but our ViT uses gelu: use "
+            "another file"
+        )
     labels = config.get("id2label") or {}
     classes = [labels[key] for key in sorted(labels, key=int)]
-    if classes == [f"LABEL_{i}" for i in range(len(classes))]:  # nobody has named them
+    if classes == [f"LABEL_{i}" for i in range(len(classes))]:  # Hugging Face's placeholders
         classes = None
     return {
         "img_size": config.get("image_size"),
@@ -349,35 +352,34 @@ def _read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise InputError(f"{path} is no JSON ({error}): copy it again") from error
+        raise InputError(f"{path} is not valid JSON ({error}): copy it again") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not named settings")
     return content
 
 
 def _image_size(num_patches: int, patch_size: int, metadata: dict, path: Path) -> tuple[int, int]:
-    """Height and width: as the file tells them, else a square; whole patches."""
+    """Return height and width in whole patches: from the metadata, else of a square."""
     size = metadata.get("img_size") or math.isqrt(num_patches) * patch_size
     height, width = map(int, (size, size) if isinstance(size, int) else size)
     rows, columns = height // patch_size, width // patch_size
     if rows * columns != num_patches or rows < 1:
         raise InputError(
-            f"{path} has positions for {num_patches} patches beside the class token, which are not "
-            f"the {rows} x {columns} patches of images of {height} x {width}: use another file"
+            f"{path} has position embeddings of {num_patches} patches, but images of "
+            f"{height} x {width} have {rows} x {columns}: use another file"
         )
     return rows * patch_size, columns * patch_size
 
 
 def load_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> None:
-    """Load weights into a VisionTransformer; the log says what is new and what is left out.
+    """Load weights into a VisionTransformer, and log what is new and what is left out.
 
-    Position embeddings are resampled where the images have another size. The norm before the head
-    is the file's where it has one for the model's pooling, else it stays as it is.
+    Position embeddings are resampled to another image size. The norm before the head is loaded if
+    the file has one for the model's pooling.
 
     Args:
-        model: of `models_vit`; unchanged if anything does not fit.
-        weights: of `read_encoder`.
-        head: load the head, too, and insist that the norm before it comes along.
+        model: unchanged if anything does not fit.
+        head: also load the head, which requires the norm before it.
 
     Raises:
         InputError: the weights do not fit the model.
@@ -385,15 +387,15 @@ def load_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> No
     state = fit_encoder(model, weights, head=head)
     if weights.norm_eps not in (None, model.blocks[0].norm1.eps):
         _logger.warning(
-            "the %s was trained with layer_norm_eps %g and is used with %g: features differ a bit",
+            "the %s was trained with layer_norm_eps %g, not %g: features will differ slightly",
             *(weights.kind, weights.norm_eps, model.blocks[0].norm1.eps),
         )
     model.load_state_dict(state, strict=False)
 
-    _logger.info("loaded %d tensors of the %s", len(state), weights.kind)
+    _logger.info("loaded %d tensors from the %s", len(state), weights.kind)
     if weights.grid_size != model.grid_size:
         grids = (*weights.grid_size, *model.grid_size)
-        _logger.info("positions resampled from %d x %d patches to %d x %d", *grids)
+        _logger.info("position embeddings resampled from %d x %d patches to %d x %d", *grids)
     new = [name for name in model.state_dict() if name not in state]
     if new:
         _logger.info("new: %s", ", ".join(new))
@@ -403,7 +405,7 @@ def load_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> No
 
 
 def fit_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> dict[str, Tensor]:
-    """What `load_encoder` loads of the weights: checked, and with its positions resampled.
+    """Return what `load_encoder` loads: checked, and with position embeddings resampled.
 
     Raises:
         InputError: the weights do not fit the model.
@@ -422,10 +424,10 @@ def fit_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> dic
     own = model.state_dict()
     for name, tensor in state.items():
         if name not in own or own[name].shape != tensor.shape:
-            ours = _size_text(own[name].shape) if name in own else "nothing"
+            ours = f"is {_size_text(own[name].shape)} in" if name in own else "is missing in"
             raise InputError(
-                f"{name} of the {weights.kind} is {_size_text(tensor.shape)} and {ours} in the "
-                "model: choose the model that it was trained as"
+                f"{name} is {_size_text(tensor.shape)} in the {weights.kind} but {ours} the "
+                "model: use the model that was trained"
             )
     new = [name for name in own if name not in state]
     if head and new:
@@ -437,7 +439,7 @@ def fit_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> dic
 
 
 def _check_sizes(model: nn.Module, weights: EncoderWeights) -> None:
-    """Refuse weights of another size, before it shows as a shape that says little."""
+    """Refuse weights of another size with a clearer message than a shape mismatch."""
     patch_size, embed_dim, depth = weights.shape
     sizes = [
         ("patches of {} px", patch_size, model.patch_size),
@@ -450,8 +452,8 @@ def _check_sizes(model: nn.Module, weights: EncoderWeights) -> None:
     for text, theirs, ours in sizes:
         if theirs not in (None, ours):
             raise InputError(
-                f"the {weights.kind} has {text.format(theirs)} and the model {text.format(ours)}: "
-                "choose the model that it was trained as"
+                f"the {weights.kind} has {text.format(theirs)} but the model {text.format(ours)}: "
+                "use the model that was trained"
             )
 
 
@@ -467,17 +469,13 @@ def input_format(
     std: Sequence[float] | None,
     default_size: int,
 ) -> tuple[tuple[int, int], list[float], list[float]]:
-    """How images come into a model: as the user says, else as its weights were trained.
+    """Return (height, width), mean and std of the input: the user's choice, else the weights' own.
 
     Args:
-        weights: None starts from scratch.
-        img_size: one side, or height and width; as the user says, if they do.
-        mean, std: of the channels, in 0 to 1; likewise.
-        default_size: side in pixels where there are no weights. ImageNet's normalisation is taken
-            where they do not tell theirs.
-
-    Returns:
-        (height, width), mean and std.
+        img_size: the user's choice; one side, or height and width.
+        mean, std: the user's choice, on the [0, 1] scale. If neither the user nor the weights give
+            them, they are ImageNet's.
+        default_size: side in pixels if there are no weights.
     """
     own_size = weights.img_size if weights else (default_size, default_size)
     own_mean, own_std = (weights.mean, weights.std) if weights else (None, None)
@@ -490,11 +488,7 @@ def input_format(
 
 
 def save_encoder(weights: EncoderWeights, path: Path) -> None:
-    """Write an encoder-only file (.safetensors), which `read_encoder` reads back bit for bit.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write an encoder-only file (.safetensors) that `read_encoder` reads back bit for bit."""
     metadata = weights._asdict()
     for key in ("encoder", "head_state", "left_out"):
         metadata.pop(key)

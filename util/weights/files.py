@@ -1,4 +1,4 @@
-"""Files of weights: read without running what is in them, written as a whole or not at all."""
+"""Weights files: read without running code from them, and written atomically."""
 
 import argparse
 import pickle
@@ -19,37 +19,36 @@ from util.errors import InputError, as_input_error
 
 VERSION = 1  # of this project's checkpoints
 MAX_PICKLE = 2**23  # bytes of a file that are not tensors; a ViT-H's checkpoint has 2**19
-MAX_TUPLES = 100_000  # a ViT-H's has 13,000; Python crashes where many more lie in each other
-MAX_SHARED = 4  # tensors may share their bytes, but not so often that a small file fills the memory
+MAX_TUPLES = 100_000  # a ViT-H's checkpoint has 13,000; deep nesting of many more crashes Python
+MAX_SHARED = 4  # tensors may share bytes, but a small file must not fill the memory
 KINDS = {"pretrain": "pre-training", "finetune": "fine-tuning", "linprobe": "linear-probing"}
 
 
 def read_weights_file(path: str | Path) -> dict:
-    """Load a weights file, tensors on the CPU, without running code from it.
+    """Load a weights file onto the CPU without running code from it.
 
-    Of a file written by `torch.save`, plain values, tensors and the argparse.Namespace of released
-    checkpoints are read; one that refers to anything else is refused. Files in the zip format are
-    checked against their checksums first. What is read takes memory in proportion to the file. A
-    .safetensors file becomes {"model", "metadata"}.
+    A file of `torch.save` may hold only plain values, tensors and the argparse.Namespace of
+    released checkpoints. In the zip format, its checksums are verified first. The memory needed is
+    proportional to the file size. A .safetensors file becomes {"model", "metadata"}.
 
     Raises:
-        InputError: the file is missing, damaged, no weights file, would run code, or unfolds to
-            more than it has bytes.
+        InputError: the file is missing, damaged, not a weights file, would run code, or expands to
+            far more than its size.
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path} is no file: check the path of the checkpoint")
+        raise InputError(f"checkpoint not found: {path}")
     try:
         content = _load_checked(path)
     except InputError:
         raise
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"{path} is refused: it is no weights file, or loading it would run code"
+            f"{path} is refused: it is not a weights file, or loading it would run code"
         ) from error
     except Exception as error:  # a damaged file can make a reader fail in any way
         raise InputError(
-            f"{path} is truncated, damaged or no weights file ({type(error).__name__}): copy it "
+            f"{path} is truncated, damaged or not a weights file ({type(error).__name__}): copy it "
             "again, or use another checkpoint"
         ) from error
     if not isinstance(content, dict):
@@ -66,7 +65,7 @@ def _load_checked(path: Path) -> object:
             return {"model": state, "metadata": file.metadata() or {}}
     with torch.serialization.safe_globals([argparse.Namespace]):
         with path.open("rb") as file:
-            is_zip = file.read(4) == b"PK\x03\x04"  # which is how torch.load tells
+            is_zip = file.read(4) == b"PK\x03\x04"  # torch.load's own test
             if not is_zip:
                 file.seek(0)
                 _check_pickles(file, path)
@@ -82,14 +81,14 @@ def _load_checked(path: Path) -> object:
 
 
 def _check_archive(archive: zipfile.ZipFile, path: Path) -> None:
-    """Refuse what torch.save does not write: it neither compresses nor lets records overlap."""
+    """Refuse archives that torch.save would not write: compressed, or with overlapping records."""
     records = archive.infolist()
     plain = all(r.compress_type == zipfile.ZIP_STORED and not r.flag_bits & 1 for r in records)
     claimed = [r.file_size for r in records]
     if not plain or claimed != [r.compress_size for r in records]:
         raise InputError(
-            f"{path} is refused: it is compressed or encrypted, which torch.save never does, so "
-            "that it could unfold to any size"
+            f"{path} is refused: it is compressed or encrypted, which torch.save never does, and "
+            "could expand to any size"
         )
     if sum(claimed) > path.stat().st_size:
         raise InputError(f"{path} is refused: its records claim more bytes than the file has")
@@ -103,31 +102,30 @@ def _check_archive(archive: zipfile.ZipFile, path: Path) -> None:
 
 
 def _check_pickles(file: BinaryIO, path: Path, size: int = 0) -> None:
-    """Refuse pickles that are long, or that make bytes out of a number; torch.load sees the rest.
+    """Refuse pickles that are long, or that allocate bytearrays; torch.load checks the rest.
 
     Args:
-        file: holds the pickles one after another, at most as many as torch.save writes into one.
-        path: for the message.
-        size: of the pickles in bytes, as far as it is known.
+        file: has at most the five consecutive pickles that torch.save writes.
+        size: of the pickles in bytes, if known.
     """
     num_tuples = 0
-    with suppress(ValueError):  # the end, or no pickle
+    with suppress(ValueError):  # the end, or not a pickle
         for _ in range(5):
             for opcode, argument, position in pickletools.genops(file):
                 num_tuples += opcode.name.startswith("TUPLE")
                 if max(position, size) > MAX_PICKLE or num_tuples > MAX_TUPLES:
                     raise InputError(
-                        f"{path} is refused: it has more beside its tensors than a checkpoint has"
+                        f"{path} is refused: besides its tensors it has more than a checkpoint has"
                     )
                 if isinstance(argument, str) and argument.endswith(" bytearray"):
-                    raise InputError(f"{path} is refused: it holds a bytearray, as no weights do")
+                    raise InputError(f"{path} is refused: it has a bytearray, unlike any weights")
 
 
 def _check_content(content: dict, path: Path) -> None:
-    """Refuse tensors other than plain ones, and what unfolds to far more than the file has bytes.
+    """Refuse tensors that are not plain, and content that expands to far more than the file size.
 
-    A few bytes can stand for a tensor of any size, if its strides are 0, and for any number of
-    values, if lists hold the same lists several times.
+    A few bytes can encode a tensor of any size, if its strides are 0, or any number of values, if
+    lists hold the same lists several times.
     """
     num_bytes = path.stat().st_size
     num_values, num_tensor_bytes, todo = 0, 0, [content]
@@ -136,7 +134,7 @@ def _check_content(content: dict, path: Path) -> None:
         num_values += 1
         if isinstance(value, Tensor):
             if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
-                raise InputError(f"{path} is refused: it holds tensors that are no plain numbers")
+                raise InputError(f"{path} is refused: it holds tensors other than dense CPU ones")
             num_tensor_bytes += value.numel() * value.element_size()
         elif isinstance(value, dict):
             todo += [*value.keys(), *value.values()]
@@ -146,15 +144,15 @@ def _check_content(content: dict, path: Path) -> None:
             todo.append(vars(value))
         if num_values > num_bytes or num_tensor_bytes > MAX_SHARED * num_bytes:
             raise InputError(
-                f"{path} is refused: its {num_bytes} bytes would unfold to many times as many"
+                f"{path} is refused: its {num_bytes} bytes would expand to many times as many"
             )
 
 
 def unknown_content(path: str | Path) -> AbstractContextManager:
-    """Context in which a file's content is used: odd types and names in it are wrong input."""
+    """Context for using a file's content: wrong types and names in it become InputError."""
     return as_input_error(
         lambda error: (
-            f"{path} is damaged, or written by a program that this one does not know "
+            f"{path} is damaged, or was written by an unknown program "
             f"({type(error).__name__}): use another file"
         ),
         *(ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError),
@@ -165,36 +163,34 @@ def check_format(content: dict, path: str | Path, kind: str) -> dict:
     """Return the content of a file if it is a checkpoint that this code can read.
 
     Args:
-        content: of the file.
-        path: for the message.
         kind: one of KINDS.
 
     Raises:
-        InputError: it is of another program or of a newer version.
+        InputError: it is from another program or of a newer version.
     """
     if content.get("format") != f"crossmae-{kind}":
-        raise InputError(f"{path} is no {KINDS[kind]} checkpoint of this project")
+        raise InputError(f"{path} is not a {KINDS[kind]} checkpoint of this project")
     if not isinstance(content.get("version"), int):
-        raise InputError(f"{path} does not tell the version of its format: use another file")
+        raise InputError(f"{path} lacks the version of its format: use another file")
     if content["version"] > VERSION:
         raise InputError(
-            f"{path} has version {content['version']} of the checkpoint format and this code reads "
-            f"up to {VERSION}: update the code"
+            f"{path} has version {content['version']} of the checkpoint format, but this code "
+            f"reads only up to {VERSION}: update the code"
         )
     return content
 
 
 def save_safetensors(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write tensors and strings; with the permissions and errors of any other file."""
+    """Write tensors and metadata, with the permissions and errors of any other file."""
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     path.write_bytes(safetensors.torch.save(tensors, metadata))
 
 
 def write_new(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make a file or folder that appears as a whole or not at all.
+    """Let `write` create a file or folder atomically.
 
     Raises:
-        InputError: there is one already, or it cannot be written.
+        InputError: it already exists, or cannot be written.
     """
     if path.exists() or path.is_symlink():
         raise InputError(f"{path} exists: delete it first, or choose another --output")

@@ -1,4 +1,4 @@
-"""What the weights of a ViT are called here, by timm and by Hugging Face."""
+"""Names of a ViT's weights in this project, timm and Hugging Face."""
 
 import re
 from collections.abc import Sequence
@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# The parts of a block under timm's names, which are ours.
+# The parts of a block under timm's names, which this project uses too.
 BLOCK_PARTS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-# The same of Hugging Face: as their files have them, then as their modules are called since v5.
+# The same in Hugging Face: the names in files, then those of modules since v5.
 HUGGING_FACE_PARTS = {
     "norm1": ("layernorm_before",),
     "attn.q": ("attention.attention.query", "attention.q_proj"),
@@ -31,14 +31,14 @@ ENCODER = rf"(?:{_one_of(EMBEDDING_NAMES)}|blocks\.\d+\.{_one_of(BLOCK_PARTS)}\.
 
 
 class WeightNames(NamedTuple):
-    """How a kind of file calls its weights."""
+    """The names of the weights in one kind of file."""
 
     kind: str
     patterns: dict[str, str]
-    """Pattern of a whole name -> timm's name, "" for what is left out; the first match counts."""
+    """Pattern of a whole name -> timm's name, or "" to leave it out; the first match counts."""
 
     def rename(self, name: str) -> str | None:
-        """The name of timm's; "" for what is left out, None for what is unknown."""
+        """Return timm's name; "" to leave the weight out, None if the name is unknown."""
         matches = ((re.fullmatch(p, name), new) for p, new in self.patterns.items())
         return next((match.expand(new) for match, new in matches if match), None)
 
@@ -75,19 +75,18 @@ HUGGING_FACE = WeightNames(
         r"(?:vit\.)?(?:pooler\.|embeddings\.mask_token|decoder\.).*": "",
     },
 )
-# A final norm beside one of these is that of a mix of feature maps, not of the last one (App. A.3).
+# Next to one of these, a final norm is that of a mix of feature maps, not the last (App. A.3).
 MIXING_WEIGHTS = r"decoder\.inter_block_attention\..+|wfm\..+"
 
 
 def hugging_face_names(
     state: dict[str, Tensor], names: dict[str, str], *, layers: str
 ) -> dict[str, Tensor]:
-    """Rename weights of timm's names to those in Hugging Face's files.
+    """Rename weights from timm's names to those in Hugging Face's files.
 
     Args:
-        state: weights.
         names: timm's name outside the blocks -> Hugging Face's, both without .weight and .bias.
-        layers: what comes before the number of a block, such as "encoder.layer".
+        layers: prefix of a block's number, such as "encoder.layer".
     """
     renamed = {}
     for name, tensor in state.items():
@@ -105,7 +104,7 @@ def hugging_face_names(
     return renamed
 
 
-# The names that `hugging_face_names` takes, of an encoder and of an MAE's decoder.
+# Names for `hugging_face_names`, of an encoder and of an MAE's decoder.
 ENCODER_NAMES = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",

@@ -1,4 +1,4 @@
-"""Checkpoints of the released CrossMAE and MAE code: their names and options, and ours."""
+"""Names and options in checkpoints of the released CrossMAE and MAE code, converted to ours."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from util.errors import InputError
 
-# Prefixes of the released CrossMAE and MAE checkpoints, and ours. The rest of a name is equal.
+# Prefixes of the released CrossMAE and MAE checkpoints, and ours. The rest of a name is the same.
 RELEASED_PREFIXES = {
     "cls_token": "encoder.cls_token",
     "pos_embed": "encoder.pos_embed",
@@ -28,13 +28,13 @@ def from_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the weights of a released CrossMAE or MAE checkpoint to ours.
 
     Raises:
-        InputError: a name is none of theirs.
+        InputError: a name is unknown.
     """
     renamed = {}
     for name, tensor in state.items():
         prefix = next((p for p in RELEASED_PREFIXES if name.startswith(p)), None)
         if prefix is None:
-            raise InputError(f"{name} is no weight of a released CrossMAE or MAE checkpoint")
+            raise InputError(f"{name} is not a weight of a released CrossMAE or MAE checkpoint")
         renamed[RELEASED_PREFIXES[prefix] + name.removeprefix(prefix)] = tensor
     return renamed
 
@@ -42,14 +42,13 @@ def from_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def released_feature_maps(
     depth: int, *, weight_fm: bool, use_input: bool, use_fm: list[int] | None
 ) -> str | list[int]:
-    """Turn the released code's choice of maps into ours.
+    """Convert the released code's choice of feature maps to ours.
 
     Args:
-        depth: number of encoder blocks.
-        weight_fm: inter-block attention is on.
-        use_input: the encoder's input is feature map 0.
-        use_fm: the blocks that take part, counted from 0, or from the end if negative; None or
-            [-1] is all of them. Their maps are mixed from shallow to deep, however listed.
+        weight_fm: whether inter-block attention is on.
+        use_input: whether feature map 0, the encoder's input, is mixed too.
+        use_fm: the blocks to mix, counted from 0, or from the end if negative; None or [-1] means
+            all. They are mixed from shallow to deep in any case.
 
     Raises:
         InputError: a block does not exist.
@@ -65,18 +64,18 @@ def released_feature_maps(
 
 
 def released_options(state: Mapping[str, Tensor], args: Mapping[str, object]) -> dict:
-    """What the weights of a released checkpoint tell about the model that they belong to.
+    """Infer the model of a released checkpoint from its weights.
 
     Args:
         state: weights under their released names.
-        args: the arguments it was trained with, as far as the file has them.
+        args: training arguments, if the file has them.
 
     Returns:
-        `kind` ("crossmae" or "mae"), `patch_size`, `embed_dim`, `depth` to find the size by, and
-        the `options` of the model's factory.
+        `kind` ("crossmae" or "mae"), `patch_size`, `embed_dim` and `depth`, which give the size,
+        and the `options` of the model's factory.
 
     Raises:
-        InputError: these are no pre-training weights, or the choice of feature maps is unknown.
+        InputError: these are not pre-training weights, or the choice of feature maps is invalid.
     """
     try:
         embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
@@ -87,7 +86,7 @@ def released_options(state: Mapping[str, Tensor], args: Mapping[str, object]) ->
             for prefix in ("blocks.", "decoder_blocks.")
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"the checkpoint holds no masked autoencoder ({error})") from error
+        raise InputError(f"the checkpoint does not hold a masked autoencoder ({error})") from error
     options = {
         "img_size": [side, side],
         "in_chans": in_chans,
