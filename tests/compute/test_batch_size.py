@@ -46,7 +46,7 @@ def test_bisection_finds_the_largest_size_that_fits(limit):
     assert len(tried) <= 5
 
 
-def test_a_model_of_which_no_image_fits_is_refused():
+def test_a_model_that_does_not_fit_with_one_image_is_refused():
     with pytest.raises(InputError, match="not even a batch of 1 fits in"):
         largest_that_fits([1, 2], lambda size: False)
 
@@ -75,7 +75,7 @@ NO_ROOM = {
 
 
 @pytest.mark.parametrize("error", NO_ROOM.values(), ids=NO_ROOM)
-def test_running_out_of_memory_is_known_by_every_name(error):
+def test_every_out_of_memory_error_is_recognized(error):
     assert is_out_of_memory(error)
 
 
@@ -88,12 +88,12 @@ def test_running_out_of_memory_is_known_by_every_name(error):
         MemoryError("Caught MemoryError in DataLoader worker process 0."),
     ],
 )
-def test_other_errors_are_not_taken_for_a_lack_of_memory(error):
+def test_other_errors_are_not_mistaken_for_out_of_memory(error):
     assert not is_out_of_memory(error)
 
 
 @pytest.mark.parametrize("name", ["PyTorch", "cuBLAS", "cuDNN"])
-def test_a_size_of_which_a_library_finds_no_room_does_not_fit(name, monkeypatch):
+def test_a_size_for_which_a_library_runs_out_of_memory_does_not_fit(name, monkeypatch):
     for function in ("empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, function, lambda *_: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 0)
@@ -106,7 +106,7 @@ def test_a_size_of_which_a_library_finds_no_room_does_not_fit(name, monkeypatch)
     assert not batch_size.step_fits(train_on, 8, model=model, device=torch.device("cuda"))
 
 
-# On the command line
+# Command line
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""torch.compile: graphs without breaks, as few as there are shapes, in every mode of training."""
+"""torch.compile: graphs without breaks, one per shape, in every training mode."""
 
 from functools import partial
 
@@ -71,7 +71,7 @@ def test_a_model_is_one_graph(build, loss_of, memory):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-# Blocks are those of the encoder and of the decoder, and also compute the pictures at the end.
+# Blocks of the encoder and the decoder, which also compute the figure at the end.
 @pytest.mark.parametrize(("mode", "num_graphs"), [("whole", 2), ("blocks", 6)])
 def test_a_run_compiles_once_for_full_batches_and_once_for_an_epochs_tail(
     mode, num_graphs, tmp_path, monkeypatch

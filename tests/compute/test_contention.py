@@ -1,4 +1,4 @@
-"""A warning, once, where threads on a CPU wait for each other beside other programs."""
+"""A single warning if threads on a CPU wait for each other because of other programs."""
 
 import logging
 
@@ -26,7 +26,7 @@ def threads(monkeypatch):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A function that lets seconds pass, on the clock and of the processor."""
+    """Return a function that advances wall time and CPU time by given seconds."""
     now = {"monotonic": 0.0, "thread_time": 0.0}
     for name in now:
         monkeypatch.setattr(contention.time, name, lambda name=name: now[name])
@@ -39,17 +39,17 @@ def clock(monkeypatch):
 
 
 def warnings_of(caplog, watch, clock, steps):
-    """What is said over steps, each (seconds, of which the processor computed)."""
+    """Warnings logged over steps, each (wall seconds, CPU seconds)."""
     with caplog.at_level(logging.WARNING):
         for seconds, cpu_seconds in steps:
-            clock(50, 0)  # between steps anything may be waited for
+            clock(50, 0)  # waits between steps do not count
             watch.start_step()
             clock(seconds, cpu_seconds)
             watch.end_step()
     return [record.getMessage() for record in caplog.records]
 
 
-def test_steps_that_take_far_longer_than_they_compute_are_told_once(caplog, clock):
+def test_steps_that_take_far_longer_than_they_compute_are_reported_once(caplog, clock):
     (message,) = warnings_of(caplog, ContentionWatch(CPU), clock, [(4, 1.6)] * 20)
     assert "2.5 times as long" in message and "the 2 threads" in message
     assert "Try OMP_NUM_THREADS=1 or OMP_WAIT_POLICY=PASSIVE" in message
@@ -57,17 +57,17 @@ def test_steps_that_take_far_longer_than_they_compute_are_told_once(caplog, cloc
 
 
 @pytest.mark.parametrize("step", [(4, 4), (4, 3)])
-def test_steps_of_an_undisturbed_machine_say_nothing(step, caplog, clock):
+def test_steps_of_an_undisturbed_machine_do_not_warn(step, caplog, clock):
     assert warnings_of(caplog, ContentionWatch(CPU), clock, [step] * 20) == []
 
 
 @pytest.mark.parametrize("steps", [[(9, 1)], [(60, 1)] + [(4, 4)] * 20])
-def test_a_single_slow_moment_says_nothing(steps, caplog, clock):
+def test_a_single_slow_moment_does_not_warn(steps, caplog, clock):
     assert warnings_of(caplog, ContentionWatch(CPU), clock, steps) == []
 
 
 @pytest.mark.parametrize("case", ["one thread", "asleep", "gpu", "processes"])
-def test_nothing_is_said_where_nothing_can_be_done(case, caplog, clock, monkeypatch):
+def test_nothing_is_reported_where_nothing_can_be_done(case, caplog, clock, monkeypatch):
     if case == "one thread":
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     if case == "asleep":
@@ -81,7 +81,7 @@ def test_nothing_is_said_where_nothing_can_be_done(case, caplog, clock, monkeypa
 def test_a_run_is_watched_over_its_epochs(tmp_path, monkeypatch, capsys):
     use_nano_models(monkeypatch)
     monkeypatch.setattr(contention, "SECONDS", 0.0)
-    monkeypatch.setattr(contention, "TOO_SLOW", 0.0)  # every step takes longer than that
+    monkeypatch.setattr(contention, "TOO_SLOW", 0.0)  # every step counts as slow
     images = write_images(tmp_path / "images", 16)
     run("--data_path", images, *TINY, "--device", "cpu", "--output_dir", tmp_path / "run")
     assert capsys.readouterr().out.count("times as long as the CPU time they use") == 1

@@ -1,6 +1,6 @@
-"""Several processes do what one does, and end together.
+"""Several processes compute what one does, and end together.
 
-As a script, this file is what torchrun starts: it runs main_pretrain.py for every line of a file.
+torchrun runs this file as a script, which runs main_pretrain.py for every line of a file.
 """
 
 import json
@@ -41,14 +41,14 @@ CPU = torch.device("cpu")
 
 
 def run_lines(path):
-    """Run main_pretrain.py for every line; the processes stay together from run to run."""
+    """Run main_pretrain.py for every line, in the same processes."""
     for line in Path(path).read_text().splitlines():
         main_pretrain.main(json.loads(line))
 
 
 # Two processes
 
-# Of 41 images the last step has one, fewer than processes; of 43 it has three.
+# With 41 images the last step has one, fewer than processes; with 43 it has three.
 # The second accumulates: 2 processes x 2 micro-steps x 2 images.
 CASES = {
     "one image left": (41, ["--batch_size", "4"]),
@@ -62,7 +62,7 @@ MODEL += ["--log_every", "1", "--save_every_minutes", "0", "--keep_last", "0"]
 
 
 def read_by(process, num_images, batch_size, world_size=2):
-    """The images that one process reads in the first epoch."""
+    """Images that one process reads in the first epoch."""
     share = {"batch_size": batch_size, "accum_iter": 1, "seed": 0}
     sampler = StepSampler(num_images, rank=process, world_size=world_size, **share)
     return [index for batch in sampler for _, index in batch]
@@ -70,7 +70,7 @@ def read_by(process, num_images, batch_size, world_size=2):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Runs of one and of two processes: case -> their output folders."""
+    """Output folders of runs with one and with two processes, by case."""
     root = tmp_path_factory.mktemp("runs")
     lines = []
     for name, (num_images, options) in CASES.items():
@@ -104,7 +104,7 @@ def test_two_processes_equal_one_with_the_same_effective_batch(folders, case):
         read_checkpoint(list_checkpoints(folder)[-1], "pretrain") for folder in folders[case]
     )
     assert one["progress"] == two["progress"]
-    # Adam makes a gradient of zero a step of either sign, so the weights agree in the mean.
+    # Adam's step for a gradient near zero may have either sign, so weights agree on average.
     differences = [(two["model"][name] - w).abs().mean() for name, w in one["model"].items()]
     assert max(differences) < 1e-4
 
@@ -112,7 +112,7 @@ def test_two_processes_equal_one_with_the_same_effective_batch(folders, case):
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 7])
 @pytest.mark.parametrize("case", ["one image left", "two crops of an image"])
-def test_a_run_goes_on_with_fewer_processes(folders, tmp_path, capsys, case, step):
+def test_a_run_continues_with_fewer_processes(folders, tmp_path, capsys, case, step):
     one, two = folders[case]
     for path in list_checkpoints(two):
         if read_checkpoint(path, "pretrain")["progress"]["step"] <= step:
@@ -154,8 +154,8 @@ def test_only_one_process_writes(folders):
 
 @pytest.mark.slow
 @pytest.mark.faults
-def test_an_error_that_one_process_meets_ends_all_with_its_sentence(tmp_path):
-    # A hundred broken images in a row are too many; only one process begins with the first.
+def test_an_error_in_one_process_ends_all_with_its_message(tmp_path):
+    # A hundred broken images in a row exceed the limit; only one process starts with the first.
     images = write_images(tmp_path / "images", 210)
     first = read_by(1, 210, 4)[0]
     for index in range(first, first + 100):
@@ -171,7 +171,7 @@ def test_an_error_that_one_process_meets_ends_all_with_its_sentence(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.faults
-def test_an_error_that_all_processes_meet_is_told_once(tmp_path):
+def test_an_error_in_all_processes_is_reported_once(tmp_path):
     argv = [*TINY, "--dataset", "digits", "--feature_maps", "0,6", "--output_dir", tmp_path / "run"]
     code, _, err = finish(start(command(ROOT / "main_pretrain.py", *argv, processes=2)))
     assert code != 0
@@ -184,7 +184,7 @@ def test_an_error_that_all_processes_meet_is_told_once(tmp_path):
 
 
 def test_without_torchrun_there_is_one_process(monkeypatch):
-    # Inside a SLURM job, or with a variable left over, it stays one.
+    # Even inside a SLURM job or with a leftover variable.
     slurm = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
     for name, value in {"WORLD_SIZE": "4", "RANK": "1", **slurm}.items():
         monkeypatch.setenv(name, value)
@@ -211,7 +211,7 @@ def test_incomplete_variables_are_refused(monkeypatch):
         init_distributed("cpu")
 
 
-def test_nccl_is_told_which_gpu_is_a_process_s_own(monkeypatch):
+def test_nccl_is_given_the_gpu_of_its_process(monkeypatch):
     variables = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost"}
     for name, value in {**variables, "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
@@ -228,7 +228,7 @@ def test_nccl_is_told_which_gpu_is_a_process_s_own(monkeypatch):
     ("cores", "processes", "workers"),
     [(1, 1, 1), (2, 1, 1), (4, 1, 3), (16, 1, 14), (128, 8, 14), (2, 4, 1), (256, 1, 32)],
 )
-def test_workers_leave_a_process_cores_of_its_own(cores, processes, workers, monkeypatch):
+def test_workers_leave_cores_for_their_process(cores, processes, workers, monkeypatch):
     monkeypatch.setattr(distributed, "available_cores", lambda: cores)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert default_workers() == workers
@@ -245,7 +245,7 @@ def test_workers_leave_a_process_cores_of_its_own(cores, processes, workers, mon
         (None, None, 16),  # torchrun without SLURM
     ],
 )
-def test_a_task_of_slurm_has_cores_of_its_own(tasks, cpus_per_task, cores, monkeypatch):
+def test_a_slurm_task_has_its_own_cores(tasks, cpus_per_task, cores, monkeypatch):
     monkeypatch.setattr(distributed, "available_cores", lambda: 128)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     variables = {"SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_CPUS_PER_TASK": cpus_per_task}
@@ -283,6 +283,6 @@ def test_missing_gpus_are_refused(monkeypatch, device, local_rank, num_processes
 if __name__ == "__main__":
     run_lines(sys.argv[1])
     stop_watchdog()
-    # With the thread there, Python would abort now and then when it ends.
+    # With the thread alive, Python would sometimes abort at exit.
     assert "watchdog" not in {thread.name for thread in threading.enumerate()}
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Number formats, loss scaling, clipping and the choice of the attention kernel."""
+"""Mixed precision, loss scaling, clipping and the choice of the attention kernel."""
 
 from contextlib import nullcontext
 
@@ -19,7 +19,7 @@ IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 SPLIT = random_split(torch.rand(2, 16), count_tokens(16, 0.75, 0.25))
 
 
-# The number format
+# Precision
 
 
 @pytest.mark.parametrize(
@@ -63,13 +63,13 @@ def test_layers_compute_in_the_format_and_the_loss_in_fp32(build, amp, dtype):
         loss = model(IMAGES, SPLIT)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, model(IMAGES, SPLIT), rtol=0.02, atol=0)
-    # Only the prediction is rounded: the mean of the squares is taken in float32.
+    # Only the prediction is rounded: the mean of the squares is computed in float32.
     with Precision(amp, CPU).autocast():
         pred = model.predict(IMAGES, SPLIT)
     assert torch.equal(loss, (pred.float() - model.target(IMAGES, SPLIT)).square().mean())
 
 
-def test_scaler_is_on_for_fp16_alone():
+def test_scaler_is_on_only_for_fp16():
     enabled = {amp: Precision(amp, CPU).scaler.is_enabled() for amp in ("bf16", "fp16", "fp32")}
     assert enabled == {"bf16": False, "fp16": True, "fp32": False}
 
@@ -80,7 +80,7 @@ def test_fp16_step_with_infinite_gradients_is_skipped_and_the_next_one_is_not():
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     before, scale = model.weight.detach().clone(), precision.scaler.get_scale()
 
-    precision.backward(model(torch.full((1, 4), 1e38)).sum())  # times the scale: infinite
+    precision.backward(model(torch.full((1, 4), 1e38)).sum())  # infinite after scaling
     assert not precision.step(optimizer, model).isfinite()
     assert torch.equal(model.weight, before)
     assert precision.scaler.get_scale() == scale / 2
@@ -88,8 +88,8 @@ def test_fp16_step_with_infinite_gradients_is_skipped_and_the_next_one_is_not():
     optimizer.zero_grad()
     precision.backward(model(torch.ones(1, 4)).sum())
     norm = precision.step(optimizer, model)
-    assert norm == pytest.approx(5**0.5)  # of the gradients as they are, not as scaled
-    # AdamW's first step is lr in every weight: the skipped one left no trace.
+    assert norm == pytest.approx(5**0.5)  # of the unscaled gradients
+    # AdamW's first step changes every weight by lr: the skipped one had no effect.
     torch.testing.assert_close(before - model.weight, torch.full((1, 4), 0.1), rtol=0.02, atol=0)
 
 
@@ -100,7 +100,7 @@ def test_fp16_step_with_infinite_gradients_is_skipped_and_the_next_one_is_not():
 @pytest.mark.parametrize(("clip_grad", "length"), [(None, 10.0), (2.5, 2.5), (40.0, 10.0)])
 def test_clipping_shortens_the_step_and_reports_the_norm_before_it(amp, clip_grad, length):
     model = nn.Linear(4, 1, bias=False)
-    other = nn.Linear(4, 1, bias=False)  # the norm is that of all parameters together
+    other = nn.Linear(4, 1, bias=False)  # the norm is over all parameters together
     both = nn.ModuleList([model, other])
     before = torch.cat([p.detach().clone() for p in both.parameters()])
     precision = Precision(amp, CPU, clip_grad=clip_grad)
@@ -170,7 +170,7 @@ def test_cudnn_is_never_pytorchs_choice_in_a_run_on_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize("memory", ["medium", "low"])
 @pytest.mark.parametrize("backend", ["flash", "math"])
-def test_a_forced_kernel_also_computes_what_is_computed_again(backend, memory):
+def test_a_forced_kernel_is_also_used_for_recomputation(backend, memory):
     model, precision = crossmae_nano(), Precision("bf16", CPU, attention_backend=backend)
     gradients = []
     for mode in ("high", memory):

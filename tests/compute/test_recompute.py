@@ -1,4 +1,4 @@
-"""Computing again instead of keeping: the same numbers, from far fewer bytes."""
+"""Recomputation: the same results with far less memory."""
 
 import copy
 from functools import partial
@@ -33,8 +33,8 @@ MODELS = {
     "MAE, all maps": partial(build_mae, SMALL, **DECODER, feature_maps="all"),
 }
 DTYPES = [torch.float32, torch.bfloat16]
-# MiB that the released code keeps of an image with ViT-B and pred_ratio 0.25 in bfloat16, weights
-# left out: its growth from 8 to 16 images, the same as from 16 to 24 (docs/performance.md).
+# MiB per image that the released code saves with ViT-B and pred_ratio 0.25 in bfloat16, without
+# weights: the growth from 8 to 16 images, the same as from 16 to 24 (docs/performance.md).
 RELEASED_MIB = 30.41
 
 less_memory = pytest.mark.parametrize("memory", ["medium", "low"])
@@ -97,7 +97,7 @@ def by_onednn(monkeypatch):
 
 
 def calls(operation, model, *inputs):
-    """How often a step computes an operation."""
+    """Count how often a step computes an operation."""
     counted = []
 
     class Counter(TorchDispatchMode):
@@ -157,7 +157,7 @@ def test_drop_path_draws_the_same_branches(memory):
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.3])
-def test_medium_computes_no_product_again(drop_path, by_onednn):
+def test_medium_does_not_recompute_products(drop_path, by_onednn):
     model = build_vit(SMALL, num_classes=5, pool="avg", drop_path=drop_path).train()
     use_fast_kernels(model.blocks)
 
@@ -172,7 +172,7 @@ def test_medium_computes_no_product_again(drop_path, by_onednn):
 
 
 @pytest.mark.parametrize(("memory", "share"), [("high", 1.02), ("medium", 0.53), ("low", 0.34)])
-def test_an_image_keeps_its_share_of_the_released_codes_bytes(memory, share):
+def test_an_image_keeps_a_fraction_of_the_released_codes_bytes(memory, share):
     model = build_model("crossmae_vit_base_patch16", {})
     set_memory(model, memory)
     two, four = (kept_bytes(model, *example(model, batch_size)) for batch_size in (2, 4))

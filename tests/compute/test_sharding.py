@@ -1,6 +1,6 @@
-"""A run whose model is spread over processes does what any other run does.
+"""Runs with a sharded model behave like any other run.
 
-As a script, this file is what torchrun starts.
+torchrun runs this file as a script.
 """
 
 import sys
@@ -26,7 +26,7 @@ from util.runs.checkpoint import list_checkpoints
 
 CPU = torch.device("cpu")
 MAINS = {"pretrain": main_pretrain.main, "finetune": main_finetune.main}
-# Name of a run -> its main, its options, and the run whose first epoch it goes on from.
+# Name of a run -> its main, its options, and the run from whose first epoch it continues.
 RUNS = {
     "whole": ("pretrain", ["--batch_size", "4"], None),
     "sharded": ("pretrain", ["--batch_size", "4", "--fsdp"], None),
@@ -53,7 +53,7 @@ def copy_first_epoch(source, target):
 
 
 def work(folder):
-    """What each process does: all the runs, and a look at what it keeps of a model."""
+    """Run all runs in each process, and check the shards that it keeps."""
     init_distributed("cpu")
     use_nano_models(pytest.MonkeyPatch())
     for name, (main, options, before) in RUNS.items():
@@ -77,11 +77,11 @@ def work(folder):
         assert set(state.values()) == {None}
     images = torch.rand(2, 3, 16, 16)
     with unsharded(model, crossmae_nano) as copy:
-        if is_main_process():  # alone
+        if is_main_process():  # without the others
             assert_identical(copy.encoder(images), whole.encoder(images))
     assert all(parameter.is_meta for parameter in copy.parameters())
 
-    # Gradients are reduced, and so shared out, in the last micro-step alone.
+    # Gradients are reduced, and thus sharded, only in the last micro-step.
     split = random_split(torch.rand(2, 16), count_tokens(16, 0.75, 0.25))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for is_last in (False, False, True):
@@ -92,7 +92,7 @@ def work(folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The folder of all the runs, by two processes each."""
+    """Folder of all runs, each with two processes."""
     folder = tmp_path_factory.mktemp("sharding")
     write_classes(folder / "images")
     code, out, err = finish(start(command(__file__, folder, processes=2), PYTHONPATH=str(ROOT)))
@@ -127,7 +127,7 @@ def test_a_sharded_run_continues_bit_for_bit(folder):
 
 
 def layout(content):
-    """The names, shapes and types in nested dicts."""
+    """Names, shapes and types in nested dicts."""
     if isinstance(content, dict):
         return {name: layout(value) for name, value in content.items()}
     return (content.shape, content.dtype) if isinstance(content, torch.Tensor) else type(content)
@@ -144,7 +144,7 @@ def test_a_sharded_run_writes_the_checkpoints_of_any_other(folder, monkeypatch):
     assert models.load_model(path)[0].encoder.grid_size == (4, 4)
 
 
-# What does not go together
+# Refused combinations
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_a_sharded_run_writes_the_checkpoints_of_any_other(folder, monkeypatch):
         ),
     ],
 )
-def test_what_does_not_go_with_shards_is_refused(tmp_path, capsys, monkeypatch, options, reason):
+def test_options_that_sharding_excludes_are_refused(tmp_path, capsys, monkeypatch, options, reason):
     use_nano_models(monkeypatch)
     images = write_images(tmp_path / "images", 8)
     argv = [*TINY, "--data_path", images, "--output_dir", tmp_path / "run", *options]
@@ -167,7 +167,7 @@ def test_what_does_not_go_with_shards_is_refused(tmp_path, capsys, monkeypatch, 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_moving_average_does_not_go_with_shards(capsys):
+def test_a_moving_average_cannot_be_sharded(capsys):
     argv = ["--data_path", "images", "--fsdp", "--ema", "0.99"]
     assert "--ema does not work with --fsdp" in refusal(capsys, *argv, main=main_finetune.main)
 

@@ -1,4 +1,4 @@
-"""A run that is told to stop saves where it is, and continues to the same bits."""
+"""A run that receives a stop signal saves, and continues bit for bit."""
 
 import os
 import re
@@ -72,7 +72,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(images, tmp_path):
     (child, *_) = children_of(process.pid)
     os.kill(child, signal.SIGUSR1)
     code, out, err = finish(process)
-    assert code != 0  # torchrun's own; it has a traceback of its own, too
+    assert code != 0  # torchrun's exit code; it also prints a traceback
     assert "StoppedError" not in err and 'main_pretrain.py", line' not in err
     (saved,) = list_checkpoints(tmp_path)
     assert PLACE.search(out)[1] == "SIGUSR1"
@@ -97,7 +97,7 @@ def test_a_signal_to_loader_processes_does_not_end_them(images, undisturbed, tmp
 
 
 def test_a_signal_during_evaluation_stops_after_the_epoch_is_saved(images, tmp_path, monkeypatch):
-    # Not there while the epoch's steps are made, but after them.
+    # No signal during the epoch's steps, only after them.
     monkeypatch.setattr(checkpoint, "stop_signal", lambda: signal.SIGTERM)
     every_step = ["--log_every", 1000, "--save_every", 2]
     with pytest.raises(StoppedError, match="stopped by SIGTERM after 1 epochs and 0 steps"):
@@ -105,7 +105,7 @@ def test_a_signal_during_evaluation_stops_after_the_epoch_is_saved(images, tmp_p
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-e0001-s000000.pth"]
 
 
-def test_signals_are_noted_and_handlers_put_back():
+def test_signals_are_deferred_and_handlers_restored():
     before = [signal.getsignal(number) for number in SIGNALS]
     with deferred_signals():
         assert stop_signal() is None

@@ -1,4 +1,4 @@
-"""A process that dies or hangs ends the others soon, with one sentence that names it."""
+"""A process that dies or hangs soon ends the others, with one sentence that names it."""
 
 import os
 import re
@@ -21,14 +21,14 @@ def images(tmp_path):
 
 
 def two_processes(images, folder, *, epochs=3, timeout_minutes=1):
-    """The command of a run of two processes with six steps an epoch."""
+    """Command of a run with two processes and six steps per epoch."""
     argv = ["--data_path", images, *TINY, "--epochs", epochs, "--save_every", 1, "--log_every", 1]
     argv += ["--timeout_minutes", timeout_minutes, "--output_dir", folder]
     return command("main_pretrain.py", *argv, processes=2)
 
 
 def started(words):
-    """A run in its second epoch, and the numbers of its processes."""
+    """A run in its second epoch, and the ids of its processes."""
     process = start(words)
     wait_for_line(process, "epoch 2/")
     return process, children_of(process.pid)
@@ -54,7 +54,7 @@ def test_a_killed_process_ends_the_other(images, tmp_path, number):
     )
 
 
-def test_a_process_that_stands_still_ends_both(images, tmp_path):
+def test_a_process_that_is_frozen_ends_both(images, tmp_path):
     process, children = started(
         two_processes(images, tmp_path / "run", epochs=200, timeout_minutes=0.1)
     )
@@ -68,10 +68,10 @@ def test_a_process_that_stands_still_ends_both(images, tmp_path):
     )
 
 
-def test_a_process_that_waits_for_an_image_for_ever_ends_both(images, tmp_path):
+def test_a_process_that_waits_forever_for_an_image_ends_both(images, tmp_path):
     process, _ = started(two_processes(images, tmp_path / "run", epochs=200, timeout_minutes=0.1))
     (images / "005.png").unlink()
-    os.mkfifo(images / "005.png")  # opening it waits for somebody who writes
+    os.mkfifo(images / "005.png")  # opening it blocks until there is a writer
     code, _, err = finish(process)
     assert code != 0
     assert re.match(r"process [01] .* has been waiting for images for \d+ s", the_sentence(err))

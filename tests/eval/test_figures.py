@@ -1,4 +1,4 @@
-"""Pictures of reconstructions: what is in which panel."""
+"""Figures of reconstructions: the content of each panel."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from util.eval.figures import (
 from util.masking import TokenSplit
 from util.patches import patchify
 
-# Two images of 2 x 3 patches of 4 pixels; of each, two are seen, and two of the others predicted.
+# Two images of 2 x 3 patches of 4 pixels, each with two visible and two predicted patches.
 SPLIT = TokenSplit(torch.tensor([[0, 4], [5, 1]]), torch.tensor([[5, 2], [0, 3]]))
 NEITHER = torch.tensor([[1, 3], [2, 4]])
 
@@ -32,7 +32,7 @@ def rows(patches, ids):
     return torch.stack([patches[i, ids[i]] for i in range(len(ids))])
 
 
-def test_visible_pixels_are_kept_and_masked_ones_grey(panels):
+def test_visible_pixels_are_kept_and_masked_ones_gray(panels):
     images, _, (original, masked, _, _) = panels
     assert torch.equal(original, patchify(images, 4))
     assert torch.equal(rows(masked, SPLIT.visible), rows(original, SPLIT.visible))
@@ -54,7 +54,7 @@ def test_the_last_panel_joins_predicted_and_visible_patches(panels):
     assert (rows(joined, NEITHER) == 0.5).all()
 
 
-def test_predictions_are_clipped_and_inputs_left_alone():
+def test_predictions_are_clipped_and_inputs_unchanged():
     images, pixels = torch.rand(2, 3, 8, 12), 4 * torch.rand(2, 2, 48) - 2
     before = images.clone(), pixels.clone()
     panels = reconstruction_panels(images, pixels, SPLIT, patch_size=4)
@@ -64,7 +64,7 @@ def test_predictions_are_clipped_and_inputs_left_alone():
 
 
 @pytest.mark.parametrize(("height", "width", "factor"), [(8, 12, 11), (64, 64, 2), (224, 224, 1)])
-def test_a_figure_has_an_image_a_row_and_small_ones_are_enlarged(height, width, factor):
+def test_a_figure_has_one_row_per_image_and_small_ones_are_enlarged(height, width, factor):
     panels = [torch.rand(3, 3, height, width) for _ in COLUMNS]
     figure = draw_figure(panels)
     assert figure.dtype == np.uint8
@@ -82,15 +82,15 @@ def test_a_figure_has_an_image_a_row_and_small_ones_are_enlarged(height, width, 
             assert np.array_equal(cell, expected)
 
 
-def test_columns_are_named_and_a_note_stands_below():
+def test_columns_are_titled_and_a_note_is_below():
     panels = [torch.ones(1, 3, 32, 32) for _ in COLUMNS]
     plain, noted = draw_figure(panels), draw_figure(panels, note=MOMENTS_NOTE)
     for column in range(4):
         title = plain[:TEXT_HEIGHT, column * (128 + GAP) : column * (128 + GAP) + 128]
-        assert title.min() < 128  # there is ink
-        assert (title[:, -2:] > 200).all()  # and it ends before the column does
+        assert title.min() < 128  # there is text
+        assert (title[:, -2:] > 200).all()  # and it ends within the column
     assert noted.shape[0] == plain.shape[0] + TEXT_HEIGHT
     assert np.array_equal(noted[: plain.shape[0]], plain)
     note = noted[plain.shape[0] :]
     assert note.min() < 128
-    assert (note[:, -2:] > 200).all()  # nothing is cut off
+    assert (note[:, -2:] > 200).all()  # it is not cut off

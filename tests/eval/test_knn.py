@@ -1,4 +1,4 @@
-"""Features of a whole data set, and k-NN and few-shot regression against scikit-learn."""
+"""Features of a whole dataset, and k-NN and few-shot regression compared with scikit-learn."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -28,27 +28,27 @@ FP32 = Precision("fp32", CPU)
 
 
 def digits():
-    """Training and held-out features and labels: real images, of 64 pixels."""
+    """Training and validation features and labels: real images of 64 pixels."""
     pixels, labels = load_digits(return_X_y=True)
     features, labels = torch.tensor(pixels, dtype=torch.float32), torch.tensor(labels)
     return features[:1200], labels[:1200], features[1200:], labels[1200:]
 
 
 def gaussians(dim=16, num_classes=5):
-    """Overlapping classes around random centres, with gaps between the labels."""
+    """Overlapping classes around random centers, with gaps between the labels."""
     labels = torch.randint(num_classes, (400,))
     centres = torch.randn(num_classes, dim)
     features = centres[labels] + 1.5 * torch.randn(400, dim)
     return features[:300], 3 * labels[:300] + 1, features[300:], 3 * labels[300:] + 1
 
 
-# k nearest neighbours
+# k nearest neighbors
 
 
 @pytest.mark.parametrize("data", [digits, gaussians])
 @pytest.mark.parametrize("temperature", [0.07, 1.0])
 @pytest.mark.parametrize("similarities_at_once", [1, 30_000, 2**26])
-def test_knn_is_scikit_learns(monkeypatch, data, temperature, similarities_at_once):
+def test_knn_equals_scikit_learns(monkeypatch, data, temperature, similarities_at_once):
     train_features, train_labels, features, labels = data()
     if similarities_at_once == 1:  # image by image
         features, labels = features[:50], labels[:50]
@@ -66,7 +66,7 @@ def test_knn_is_scikit_learns(monkeypatch, data, temperature, similarities_at_on
         assert accuracy[k] == pytest.approx(100 * oracle.score(features.double(), labels))
 
 
-def test_more_neighbours_than_images_are_all_images(caplog):
+def test_more_neighbors_than_images_are_all_images(caplog):
     train_features, train_labels, features, _ = gaussians()
     sets = (train_features, train_labels, features)
     predicted = knn_predict(*sets, ks=(300, 1000), temperature=0.07, device=CPU)
@@ -82,7 +82,7 @@ def test_equal_votes_go_to_the_smallest_label():
     assert guess[3].tolist() == [2]
 
 
-def test_low_temperatures_ask_the_nearest_alone():
+def test_low_temperatures_use_only_the_nearest():
     train_features, train_labels, features, _ = digits()
     options = {"temperature": 1e-9, "device": CPU}  # exp(1 / 1e-9) would be infinite
     predicted = knn_predict(train_features, train_labels, features, ks=(1, 20), **options)
@@ -116,7 +116,7 @@ def oracle_accuracy(train_features, train_labels, features, labels):
     return 100 * pipeline.fit(train_features, train_labels).score(features, labels)
 
 
-def test_logistic_regression_is_scikit_learns():
+def test_logistic_regression_equals_scikit_learns():
     sets = digits()
     accuracy = logistic_accuracy(*sets, shots=None, seed=0)
     assert accuracy == pytest.approx(oracle_accuracy(*sets), abs=0.4)  # two of 597 images
@@ -133,7 +133,7 @@ def test_shots_see_only_the_images_drawn():
 
 
 @pytest.mark.parametrize("shots", [1, 5, 20])
-def test_shots_are_as_many_of_each_class(shots):
+def test_shots_are_equally_many_of_each_class(shots):
     labels = digits()[1]
     chosen = draw_shots(labels, shots, seed=0)
     assert labels[chosen].bincount().tolist() == [shots] * 10
@@ -143,13 +143,13 @@ def test_shots_are_as_many_of_each_class(shots):
     assert not torch.equal(chosen, draw_shots(labels, shots, seed=1))
 
 
-def test_a_class_with_too_few_images_gives_all_and_is_told(caplog):
+def test_a_class_with_too_few_images_gives_all_and_is_logged(caplog):
     chosen = draw_shots(torch.tensor([4, 0, 4, 4, 0, 9]), 2, seed=0)
     assert torch.tensor([4, 0, 4, 4, 0, 9])[chosen].tolist() == [0, 0, 4, 4, 9]
     assert "2 shots: using all images of classes with fewer (1)" in caplog.text
 
 
-def test_a_regression_that_does_not_converge_is_told(monkeypatch, caplog, recwarn):
+def test_a_regression_that_does_not_converge_is_logged(monkeypatch, caplog, recwarn):
     monkeypatch.setattr(knn, "MAX_ITER", 2)
     logistic_accuracy(*gaussians(), shots=None, seed=0)
     assert "not converged after 2 iterations" in caplog.text
@@ -164,7 +164,7 @@ def encode(images):
 
 
 def digits_loader(num_images, rank=0, world_size=1):
-    """One process's share of the first held-out digits."""
+    """Loader of one process's part of the first validation digits."""
     transform = eval_transform((16, 16), [0.5] * 3, [0.25] * 3)
     dataset = IndexedImages(Digits("validation"), transform, seed=0)
     dataset.num_samples = num_images
@@ -206,7 +206,7 @@ def one_batch(num_broken=0):
     return [Batch(torch.zeros(10, 3, 4, 4), torch.zeros(10, dtype=torch.int64), broken)]
 
 
-def test_broken_images_are_told_and_limited(caplog):
+def test_broken_images_are_logged_and_limited(caplog):
     features, _ = extract(one_batch(num_broken=1), max_broken=0.1)
     assert len(features) == 10
     assert "0.png (empty)" in caplog.text
@@ -224,7 +224,7 @@ def test_features_that_are_not_finite_are_refused():
 def test_processes_share_the_images_and_have_all_features_in_order(
     monkeypatch, world_size, num_images
 ):
-    # Threads stand for the processes: each waits at the exchange until all have come.
+    # Threads simulate the processes: each waits at the exchange until all have arrived.
     ranks, rows = {}, [None] * world_size
     barrier = threading.Barrier(world_size, timeout=30)
 
@@ -236,7 +236,7 @@ def test_processes_share_the_images_and_have_all_features_in_order(
         return stacked
 
     def process(rank):
-        barrier.wait()  # so that no thread stands for two
+        barrier.wait()  # so that each process has its own thread
         ranks[threading.get_ident()] = rank
         return extract(digits_loader(num_images, rank, world_size))
 

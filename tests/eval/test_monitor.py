@@ -1,4 +1,4 @@
-"""What is measured and drawn of validation images, on models that take milliseconds."""
+"""Evaluation and figures of validation images, with models that take milliseconds."""
 
 import copy
 import math
@@ -55,7 +55,7 @@ def measure(model, loader, seed=0, amp="fp32"):
 
 
 def restored(images):
-    """Pixels in [0, 1] again."""
+    """Convert pixels back to [0, 1]."""
     return images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
 
 
@@ -124,7 +124,7 @@ def test_processes_count_each_image_once(images, monkeypatch, world_size):
     assert psnr / 41 == pytest.approx(expected["val_psnr"], rel=1e-5)
 
 
-def test_a_perfect_prediction_has_no_loss_and_the_highest_psnr(images):
+def test_a_perfect_prediction_has_zero_loss_and_the_highest_psnr(images):
     model = crossmae_nano()
     model.predict = model.target
     stats = measure(model, make_eval_loader(images))
@@ -141,11 +141,11 @@ def test_evaluation_leaves_the_model_and_the_random_state_as_they_were(images):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-# Pictures
+# Figures
 
 
 @pytest.mark.parametrize("build", [crossmae_nano, mae_nano])
-def test_pictures_decode_every_masked_patch(images, build, monkeypatch):
+def test_figures_decode_every_masked_patch(images, build, monkeypatch):
     model = build()
     if build is crossmae_nano:
         train(model, make_loader(images), make_state(model), gamma=0.25)

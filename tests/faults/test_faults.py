@@ -1,4 +1,4 @@
-"""Nothing is lost: runs that are killed or meet full disks end with the bits of any other."""
+"""Runs that are killed or run out of disk space end bit-identical to any other."""
 
 import itertools
 import json
@@ -45,7 +45,7 @@ EPOCHS, STEPS = 12, 5
 
 @pytest.fixture(scope="module")
 def argv(tmp_path_factory):
-    """Of a run of five steps an epoch."""
+    """Arguments of a run with five steps per epoch."""
     images = tmp_path_factory.mktemp("images")
     write_images(images / "train", 37)
     write_images(images / "val", 5)
@@ -63,22 +63,22 @@ def undisturbed(argv, tmp_path_factory):
 
 
 def assert_same_end(folder, undisturbed):
-    """A run came to the same weights, optimizer state, log and picture."""
+    """Assert that a run has the same weights, optimizer state, log and figure."""
     assert_identical(state_of(folder), state_of(undisturbed))
     pictures = [(f / "reconstructions.png").read_bytes() for f in (folder, undisturbed)]
     assert pictures[0] == pictures[1]
     assert not list(folder.glob("*.tmp"))
 
 
-# Runs in processes of their own, forked from one that has imported everything
+# Runs in separate processes, forked from one that has imported everything
 
 
 def play(words, output, moments=()):
-    """A run; `moments` are set up before it."""
+    """Run after setting up `moments`."""
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    multiprocessing.set_start_method("fork", force=True)  # of loaders, as in a run by itself
+    multiprocessing.set_start_method("fork", force=True)  # for loaders, as in an ordinary run
     torch.set_num_threads(1)
     use_nano_models(pytest.MonkeyPatch())
     sys.argv = ["main_pretrain.py"]
@@ -89,7 +89,7 @@ def play(words, output, moments=()):
 
 @pytest.fixture(scope="module")
 def forked():
-    """`play` in a process of its own, which is started."""
+    """Start `play` in a separate process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.helpers.runs"])
     processes = []
@@ -99,7 +99,9 @@ def forked():
         processes[-1].start()
         return processes[-1]
 
-    with pytest.MonkeyPatch.context() as patch:  # of the server, which the first start starts
+    with (
+        pytest.MonkeyPatch.context() as patch
+    ):  # of the fork server, which the first start launches
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, sys.path)))
         patch.setenv("OMP_NUM_THREADS", "1")
         yield start
@@ -109,7 +111,7 @@ def forked():
 
 
 def end_of(process):
-    """The exit code of a process that ends by itself."""
+    """Wait for a process to end on its own; return its exit code."""
     process.join(60)
     assert process.exitcode is not None, "it hangs"
     return process.exitcode
@@ -120,7 +122,7 @@ def kill_self():
 
 
 def kill_loader():
-    """Kill one of this process's loader processes, if they are there."""
+    """Kill one of this process's loader processes, if there are any."""
     loaders = [child for child in multiprocessing.active_children() if child.is_alive()]
     if loaders:
         print("loaders", *(child.pid for child in loaders), flush=True)
@@ -128,7 +130,7 @@ def kill_loader():
 
 
 def before_event(pattern, number, act=kill_self):
-    """Act right before the n-th file is opened, renamed or removed that fits a pattern."""
+    """Act right before the n-th opening, renaming or removal of a file that matches a pattern."""
     count = itertools.count(1)
 
     def notice(event, arguments):
@@ -141,7 +143,7 @@ def before_event(pattern, number, act=kill_self):
 
 
 def halfway_through_a_save(number):
-    """Be killed when half of the n-th checkpoint is on the disk."""
+    """Be killed when half of the n-th checkpoint is written."""
     save, count = torch.save, itertools.count(1)
 
     def save_or_die(content, file):
@@ -155,7 +157,7 @@ def halfway_through_a_save(number):
 
 
 def after_log_point(number, share):
-    """Be killed some time after the n-th log point: a share of the time since the one before."""
+    """Be killed after the n-th log point, by a fraction of the time since the previous one."""
     log_step, times = RunLog.log_step, [time.monotonic()]
 
     def log_and_set_timer(log, step, **values):
@@ -168,11 +170,11 @@ def after_log_point(number, share):
 
 
 def while_it_starts(seconds):
-    """Be killed so many seconds after the start."""
+    """Be killed this many seconds after the start."""
     threading.Timer(seconds, kill_self).start()
 
 
-# Killed again and again
+# Repeated kills
 
 AIMED = [
     partial(before_event, r"open .*/lock ", 1),
@@ -185,7 +187,7 @@ AIMED = [
     partial(before_event, r"rename .*/reconstructions\.tmp", 1),
     partial(before_event, r"open .*\.pth\.tmp w", 2),
     partial(before_event, r"rename .*\.pth\.tmp", 1),
-    partial(before_event, r"remove .*\d\.pth ", 1),  # the new one is there, the old one still
+    partial(before_event, r"remove .*\d\.pth ", 1),  # both the new and the old one exist
     partial(before_event, r"remove .*\d\.pth ", 3),
     partial(halfway_through_a_save, 4),
 ]
@@ -196,7 +198,7 @@ def steps_in(place):
 
 
 def last_step_of(text):
-    """The last step that a run told of, 0 for none."""
+    """Last step in a run's output, 0 for none."""
     steps = re.findall(rf"epoch (\d+)/\d+ step (\d+)/{STEPS}:", text)
     return (int(steps[-1][0]) - 1) * STEPS + int(steps[-1][1]) if steps else 0
 
@@ -211,7 +213,7 @@ def test_a_run_that_is_killed_20_times_ends_with_the_same_bits(tmp_path, argv, u
             (partial(after_log_point, draw.randint(1, 5), 2 * draw.random()), num_workers)
         )
     draw.shuffle(moments)
-    moments.append((partial(halfway_through_a_save, 1), 0))  # leaves a record of its start
+    moments.append((partial(halfway_through_a_save, 1), 0))  # leaves a record of the start
     moments.append((partial(before_event, r"rename .*/args\.json", 1), 0))
     assert len(moments) == 20
     words = [*argv, "--output_dir", tmp_path / "run"]
@@ -226,13 +228,13 @@ def test_a_run_that_is_killed_20_times_ends_with_the_same_bits(tmp_path, argv, u
         assert "trying the checkpoint before it" not in text
         paths = list_checkpoints(tmp_path / "run")
         assert len(paths) <= 3
-        for path in paths:  # each is whole
+        for path in paths:  # each is complete
             read_checkpoint(path, "pretrain")
         before, newest = newest, paths[-1] if paths else None
         assert not before or checkpoint_position(newest) >= checkpoint_position(before)
         reached = max(reached, last_step_of(text))
         lost.append(reached - steps_in(checkpoint_position(newest)) if newest else reached)
-    assert max(lost) <= 1  # the step whose save was under way
+    assert max(lost) <= 1  # the step that was being saved
     output = tmp_path / "last.txt"
     assert end_of(forked(words, output)) == 0, output.read_text()
     assert f"continuing {newest}" in output.read_text()
@@ -243,7 +245,7 @@ def test_a_run_that_is_killed_20_times_ends_with_the_same_bits(tmp_path, argv, u
 
 
 class SmallDisk:
-    """A file system of its own, in memory, of 4 MB."""
+    """Separate file system in memory, of 4 MB."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -266,7 +268,7 @@ class SmallDisk:
 
 
 class SizeLimit:
-    """A folder whose files can be limited to so few bytes that a line of a log is cut off."""
+    """Folder whose files can be limited in size, so that a line of a log is cut off."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -289,7 +291,7 @@ def disk(request, tmp_path):
 
 
 def full_from_step(monkeypatch, disk, full, room=None):
-    """Let the disk be full between two steps of a run; collect the newest good checkpoints."""
+    """Keep the disk full between two steps of a run; collect the newest good checkpoints."""
     log_step, newest = RunLog.log_step, {}
 
     def fill_and_log(log, step, **values):
@@ -304,12 +306,12 @@ def full_from_step(monkeypatch, disk, full, room=None):
     return newest
 
 
-# TensorBoard's thread ends with an error that pytest warns of.
+# TensorBoard's thread ends with an error that pytest warns about.
 in_thread = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 
 @in_thread
-def test_a_run_goes_on_while_the_disk_is_full_and_loses_nothing(
+def test_a_run_continues_while_the_disk_is_full_and_loses_nothing(
     argv, undisturbed, disk, capsys, monkeypatch, nano
 ):
     folder = disk.folder / "run"
@@ -348,7 +350,7 @@ def test_a_run_that_ends_on_a_full_disk_fails_in_one_sentence_and_continues_late
 
 
 @pytest.mark.parametrize("written", [False, True])
-def test_a_line_that_waits_is_in_the_checkpoint_until_it_is_in_the_log(
+def test_an_unwritten_line_is_in_the_checkpoint_until_it_is_in_the_log(
     tmp_path, argv, undisturbed, monkeypatch, nano, written
 ):
     argv = [*argv, "--output_dir", tmp_path]
@@ -362,9 +364,7 @@ def test_a_line_that_waits_is_in_the_checkpoint_until_it_is_in_the_log(
 
 
 @pytest.mark.parametrize("disk", [SmallDisk], indirect=True)
-def test_a_full_disk_for_what_a_run_prints_does_not_end_it(
-    tmp_path, argv, undisturbed, disk, forked
-):
+def test_a_full_disk_for_stdout_does_not_end_a_run(tmp_path, argv, undisturbed, disk, forked):
     disk.fill()
     end_of(forked([*argv, "--output_dir", tmp_path / "run"], disk.folder / "out.txt"))
     assert_same_end(tmp_path / "run", undisturbed)
@@ -375,7 +375,7 @@ def test_a_full_disk_for_what_a_run_prints_does_not_end_it(
 
 @pytest.fixture(scope="module")
 def two_checkpoints(argv, tmp_path_factory):
-    """A folder with a checkpoint, and a newer one."""
+    """Folder with a checkpoint and a newer one."""
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
         use_nano_models(patch)
@@ -392,7 +392,7 @@ def flipped(content, place):
 
 
 def places_in(size, num):
-    """Places spread over a file, its first two and last two bytes among them."""
+    """Offsets spread over a file, including its first two and last two bytes."""
     draw = random.Random(0)
     width = size // (num - 4)
     return [0, 1, *(i * width + draw.randrange(width) for i in range(num - 4)), size - 2, size - 1]
@@ -414,7 +414,7 @@ def test_a_damaged_checkpoint_is_refused_or_has_the_same_content(
             (warning,) = caplog.messages
             assert str(newest) in warning
             assert "trying the checkpoint before it" in warning
-        else:  # what no checksum covers: dates and the like
+        else:  # bytes without a checksum, such as dates
             assert_identical(last_checkpoint(folder), content)
     assert refused == 20 if damage is truncated else refused >= 12
 
@@ -434,7 +434,7 @@ def test_a_damaged_newest_checkpoint_costs_only_what_came_after_the_one_before(
     assert_same_end(folder, undisturbed)
 
 
-# Two at once
+# Two runs at once
 
 
 def test_of_two_starts_at_the_same_moment_one_runs(tmp_path, argv, undisturbed, forked):
@@ -450,7 +450,7 @@ def test_of_two_starts_at_the_same_moment_one_runs(tmp_path, argv, undisturbed, 
     assert_same_end(tmp_path / "run", undisturbed)
 
 
-def test_a_start_during_which_another_run_saved_and_ended_finds_what_that_left(
+def test_a_start_during_which_another_run_saved_and_ended_finds_its_checkpoint(
     tmp_path, argv, undisturbed, capsys, monkeypatch, nano
 ):
     argv = [*argv, "--output_dir", tmp_path]
@@ -494,7 +494,7 @@ def test_a_killed_loader_process_ends_the_run_in_one_sentence(
     text = output.read_text()
     pids = re.search(r"^loaders (\d+) (\d+)$", text, re.MULTILINE).groups()
     assert code == 1, text
-    # Another loader may complain that nobody reads what it was sending.
+    # Another loader may complain that its data was not read.
     assert 'main_pretrain.py", line' not in text
     (ending,) = re.findall(r"^main_pretrain.py: error: (.*)", text, re.MULTILINE)
     assert ending.startswith(
@@ -509,7 +509,7 @@ def test_a_killed_loader_process_ends_the_run_in_one_sentence(
 
 
 def fail_at_log_point(number):
-    """A fault of the program itself, at the n-th log point."""
+    """Raise an unexpected error at the n-th log point."""
     log_step = RunLog.log_step
 
     def fail_or_log(log, step, **values):
@@ -520,7 +520,7 @@ def fail_at_log_point(number):
     RunLog.log_step = fail_or_log
 
 
-def test_another_error_ends_a_run_with_loader_processes_and_is_not_taken_for_their_death(
+def test_another_error_ends_a_run_and_is_not_mistaken_for_the_death_of_a_loader(
     tmp_path, argv, forked
 ):
     words = [*argv, "--num_workers", 2, "--output_dir", tmp_path / "run"]

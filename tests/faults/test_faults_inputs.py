@@ -1,4 +1,4 @@
-"""Hostile and broken input: command lines, weight files and images that only mean harm."""
+"""Hostile and broken input: command lines, weight files and images."""
 
 import argparse
 import copy
@@ -57,7 +57,7 @@ TRAINING = ["--data_path", "IMAGES", "--output_dir", "run", "--input_size", "16"
 TRAINING += ["--num_workers", "0", "--amp", "fp32", "--batch_size", "8"]
 CLASSIFIER = [*TRAINING, "--model", "vit_tiny_patch4"]
 KNN = [*TRAINING[:4], *TRAINING[8:], "--finetune", "ENCODER"]
-# main, a command line that works, and how many are made of it that do not.
+# Main, a valid command line, and the number of invalid ones derived from it.
 PROGRAMS = {
     "pretrain": (main_pretrain.main, [*TRAINING, "--model", "crossmae_vit_tiny_patch4"], 60),
     "finetune": (main_finetune.main, CLASSIFIER, 60),
@@ -79,7 +79,7 @@ PROGRAMS = {
         10,
     ),
 }
-# They fit the parser, and fail later.
+# The parser accepts these; they fail later.
 FITTING = {
     "pretrain": [
         "--decoder_depth 1000000",
@@ -123,7 +123,7 @@ FITTING = {
 
 
 class TrainsError(Exception):
-    """A command line is right."""
+    """Raised when a command line is accepted."""
 
 
 def trains(*_, **__):
@@ -146,7 +146,7 @@ def content_of_a_checkpoint():
 
 @pytest.fixture
 def places(tmp_path, monkeypatch):
-    """What the capital words of the command lines stand for; no run trains or prepares anything."""
+    """Paths that replace the capital words of command lines; nothing is trained or prepared."""
     use_nano_models(monkeypatch)
     for main in (main_pretrain, main_finetune, main_linprobe):
         monkeypatch.setattr(main, "train_one_epoch", trains)
@@ -173,7 +173,7 @@ def placed(words, places):
 
 
 def options_of(main, argv):
-    """The names of a parser's options, of which --compile takes long."""
+    """Names of a parser's options, without --compile, which takes long."""
     found = []
 
     def parse_args(parser, *args):
@@ -187,7 +187,7 @@ def options_of(main, argv):
 
 
 def bad_words(rng, options):
-    """A few options with values that most likely are none of theirs."""
+    """A few options with values that are most likely invalid."""
     words = []
     for _ in range(rng.choice([1, 1, 1, 2])):
         option = rng.choice(options)
@@ -207,7 +207,7 @@ def test_wrong_command_lines_end_in_one_sentence_and_write_nothing(name, tmp_pat
     main, argv, wanted = PROGRAMS[name]
     argv = placed(argv, places)
     options = options_of(main, argv)
-    with pytest.raises(TrainsError):  # as it is, it works
+    with pytest.raises(TrainsError):  # unchanged, it works
         run(*argv, main=main)
     rng = random.Random(name)
     lines = [line.split() for line in FITTING[name]]
@@ -242,7 +242,7 @@ def test_wrong_command_lines_end_in_one_sentence_and_write_nothing(name, tmp_pat
     ],
     ids=lambda words: words[1],
 )
-def test_wrong_command_lines_end_in_one_sentence_of_a_process(tmp_path, words):
+def test_wrong_command_lines_end_a_process_with_one_sentence(tmp_path, words):
     code, out, err = finish(start(command(*words, "--output_dir", tmp_path / "run")))
     assert code == 2
     assert err.startswith(f"{words[0]}: error: ")
@@ -255,7 +255,7 @@ def test_wrong_command_lines_end_in_one_sentence_of_a_process(tmp_path, words):
 
 
 class Call:
-    """Pickled, it is a call of a function."""
+    """Object whose pickle calls a function."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -265,7 +265,7 @@ class Call:
 
 
 def tensor_of(size, stride, offset=0):
-    """A tensor over the bytes of four numbers, whatever it claims to be."""
+    """Tensor over the bytes of four numbers, with any claimed shape."""
     storage = torch.ones(4).storage()
     arguments = (storage, offset, size, stride, False, OrderedDict())
     return Call(torch._utils._rebuild_tensor_v2, *arguments)
@@ -278,7 +278,7 @@ def nested(depth, make, content=1):
 
 
 def laughs():
-    """Thirty lists, each ten times in the next."""
+    """Thirty lists, each contained ten times in the next ("billion laughs")."""
     return nested(30, lambda content: [content] * 10)
 
 
@@ -289,7 +289,7 @@ def saved(content, **options):
 
 
 def archive(pickled, compression=zipfile.ZIP_STORED, change=lambda file: None, **records):
-    """A file as of torch.save around a pickle."""
+    """File like torch.save's around a pickle."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression, compresslevel=1) as file:
         records = {"data.pkl": pickled, "byteorder": b"little", **records, "version": b"3\n"}
@@ -300,7 +300,7 @@ def archive(pickled, compression=zipfile.ZIP_STORED, change=lambda file: None, *
 
 
 def overlap(file):
-    """A thousand records in the place of one, in the directory alone."""
+    """Make the archive's directory list a thousand records at the position of one."""
     for number in range(1000):
         twin = copy.copy(file.getinfo("archive/data/0"))
         twin.filename = f"archive/data/{number + 1}"
@@ -308,19 +308,19 @@ def overlap(file):
 
 
 def lie(file):
-    """Records of two gigabytes, in the directory alone."""
+    """Make the archive's directory claim records of two gigabytes."""
     for record in file.filelist:
         record.file_size = record.compress_size = 2**31 - 1
 
 
 def legacy(pickled):
-    """An old file of torch.save around a pickle."""
+    """File in torch.save's old format around a pickle."""
     first = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}]
     return b"".join([*(pickle.dumps(x, 2) for x in first), pickled, pickle.dumps([], 2)])
 
 
 def tarred(pickled):
-    """A yet older one."""
+    """File in torch.save's oldest format."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as file:
         parts = {"storages": pickle.dumps(0, 2), "tensors": pickle.dumps(0, 2), "pickle": pickled}
@@ -332,7 +332,7 @@ def tarred(pickled):
 
 
 def opcodes(module, name, argument):
-    """A pickle that calls a function of a module by its name."""
+    """Pickle that calls a module's function by its name."""
     word = argument.encode()
     call = b"c%b\n%b\n" % (module.encode(), name.encode())
     return b"\x80\x02" + call + b"X" + struct.pack("<I", len(word)) + word + b"\x85R."
@@ -361,7 +361,7 @@ CALLS += [("torch.storage", "_load_from_bytes"), ("numpy.core.multiarray", "_rec
 
 
 def attacks(marker):
-    """Files by their name, each harmful in one way: any of them has to be refused by any reader."""
+    """Files by name, each harmful in one way, which every reader must refuse."""
     good = content_of_a_checkpoint()
     evil = RunsCode(marker)
     command = f"__import__('os').mkdir({str(marker)!r})"
@@ -457,7 +457,7 @@ def attacks(marker):
 
 
 def readers(path, folder):
-    """Every way to read a weights file: main and command line by name."""
+    """Every way to read a weights file, by name: main and command line."""
     out = ["--output_dir", folder / "out"]
     train = [*TINY, "--data_path", folder / "IMAGES"]
     probe = [*train[6:], "--epochs", 1, "--finetune", path, *out]
@@ -490,28 +490,28 @@ def readers(path, folder):
 
 
 def peak_memory():
-    """Of this program so far, in MiB; what getrusage tells begins with that of its parent."""
+    """Peak memory of this process in MiB; getrusage's starts with its parent's."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 
 
 def report_of_child(function, folder, *words):
-    """What a function of this file returns in a process of its own, which may crash."""
+    """Run a function of this file in a separate process, which may crash; return its result."""
     source = (
         "import json, sys, pathlib, test_faults_inputs as tests\n"
         "function, folder, *words = sys.argv[1:]\n"
         "print(json.dumps(getattr(tests, function)(pathlib.Path(folder), *words)))"
     )
     words = [sys.executable, "-W", "ignore", "-c", source, function, str(folder), *words]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     code, out, err = finish(start(words, PYTHONPATH=paths))
     assert code == 0, out[-1000:] + err[-3000:]
     return json.loads(out.splitlines()[-1])
 
 
 def read_all(folder, *only):
-    """Read every file in a folder in these ways, or in all; say how each ended. For a child."""
-    resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30,) * 2)  # the machine's is not at stake
+    """Read every file in a folder in these ways, or all; report how each ended. For a child."""
+    resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30,) * 2)  # protects the machine
     torch.set_num_threads(1)
     report = {"memory before": peak_memory(), "ends": []}
     with pytest.MonkeyPatch.context() as patch:
@@ -543,7 +543,7 @@ def read_all(folder, *only):
 
 
 def report_of(folder, files, *only):
-    """What `read_all` has to say in a process of its own, which may crash."""
+    """Result of `read_all` in a separate process, which may crash."""
     write_classes(folder / "IMAGES")
     (folder / "files").mkdir()
     for name, content in files.items():
@@ -573,7 +573,7 @@ def test_the_file_they_are_made_from_is_read(tmp_path):
 
 
 def values_in(content, place=()):
-    """The places of a checkpoint's values, but of only two of each large collection."""
+    """Paths of a checkpoint's values, of only two values per large collection."""
     yield place
     if isinstance(content, dict):
         for key in list(content)[:: max(1, len(content) // 14)]:
@@ -596,7 +596,7 @@ def changed(content, place, value):
 
 
 def deceits(content, rng, count):
-    """A checkpoint with a value of another kind in one place, by its name."""
+    """Checkpoints with one value replaced by one of another type, by name."""
     places = [place for place in values_in(content) if place]
     files = {}
     while len(files) < count:
@@ -649,7 +649,7 @@ def test_runs_with_a_wrong_value_anywhere_end_without_a_traceback(tmp_path, monk
 # Images
 
 
-def test_a_run_survives_broken_images_and_tells_each_once(tmp_path, capsys, monkeypatch):
+def test_a_run_survives_broken_images_and_logs_each_once(tmp_path, capsys, monkeypatch):
     use_nano_models(monkeypatch)
     folder = write_images(tmp_path / "images", 100)
     files = sorted(folder.iterdir())
@@ -678,7 +678,7 @@ def test_a_run_survives_broken_images_and_tells_each_once(tmp_path, capsys, monk
 
 
 def png(width, height):
-    """A PNG without pixels, whatever its header claims."""
+    """PNG without pixels, with any claimed size."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     end = struct.pack(">I", 0) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
     parts = [b"\x89PNG\r\n\x1a\n", struct.pack(">I", 13), header]
@@ -686,7 +686,7 @@ def png(width, height):
 
 
 def jpeg(width, height):
-    """A small JPEG whose header claims other sizes."""
+    """Small JPEG whose header claims another size."""
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64), "red").save(buffer, "JPEG")
     data = bytearray(buffer.getvalue())
@@ -696,7 +696,7 @@ def jpeg(width, height):
 
 
 def large_png(side):
-    """A whole grey PNG of this size, made row by row."""
+    """Complete gray PNG of this size, written row by row."""
     header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
     packer = zlib.compressobj(1)
     rows = [packer.compress(bytes((side + 1) * 500)) for _ in range(side // 500)]
@@ -707,7 +707,7 @@ def large_png(side):
 
 
 def read_images(folder):
-    """Read every file in a folder in every way, and say what it took; runs in a child process."""
+    """Read every file in a folder in every way; report errors and memory. For a child."""
     before = peak_memory()
     on_device = pretrain_transform((8, 8), [0.5] * 3, [0.5] * 3, decode="gpu").read
     reasons = {
@@ -718,7 +718,7 @@ def read_images(folder):
 
 
 def reason_for_which(read, path):
-    """A function does not read an image."""
+    """Return the error with which a function refuses an image."""
     with pytest.raises(Exception) as caught:
         read(path.open("rb"))
     return reason_of(caught.value)

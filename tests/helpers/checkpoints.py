@@ -1,4 +1,4 @@
-"""Checkpoints of a small layer."""
+"""Checkpoints of a small layer and its training state."""
 
 import torch
 
@@ -24,7 +24,7 @@ def make_state(amp="fp32"):
 
 
 def train(state, num_steps=1):
-    """Change everything that a state holds."""
+    """Change everything in a state."""
     for _ in range(num_steps):
         state.precision.backward(state.model(torch.randn(3, 6)).square().mean())
         norm = state.precision.step(state.optimizer, state.model)
@@ -44,7 +44,7 @@ def writer(folder, state, **options):
 
 
 def save_at(folder, *places, state=None, **options):
-    """Checkpoints after so many epochs and steps; return their paths."""
+    """Save checkpoints after the given epochs and steps; return their paths."""
     state = state or make_state()
     paths = []
     for epoch, step in places:

@@ -1,4 +1,4 @@
-"""Models that train a step in milliseconds."""
+"""Tiny models whose training steps take milliseconds."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ mae_nano = partial(build_mae, NANO, **NANO_DECODER)
 
 
 def use_nano_models(monkeypatch):
-    """Let the names of the tiny models stand for ones that train a step in milliseconds."""
+    """Replace the tiny models by even smaller ones under the same names."""
     monkeypatch.setitem(models.MODELS, "crossmae_vit_tiny_patch4", crossmae_nano)
     monkeypatch.setitem(models.MODELS, "mae_vit_tiny_patch4", mae_nano)
     monkeypatch.setitem(models_vit.SIZES, "tiny_patch4", NANO)

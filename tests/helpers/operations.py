@@ -1,4 +1,4 @@
-"""Operations as PyTorch counts them."""
+"""Operation counts from PyTorch."""
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -10,9 +10,9 @@ BATCH = 2
 
 
 def counted(model, counts, *, backward=False):
-    """Operations for one image that PyTorch counts: in all, in the encoder and in the decoder.
+    """Operations per image as PyTorch counts them: total, encoder and decoder.
 
-    On the meta device attention is plain matrix products, and no other kernel is chosen.
+    On the meta device, attention always consists of plain matrix products.
     """
     model = model.to("meta")
     images = torch.empty(BATCH, 3, *model.encoder.img_size, device="meta")

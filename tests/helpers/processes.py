@@ -1,4 +1,4 @@
-"""Programs of the repository in processes of their own."""
+"""Programs of the repository in separate processes."""
 
 import os
 import re
@@ -19,7 +19,7 @@ _started = []
 
 
 def wait_for_line(process, text):
-    """Read what a run prints up to a line."""
+    """Read a run's output up to a line."""
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -29,13 +29,13 @@ def wait_for_line(process, text):
 
 
 def children_of(pid):
-    """The numbers of a process's children that run main_pretrain.py."""
+    """Ids of a process's children that run main_pretrain.py."""
     tasks = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [int(n) for n in tasks if "main_pretrain" in Path(f"/proc/{n}/cmdline").read_text()]
 
 
 def command(*argv, processes=None):
-    """The command line of a script in the repository, to be run by `start`."""
+    """Command line of a script in the repository, for `start`."""
     python = [sys.executable]
     if processes is not None:
         python += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
@@ -43,7 +43,7 @@ def command(*argv, processes=None):
 
 
 def start(words, cwd=ROOT, **variables):
-    """Start a command in the repository, with one thread as in the tests' own process."""
+    """Start a command in the repository, with one thread, as in the tests' process."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(words, cwd=cwd, env=env, **pipes)
@@ -58,7 +58,7 @@ def finish(process):
 
 
 def wait_until(condition, what, seconds=SECONDS):
-    """Wait for a condition; return its first value that is true."""
+    """Wait for a condition; return its first true value."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if value := condition():
@@ -68,7 +68,7 @@ def wait_until(condition, what, seconds=SECONDS):
 
 
 def tasks_of(folder):
-    """The processes of a run that a launcher has started into this folder."""
+    """Processes of a run that a launcher has started with this output folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -78,8 +78,8 @@ def tasks_of(folder):
     return found
 
 
-def stands_still(pid, number=None):
-    """Whether a process is stopped and, if so asked, has not been sent a signal meanwhile."""
+def is_frozen(pid, number=None):
+    """Whether a process is stopped and, on request, has not received a signal meanwhile."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -89,14 +89,13 @@ def stands_still(pid, number=None):
 
 
 def interrupt(log, text, folder, *, number, send=lambda: None):
-    """Have a run find a signal right behind a line of its log, however fast it is.
+    """Make a run receive a signal right after a line of its log, however fast it is.
 
     Args:
-        log: a file.
-        text: in a line of it.
-        folder: that the run writes to.
-        number: of the signal.
-        send: sends it; by itself it comes from elsewhere.
+        text: in the line.
+        folder: the run's output folder.
+        number: the signal's.
+        send: sends the signal; by default it comes from elsewhere.
     """
     wait_until(lambda: log.exists() and text in log.read_text(), f"{text!r} in {log}")
     tasks = tasks_of(folder)
@@ -104,9 +103,9 @@ def interrupt(log, text, folder, *, number, send=lambda: None):
     for pid in tasks:
         os.kill(pid, signal.SIGSTOP)
     try:
-        wait_until(lambda: all(map(stands_still, tasks)), "processes to stop")
+        wait_until(lambda: all(map(is_frozen, tasks)), "processes to stop")
         send()
-        wait_until(lambda: not any(stands_still(p, number) for p in tasks), f"signal {number}")
+        wait_until(lambda: not any(is_frozen(p, number) for p in tasks), f"signal {number}")
     finally:
         for pid in tasks:
             with suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""Runs of a main, what they leave behind, and the one sentence of a refusal."""
+"""Runs of a main, their results, and error messages."""
 
 import logging
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from util.runs.checkpoint import BEST_NAME, list_checkpoints, read_checkpoint
 from util.runs.run import run_main
 from util.runs.run_log import RunLog, read_log
 
-# Of main_pretrain.py; five steps an epoch on 40 images.
+# Options of main_pretrain.py: five steps per epoch on 40 images.
 TINY = ["--model", "crossmae_vit_tiny_patch4", "--input_size", "16", "--decoder_depth", "1"]
 QUICK = ["--batch_size", "8", "--epochs", "2", "--num_workers", "0", "--amp", "fp32"]
 QUICK += ["--device", "cpu"]  # of every training main
@@ -40,7 +40,7 @@ def run(*argv, main=main_pretrain.main):
 
 
 def refusal(capsys, *argv, main=main_pretrain.main, code=2, advice=""):
-    """The one sentence on stderr with which a main ends."""
+    """Return the single line on stderr with which a main ends."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught, logging_restored():
         run_main(lambda: main([str(word) for word in argv]), memory_advice=advice)
@@ -53,11 +53,11 @@ def refusal(capsys, *argv, main=main_pretrain.main, code=2, advice=""):
 
 
 class StoppedError(Exception):
-    """What stops a run from outside."""
+    """Stand-in for an interruption from outside."""
 
 
 def run_until(step, monkeypatch, *argv, main=main_pretrain.main):
-    """A run that is stopped before it logs this step."""
+    """Run until just before this step is logged."""
     log_step = RunLog.log_step
 
     def stop_or_log(log, done, **values):
@@ -71,7 +71,7 @@ def run_until(step, monkeypatch, *argv, main=main_pretrain.main):
 
 
 def log_without_time(folder):
-    """The log of a run, as far as it has to repeat."""
+    """A run's log without the values that may differ between runs."""
     return [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(folder)]
 
 
@@ -110,13 +110,13 @@ def assert_identical(a, b, place="content"):
 
 
 def six_epochs(images, folder):
-    """The arguments of a run for launchers, long enough to be interrupted."""
+    """Arguments of a run that is long enough to be interrupted, for launchers."""
     argv = ["--data_path", images, *TINY, "--epochs", 6, "--log_every", 1]
     return [*argv, "--output_dir", folder]
 
 
 def run_two_processes(images, folder):
-    """A run of `six_epochs` by torchrun; return its folder."""
+    """Run `six_epochs` with torchrun; return its folder."""
     words = command("main_pretrain.py", *six_epochs(images, folder), processes=2)
     code, _, err = finish(start(words))
     assert code == 0, err
@@ -124,7 +124,7 @@ def run_two_processes(images, folder):
 
 
 def assert_same_run(folder, expected):
-    """The last checkpoints and the logs of two runs are the same, as far as they have to repeat."""
+    """Assert that two runs have the same last checkpoint and log."""
     states = [last_checkpoint(f) for f in (folder, expected)]
     for key in ("model", "optimizer", "progress"):
         assert_identical(*(state[key] for state in states), key)

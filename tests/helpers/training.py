@@ -1,4 +1,4 @@
-"""One epoch of a tiny model, and doubles of what a training loop talks to."""
+"""One epoch of a tiny model, and test doubles for the collaborators of a training loop."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,7 +15,7 @@ from util.optim import build_adamw
 from util.runs.checkpoint import TrainState
 
 CPU = torch.device("cpu")
-IMG_SIZE, NUM_PATCHES = (16, 16), 16  # of the nano models, with patches of 4 pixels
+IMG_SIZE, NUM_PATCHES = (16, 16), 16  # nano models with patches of 4 pixels
 MEAN, STD = (0.5, 0.4, 0.3), (0.3, 0.25, 0.2)
 MASKING = {
     gamma: Masking((4, 4), count_tokens(NUM_PATCHES, 0.75, gamma), "random", seed=0)
@@ -24,7 +24,7 @@ MASKING = {
 
 
 class Recorder:
-    """Stands where the log and the checkpoints do, and calls back at every log point."""
+    """Test double for log and checkpoints that calls back at every log point."""
 
     def __init__(self, at_log_point=None):
         self.steps, self.stats = [], []
@@ -59,7 +59,7 @@ def make_loader(images, **options):
 
 
 class PreparedLoader:
-    """Steps of micro-batches that are there already."""
+    """Loader whose steps are given micro-batches."""
 
     num_crops = 1
 
@@ -81,7 +81,7 @@ def prepared(num_steps, batch_size=4, num_micro_batches=1, pixels=None, broken=(
 
 
 def train(model, loader, state, *, gamma=0.25, lr=1e-3, log_every=100, recorder=None):
-    """One epoch."""
+    """Train one epoch."""
     recorder = recorder or Recorder()
     return train_one_epoch(
         model,
@@ -97,7 +97,7 @@ def train(model, loader, state, *, gamma=0.25, lr=1e-3, log_every=100, recorder=
 
 
 class HostReads(TorchDispatchMode):
-    """Counts what makes the host wait for a device's numbers, if there were one."""
+    """Counts the operations that would make the host wait for a device."""
 
     operators = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal")
     methods = ("item", "tolist", "cpu", "numpy")

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, found again, and refused where they do not belong."""
+"""Checkpoints: complete or absent, found on resume, and refused by other runs."""
 
 import errno
 import logging
@@ -22,7 +22,7 @@ from util.runs.checkpoint import (
 )
 from util.runs.resume import newest_good_checkpoint
 
-# What is in a checkpoint
+# Content
 
 
 @pytest.mark.parametrize("amp", ["fp32", "fp16"])
@@ -55,7 +55,7 @@ def test_it_holds_tensors_and_plain_values_and_loads_with_weights_only(tmp_path)
     assert content["progress"] == {"epoch": 0, "step_in_epoch": 1, "step": 1, "best": None}
 
 
-def test_a_run_may_change_its_number_format(tmp_path):
+def test_a_run_may_change_its_precision(tmp_path):
     fp16, fp32 = make_state("fp16"), make_state("fp32")
     train(fp16)
     train(fp32)
@@ -78,7 +78,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, bad):
     assert list_checkpoints(tmp_path) == good
 
 
-def test_a_stream_goes_back_to_the_start_of_its_epoch(caplog):
+def test_a_stream_returns_to_the_start_of_its_epoch(caplog):
     state = make_state()
     train(state, num_steps=3)
     state.progress = Progress(epoch=2, step_in_epoch=3, step=13)
@@ -88,7 +88,7 @@ def test_a_stream_goes_back_to_the_start_of_its_epoch(caplog):
     assert "epoch 3" in caplog.text
     caplog.clear()
     state.rewind_epoch()
-    assert caplog.messages == []  # at the start already
+    assert caplog.messages == []  # already at the start
 
 
 # Writing
@@ -96,7 +96,7 @@ def test_a_stream_goes_back_to_the_start_of_its_epoch(caplog):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), RuntimeError("zip")])
-def test_a_write_that_fails_leaves_the_older_file_and_the_run_goes_on(
+def test_a_write_that_fails_leaves_the_older_file_and_the_run_continues(
     tmp_path, caplog, monkeypatch, error
 ):
     state = make_state()
@@ -121,7 +121,7 @@ def test_a_write_that_fails_leaves_the_older_file_and_the_run_goes_on(
 
 @contextmanager
 def files_no_larger_than(size):
-    """Let writes beyond a size fail, as on a full disk."""
+    """Make writes beyond a size fail, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -131,7 +131,7 @@ def files_no_larger_than(size):
 
 
 @pytest.mark.faults
-def test_no_half_written_file_stays_on_a_full_disk(tmp_path):
+def test_half_written_files_are_removed_on_a_full_disk(tmp_path):
     path = tmp_path / "checkpoint-e0001-s000000.pth"
     write_atomically({"w": torch.ones(10)}, path)
     before = path.read_bytes()
@@ -142,7 +142,7 @@ def test_no_half_written_file_stays_on_a_full_disk(tmp_path):
 
 
 @pytest.mark.faults
-def test_what_a_kill_left_unfinished_goes_at_the_next_start(tmp_path, caplog):
+def test_unfinished_files_of_a_killed_run_are_deleted_at_the_next_start(tmp_path, caplog):
     unfinished = tmp_path / "checkpoint-e0002-s000000.pth.tmp"
     unfinished.write_bytes(b"half of it")
     (tmp_path / "notes.tmp").write_bytes(b"someone else's")
@@ -153,7 +153,7 @@ def test_what_a_kill_left_unfinished_goes_at_the_next_start(tmp_path, caplog):
 
 
 @pytest.mark.faults
-def test_a_write_that_is_interrupted_leaves_no_half_written_file(tmp_path, monkeypatch):
+def test_an_interrupted_write_does_not_leave_a_half_written_file(tmp_path, monkeypatch):
     def interrupted(content, file):
         file.write(b"half of it")
         raise KeyboardInterrupt
@@ -177,7 +177,7 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     assert events == ["fsync", "replace", "fsync"]  # content, name, folder
 
 
-def test_only_the_last_ones_are_kept_and_the_log_says_so(tmp_path, caplog):
+def test_only_the_last_ones_are_kept_and_deletions_are_logged(tmp_path, caplog):
     places = [(1, 0), (1, 3), (2, 0), (10, 0)]
     with caplog.at_level(logging.INFO):
         paths = save_at(tmp_path, *places, keep_last=2)
@@ -187,7 +187,7 @@ def test_only_the_last_ones_are_kept_and_the_log_says_so(tmp_path, caplog):
     ]
 
 
-def test_all_are_kept_if_asked_for_and_other_files_always(tmp_path):
+def test_all_are_kept_on_request_and_other_files_always(tmp_path):
     (tmp_path / "checkpoint-best.pth").write_bytes(b"mine")
     paths = save_at(tmp_path, *[(epoch, 0) for epoch in range(1, 6)], keep_last=0)
     assert list_checkpoints(tmp_path) == paths
@@ -196,7 +196,7 @@ def test_all_are_kept_if_asked_for_and_other_files_always(tmp_path):
 
 
 @pytest.mark.faults
-def test_what_was_just_saved_is_kept_although_a_broken_file_has_a_later_name(tmp_path):
+def test_the_newest_save_is_kept_even_if_a_damaged_file_has_a_later_name(tmp_path):
     old, broken = save_at(tmp_path, (1, 0), (2, 9))
     truncate(broken)
     assert newest_good_checkpoint(tmp_path, "pretrain") == old
@@ -213,7 +213,7 @@ def test_checkpoints_are_in_the_order_of_the_run(tmp_path):
     ("every_minutes", "minutes", "saves"),
     [(None, 1e9, False), (10, 9.9, False), (10, 10, True), (0, 0, True)],
 )
-def test_a_checkpoint_is_due_after_so_many_minutes(
+def test_a_checkpoint_is_due_after_the_given_minutes(
     tmp_path, monkeypatch, every_minutes, minutes, saves
 ):
     now = 1000.0
@@ -224,7 +224,7 @@ def test_a_checkpoint_is_due_after_so_many_minutes(
     assert bool(list_checkpoints(tmp_path)) == saves
     if saves and minutes:
         list_checkpoints(tmp_path)[0].unlink()
-        checkpoints.save_if_due()  # not at once again
+        checkpoints.save_if_due()  # not due again immediately
         assert list_checkpoints(tmp_path) == []
 
 
@@ -235,7 +235,7 @@ def test_processes_but_the_main_one_write_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("lines", [{"x": 1}, [{"loss": 1.0}], [3], [{"epoch": "1"}]])
-def test_waiting_lines_of_the_log_without_their_epoch_are_refused(lines):
+def test_unwritten_log_lines_without_an_epoch_are_refused(lines):
     content = make_state().state_dict() | {"unwritten": lines}
-    with pytest.raises(ValueError, match="without their epoch"):
+    with pytest.raises(ValueError, match="without an epoch"):
         make_state().load_state_dict(content)

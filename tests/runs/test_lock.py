@@ -23,7 +23,7 @@ time.sleep(60)
 
 @pytest.fixture
 def other(tmp_path):
-    """Another process that has the folder."""
+    """Another process that holds the folder's lock."""
     process = start([*command()[:1], "-c", HOLD, str(tmp_path / "run")], PYTHONPATH=".")
     assert process.stdout.readline() == "held\n"
     yield process
@@ -31,7 +31,7 @@ def other(tmp_path):
     process.communicate()
 
 
-def test_a_second_owner_is_refused_and_told_who_is_the_first(other, tmp_path):
+def test_a_second_owner_is_refused_with_the_name_of_the_first(other, tmp_path):
     with pytest.raises(InputError, match=rf"another run, process {other.pid} on \S+ since .*"):
         FolderLock(tmp_path / "run")
 
@@ -46,7 +46,7 @@ def test_the_lock_of_a_killed_process_is_free(other, tmp_path):
     assert not (tmp_path / "run" / LOCK_NAME).exists()
 
 
-def test_a_folder_that_was_made_for_nothing_goes_again(tmp_path):
+def test_a_folder_that_was_made_for_nothing_is_removed(tmp_path):
     FolderLock(tmp_path / "a" / "run").release()
     assert not (tmp_path / "a").exists()
     (tmp_path / "b").mkdir()

@@ -1,4 +1,4 @@
-"""Means over an epoch weigh every image the same, and notice a loss that is not finite."""
+"""Means over an epoch weight every image equally and detect a loss that is not finite."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ def update(meters, loss, num_images, step=0, grad_norm=1.0):
     )
 
 
-def test_means_weigh_every_image_the_same():
+def test_means_weight_every_image_equally():
     meters = EpochMeters(CPU)
     update(meters, loss=2, grad_norm=4, num_images=30)
     update(meters, loss=6, grad_norm=8, num_images=10)
@@ -37,7 +37,7 @@ def test_means_weigh_every_image_the_same():
 
 
 def let_processes_meet(monkeypatch, *processes):
-    """Let every process's meters read what those of all have."""
+    """Give every process's meters the sums of all processes."""
     rows = []
 
     def keep(row):
@@ -60,7 +60,7 @@ def test_the_loss_is_the_mean_of_the_processes(monkeypatch):
 
 
 @pytest.mark.parametrize("num_before", [0, 1, 3, 5])
-def test_means_go_on_from_a_saved_state_bit_for_bit(num_before):
+def test_means_continue_from_a_saved_state_bit_for_bit(num_before):
     steps = [(torch.rand(()).item() / 3, n) for n in (8, 8, 8, 8, 8, 3)]
 
     def go_on(meters, steps):

@@ -1,7 +1,7 @@
-"""Checkpoints that commit 1db5dff wrote after one of two epochs, one of each training main.
+"""Checkpoints that commit 1db5dff wrote after one of two epochs, one per training main.
 
-They hold what a rewrite could break without a word: names and order of parameters, which saved
-optimizers know by their number, and the settings by which a run is recognised.
+They contain what a rewrite could break silently: the names and order of parameters, which saved
+optimizers refer to by index, and the settings by which a run is recognized.
 """
 
 import json
@@ -61,7 +61,7 @@ def pico(monkeypatch):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_of_an_old_version_goes_on_as_it_would_have_there(name, data, pico, tmp_path):
+def test_a_run_of_an_old_version_continues_as_it_would_have_there(name, data, pico, tmp_path):
     shutil.copy(GOLDEN / f"{name}.pth", tmp_path / "checkpoint-e0001-s000000.pth")
     main = MAINS.get(name, main_pretrain)
     images = data["classes" if name in MAINS else "images"]

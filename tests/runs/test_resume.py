@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and that it is still the same run."""
+"""Which checkpoint a run continues from, and the check that it is the same run."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from util.runs.resume import (
 
 
 def find_resume(folder, resume):
-    """The path of the checkpoint that a run continues from."""
+    """Path of the checkpoint that a run continues from."""
     found = read_resume(folder, resume, "pretrain", list_checkpoints(folder))
     if found is None:
         return None
@@ -36,12 +36,12 @@ def flip(path):
     path.write_bytes(content)
 
 
-# Finding
+# Choice of the checkpoint
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("break_it", [truncate, flip, lambda path: path.write_bytes(b"")])
-def test_a_broken_newest_is_passed_over_with_a_warning(tmp_path, caplog, break_it):
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(tmp_path, caplog, break_it):
     _, good, broken = save_at(tmp_path, (1, 0), (2, 0), (2, 4))
     break_it(broken)
     assert newest_good_checkpoint(tmp_path, "pretrain") == good
@@ -51,14 +51,14 @@ def test_a_broken_newest_is_passed_over_with_a_warning(tmp_path, caplog, break_i
 
 
 @pytest.mark.faults
-def test_broken_checkpoints_alone_are_refused(tmp_path):
+def test_only_damaged_checkpoints_are_refused(tmp_path):
     for path in save_at(tmp_path, (1, 0), (2, 0)):
         truncate(path)
     with pytest.raises(InputError, match=r"none of the 2 checkpoints in .* can be read"):
         find_resume(tmp_path, "auto")
 
 
-def test_auto_starts_anew_where_there_is_nothing(tmp_path):
+def test_auto_starts_from_scratch_without_checkpoints(tmp_path):
     assert find_resume(tmp_path, "auto") is None
     assert find_resume(tmp_path / "nowhere", "auto") is None
     save_at(tmp_path, (1, 0))
@@ -66,7 +66,7 @@ def test_auto_starts_anew_where_there_is_nothing(tmp_path):
     assert find_resume(tmp_path, "auto") == tmp_path / "checkpoint-e0001-s000000.pth"
 
 
-def test_none_starts_anew_but_overwrites_nothing(tmp_path):
+def test_none_starts_from_scratch_but_overwrites_nothing(tmp_path):
     (tmp_path / "notes.txt").touch()
     assert find_resume(tmp_path, "none") is None
     save_at(tmp_path, (1, 0))
@@ -74,7 +74,7 @@ def test_none_starts_anew_but_overwrites_nothing(tmp_path):
         find_resume(tmp_path, "none")
 
 
-def test_a_path_elsewhere_is_where_a_run_starts_and_not_where_it_goes_on(tmp_path):
+def test_a_path_elsewhere_is_where_a_run_starts_but_not_where_it_continues(tmp_path):
     own, other = tmp_path / "own", tmp_path / "other"
     own.mkdir()
     other.mkdir()
@@ -119,7 +119,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path):
         read_checkpoint(path, "pretrain")
 
 
-def test_an_older_checkpoint_does_not_stand_in_for_one_of_a_newer_version(tmp_path):
+def test_an_older_checkpoint_does_not_replace_one_of_a_newer_version(tmp_path):
     _, newer = save_at(tmp_path, (1, 0), (2, 0))
     change(newer, version=2)
     with pytest.raises(InputError, match=r"version 2 .* update the code"):
@@ -132,7 +132,7 @@ def test_a_file_of_another_program_is_refused(tmp_path):
         read_checkpoint(tmp_path / "released.pth", "pretrain")
 
 
-# Whether it is the same run
+# Check that it is the same run
 
 IDENTITY = {"--model": "m", "--mask_ratio": 0.75, "--pred_ratio": None, "--seed": 0}
 RECIPE = {"--epochs": 10, "lr": 1e-3, "--amp": "bf16"}
@@ -145,7 +145,7 @@ def check(checkpoint, fixed, may_change, given=()):
     check_same_run(checkpoint, record, PATH)
 
 
-def test_the_same_run_goes_on_without_a_word(caplog):
+def test_the_same_run_continues_silently(caplog):
     check(CHECKPOINT, dict(IDENTITY), dict(RECIPE))
     assert caplog.messages == []
 
@@ -161,7 +161,7 @@ def test_another_run_is_refused_with_the_list_of_differences():
     assert "\n" not in message
 
 
-def test_a_change_of_the_recipe_is_named(caplog):
+def test_a_change_of_settings_is_logged(caplog):
     check(CHECKPOINT, IDENTITY, RECIPE | {"lr": 5e-4, "--amp": "fp32"})
     assert caplog.messages == [
         "continuing with a change: lr was 0.001 and is now 0.0005",
@@ -169,14 +169,14 @@ def test_a_change_of_the_recipe_is_named(caplog):
     ]
 
 
-def test_epochs_may_grow_with_a_warning_and_not_shrink(caplog):
+def test_epochs_may_increase_with_a_warning_but_not_decrease(caplog):
     check(CHECKPOINT, IDENTITY, RECIPE | {"--epochs": 12})
     assert "--epochs increased from 10 to 12: from epoch 4 on" in caplog.text
     with pytest.raises(InputError, match=r"--epochs 8 is below the 10 .* 4 of them done"):
         check(CHECKPOINT, IDENTITY, RECIPE | {"--epochs": 8})
 
 
-def test_another_number_of_processes_is_told(caplog):
+def test_another_number_of_processes_is_logged(caplog):
     before = CHECKPOINT | {"recipe": RECIPE | {"processes": 8}}
     check(before, IDENTITY, RECIPE | {"processes": 4})
     (message,) = caplog.messages
@@ -185,9 +185,9 @@ def test_another_number_of_processes_is_told(caplog):
     assert len(caplog.messages) == 1
 
 
-def test_another_batch_is_refused_with_what_holds_on_any_number_of_processes():
+def test_another_batch_is_refused_with_advice_for_any_number_of_processes():
     before = CHECKPOINT | {"identity": IDENTITY | {EFFECTIVE_BATCH: 4096}}
-    with pytest.raises(InputError, match="--effective_batch_size 4096 holds on any number"):
+    with pytest.raises(InputError, match="--effective_batch_size 4096 works with any number"):
         check(before, IDENTITY | {EFFECTIVE_BATCH: 2048}, RECIPE)
 
 

@@ -1,4 +1,4 @@
-"""What a run shows and keeps: log lines, TensorBoard, progress."""
+"""Logs of a run: log.jsonl, TensorBoard, progress."""
 
 import logging
 import sys
@@ -32,7 +32,7 @@ def open_log(folder, epoch=0, step=0, num_epochs=4):
 
 
 def log_epochs(folder, first, last):
-    """Log epochs of ten steps as a run does that starts with `first`, counted from 1."""
+    """Log epochs of ten steps like a run that starts with epoch `first`, counted from 1."""
     log = open_log(folder, epoch=first - 1, step=10 * (first - 1))
     for epoch in range(first, last + 1):
         log.start_epoch(epoch - 1, 0)
@@ -46,7 +46,7 @@ def log_epochs(folder, first, last):
     log.close()
 
 
-def test_there_is_a_line_an_epoch(tmp_path):
+def test_there_is_one_line_per_epoch(tmp_path):
     log_epochs(tmp_path, 1, 3)
     lines = read_log(tmp_path)
     assert [(line["epoch"], line["step"], line["loss"]) for line in lines] == [
@@ -65,7 +65,7 @@ def test_a_resumed_run_replaces_the_lines_after_its_checkpoint(tmp_path):
 
 
 @pytest.mark.faults
-def test_a_line_that_was_cut_off_does_not_stop_the_next_start(tmp_path):
+def test_a_truncated_line_does_not_stop_the_next_start(tmp_path):
     log_epochs(tmp_path, 1, 2)
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"epoch": 3, "lo')
@@ -78,7 +78,7 @@ def points(folder, tag):
     return {point.step: point.value for point in events.Scalars(tag)}
 
 
-def test_tensorboard_has_scalars_and_pictures(tmp_path):
+def test_tensorboard_has_scalars_and_images(tmp_path):
     log_epochs(tmp_path, 1, 2)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     expected = {"train/loss", "train/grad_norm", "train/lr", "epoch/loss"}
@@ -90,17 +90,17 @@ def test_tensorboard_has_scalars_and_pictures(tmp_path):
 
 def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path):
     log_epochs(tmp_path, 1, 3)
-    time.sleep(1)  # TensorBoard orders its files by the second
+    time.sleep(1)  # TensorBoard orders its files by seconds
     log_epochs(tmp_path, 2, 4)
     resumed = {15: 202, 20: 202, 25: 203, 30: 203, 35: 204, 40: 204}
     assert points(tmp_path, "train/loss") == {5: 101, 10: 101} | resumed
     assert points(tmp_path, "epoch/loss") == {10: 101, 20: 202, 30: 203, 40: 204}
 
 
-# What is shown
+# Terminal
 
 
-def test_waiting_is_counted_and_computing_is_not(monkeypatch):
+def test_waiting_is_measured_and_computing_is_not(monkeypatch):
     now = 0.0
     monkeypatch.setattr(run_log.time, "monotonic", lambda: now)
 
@@ -119,7 +119,9 @@ def test_waiting_is_counted_and_computing_is_not(monkeypatch):
 
 
 def test_off_a_terminal_progress_is_a_line_at_a_log_point(tmp_path, caplog, capsys, monkeypatch):
-    clock = iter([100.0, 100.0, 120.0, 130.0])  # made, epoch starts, first and second log point
+    clock = iter(
+        [100.0, 100.0, 120.0, 130.0]
+    )  # creation, start of the epoch, first and second log point
     monkeypatch.setattr(run_log.time, "monotonic", lambda: next(clock))
     stats = {"loss": 0.5, "grad_norm": 1.0}
     with caplog.at_level(logging.INFO):
@@ -129,13 +131,13 @@ def test_off_a_terminal_progress_is_a_line_at_a_log_point(tmp_path, caplog, caps
         log.log_step(20, epoch=1, lr=1e-4, num_images=640, data_seconds=5.0, stats=stats)
     first, second = caplog.messages
     assert first.startswith("epoch 2/3 step 6/10: loss 0.5000, lr 1.00e-04, images/s 32, ")
-    assert "ETA 0:01:10" in first  # 14 steps are left, and 4 took 20 seconds
+    assert "ETA 0:01:10" in first  # 14 steps left, 4 took 20 seconds
     assert "waiting for data 25%" in first
     assert "GiB" in first
     assert "step 10/10" in second
     assert "images/s 64" in second
     assert "waiting for data 50%" in second
-    assert "ETA 0:00:38" in second  # 10 steps, and 8 took 30 seconds
+    assert "ETA 0:00:38" in second  # 10 steps left, 8 took 30 seconds
     assert capsys.readouterr().err == ""
 
 

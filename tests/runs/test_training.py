@@ -1,4 +1,4 @@
-"""The loop over steps, on a model of one weight per pixel; the engines' tests have the rest."""
+"""The loop over steps, with a model of one weight per pixel; see also the engines' tests."""
 
 import pytest
 import torch
@@ -18,12 +18,12 @@ def make_model():
 
 
 def sgd_state(model):
-    """Without momentum, so that a step shows its gradient."""
+    """State with SGD without momentum, so that a step shows its gradient."""
     return make_state(model, optimizer=torch.optim.SGD(model.parameters(), lr=0))
 
 
 def make_loader(*steps):
-    """Random images in micro-batches of these sizes, step by step."""
+    """Loader of random images in micro-batches of these sizes, step by step."""
     return PreparedLoader(
         [
             [Batch(torch.randn(n, 3, 2, 2), torch.arange(n) % NUM_CLASSES, []) for n in sizes]
@@ -38,7 +38,7 @@ def errors_of(model, batch):
 
 
 def train(model, loader, state, *, seen=None, lr=0.1, **options):
-    """One epoch; `seen` takes down the place of each micro-batch."""
+    """Train one epoch; `seen` collects the position of each micro-batch."""
     seen, recorder = [] if seen is None else seen, Recorder()
     usual = {"log_every": 100, "run_log": recorder, "checkpoints": recorder, "device": CPU}
     for step in training_steps(model, loader, state, lr_at=lambda _: lr, **usual | options):
@@ -48,18 +48,18 @@ def train(model, loader, state, *, seen=None, lr=0.1, **options):
     return state.end_epoch()
 
 
-def test_a_micro_batch_knows_its_place_in_the_step():
+def test_a_micro_batch_knows_its_position_in_the_step():
     model, seen = make_model(), []
     state = sgd_state(model)
     state.progress.step, state.progress.epoch = 20, 2
     train(model, make_loader((4, 4), (2, 1)), state, seen=seen)
-    # Step in the run, images of the step, images of the micro-batch, which of the step's they are.
+    # Step in the run, images in the step and the micro-batch, slice of the process's images.
     first, second = [(20, 8, 4, slice(0, 4)), (20, 8, 4, slice(4, 8))]
     assert seen == [first, second, (21, 3, 2, slice(0, 2)), (21, 3, 1, slice(2, 3))]
 
 
 @pytest.mark.parametrize("sizes", [(5,), (4, 1), (1, 2, 2)])
-def test_every_image_of_a_step_weighs_the_same(sizes):
+def test_every_image_of_a_step_has_the_same_weight(sizes):
     model = make_model()
     loader = make_loader(sizes)
     before = [parameter.detach().clone() for parameter in model.parameters()]
@@ -71,18 +71,18 @@ def test_every_image_of_a_step_weighs_the_same(sizes):
         torch.testing.assert_close(parameter.detach(), weight - 0.1 * gradient)
 
 
-def test_the_stand_in_of_a_process_without_images_weighs_nothing(monkeypatch):
+def test_padding_of_a_process_without_images_has_zero_weight(monkeypatch):
     model, loader = make_model(), make_loader((1,))
     before = model[1].weight.detach().clone()
-    for rank, weighs in ((1, False), (0, True)):  # of two processes that share one image
+    for rank, weighs in ((1, False), (0, True)):  # two processes with one image
         monkeypatch.setattr(training, "rank", lambda rank=rank: rank)
         train(model, loader, sgd_state(model))
         assert torch.equal(model[1].weight, before) != weighs
 
 
-def test_the_stand_in_of_a_process_weighs_nothing_however_many_crops_an_image_has(monkeypatch):
+def test_padding_has_zero_weight_for_any_number_of_crops(monkeypatch):
     model, loader = make_model(), make_loader((4,))
-    loader.num_crops = 4  # of one image, which the first of two processes has
+    loader.num_crops = 4  # of one image, on the first of two processes
     before = model[1].weight.detach().clone()
     for rank, weighs in ((1, False), (0, True)):
         monkeypatch.setattr(training, "rank", lambda rank=rank: rank)
@@ -107,5 +107,5 @@ def test_the_moving_average_equals_its_formula():
 
 def test_labels_are_not_read():
     model, loader = make_model(), make_loader((4,))
-    loader.prepared[0][0].labels[2] = -100  # which cross-entropy passes over
+    loader.prepared[0][0].labels[2] = -100  # cross-entropy ignores it
     train(model, loader, sgd_state(model))

@@ -1,4 +1,4 @@
-"""The benchmark of the loader runs, and tells when the pixels are others."""
+"""The benchmark of the loader runs, and reports different pixels."""
 
 import json
 import tarfile
@@ -16,7 +16,7 @@ QUICK = ["--repeats", 2, "--num_images", 12, "--batch_size", 4, "--input_size", 
 
 @pytest.fixture
 def photos(tmp_path):
-    """JPEG files, one of them to be turned; of a size at which rounding does not matter."""
+    """JPEG files, one with an EXIF rotation, of a size at which rounding does not matter."""
     folder = write_images(tmp_path / "photos" / "cat", 5, size=60)
     for path in list(folder.iterdir()):
         exif = Image.Exif()
@@ -48,14 +48,14 @@ def test_it_measures_every_loader(tmp_path, photos, capsys, num_workers):
 
 
 @pytest.mark.faults
-def test_a_benchmark_that_is_stopped_leaves_the_rounds_it_has_measured(
+def test_a_benchmark_that_is_stopped_keeps_the_rounds_it_has_measured(
     tmp_path, photos, monkeypatch
 ):
     calls = []
 
     def stop_or_measure(*_):
         calls.append(0)
-        if len(calls) == 5:  # three loaders
+        if len(calls) == 5:  # there are three loaders
             raise KeyboardInterrupt
         return float(len(calls))
 

@@ -46,7 +46,7 @@ MEASURED += ["encoder_gflops", "decoder_gflops", "total_gflops"]
 
 
 def tables(text):
-    """Markdown tables as lists of lines, each a dict by title."""
+    """Parse Markdown tables into lists of rows, each a dict by title."""
     found = []
     for block in text.split("\n\n"):
         lines = [line for line in block.splitlines() if line.startswith("|")]
@@ -57,11 +57,11 @@ def tables(text):
     return found
 
 
-# What is measured
+# Measurements
 
 
 class Mlp(torch.nn.Module):
-    """8 -> 16 -> 4; `recomputed` keeps the input alone, and what operations `cached` return."""
+    """MLP 8 -> 16 -> 4; `recomputed` saves its input and the outputs of `cached` operations."""
 
     def __init__(self, recomputed, cached=()):
         super().__init__()
@@ -79,7 +79,7 @@ class Mlp(torch.nn.Module):
         return self.inside(x).sum()
 
 
-INPUT, HIDDEN = 10 * 8 * 4, 10 * 16 * 4  # bytes of ten rows in float32
+INPUT, HIDDEN = 10 * 8 * 4, 10 * 16 * 4  # bytes of ten float32 rows
 
 
 @pytest.mark.parametrize(("recomputed", "expected"), [(False, INPUT + 2 * HIDDEN), (True, INPUT)])
@@ -95,11 +95,11 @@ def test_what_selective_checkpointing_caches_is_saved_too():
     assert saved_bytes(lambda: model(x), model.parameters()) == expected
 
 
-def test_what_checkpointing_is_handed_in_a_list_is_saved_too():
+def test_tensors_passed_to_checkpointing_in_a_list_are_saved_too():
     x = torch.randn(10, 8, requires_grad=True)
 
     def run():
-        parts = [x.exp(), x + 1]  # the sum is no one's input
+        parts = [x.exp(), x + 1]  # the sum is not an input
         return checkpoint(lambda both: both[0] * both[1], parts, use_reentrant=False).sum()
 
     assert saved_bytes(run, [x]) >= 2 * INPUT
@@ -109,18 +109,18 @@ def test_copies_of_weights_in_bf16_are_saved_too():
     model, x = Mlp(False), torch.randn(10, 8)
     with torch.autocast("cpu", torch.bfloat16):
         saved = saved_bytes(lambda: model(x), model.parameters())
-    # The first weight is not: no gradient of x is asked for.
+    # The first weight is not: x needs no gradient.
     assert saved == (INPUT + 2 * HIDDEN) // 2 + 16 * 4 * 2
 
 
 def test_a_storage_counts_once_and_whole():
     x = torch.randn(100, requires_grad=True)
-    y = x.exp()  # saved by exp, and by the square of its part
+    y = x.exp()  # saved by exp and by the square of its slice
     assert saved_bytes(lambda: x.exp().square().sum(), [x]) == 400
     assert saved_bytes(lambda: y.detach()[:10].requires_grad_().square().sum(), []) == 400
 
 
-def test_tensors_of_onednn_count():
+def test_onednn_tensors_count():
     x = torch.randn(10, 8).to_mkldnn().requires_grad_()
     assert x.is_mkldnn
     assert saved_bytes(lambda: torch.relu(x), []) == INPUT
@@ -138,7 +138,7 @@ def test_the_slope_leaves_out_what_does_not_grow_with_the_batch():
     step = measured(Mlp(False), torch.randn(10, 8), amp="bf16")
     per_row = 2 * (8 + 2 * 16)
     assert step.saved_slope == per_row
-    assert step.saved == 10 * per_row + 16 * 4 * 2  # a weight's copy
+    assert step.saved == 10 * per_row + 16 * 4 * 2  # the copy of a weight
 
 
 class Loss(torch.nn.Module):
@@ -150,7 +150,7 @@ class Loss(torch.nn.Module):
         return self.model(images, random_split(torch.rand(len(images), 16), TokenCounts(16, 4, 8)))
 
 
-def test_less_memory_is_less_saved_also_where_a_model_is_shared():
+def test_less_memory_means_fewer_saved_bytes_also_with_a_shared_model():
     model, images = Loss(), torch.randn(2, 3, 16, 16)
     parts = model.model.blocks, model.model.mixer
     turns = [functools.partial(set_memory, *parts, memory) for memory in MEMORY_MODES]
@@ -175,7 +175,7 @@ def test_a_step_trains():
 
 
 class Greedy(torch.nn.Module):
-    """Asks for more memory than there is, once `limit` images come at once."""
+    """Model that allocates too much memory for batches of `limit` images or more."""
 
     def __init__(self, limit):
         super().__init__()
@@ -198,7 +198,7 @@ def test_running_out_of_memory_ends_a_row_and_a_larger_batch_only_its_slope():
 
 
 @pytest.mark.faults
-def test_another_error_is_not_taken_for_memory():
+def test_another_error_is_not_mistaken_for_out_of_memory():
     with pytest.raises(RuntimeError, match="shapes"):
         measured(Greedy(9), torch.randn(4, 7))
 
@@ -209,7 +209,7 @@ def test_calls_are_timed_one_by_one():
     assert len(calls) == 3
 
 
-def test_rows_take_turns(monkeypatch):
+def test_rows_are_interleaved(monkeypatch):
     turns = []
 
     class Recorded(MeasuredStep):
@@ -314,7 +314,7 @@ def test_quick_from_end_to_end(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.faults
 @pytest.mark.parametrize(("done", "turns"), [(1, [1]), (7, [3, 2, 2])])
-def test_a_benchmark_that_is_stopped_leaves_the_turns_it_has_measured(
+def test_a_benchmark_that_is_stopped_keeps_the_turns_it_has_measured(
     done, turns, tmp_path, monkeypatch
 ):
     use_nano_models(monkeypatch)
@@ -336,7 +336,7 @@ def test_a_benchmark_that_is_stopped_leaves_the_turns_it_has_measured(
     assert len(numbers["time_follows_flops"]) == len(turns)
     assert all(row[key] is not None for row in numbers["rows"] for key in MEASURED)
     earlier = [file.read_text() for file in tmp_path.iterdir() if file != path]
-    assert earlier == ["{}"]  # that of another start is kept, those of this one are replaced
+    assert earlier == ["{}"]  # the earlier start's file is kept, this one's are replaced
 
 
 def test_batch_sizes_are_rows(tmp_path, monkeypatch, capsys):
@@ -404,7 +404,7 @@ def test_flops_of_vit_g_are_what_pytorch_counts(name):
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="needs transformers")
-def test_the_vit_g_of_transformers_is_as_large_as_ours():
+def test_the_vit_g_of_transformers_has_the_size_of_ours():
     with torch.device("meta"):
         ours = build_ours(GIANT)
         theirs = build_hf(dataclasses.replace(GIANT, model="hf_vitmae_giant"))
@@ -413,7 +413,7 @@ def test_the_vit_g_of_transformers_is_as_large_as_ours():
 
 
 @pytest.mark.slow
-def test_a_picture_is_drawn(tmp_path, monkeypatch):
+def test_a_plot_is_drawn(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     use_nano_models(monkeypatch)
     benchmark(*QUICK, "--table", 4, "--plot", tmp_path / "figure.png", "--rounds", 1)
@@ -466,14 +466,16 @@ def test_a_row_on_a_gpu_has_its_own_peak_memory(tmp_path):
     grid += ["--batch_size", 64, "--dtypes", "bf16"]
     run("--quick", "--device", "cuda", "--input_sizes", 224, *grid, "--json", path, main=main)
     high, low = json.loads(path.read_text())["rows"]
-    assert high["peak_memory_mb"] > low["peak_memory_mb"] > 3 * 4 * 112  # weights and AdamW's
+    assert (
+        high["peak_memory_mb"] > low["peak_memory_mb"] > 3 * 4 * 112
+    )  # weights and AdamW's moments
     grown = high["peak_memory_mb"] - low["peak_memory_mb"]
     saved = high["saved_mb_per_image"] - low["saved_mb_per_image"]
     assert grown < 64 * saved * 1.2
     assert 0 < high["utilization_percent"] < 100
 
 
-# Against another program
+# Against a reference program
 
 TINY = ["--models", "crossmae_vit_tiny_patch16", "--input_sizes", "32", "--decoder_depths", "1"]
 GOOD = """
@@ -494,7 +496,7 @@ print(json.dumps({
 """
 
 
-def test_against_another_program(tmp_path, capsys):
+def test_against_a_reference_program(tmp_path, capsys):
     program, path = tmp_path / "theirs.py", tmp_path / "numbers.json"
     program.write_text(GOOD)
     options = ["--memory", "high", "low", "--json", path, "--rounds", 1]
@@ -507,7 +509,7 @@ def test_against_another_program(tmp_path, capsys):
         given = {"model": "tiny", "img_size": 32, "batch_size": 2, "decoder_depth": 1}
         given |= {"mask_ratio": 0.75, "pred_ratio": 0.25, "dtype": "fp32"}
         assert theirs.items() >= given.items()
-        # Processor seconds on a CPU; 4 MiB an image and 8 whatever the batch.
+        # CPU time; 4 MiB per image and 8 MiB for any batch.
         assert row["time_ratio"] == pytest.approx(2000 / ours["median_step_s"])
         assert float(line["times faster"]) == pytest.approx(row["time_ratio"], rel=1e-3)
         assert row["saved_ratio"] == pytest.approx(ours["saved_mb_per_image"] / 8)
@@ -515,7 +517,7 @@ def test_against_another_program(tmp_path, capsys):
         assert line["peak"] == "n/a"
 
 
-def test_another_program_may_compute_in_another_number_format(tmp_path, capsys, monkeypatch):
+def test_a_reference_program_may_compute_in_another_dtype(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("scripts.benchmark_pretrain.run_ours", lambda *_: [OURS])
     program, path = tmp_path / "theirs.py", tmp_path / "numbers.json"
     program.write_text(GOOD)
@@ -528,7 +530,7 @@ def test_another_program_may_compute_in_another_number_format(tmp_path, capsys, 
 
 
 @pytest.mark.faults
-def test_a_comparison_that_is_stopped_leaves_the_rounds_it_has_measured(tmp_path, monkeypatch):
+def test_a_comparison_that_is_stopped_keeps_the_rounds_it_has_measured(tmp_path, monkeypatch):
     starts = []
 
     def run_ours(*_):
@@ -567,14 +569,14 @@ def test_pairs_are_compared_by_their_medians():
     assert ratios == [0.5, 0.5, 0.2]
 
 
-def test_what_a_row_of_ours_lacks_is_not_compared():
+def test_values_missing_in_our_row_are_not_compared():
     missing = {name: value if name in ROW else None for name, value in OURS.items()}
     theirs = {"saved_activation_mb_per_image": 6.0, "peak_memory_mb": 50, "s": 1.0}
     found = compare_pairs([(missing, theirs)], seconds="s", saved_twice=5.0)
     assert all(found[name] is None for name in found.keys() - {"pairs", *ROW})
 
 
-def test_twice_the_batch_may_be_too_much_for_a_program(tmp_path, capsys, monkeypatch):
+def test_twice_the_batch_may_not_fit_for_a_program(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("scripts.benchmark_pretrain.run_ours", lambda *_: [OURS])
     path = tmp_path / "theirs.py"
     path.write_text(GOOD.replace("print(json", "assert args.batch_size < 4\nprint(json"))
@@ -594,7 +596,7 @@ def test_twice_the_batch_may_be_too_much_for_a_program(tmp_path, capsys, monkeyp
     ],
 )
 @pytest.mark.faults
-def test_a_program_that_does_not_answer(program, words, tmp_path, capsys, monkeypatch):
+def test_a_program_without_results_is_refused(program, words, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("scripts.benchmark_pretrain.run_ours", lambda *_: [OURS])
     path = tmp_path / "theirs.py"
     path.write_text(program)

@@ -1,4 +1,4 @@
-"""Operations and bytes of a step on a GPU, counted without one, stay below what they are today."""
+"""Operations and bytes of a step on a GPU, counted without a GPU, do not exceed today's."""
 
 import json
 
@@ -41,16 +41,16 @@ def test_a_product_reads_two_matrices_and_writes_one():
     counts = counter.classes[LINEAR]
     assert (counts.operations, counts.flops) == (1, 2 * 100 * 70 * 90)
     assert counts.bytes == 4 * (100 * 70 + 70 * 90 + 100 * 90)
-    assert counter.peak == 4 * 100 * 90  # what was there before is not counted
+    assert counter.peak == 4 * 100 * 90  # earlier tensors are not counted
 
 
-def test_views_move_nothing():
+def test_views_do_not_move_bytes():
     with FakeTensorMode():
         counter = counted(lambda x: x.view(4, 25).mT[2:].unsqueeze(0), torch.empty(100))
     assert counter.classes == {} and counter.peak == 0
 
 
-def test_what_has_been_freed_does_not_count_at_the_peak():
+def test_freed_memory_does_not_count_at_the_peak():
     def chain(x):
         for _ in range(5):
             x = x + 1
@@ -77,20 +77,20 @@ def total(counter, key, *, without=()):
     return sum(getattr(c, key) for name, c in counter.classes.items() if name not in without)
 
 
-# GB that a step reads and writes, those of its large products apart; operations; GiB at once,
-# beside weights and optimizer.
+# GB that a step reads and writes without its large products; operations; peak GiB without
+# weights and optimizer state.
 CEILINGS = {"high": (225, 1900, 32.0), "medium": (282, 2320, 18.5), "low": (291, 2370, 11.3)}
 
 
 @pytest.mark.parametrize("memory", MEMORY_MODES)
-def test_a_step_moves_no_more_bytes_than_it_did(memory, steps):
+def test_a_step_does_not_move_more_bytes_than_before(memory, steps):
     gigabytes, operations, gibibytes = CEILINGS[memory]
     assert total(steps[memory], "bytes", without=[LINEAR]) / GB < gigabytes
     assert total(steps[memory], "operations") < operations
     assert steps[memory].peak / GIB < gibibytes
 
 
-def test_less_memory_is_less_at_the_peak(steps):
+def test_less_memory_lowers_the_peak(steps):
     high, medium, low = (steps[memory].peak for memory in MEMORY_MODES)
     assert high > 1.6 * medium > 1.6 * 1.5 * low
 
@@ -99,14 +99,14 @@ def test_flops_are_those_of_the_formula(steps):
     config = Config(VIT_BASE, 0.25, 12, 224, "bf16", "high", 1024, 0.75)
     formula = 1024 * config.count_flops().training
     counts = steps["high"].classes
-    # Images need no gradient, and attention's backward pass computes its scores again.
+    # Images need no gradient, and attention's backward pass recomputes its scores.
     first_layer = 1024 * 2 * 49 * 768 * 768
     again = counts[ATTENTION].flops / 7
     assert total(steps["high"], "flops") == pytest.approx(formula - first_layer + again, rel=1e-3)
     assert counts[MIX].operations == 3
 
 
-def test_only_low_multiplies_again(steps):
+def test_only_low_recomputes_products(steps):
     high, medium, low = (steps[m].classes[LINEAR].flops / TFLOP for m in MEMORY_MODES)
     assert high == medium < low
 

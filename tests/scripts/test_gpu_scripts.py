@@ -1,4 +1,4 @@
-"""The two runs on a GPU, tried out without one."""
+"""The two scripts for a GPU, tried without one."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def bash(*words, out, **variables):
 
 
 def results(out):
-    """The content of every JSON file, once it is clear that all files may leave a machine."""
+    """Check that there are few result files; return the content of every JSON file."""
     names = [path.name for path in out.iterdir()]
     assert len(names) <= 8 and {"log.txt", "summary.md"} < set(names)
     return {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
@@ -155,7 +155,7 @@ def test_parts_that_fail_or_take_too_long_are_named(tmp_path):
 
 
 def refused(done):
-    """The one sentence of a script that did not start."""
+    """Return the error of a script that did not start."""
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     return line
@@ -182,7 +182,7 @@ def test_earlier_results_are_kept(tmp_path):
     assert f"{tmp_path} already contains results" in refused(done)
 
 
-def test_skipped_tests_count_as_failed_where_there_has_to_be_a_gpu(tmp_path):
+def test_skipped_tests_count_as_failed_where_a_gpu_is_required(tmp_path):
     words = [sys.executable, "scripts/gpu/run_tests.py", "-k", "same_bits"]
     for quick, code in {"1": 0, "": 1}.items():
         env = {**os.environ, "QUICK": quick}
@@ -204,7 +204,7 @@ def test_a_folder_is_filled_with_jpegs_only(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["missing", "empty"])
-def test_a_place_without_jpegs_is_refused(tmp_path, monkeypatch, what):
+def test_data_without_jpegs_is_refused(tmp_path, monkeypatch, what):
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr(sys, "argv", ["images.py", str(tmp_path / what), str(tmp_path), "12"])
     with pytest.raises(SystemExit, match=r"error: .*with DATA"):

@@ -1,4 +1,4 @@
-"""One command starts a run here or on a cluster; tests/slurm/test_slurm.py has a real cluster."""
+"""The launcher without a cluster; tests/slurm/test_slurm.py uses a real one."""
 
 import re
 import shlex
@@ -30,16 +30,16 @@ def launch(*flags, main_flags, cwd=ROOT):
 
 
 def wait_for_end(number):
-    """Wait until the processes of a job on this machine are gone."""
+    """Wait until a job's processes on this machine have ended."""
     wait_until(lambda: not Path(f"/proc/{number}").exists(), f"the end of job {number}")
 
 
-# The command line
+# Command line
 
 
 @pytest.fixture
 def bin_folder(tmp_path, monkeypatch):
-    """The only folder in which programs are found, with an sbatch that prints a job's number."""
+    """The only folder in PATH, with an sbatch that prints a job's number."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name, text in (("srun", ""), ("sbatch", "echo Submitted batch job 7")):
@@ -50,7 +50,7 @@ def bin_folder(tmp_path, monkeypatch):
 
 
 def batch_file(tmp_path, *flags, main_flags=()):
-    """What sbatch is given."""
+    """Batch file that sbatch receives."""
     main_flags = [*main_flags, "--output_dir", str(tmp_path / "run")]
     words = ["--main", "pretrain", "--cluster", "slurm", *flags, "--", *main_flags]
     launch_slurm.main([str(word) for word in words])
@@ -58,12 +58,12 @@ def batch_file(tmp_path, *flags, main_flags=()):
 
 
 def given(text):
-    """The flags of a batch file: name -> value."""
+    """Flags in a batch file: name -> value."""
     words = [shlex.split(line)[1] for line in text.splitlines() if line.startswith("#SBATCH")]
     return {name[2:]: value for name, _, value in (word.partition("=") for word in words)}
 
 
-def test_sbatch_gets_what_was_asked_for(bin_folder, tmp_path):
+def test_sbatch_gets_the_requested_flags(bin_folder, tmp_path):
     text = batch_file(
         tmp_path,
         *("--nodes", 2, "--gpus_per_node", 8, "--partition", "P", "--time", "3-00:00:00"),
@@ -112,11 +112,11 @@ def test_every_gpu_has_one_task(bin_folder, tmp_path, flags, tasks, gpus):
     found = given(text)
     assert (found["ntasks-per-node"], found.get("gpus-per-node")) == (tasks, gpus)
     assert ("export CUDA_VISIBLE_DEVICES=\n" in text) == (gpus is None)
-    assert "time" not in found  # which leaves it to the partition
+    assert "time" not in found  # the partition decides
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 137, 138, 143])
-def test_only_a_job_that_ended_by_sigusr1_is_queued_again(bin_folder, tmp_path, code):
+def test_only_a_job_that_ended_by_sigusr1_is_requeued(bin_folder, tmp_path, code):
     text = batch_file(tmp_path)
     (bin_folder / "srun").write_text(f"#!/bin/sh\nexit {code}\n")
     (bin_folder / "scontrol").write_text('#!/bin/sh\necho "$@"\n')
@@ -175,13 +175,15 @@ NOTHING = ["--main", "pretrain", "--"]
         (["--cluster", "local", "--job_dir", "/proc/no", *NOTHING], "choose another --job_dir"),
     ],
 )
-def test_mistakes_are_told_before_anything_starts(capsys, tmp_path, monkeypatch, words, sentence):
+def test_mistakes_are_reported_before_anything_starts(
+    capsys, tmp_path, monkeypatch, words, sentence
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(subprocess, "Popen", None)
     assert sentence in refusal(capsys, *words, main=launch_slurm.main)
 
 
-def test_a_cluster_that_is_not_there_is_refused(capsys, tmp_path, monkeypatch, bin_folder):
+def test_a_missing_cluster_is_refused(capsys, tmp_path, monkeypatch, bin_folder):
     words = ["--cluster", "slurm", *NOTHING, "--output_dir", tmp_path / "run"]
     (bin_folder / "sbatch").write_text("#!/bin/sh\necho sbatch: error: no such >&2\nexit 1\n")
     sentence = refusal(capsys, *words, main=launch_slurm.main)
@@ -221,7 +223,7 @@ def test_two_local_tasks_equal_two_of_torchrun(images, undisturbed, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_a_local_job_starts_again_after_sigusr1(images, undisturbed, tmp_path, monkeypatch):
+def test_a_local_job_restarts_after_sigusr1(images, undisturbed, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     number, log, out = launch(*TWO, main_flags=six_epochs(images, tmp_path))
     again, end = re.findall(r"(kill.*)$", out, re.M)
@@ -257,7 +259,7 @@ def test_a_local_job_saves_and_ends_after_sigterm(images, tmp_path):
 
 
 @pytest.mark.slow
-def test_debug_is_the_main_itself(images, tmp_path):
+def test_debug_runs_the_main_itself(images, tmp_path):
     argv = [*six_epochs(images, tmp_path), "--lr", 1e30]
     words = command(LAUNCHER, "--main", "pretrain", "--cluster", "debug", "--", *argv)
     code, out, err = finish(start(words))
@@ -266,7 +268,7 @@ def test_debug_is_the_main_itself(images, tmp_path):
     assert not (tmp_path / "jobs").exists()
 
 
-# scripts/local_job.py with programs of a line
+# scripts/local_job.py with one-line programs
 
 
 def local_job(tmp_path, num_tasks, program, **variables):
@@ -297,7 +299,7 @@ def test_a_local_job_ends_with_the_code_of_its_tasks(tmp_path, exit_with, code):
 
 
 @pytest.mark.faults
-def test_a_local_task_that_dies_takes_the_others_along(tmp_path):
+def test_a_local_task_that_dies_ends_the_others(tmp_path):
     program = "import os, time; os.environ['RANK'] == '0' or os.abort(); time.sleep(1000)"
     shortened = "import sys; sys.path.insert(0, 'scripts'); import local_job; "
     shortened += "local_job.SECONDS_TO_END = 0.5; sys.exit(local_job.main(*sys.argv[1:]))"
@@ -306,7 +308,7 @@ def test_a_local_task_that_dies_takes_the_others_along(tmp_path):
 
 
 def test_a_signal_while_a_local_task_starts_does_not_lose_the_job(tmp_path):
-    # Without a handler of its own a task is ended by SIGUSR1, and started again.
+    # A task without a handler is ended by SIGUSR1 and restarted.
     program = f"import pathlib, time; path = pathlib.Path({str(tmp_path / 'started')!r}); "
     program += "again = path.exists(); path.touch(); again or time.sleep(1000); print('done')"
     process = local_job(tmp_path, 1, program)

@@ -1,4 +1,4 @@
-"""The recipes say and do what the paper's Tables 1, 11, 12, 14 and 16 do; nothing is trained."""
+"""The recipes match the paper's Tables 1, 11, 12, 14 and 16; nothing is trained."""
 
 import os
 import re
@@ -20,7 +20,7 @@ from util.data.broken_images import BrokenImages
 from util.runs.checkpoint import CheckpointWriter, Progress, TrainState
 
 RECIPES = ROOT / "scripts" / "recipes"
-EXPECTED = {  # by the paper, in percent
+EXPECTED = {  # in the paper, in percent
     "table1_mae": [78.9, 83.3, 85.4, 85.8],
     "table1_crossmae_25": [79.2, 83.5, 85.4, 86.3],
     "table1_crossmae_75": [79.3, 83.7, 85.4, 86.4],
@@ -31,12 +31,12 @@ EXPECTED = {  # by the paper, in percent
     "table16_inat2019": [79.8, 79.4, 80.1],
     "table16_places365": [57.9, 57.9, 57.8],
 }
-TABLE1 = {  # the kind of model and the predicted share; MAE's is not an option
+TABLE1 = {  # kind of model and pred_ratio, which MAE does not have
     "table1_mae": ("mae", None),
     "table1_crossmae_25": ("crossmae", 0.25),
     "table1_crossmae_75": ("crossmae", 0.75),
 }
-# Table 11 has one drop path and the epochs of B and L; the rest is of the authors' commands.
+# Table 11 has one drop path and the epochs of B and L; the rest is from the authors' commands.
 FINE_TUNING = {
     "small": ("small_patch16", Recipe(epochs=100, blr=5e-4, layer_decay=0.65, drop_path=0.1)),
     "base": ("base_patch16", Recipe(epochs=100, blr=5e-4, layer_decay=0.65, drop_path=0.1)),
@@ -58,7 +58,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with images, a checkpoint, and what Table 1 pre-trains for Table 12."""
+    """Folder with images, a checkpoint, and Table 1's checkpoints for Table 12."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "data").mkdir()
     files = [f"output/{name}_{size}/{written(800)}" for name in TABLE1 for size in FINE_TUNING]
@@ -89,7 +89,7 @@ def start(place):
 
 @pytest.fixture
 def commands(start, place):
-    """What a recipe runs: the number of processes, the main's name and its arguments, each."""
+    """Commands of a recipe, each as (processes, the main's name, its arguments)."""
 
     def commands(script, *words, **variables):
         done = start(script, *words, **variables)
@@ -107,7 +107,7 @@ def commands(start, place):
 
 
 def written(epochs):
-    """The name of the checkpoint at the end of a run."""
+    """Name of a run's final checkpoint."""
     return f"checkpoint-e{epochs:04d}-s000000.pth"
 
 
@@ -119,7 +119,7 @@ def test_every_row_has_a_script_and_every_script_a_row():
 
 
 @pytest.mark.parametrize("script", EXPECTED)
-def test_a_script_opens_with_the_number_to_expect(script):
+def test_a_script_begins_with_the_expected_result(script):
     path = RECIPES / f"{script}.sh"
     shebang, title, expected, ours, *_ = path.read_text().splitlines()
     assert shebang == "#!/usr/bin/env bash"
@@ -181,7 +181,7 @@ def test_table_12_probes_what_table_1_pretrains(commands, script, size):
     assert probe.finetune == f"{pretrain.output_dir}/{written(800)}"
 
 
-def test_no_two_runs_share_an_output_folder(commands):
+def test_every_run_has_its_own_output_folder(commands):
     runs = [args.output_dir for row in ROWS for _, _, args in commands(*row)]
     runs.append(commands("table11_finetune", str(RECIPES / "README.md"))[0][2].output_dir)
     assert len(set(runs)) == len(runs)
@@ -249,7 +249,7 @@ def test_a_script_without_its_argument_is_refused(start, script):
         (["table1_mae", "base"], {"BATCH_SIZE": "300"}, "up to 300 images each cannot form"),
     ],
 )
-def test_mistakes_are_answered_in_one_sentence(start, words, variables, sentence):
+def test_mistakes_are_reported_in_one_sentence(start, words, variables, sentence):
     done = start(*words, **variables)
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
@@ -260,7 +260,7 @@ HARDWARE = {"hardware_1gpu": 1, "hardware_4xa100": 4, "hardware_2x8": 16, "hardw
 
 
 @pytest.mark.parametrize(("script", "processes"), HARDWARE.items())
-def test_hardware_recipes_parse_and_open_with_time_and_memory(start, place, script, processes):
+def test_hardware_recipes_parse_and_begin_with_time_and_memory(start, place, script, processes):
     text = (RECIPES / f"{script}.sh").read_text()
     assert os.access(RECIPES / f"{script}.sh", os.X_OK)
     opening = text[: text.index("set -euo")]
@@ -285,7 +285,7 @@ def test_hardware_recipes_parse_and_open_with_time_and_memory(start, place, scri
         assert args.batch_size == "auto" or 4096 % (processes * args.batch_size) == 0
 
 
-def test_without_data_the_cpu_recipe_takes_the_digits(start):
+def test_without_data_the_cpu_recipe_uses_the_digits(start):
     assert "--dataset digits" in start("hardware_cpu", DATA="").stdout
 
 

@@ -1,4 +1,4 @@
-"""The script that draws what a pre-trained model makes of images."""
+"""The script that draws a pre-trained model's reconstructions."""
 
 import argparse
 
@@ -21,7 +21,7 @@ main = visualize_reconstruction.main
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Of a tiny model that was trained to predict a third of the masked patches."""
+    """Checkpoint of a tiny model trained to predict a third of the masked patches."""
     root = tmp_path_factory.mktemp("trained")
     images = write_images(root / "images", 8)
     argv = [*TINY, "--data_path", images, "--epochs", 1, "--pred_ratio", 0.25]
@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def photos(tmp_path):
-    """A folder with folders in it, of images of different sizes and formats, and a note."""
+    """Nested folders with images of different sizes and formats, and a text file."""
     folder = write_images(tmp_path / "photos", 3, size=30)
     write_images(folder / "more", 2, size=17)
     Image.new("L", (40, 20), 200).save(folder / "grey.JPG")
@@ -51,12 +51,12 @@ def num_rows(figure, note=False):
 
 
 def cell(figure, row, column):
-    """A panel at the images' own size; 16 pixels are drawn as 128."""
+    """Panel at the images' original size; 16 pixels are drawn as 128."""
     top, left = TEXT_HEIGHT + row * (128 + GAP), column * (128 + GAP)
     return figure[top : top + 128 : 8, left : left + 128 : 8].astype(int)
 
 
-def test_a_folder_is_searched_and_thinned_out(tmp_path, checkpoint, photos):
+def test_a_folder_is_searched_and_sampled_evenly(tmp_path, checkpoint, photos):
     assert num_rows(draw(checkpoint, tmp_path / "all.png", photos)) == 6
     few = draw(checkpoint, tmp_path / "few.png", photos, options=["--num_images", 2])
     assert num_rows(few) == 2
@@ -70,14 +70,14 @@ def test_files_are_drawn_in_their_order(tmp_path, checkpoint, photos):
     assert not np.array_equal(cell(one, 0, 0), cell(one, 1, 0))
 
 
-def test_every_masked_patch_is_decoded_although_training_predicted_a_third(
+def test_every_masked_patch_is_decoded_even_if_training_predicted_a_third(
     tmp_path, checkpoint, photos
 ):
     figure = draw(checkpoint, tmp_path / "f.png", photos)
     for row in range(6):
         original, masked, reconstruction, joined = (cell(figure, row, i) for i in range(4))
         hidden = (masked == 128).all(axis=2)
-        assert hidden.sum() == 12 * 16  # twelve of sixteen patches
+        assert hidden.sum() == 12 * 16  # 12 of 16 patches
         assert np.array_equal(masked[~hidden], original[~hidden])
         assert np.array_equal(joined[~hidden], original[~hidden])
         assert np.array_equal(joined[hidden], reconstruction[hidden])
@@ -107,13 +107,13 @@ def released_style(checkpoint, path):
     return path
 
 
-def test_a_released_checkpoint_gives_the_same_picture(tmp_path, checkpoint, photos):
+def test_a_released_checkpoint_gives_the_same_figure(tmp_path, checkpoint, photos):
     released = released_style(checkpoint, tmp_path / "released.pth")
     ours, theirs = (draw(path, tmp_path / "f.png", photos) for path in (checkpoint, released))
     assert np.array_equal(ours, theirs)
 
 
-def test_normalised_pixels_are_noted(tmp_path, photos):
+def test_normalized_pixels_are_noted(tmp_path, photos):
     images = write_images(tmp_path / "images", 4)
     run(*TINY, "--data_path", images, "--epochs", 1, "--output_dir", tmp_path / "run")
     trained = list_checkpoints(tmp_path / "run")[-1]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs what tests/slurm/test_slurm.py starts, from Debian's or Ubuntu's packages. Where that cannot be,
-# it says so in one line and succeeds all the same, since the tests are skipped then.
+# Installs SLURM for tests/slurm/test_slurm.py from Debian's or Ubuntu's packages. If that is not
+# possible, it prints the reason in one line and exits with 0, since the tests are skipped then.
 set -uo pipefail
 
 leave() {

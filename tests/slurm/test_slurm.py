@@ -1,4 +1,4 @@
-"""What the launcher promises, by a real SLURM of one node that lasts as long as these tests."""
+"""The launcher on a real SLURM cluster of one node that exists only during these tests."""
 
 import os
 import re
@@ -33,12 +33,12 @@ def free_ports(count):
 
 
 def said(*words):
-    """What a program prints on stdout."""
+    """Run a program; return its stdout."""
     return subprocess.run(words, capture_output=True, text=True).stdout.strip()
 
 
 def start_daemons(folder):
-    """Start a cluster whose files are all in a folder; skip where that does not work."""
+    """Start a cluster with all files in one folder; skip the tests if that fails."""
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
@@ -58,14 +58,14 @@ def start_daemons(folder):
 
 
 def end_daemons(folder):
-    """End the jobs, then the daemons by their own pid files."""
+    """End the jobs, then the daemons by their pid files."""
     said("scancel", "--full", "--signal=KILL", "--user=root")
     for name in reversed(DAEMONS):
         with suppress(OSError, ValueError):
             pid = int((folder / f"{name}.pid").read_text())
             os.kill(pid, signal.SIGTERM)
             for _ in range(100):
-                os.kill(pid, 0)  # until it is not there
+                os.kill(pid, 0)  # until the process is gone
                 time.sleep(0.1)
             os.kill(pid, signal.SIGKILL)
 
@@ -119,12 +119,12 @@ def submit(*flags, main_flags):
 
 
 def job(number):
-    """What SLURM says of a job."""
+    """SLURM's description of a job."""
     return dict(re.findall(r"(\w+)=(\S*)", said("scontrol", "show", "job", number)))
 
 
 def state_at_end(number):
-    """Wait for the end of a job; return its state and exit code, and how often it was requeued."""
+    """Wait for a job's end; return its state, exit code and number of requeues."""
 
     def ended():
         found = job(number)
@@ -135,7 +135,7 @@ def state_at_end(number):
     return wait_until(ended, f"the end of job {number}")
 
 
-def test_a_job_that_is_told_to_goes_on_after_its_requeue(images, undisturbed, tmp_path):
+def test_a_job_sent_sigusr1_continues_after_its_requeue(images, undisturbed, tmp_path):
     number, log = submit(main_flags=six_epochs(images, tmp_path))
     again = ["scancel", "--signal=USR1", number]
     interrupt(log, "epoch 2/6 step 2", tmp_path, number=signal.SIGUSR1, send=lambda: said(*again))
@@ -145,8 +145,8 @@ def test_a_job_that_is_told_to_goes_on_after_its_requeue(images, undisturbed, tm
     assert_same_run(tmp_path, undisturbed)
 
 
-def test_a_job_whose_time_ends_goes_on_after_its_requeue(images, undisturbed, tmp_path):
-    # SLURM looks twice a minute, and sends the signal up to half a minute before it is due.
+def test_a_job_whose_time_ends_continues_after_its_requeue(images, undisturbed, tmp_path):
+    # SLURM checks twice a minute and may send the signal half a minute early.
     limit = ["--time", "00:01:00", "--signal_seconds", 15]
     number, log = submit(*limit, main_flags=six_epochs(images, tmp_path))
     interrupt(log, "epoch 2/6 step 2", tmp_path, number=signal.SIGUSR1)
@@ -166,7 +166,7 @@ def test_a_signal_before_the_run_begins_does_not_lose_it(images, undisturbed, tm
     assert_same_run(tmp_path, undisturbed)
 
 
-def test_a_job_that_is_cancelled_saves_and_ends(images, tmp_path):
+def test_a_job_that_is_canceled_saves_and_ends(images, tmp_path):
     number, log = submit(main_flags=six_epochs(images, tmp_path))
     cancel = ["scancel", number]
     interrupt(log, "epoch 2/6 step 2", tmp_path, number=signal.SIGTERM, send=lambda: said(*cancel))
@@ -187,16 +187,16 @@ def test_a_job_that_fails_is_failed_with_the_exit_code_of_the_main(images, tmp_p
 
 
 @pytest.mark.faults
-def test_a_task_that_dies_takes_the_others_along(images, tmp_path):
+def test_a_task_that_dies_ends_the_others(images, tmp_path):
     number, log = submit(main_flags=six_epochs(images, tmp_path))
     first, second = wait_until(lambda: len(t := tasks_of(tmp_path)) == 2 and t, "two processes")
     os.kill(second, signal.SIGKILL)
-    os.kill(first, signal.SIGSTOP)  # as if it waited for the other one
+    os.kill(first, signal.SIGSTOP)  # as if it were waiting for the other one
     assert state_at_end(number)[::2] == ("FAILED", 0), log.read_text()
 
 
 @pytest.mark.faults
-def test_what_sbatch_refuses_is_told_in_one_sentence(images, tmp_path):
+def test_a_rejection_by_sbatch_is_reported_in_one_sentence(images, tmp_path):
     words = ["scripts/launch_slurm.py", "--main", "pretrain", "--cluster", "slurm"]
     words += ["--tasks_per_node", 2, "--slurm_partition=none", "--", *six_epochs(images, tmp_path)]
     code, out, err = finish(start(command(*words)))
