@@ -37,7 +37,10 @@ def compile_model(
     check_compiler(device)
     # Of operations in place under --memory. Those of our blocks change nothing that is kept.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-    torch.compiler.config.recompile_limit = RECOMPILE_LIMIT
+    if hasattr(torch.compiler.config, "recompile_limit"):
+        torch.compiler.config.recompile_limit = RECOMPILE_LIMIT
+    else:  # before PyTorch 2.10
+        torch._dynamo.config.cache_size_limit = RECOMPILE_LIMIT
     for module in [model] if mode == "whole" else blocks:
         module.compile(dynamic=False)
 
