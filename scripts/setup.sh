@@ -1,4 +1,5 @@
-# Makes .venv and installs requirements into it, once for each content of the files.
+# Makes .venv and installs requirements into it, in the versions that requirements-pinned.txt pins,
+# once for each content of the files.
 # Sourced by the other scripts in the root of the repository, which call install_into_venv FILE.
 fail() {
     echo "error: $*" >&2
@@ -10,7 +11,7 @@ install_into_venv() {
     local python=.venv/bin/python
     local stamp=.venv/installed-${requirements%.txt}
     local wanted
-    wanted=$(cat requirements.txt "$requirements")
+    wanted=$(cat requirements.txt requirements-pinned.txt "$requirements")
 
     if [ ! -x "$python" ]; then
         local base=${PYTHON:-python3}
@@ -26,7 +27,8 @@ install_into_venv() {
         echo "$requirements is installed in .venv"
     else
         echo "installing $requirements into .venv: a few minutes and gigabytes the first time"
-        "$python" -m pip install --quiet --disable-pip-version-check -r "$requirements" ||
+        "$python" -m pip install --quiet --disable-pip-version-check \
+            -c requirements-pinned.txt -r "$requirements" ||
             fail "pip could not install $requirements: see above"
     fi
     check_torchvision "$python"
@@ -39,5 +41,5 @@ check_torchvision() {
     output=$("$1" -c 'import torchvision.ops; torchvision.ops.nms' 2>&1) && return
     echo "$output" | tail -n 1 >&2
     fail "torch and torchvision in .venv do not match: remove .venv and run this again, or install" \
-        "the pair that requirements.txt pins from one and the same index"
+        "the pair that requirements-pinned.txt names from one and the same index"
 }

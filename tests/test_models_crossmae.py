@@ -20,6 +20,7 @@ from models_crossmae import (
 )
 from models_mae import build_mae
 from models_vit import ModelSize
+from tests.helpers.versions import aot_eager
 from util.compute.recompute import set_memory
 from util.errors import InputError
 from util.masking import TokenSplit, count_tokens, hidden_mask, random_split
@@ -614,6 +615,7 @@ def check_compiled(model, backend, tolerance):
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
+@aot_eager
 @every_model
 def test_model_compiles_to_one_graph(build):
     check_compiled(build(), "aot_eager", tolerance=1e-5)  # other kernels than in eager mode

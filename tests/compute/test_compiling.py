@@ -13,6 +13,7 @@ from models_vit import ModelSize, build_vit
 from tests.helpers.files import write_images
 from tests.helpers.models import use_nano_models
 from tests.helpers.runs import TINY, run
+from tests.helpers.versions import aot_eager
 from util.compute.compiling import compile_model
 from util.compute.distributed import data_parallel
 from util.compute.recompute import MEMORY_MODES, set_memory
@@ -59,7 +60,13 @@ CASES = {
 
 @pytest.mark.slow  # test_models_crossmae.py compiles the model as it is
 @pytest.mark.parametrize("memory", MEMORY_MODES)
-@pytest.mark.parametrize(("build", "loss_of"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ("build", "loss_of"),
+    [
+        pytest.param(*case, marks=[] if name == "fine-tuning" else aot_eager, id=name)
+        for name, case in CASES.items()
+    ],
+)
 def test_a_model_is_one_graph(build, loss_of, memory):
     model = build().train()
     set_memory(model.blocks, getattr(model, "mixer", None), memory)
@@ -89,6 +96,7 @@ def test_a_run_compiles_once_for_full_batches_and_once_for_an_epochs_tail(
     assert backend.frame_count == num_graphs
 
 
+@aot_eager
 def test_compiled_processes_recompute_and_average_gradients(tmp_path):
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1

@@ -33,9 +33,15 @@ SPLIT = random_split(torch.rand(2, 16), count_tokens(16, 0.75, 0.25))
     ],
 )
 def test_default_on_a_cpu_is_bf16_where_it_has_instructions_for_it(monkeypatch, capabilities, amp):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert Precision(None, CPU).amp == amp
     assert Precision("fp32", CPU).amp == "fp32"
+
+
+def test_default_on_a_cpu_is_fp32_where_pytorch_does_not_name_its_instructions(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert Precision(None, CPU).amp == "fp32"
+    assert Precision("bf16", CPU).amp == "bf16"
 
 
 @pytest.mark.parametrize(("supported", "amp"), [(True, "bf16"), (False, "fp32")])

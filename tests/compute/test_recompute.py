@@ -17,6 +17,7 @@ from scripts.benchmark.step import saved_bytes
 from tests.helpers.files import write_images
 from tests.helpers.models import use_nano_models
 from tests.helpers.runs import TINY, log_without_time, run
+from tests.helpers.versions import aot_eager
 from util import kernels
 from util.compute import recompute
 from util.kernels import use_fast_kernels
@@ -199,6 +200,7 @@ def test_nothing_is_recomputed_without_a_backward_pass(monkeypatch):
         model(*example(model, 2))
 
 
+@aot_eager
 @less_memory
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_model_still_compiles_to_one_graph(dtype, memory):

@@ -23,6 +23,7 @@ esac
 def install(tmp_path):
     """Run install_into_venv in an empty folder; return the finished process and the calls."""
     (tmp_path / "requirements.txt").write_text("torch\n")
+    (tmp_path / "requirements-pinned.txt").write_text("torch==2\n")
     (tmp_path / "requirements-dev.txt").write_text("-r requirements.txt\npytest\n")
 
     def run(requirements="requirements.txt", check="exit 0", pip="exit 0"):
@@ -61,10 +62,16 @@ def test_the_tests_install_what_they_need_beside(install):
     assert len(calls) == 1 and calls[0].endswith("-r requirements-dev.txt")
 
 
-def test_changed_requirements_are_installed(install, tmp_path):
+def test_pinned_versions_are_installed(install):
+    assert install()[1][-1].endswith("-c requirements-pinned.txt -r requirements.txt")
+
+
+@pytest.mark.parametrize("changed", ["requirements.txt", "requirements-pinned.txt"])
+def test_changed_requirements_are_installed(install, tmp_path, changed):
     install()
-    (tmp_path / "requirements.txt").write_text("torch\ntimm\n")
+    (tmp_path / changed).write_text("torch==3\ntimm\n")
     assert len(install()[1]) == 1
+    assert install()[1] == []
 
 
 def test_a_failed_installation_is_tried_again(install, tmp_path):

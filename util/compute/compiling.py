@@ -36,7 +36,10 @@ def compile_model(
     check_compiler(device)
     # Silences a warning about in-place operations under --memory: ours change no saved tensor.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-    torch.compiler.config.recompile_limit = RECOMPILE_LIMIT
+    if hasattr(torch.compiler.config, "recompile_limit"):
+        torch.compiler.config.recompile_limit = RECOMPILE_LIMIT
+    else:  # before PyTorch 2.10
+        torch._dynamo.config.cache_size_limit = RECOMPILE_LIMIT
     for module in [model] if mode == "whole" else blocks:
         module.compile(dynamic=False)
 
