@@ -23,6 +23,7 @@ BLUE, PURPLE, ORANGE = ("#2f6fb0", "#e3eefa"), ("#7a52a8", "#f1ebf9"), ("#c4631f
 GRID = 6  # patches each way of the picture
 VISIBLE = (2, 7, 10, 15, 18, 23, 26, 28, 33)  # a quarter of 36, p = .75
 PREDICTED = (0, 5, 9, 13, 16, 20, 25, 30, 35)  # another quarter, γ = .25
+GAMMA = "\N{GREEK SMALL LETTER GAMMA}"
 SCENE = 126  # side of the picture in its own coordinates
 
 
@@ -120,7 +121,8 @@ SCENE_DEFS = """\
 <path d="M28 40 L19 53 L26 57 L31 52 L37 54 Z M66 48 L59 55 L65 60 L70 56 L74 58 Z" fill="#f5f8fb"/>
 <path d="M0 92 C22 78 44 84 64 94 S106 96 126 84 V126 H0 Z" fill="#5f9a58"/>
 <path d="M0 106 C30 96 60 116 126 102 V126 H0 Z" fill="#3f7a4a"/>
-<path d="M16 112 L24 88 L32 112 Z M30 116 L37 96 L44 116 Z M98 112 L106 90 L114 112 Z" fill="#275a38"/>
+<path d="M16 112 L24 88 L32 112 Z M30 116 L37 96 L44 116 Z M98 112 L106 90 L114 112 Z"
+ fill="#275a38"/>
 </g>
 </defs>"""
 
@@ -254,7 +256,7 @@ def draw() -> str:
         fill = ORANGE[0] if index in PREDICTED else PALE
         d.square(left + column * cell, 22 + row * cell, cell - 1.5, fill, rx=1)
     d.arrow((left - 6, queries_y + 6.5), (decoder_x + 76, queries_y + 6.5), color=ORANGE[0])
-    d.lines(left + 41, 126, ("mask tokens at a", "fraction *γ* ≤ *p* of", "all positions"))
+    d.lines(left + 41, 126, ("mask tokens at a", f"fraction *{GAMMA}* ≤ *p* of", "all positions"))
     masked_picture(d, left, 340, cell, PREDICTED)
     d.arrow((decoder_x + 74, 382.5), (left - 6, 382.5), color=ORANGE[0])
     d.lines(left + 41, 442, ("loss: mean squared", "error of these"))
