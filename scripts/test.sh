@@ -18,6 +18,7 @@ TMPDIR=$(mktemp -d "${TMPDIR:-/tmp}/crossmae-tests.XXXXXX")
 export TMPDIR OMP_NUM_THREADS=1
 clean_up() {
     local environ pid
+    trap '' HUP INT TERM # a second signal does not interrupt this
     for environ in $(grep -slz "^TMPDIR=$TMPDIR\$" /proc/[0-9]*/environ || true); do
         pid=${environ#/proc/}
         kill -KILL "${pid%/environ}" 2>/dev/null || true

@@ -636,11 +636,11 @@ def stream(tmp_path, *options):
 
 
 def test_streams_are_trained_on_and_measured_on_a_folder(tmp_path):
-    held_out = write_classes(tmp_path / "held out") / "val"
-    finetune(*stream(tmp_path, "--num_classes", 3, "--val_path", held_out))
+    val_images = write_classes(tmp_path / "validation") / "val"
+    finetune(*stream(tmp_path, "--num_classes", 3, "--val_path", val_images))
     log = read_log(tmp_path / "run")
     assert [line["step"] for line in log] == [3, 6]
-    assert log[-1]["val_images"] == sum(1 for _ in held_out.rglob("*.png"))
+    assert log[-1]["val_images"] == sum(1 for _ in val_images.rglob("*.png"))
 
 
 @pytest.mark.parametrize(

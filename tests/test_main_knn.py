@@ -27,7 +27,7 @@ CLASSES = {"apple": 21, "bear": 25, "cup": 30}
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
-    """Class folders of 76 training images and 12 held-out ones."""
+    """Class folders of 76 training images and 12 validation images."""
     folder = tmp_path_factory.mktemp("images")
     for number, (name, num_images) in enumerate(CLASSES.items(), start=3):
         write_images(folder / "train" / name, num_images)

@@ -42,7 +42,7 @@ MAE = ["--model", "mae_vit_tiny_patch4"]
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
-    """A folder of 37 images, in five steps of 8 an epoch, and 5 held-out ones."""
+    """A folder of 37 images, in five steps of 8 per epoch, and 5 validation images."""
     folder = tmp_path_factory.mktemp("images")
     write_images(folder / "train", 37)
     write_images(folder / "val", 5)
@@ -77,7 +77,7 @@ def test_a_copy_without_a_repository_can_be_told_its_commit(monkeypatch):
 # A run from start to end
 
 
-def assert_complete(folder, num_epochs, *, held_out):
+def assert_complete(folder, num_epochs, *, has_val):
     """A folder has all that a run leaves."""
     records = json.loads((folder / "args.json").read_text())
     assert records["args"]["output_dir"] == str(folder)
@@ -86,12 +86,12 @@ def assert_complete(folder, num_epochs, *, held_out):
     log = read_log(folder)
     assert [line["epoch"] for line in log] == list(range(1, num_epochs + 1))
     assert all({"step", "loss", "grad_norm", "lr", "broken_images"} <= set(line) for line in log)
-    assert ("val_loss" in log[-1]) == held_out
+    assert ("val_loss" in log[-1]) == has_val
     with Image.open(folder / "reconstructions.png") as figure:
         assert figure.mode == "RGB"
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     scalars = {"train/loss", "train/lr", "train/images_per_s", "epoch/loss"}
-    scalars |= {"epoch/val_loss", "epoch/val_psnr"} if held_out else set()
+    scalars |= {"epoch/val_loss", "epoch/val_psnr"} if has_val else set()
     assert scalars <= set(events.Tags()["scalars"])
     assert events.Scalars("epoch/loss")[-1].value == pytest.approx(log[-1]["loss"])
     assert [picture.step for picture in events.Images("reconstructions")] == [log[-1]["step"]]
@@ -129,7 +129,7 @@ def test_a_run_predicts_its_share_and_validation_images_are_decoded_whole(
         return train_one_epoch(model, loader, state, masking=masking, **options)
 
     def measure(model, loader, *, masking, **options):
-        seen["held out"] = predicted_by(masking.full_split)
+        seen["validation"] = predicted_by(masking.full_split)
         return evaluate(model, loader, masking=masking, **options)
 
     monkeypatch.setattr(main_pretrain, "train_one_epoch", train)
@@ -137,16 +137,16 @@ def test_a_run_predicts_its_share_and_validation_images_are_decoded_whole(
     run(*TINY, *argv, "--epochs", 1, "--data_path", images, "--output_dir", tmp_path)
     mask_ratio = float(argv[1]) if argv[0] == "--mask_ratio" else 0.75
     num_masked = 16 - math.floor(16 * (1 - mask_ratio))
-    assert seen == {"training": num_predicted, "held out": num_masked}
+    assert seen == {"training": num_predicted, "validation": num_masked}
 
 
 def test_digits_from_start_to_end(tmp_path, capsys, nano):
     run(*TINY, "--dataset", "digits", "--batch_size", 128, "--output_dir", tmp_path)
-    log = assert_complete(tmp_path, 2, held_out=True)
+    log = assert_complete(tmp_path, 2, has_val=True)
     assert log[-1]["val_images"] == 360
     assert log[-1]["step"] == 2 * 12
     out = capsys.readouterr().out
-    assert "digits: 1437 images, 12 steps an epoch, 360 images held out" in out
+    assert "digits: 1437 images, 12 steps per epoch, 360 validation images" in out
     assert out.index("validation loss") > out.index("saved")
     val_loss, val_psnr = log[-1]["val_loss"], log[-1]["val_psnr"]
     expected = (
@@ -212,23 +212,23 @@ def test_nearest_neighbours_need_labels_and_validation_images(
 @pytest.mark.parametrize("model", [[], MAE])
 def test_folder_with_validation_images(tmp_path, images, capsys, nano, model):
     run(*TINY, *model, "--data_path", images, "--eval_every", 1, "--output_dir", tmp_path)
-    log = assert_complete(tmp_path, 2, held_out=True)
+    log = assert_complete(tmp_path, 2, has_val=True)
     assert [line["val_images"] for line in log] == [5, 5]
     assert "folder: 37 images, 5 steps per epoch, 5 validation images" in capsys.readouterr().out
 
 
 def test_folder_without_validation_images(tmp_path, images, capsys, nano):
     run(*TINY, "--data_path", images / "train", "--output_dir", tmp_path)
-    assert_complete(tmp_path, 2, held_out=False)
+    assert_complete(tmp_path, 2, has_val=False)
     out = capsys.readouterr().out
-    assert "no images held out" in out
+    assert "no validation images" in out
     assert "validation loss" not in out
 
 
 def test_val_images_from_elsewhere(tmp_path, images, nano):
     paths = ["--data_path", images / "train", "--val_path", images / "val"]
     run(*TINY, *paths, "--output_dir", tmp_path)
-    assert assert_complete(tmp_path, 2, held_out=True)[-1]["val_images"] == 5
+    assert assert_complete(tmp_path, 2, has_val=True)[-1]["val_images"] == 5
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_val_images_from_elsewhere(tmp_path, images, nano):
 def test_options_train_an_epoch_and_load_again(tmp_path, images, nano, options):
     argv = [*TINY, "--data_path", images, "--epochs", "1", *options]
     run(*argv, "--output_dir", tmp_path)
-    assert_complete(tmp_path, 1, held_out=True)
+    assert_complete(tmp_path, 1, has_val=True)
     model, training = load_model(list_checkpoints(tmp_path)[-1])
     assert not model.training
     assert model.encoder(torch.zeros(1, 3, *model.encoder.img_size))[-1].isfinite().all()

@@ -300,7 +300,7 @@ def test_another_size_is_refused(tmp_path, capsys):
     model = models_vit.build_vit(NANO._replace(depth=3), pool="cls", num_classes=0)
     path = stored(tmp_path / "checkpoint.pth", model.state_dict())
     words = ["--checkpoint", path, "--format", "timm", "--output", tmp_path / "out.pth"]
-    assert "a ViT of 3 blocks, 32 wide" in refusal(capsys, *words, main=main)
+    assert "a ViT of depth 3 and width 32" in refusal(capsys, *words, main=main)
 
 
 def test_an_mlp_that_the_size_does_not_have_is_refused(tmp_path, capsys):
@@ -309,7 +309,7 @@ def test_an_mlp_that_the_size_does_not_have_is_refused(tmp_path, capsys):
     words = ["--checkpoint", path, "--format", "hf", "--output", tmp_path / "out"]
     sentence = "has an MLP 96 wide but the model an MLP 128 wide"
     assert sentence in refusal(capsys, *words, main=main)
-    with pytest.raises(InputError, match="does not hold the weights of the mae_vit_tiny_patch4"):
+    with pytest.raises(InputError, match="does not hold the weights of a mae_vit_tiny_patch4"):
         load_model(path)
 
 

@@ -1,0 +1,78 @@
+"""scripts/test.sh, with a stand-in for Python."""
+
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.processes import ROOT, wait_until
+
+# As pytest it starts a process in a session of its own, as a launcher does, and waits.
+FAKE_PYTHON = """#!/bin/bash
+[ "$1 $2" = "-m pytest" ] || exit 0
+echo "$@" >"$CALLS"
+touch "$TMPDIR/file"
+echo "$TMPDIR" >"$CALLS.folder"
+if [ "$WAITS" ]; then
+    setsid sleep 1000 &
+    echo $! >"$CALLS.pid"
+    wait
+fi
+exit 3
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Starts a copy of scripts/test.sh; returns the process."""
+    (tmp_path / "scripts").mkdir()
+    for name in ("test.sh", "setup.sh"):
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
+    for name in ROOT.glob("requirements*.txt"):
+        shutil.copy(name, tmp_path)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    (tmp_path / "temporary").mkdir()
+    env = {**os.environ, "CALLS": str(tmp_path / "calls"), "TMPDIR": str(tmp_path / "temporary")}
+
+    def start(*argv, **variables):
+        words = ["bash", str(tmp_path / "scripts" / "test.sh"), *argv]
+        return subprocess.Popen(words, env={**env, **variables}, stdout=subprocess.PIPE, text=True)
+
+    return start
+
+
+def is_running(pid):
+    return Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "selects", "passed_on"), [(["-k", "x"], True, "-k x"), (["--all", "-x"], False, "-x")]
+)
+def test_quick_tests_by_default_and_every_test_with_all(script, tmp_path, argv, selects, passed_on):
+    process = script(*argv, WAITS="")
+    process.communicate()
+    call = (tmp_path / "calls").read_text().strip()
+    assert call.endswith(passed_on)
+    assert ("not slow and not faults and not slurm" in call) == selects
+    assert process.returncode == 3  # pytest's
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stopped_run_leaves_no_process_and_no_folder(script, tmp_path, number):
+    process = script(WAITS="yes")
+    pid_file = tmp_path / "calls.pid"
+    wait_until(lambda: pid_file.exists() and pid_file.read_text(), "the first process")
+    pid = int(pid_file.read_text())
+    assert Path((tmp_path / "calls.folder").read_text().strip(), "file").exists()
+    process.send_signal(number)
+    process.communicate()
+    assert process.returncode == 128 + number
+    wait_until(lambda: not is_running(pid), "the process to end")
+    assert list((tmp_path / "temporary").iterdir()) == []
