@@ -123,7 +123,7 @@ def test_a_run_continues_with_fewer_processes(folders, tmp_path, capsys, case, s
     run(*argv, "--effective_batch_size", "8", "--output_dir", tmp_path)
     out = capsys.readouterr().out
     assert "the number of processes was 2 and is now 1" in out
-    assert "the result is not the same to the bit" in out
+    assert "the result is not bit-identical" in out
     for line, expected in zip(read_log(tmp_path), read_log(one), strict=True):
         for key in ("step", "loss", "grad_norm", "val_loss"):
             assert line[key] == pytest.approx(expected[key], rel=1e-4), key

@@ -37,8 +37,8 @@ def digits():
 def gaussians(dim=16, num_classes=5):
     """Overlapping classes around random centers, with gaps between the labels."""
     labels = torch.randint(num_classes, (400,))
-    centres = torch.randn(num_classes, dim)
-    features = centres[labels] + 1.5 * torch.randn(400, dim)
+    centers = torch.randn(num_classes, dim)
+    features = centers[labels] + 1.5 * torch.randn(400, dim)
     return features[:300], 3 * labels[:300] + 1, features[300:], 3 * labels[300:] + 1
 
 

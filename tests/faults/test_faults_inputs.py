@@ -671,8 +671,8 @@ def test_a_run_survives_broken_images_and_logs_each_once(tmp_path, capsys, monke
     warnings = [line for line in out.splitlines() if "Broken image, replaced" in line]
     assert len(warnings) == 5
     for name in names:
-        told = os.fsdecode(name).encode(errors="backslashreplace").decode()
-        assert sum(told in line for line in warnings) == 1
+        shown = os.fsdecode(name).encode(errors="backslashreplace").decode()
+        assert sum(shown in line for line in warnings) == 1
     assert "400000000 pixels" in out
     assert out.count("resize it") == 2
 

@@ -34,7 +34,7 @@ def photos(tmp_path):
     """Nested folders with images of different sizes and formats, and a text file."""
     folder = write_images(tmp_path / "photos", 3, size=30)
     write_images(folder / "more", 2, size=17)
-    Image.new("L", (40, 20), 200).save(folder / "grey.JPG")
+    Image.new("L", (40, 20), 200).save(folder / "gray.JPG")
     (folder / "notes.txt").write_text("no image")
     return folder
 

@@ -275,7 +275,7 @@ def check_same_run(checkpoint: dict, record: RunRecord, path: Path) -> None:
     different = changes(known, fixed)
     if different:
         size = checkpoint["identity"].get(EFFECTIVE_BATCH)
-        advice = "Give it the same arguments"
+        advice = "Use the same arguments"
         if fixed.get(EFFECTIVE_BATCH) != size:
             advice += f" (--effective_batch_size {size} works with any number of processes)"
         raise InputError(

@@ -250,7 +250,7 @@ def write_json(path: Path, content: dict, *, keep_earlier: bool = True) -> None:
 
 
 def run_main(
-    main: Callable[[], None], *, trains: bool = False, memory_advice: str = "give it less at once"
+    main: Callable[[], None], *, trains: bool = False, memory_advice: str = "process less at once"
 ) -> NoReturn:
     """Run a main and exit: 0, or 2 with one sentence for wrong input, 1 for a failed run.
 
