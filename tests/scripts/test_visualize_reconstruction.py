@@ -133,7 +133,7 @@ def test_it_runs_as_a_script(tmp_path, checkpoint, photos):
     [
         ({"--images": "nowhere"}, "--images nowhere does not exist"),
         ({"--images": "EMPTY"}, "no images found in"),
-        ({"--images": "NOTES"}, "no readable image"),
+        ({"--images": "NOTES"}, "cannot read image"),
         ({"--checkpoint": "nowhere.pth"}, "checkpoint not found: nowhere.pth"),
         ({"--checkpoint": "NOTES"}, "notes.txt"),
         ({"--output": "nowhere/f.png"}, "cannot write --output"),
