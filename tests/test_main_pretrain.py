@@ -418,7 +418,7 @@ def test_changes_of_the_recipe_are_named_and_take_effect(tmp_path, finished, cap
         (["--mask_ratio", "0.5"], "--mask_ratio was 0.75 and is now 0.5"),
         (["--pred_ratio", "0.25"], "--pred_ratio was 0.75 and is now 0.25"),
         (["--mask_sampling", "grid"], "--mask_sampling was 'random' and is now 'grid'"),
-        (["--batch_size", "2"], "arguments (--effective_batch_size 8 holds on any number"),
+        (["--batch_size", "2"], "arguments (--effective_batch_size 8 works with any number"),
         (["--feature_maps", "last"], "--feature_maps was None and is now 'last'"),
         (["--no-norm_pix_loss"], "--norm_pix_loss was True and is now False"),
     ],

@@ -365,7 +365,7 @@ def test_choice_of_feature_maps():
 
 @pytest.mark.parametrize("choice", [[0, 4], [-1], [1, 1], [], "", "alll", [0.5], ["0"]])
 def test_bad_choices_of_feature_maps_are_refused(choice):
-    with pytest.raises(ValueError, match="feature maps are"):
+    with pytest.raises(ValueError, match="feature maps must be"):
         inter_block_attention(four_maps(), 2, feature_maps=choice)
 
 

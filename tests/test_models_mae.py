@@ -75,5 +75,5 @@ def test_inter_block_attention_adds_nothing_but_its_weights():
 
 @pytest.mark.parametrize("choice", [[4], [0, 0], [], "first"])
 def test_bad_choices_of_feature_maps_are_refused(choice):
-    with pytest.raises(ValueError, match="feature maps are"):
+    with pytest.raises(ValueError, match="feature maps must be"):
         build_mae(SMALL, feature_maps=choice)
