@@ -87,8 +87,8 @@ def test_a_decoder(copy, images):
     assert "checkpoint:" in succeeds(copy, train, *options, images=images)
 
 
-def test_a_data_set(copy):
-    (train,) = apply("A data set", copy)
+def test_a_dataset(copy):
+    (train,) = apply("A dataset", copy)
     (copy / "arrays").mkdir()
     for split, count in (("train", 16), ("validation", 8)):
         pixels = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), np.uint8)
