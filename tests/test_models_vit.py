@@ -269,7 +269,9 @@ def test_without_a_name_and_weights_the_size_is_vit_b():
 
 def test_a_shape_that_no_size_has_is_refused():
     for find in (lambda: find_size(16, 768, 11), lambda: choose_size(None, (16, 768, 11))):
-        with pytest.raises(ValueError, match=r"depth 11 and width 768 with patches of 16 px is not one .*base"):
+        with pytest.raises(
+            ValueError, match=r"depth 11 and width 768 with patches of 16 px is not one .*base"
+        ):
             find()
 
 
