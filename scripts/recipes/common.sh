@@ -1,12 +1,12 @@
-# What the recipes have in common; they source it in the root of the repository. Environment, of which
-# hardware_*.sh, whose GPUs are in their names, use DATA, OUTPUT and DRY_RUN:
+# Shared by the recipes, which source it in the root of the repository. Environment variables
+# (hardware_*.sh, whose GPUs are in their names, use only DATA, OUTPUT and DRY_RUN):
 #   DATA        folder of the images, ImageNet with train/ and val/ unless the recipe says otherwise
-#   GPUS        of this machine, a process each (8)
-#   BATCH_SIZE  most images that a GPU takes at once (what should fit into 80 GB, not measured)
-#   OUTPUT      folder that results go to (output)
-#   DRY_RUN     with any value, commands are shown and not run
+#   GPUS        GPUs of this machine, one process each (8)
+#   BATCH_SIZE  most images that a GPU takes at once (should fit into 80 GB, not measured)
+#   OUTPUT      folder of the results (output)
+#   DRY_RUN     if set, commands are shown but not run
 # The number of GPUs and BATCH_SIZE never change the effective batch, but fine-tuning mixes images
-# within what a GPU takes at once, and the probe normalises features there.
+# within what a GPU takes at once, and the probe normalizes features there.
 # shellcheck disable=SC2034  # the recipes use what is set here
 fail() {
     echo "${0##*/}: error: $*" >&2
@@ -45,7 +45,7 @@ need_checkpoint() {
     [ -e "$1" ] || fail "the checkpoint '$1' is not there, seen from $PWD: $2"
 }
 
-# split_arguments WORD...: those before "--" are for pre-training, those behind it for fine-tuning.
+# split_arguments WORD...: those before "--" are for pre-training, those after it for fine-tuning.
 split_arguments() {
     pretrain_args=()
     while [ $# -gt 0 ] && [ "$1" != -- ]; do
@@ -74,7 +74,7 @@ train() {
     show_and_run "${command[@]}"
 }
 
-# pretrain EPOCHS ARGUMENT...: sets `checkpoint` to what comes out. Nothing is done twice.
+# pretrain EPOCHS ARGUMENT...: sets `checkpoint` to the result. A finished run is not repeated.
 pretrain() {
     train 4096 "$images_per_gpu" main_pretrain.py --output_dir "$folder" --epochs "$@"
     checkpoint=$folder/$(checkpoint_name "$1")

@@ -8,7 +8,7 @@
 #   DATA=/path/to/imagenet bash scripts/recipes/hardware_2x8.sh --partition P --time 1-00:00:00 \
 #       [arguments of scripts/launch_slurm.py] [-- arguments of main_pretrain.py]
 #
-# A job whose time ends before the run does is queued again and goes on from its last step.
+# A job whose time ends before the run does is queued again and continues from its last step.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/recipes/common.sh

@@ -2,13 +2,13 @@
 # A CPU: a tiny ViT, CrossMAE (25%), 8 epochs on scikit-learn's digits or on a folder of images.
 # Time: 39 seconds for the digits, measured on 2 cores of an AMD EPYC with AVX-512.
 # Memory: 1.2 GiB at most, measured there.
-# Result there: held-out loss 1.193, 10-NN accuracy 74.4 %; with --epochs 24, 0.465 and 91.9 %.
+# Result there: validation loss 1.193, 10-NN accuracy 74.4 %; with --epochs 24, 0.465 and 91.9 %.
 #
 #   bash scripts/recipes/hardware_cpu.sh [arguments of main_pretrain.py]
 #   DATA=/path/to/images bash scripts/recipes/hardware_cpu.sh [arguments of main_pretrain.py]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-# Most patches of a digit are flat, so their pixels are predicted as they are, not normalised.
+# Most patches of a digit are flat, so the target is plain pixels, not normalized ones.
 data=(--dataset digits --no-norm_pix_loss)
 [ -z "${DATA:-}" ] || data=(--data_path "$DATA")
 DATA=${DATA:-.} # the digits need no folder
