@@ -499,7 +499,7 @@ def test_as_many_other_images_are_refused(tmp_path, images, finished, capsys, na
         (["--seed", "1"], ": --seed was 0 and is now 1. "),  # and nothing else
         (["--batch_size", "4"], "effective batch size was 8 and is now 4"),
         (["--accum_iter", "2"], "effective batch size was 8 and is now 16"),
-        (["--batch_size", "2"], "arguments (--effective_batch_size 8 holds on any number"),
+        (["--batch_size", "2"], "arguments (--effective_batch_size 8 works with any number"),
         (["--std", "1", "1", "1"], "--std was"),
         (["--weight_decay", "0.2"], "--weight_decay was 0.05 and is now 0.2"),
         (["--feature_maps", "last"], "--feature_maps was None and is now 'last'"),
