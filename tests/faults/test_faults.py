@@ -325,7 +325,7 @@ def test_a_run_continues_while_the_disk_is_full_and_loses_nothing(
     assert re.search(
         r"could not save \S+-s000003\.pth: \[Errno \d+\] (No space|File too large)", out
     )
-    assert re.findall(r"log\.jsonl: .*\. (\d) lines wait", out) == ["1", "2"]
+    assert re.findall(r"log\.jsonl: .*\. (\d) lines will be written", out) == ["1", "2"]
     assert out.count("TensorBoard is off until the next start") == 1
     assert "could not save " + str(folder / "reconstructions.png") in out
     assert_same_end(folder, undisturbed)
