@@ -207,5 +207,5 @@ def test_a_folder_is_filled_with_jpegs_only(tmp_path, monkeypatch):
 def test_data_without_jpegs_is_refused(tmp_path, monkeypatch, what):
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr(sys, "argv", ["images.py", str(tmp_path / what), str(tmp_path), "12"])
-    with pytest.raises(SystemExit, match=r"error: .*with DATA"):
+    with pytest.raises(SystemExit, match=r"error: .*set DATA to a tar or folder"):
         images.main()
