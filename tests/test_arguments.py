@@ -5,10 +5,8 @@ import math
 
 import pytest
 
-import main_finetune
 import main_knn
-import main_linprobe
-import main_pretrain
+from tests.helpers.runs import MAINS
 from util.arguments import (
     MAX_COUNT,
     MAX_WORKERS,
@@ -25,12 +23,6 @@ from util.arguments import (
     share,
 )
 
-MAINS = {
-    "pretrain": main_pretrain,
-    "finetune": main_finetune,
-    "linprobe": main_linprobe,
-    "knn": main_knn,
-}
 every_main = pytest.mark.parametrize("main", MAINS.values(), ids=MAINS.keys())
 
 # A kind of value -> what it takes, and what it refuses with which words.

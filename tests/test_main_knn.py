@@ -9,7 +9,6 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 import main_knn
-import models_vit
 from models_vit import build_vit
 from tests.helpers.files import write_images
 from tests.helpers.models import NANO, use_nano_models
@@ -23,6 +22,8 @@ from util.weights.encoder import load_encoder, read_encoder
 
 QUICK = ["--num_workers", "0", "--amp", "fp32", "--device", "cpu"]
 CLASSES = {"apple": 21, "bear": 25, "cup": 30}
+
+pytestmark = pytest.mark.usefixtures("nano")
 
 
 @pytest.fixture(scope="session")
@@ -44,11 +45,6 @@ def weights(images, tmp_path_factory):
         argv = [*TINY, "--data_path", images, "--lr", 1e-2, "--mean", 0.4, 0.5, 0.6]
         run(*argv, "--output_dir", folder)
     return list_checkpoints(folder)[-1]
-
-
-@pytest.fixture(autouse=True)
-def nano(monkeypatch):
-    monkeypatch.setitem(models_vit.SIZES, "tiny_patch4", NANO)
 
 
 def measure(folder, weights, *argv):

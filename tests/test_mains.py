@@ -7,14 +7,11 @@ import re
 
 import pytest
 
-import main_finetune
-import main_knn
-import main_linprobe
-import main_pretrain
 from tests.helpers.files import copied, files_in, write_images
 from tests.helpers.processes import NANO_MAIN, command, finish, start
 from tests.helpers.runs import (
     EACH_STEP,
+    MAINS,
     QUICK,
     TINY,
     assert_identical,
@@ -27,12 +24,6 @@ from tests.helpers.runs import (
 from util.runs.checkpoint import BEST_NAME, list_checkpoints
 from util.runs.run_log import read_log
 
-MAINS = {
-    "pretrain": main_pretrain.main,
-    "finetune": main_finetune.main,
-    "linprobe": main_linprobe.main,
-    "knn": main_knn.main,
-}
 TRAINING = ("pretrain", "finetune", "linprobe")
 every_main = pytest.mark.parametrize("name", MAINS)
 every_training = pytest.mark.parametrize("name", TRAINING)
@@ -63,7 +54,7 @@ def finished(name, argv_of, finished_runs, tmp_path_factory):
     """The output folder of a main's finished run of two epochs, and its command line."""
     if name not in finished_runs:
         finished_runs[name] = tmp_path_factory.mktemp(f"finished_{name}")
-        run(*argv_of(name), "--output_dir", finished_runs[name], main=MAINS[name])
+        run(*argv_of(name), "--output_dir", finished_runs[name], main=MAINS[name].main)
     return finished_runs[name], argv_of(name)
 
 
@@ -94,12 +85,12 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path, monkeypatch, argv_of, nam
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     argv = [*argv_of(name), "--lr", LR[name], *options]
     argv += ["--eval_every", 1] if name == "pretrain" else []
-    run(*argv, "--output_dir", whole, main=MAINS[name])
+    run(*argv, "--output_dir", whole, main=MAINS[name].main)
     for step in stops:
         place = ["--output_dir", resumed]
-        run_until(step, monkeypatch, *argv, *EACH_STEP, *place, main=MAINS[name])
+        run_until(step, monkeypatch, *argv, *EACH_STEP, *place, main=MAINS[name].main)
         assert last_checkpoint(resumed, name)["progress"]["step"] == step - 1
-    run(*argv, "--output_dir", resumed, main=MAINS[name])
+    run(*argv, "--output_dir", resumed, main=MAINS[name].main)
     assert_identical(state_of(resumed, name), state_of(whole, name))
     if name == "pretrain":
         figures = [(folder / "reconstructions.png").read_bytes() for folder in (resumed, whole)]
@@ -136,8 +127,8 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path, argv_of, name, options, ki
     for num_saved in kills:
         kill_after_saving(num_saved, words)
     assert sum(kills) <= last_checkpoint(resumed, name)["progress"]["step"] < 10
-    run(*argv, "--num_workers", 2, "--output_dir", resumed, main=MAINS[name])
-    run(*argv, "--output_dir", whole, main=MAINS[name])
+    run(*argv, "--num_workers", 2, "--output_dir", resumed, main=MAINS[name].main)
+    run(*argv, "--output_dir", whole, main=MAINS[name].main)
     assert_identical(state_of(resumed, name), state_of(whole, name))
 
 
@@ -145,7 +136,7 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path, argv_of, name, options, ki
 def test_a_finished_run_started_again_changes_nothing(tmp_path, finished, capsys, name):
     before, argv = finished
     folder = copied(before, tmp_path / "again")
-    run(*argv, "--output_dir", folder, main=MAINS[name])
+    run(*argv, "--output_dir", folder, main=MAINS[name].main)
     out = capsys.readouterr().out
     assert "nothing is left to train" in out
     assert f"checkpoint: {folder}/checkpoint-e0002-s000000.pth\n" in out
@@ -157,7 +148,7 @@ def test_a_finished_run_started_again_changes_nothing(tmp_path, finished, capsys
 def test_a_longer_run_continues_with_a_warning(tmp_path, finished, capsys, name):
     before, argv = finished
     folder = copied(before, tmp_path / "longer")
-    run(*argv, "--epochs", 3, "--output_dir", folder, main=MAINS[name])
+    run(*argv, "--epochs", 3, "--output_dir", folder, main=MAINS[name].main)
     assert "--epochs increased from 2 to 3: from epoch 2 on" in capsys.readouterr().out
     assert [line["epoch"] for line in read_log(folder)] == [1, 2, 3]
     assert read_log(folder)[:2] == read_log(before)
@@ -168,14 +159,14 @@ def test_data_may_move(tmp_path, images, finished, capsys, name):
     before, argv = finished
     folder = copied(before, tmp_path / "moved")
     moved = copied(images, tmp_path / "images")
-    run(*argv, "--data_path", moved, "--output_dir", folder, main=MAINS[name])
+    run(*argv, "--data_path", moved, "--output_dir", folder, main=MAINS[name].main)
     assert "continuing with a change: --data_path" in capsys.readouterr().out
 
 
 @every_training
 def test_workers_and_log_points_change_nothing(tmp_path, finished, name):
     before, argv = finished
-    run(*argv, "--num_workers", 2, *EACH_STEP, "--output_dir", tmp_path, main=MAINS[name])
+    run(*argv, "--num_workers", 2, *EACH_STEP, "--output_dir", tmp_path, main=MAINS[name].main)
     assert_identical(state_of(tmp_path, name), state_of(before, name))
 
 
@@ -208,7 +199,7 @@ def test_arguments_that_contradict_the_checkpoint_are_refused_with_the_differenc
             path.unlink() if word == "FEWER" else path.rename(path.with_name("other.png"))
             options = options.replace(word, str(images))
     argv = [*argv, *options.split(), "--output_dir", folder]
-    assert difference in refusal(capsys, *argv, main=MAINS[name])
+    assert difference in refusal(capsys, *argv, main=MAINS[name].main)
     assert files_in(folder) == files_in(before)
 
 
@@ -217,14 +208,14 @@ def test_checkpoints_of_another_kind_are_not_continued(tmp_path, argv_of, weight
     other = weights["mae"].parent
     if name == "pretrain":
         other = tmp_path / "probe"
-        run(*argv_of("linprobe"), "--output_dir", other, main=main_linprobe.main)
+        run(*argv_of("linprobe"), "--output_dir", other, main=MAINS["linprobe"].main)
     folder = copied(other, tmp_path / "other")
     kinds = {"pretrain": "pre-training", "finetune": "fine-tuning", "linprobe": "linear-probing"}
     for place in (
         ["--output_dir", folder],
         ["--resume", list_checkpoints(other)[-1], "--output_dir", tmp_path / "run"],
     ):
-        sentence = refusal(capsys, *argv_of(name), *place, main=MAINS[name])
+        sentence = refusal(capsys, *argv_of(name), *place, main=MAINS[name].main)
         assert re.search(rf"is not a {kinds[name]} checkpoint of this project", sentence)
     assert files_in(folder) == files_in(other)
     assert not (tmp_path / "run").exists()
@@ -234,7 +225,7 @@ def test_checkpoints_of_another_kind_are_not_continued(tmp_path, argv_of, weight
 @every_training
 def test_a_diverging_run_saves_nothing_that_is_not_finite(tmp_path, argv_of, capsys, name):
     argv = [*argv_of(name), "--lr", 1e35, "--output_dir", tmp_path]
-    sentence = refusal(capsys, *argv, main=MAINS[name], code=1)
+    sentence = refusal(capsys, *argv, main=MAINS[name].main, code=1)
     assert "not finite" in sentence
     assert re.search(r"step \d+ ", sentence)
     assert list_checkpoints(tmp_path) == []
@@ -247,7 +238,7 @@ def test_without_validation_images_a_run_says_so_and_trains(
     tmp_path, images, argv_of, capsys, name
 ):
     argv = [*argv_of(name), "--data_path", images / "train", "--epochs", 1]
-    run(*argv, "--output_dir", tmp_path, main=MAINS[name])
+    run(*argv, "--output_dir", tmp_path, main=MAINS[name].main)
     out = capsys.readouterr().out
     assert "no validation images" in out
     assert "top-1" not in out
@@ -313,7 +304,7 @@ def test_wrong_input_is_refused_in_one_sentence_and_nothing_is_written(
         options = options.replace(word, str(tmp_path / word))
     argv = [*argv_of(name), "--output_dir", tmp_path / "run", *options.split()]
     before = files_in(tmp_path)
-    assert reason in refusal(capsys, *argv, main=MAINS[name])
+    assert reason in refusal(capsys, *argv, main=MAINS[name].main)
     assert files_in(tmp_path) == before
     assert not (tmp_path / "run").exists()
 

@@ -3,7 +3,6 @@
 python tests/helpers/nano_main.py finetune --data_path IMAGES
 """
 
-import importlib
 import sys
 from pathlib import Path
 
@@ -12,10 +11,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import pytest
 
 from tests.helpers.models import use_nano_models
+from tests.helpers.runs import MAINS
 from util.runs.run import run_main
 
 if __name__ == "__main__":
     _, name, *argv = sys.argv
     use_nano_models(pytest.MonkeyPatch())
-    main = importlib.import_module(f"main_{name}").main
-    run_main(lambda: main(argv))
+    run_main(lambda: MAINS[name].main(argv))

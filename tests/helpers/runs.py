@@ -6,12 +6,21 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+import main_finetune
+import main_knn
+import main_linprobe
 import main_pretrain
 from tests.helpers.processes import command, finish, start
 from util.runs.checkpoint import BEST_NAME, list_checkpoints, read_checkpoint
 from util.runs.run import run_main
 from util.runs.run_log import RunLog, read_log
 
+MAINS = {
+    "pretrain": main_pretrain,
+    "finetune": main_finetune,
+    "linprobe": main_linprobe,
+    "knn": main_knn,
+}
 # Options of main_pretrain.py: five steps per epoch on 40 images.
 TINY = ["--model", "crossmae_vit_tiny_patch4", "--input_size", "16", "--decoder_depth", "1"]
 QUICK = ["--batch_size", "8", "--epochs", "2", "--num_workers", "0", "--amp", "fp32"]
