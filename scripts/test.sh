@@ -31,7 +31,11 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 
 echo "running the tests"
-# In the background, because bash answers a signal only between two commands or in `wait`.
-.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadgroup --durations=10 \
-    "${selection[@]}" "$@" &
+# In the background, because bash answers a signal only between two commands or in `wait`. What a
+# script starts there ignores Ctrl-C unless its trap is reset, and so would all that the tests start.
+(
+    trap - INT
+    exec .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadgroup --durations=10 \
+        "${selection[@]}" "$@"
+) &
 wait $!

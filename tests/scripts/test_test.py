@@ -10,12 +10,15 @@ import pytest
 
 from tests.helpers.processes import ROOT, wait_until
 
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
 # As pytest it starts a process in a session of its own, as a launcher does, and waits.
-FAKE_PYTHON = """#!/bin/bash
+FAKE_PYTHON = r"""#!/bin/bash
 [ "$1 $2" = "-m pytest" ] || exit 0
 echo "$@" >"$CALLS"
 touch "$TMPDIR/file"
 echo "$TMPDIR" >"$CALLS.folder"
+sed -n "s/^SigIgn:\t//p" /proc/$$/status >"$CALLS.ignored"
 if [ "$WAITS" ]; then
     setsid sleep 1000 &
     echo $! >"$CALLS.pid"
@@ -40,11 +43,30 @@ def script(tmp_path):
     (tmp_path / "temporary").mkdir()
     env = {**os.environ, "CALLS": str(tmp_path / "calls"), "TMPDIR": str(tmp_path / "temporary")}
 
+    def heed_signals():
+        """As in a terminal, even where these tests run in the background of a script."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
+    processes = []
+
     def start(*argv, **variables):
         words = ["bash", str(tmp_path / "scripts" / "test.sh"), *argv]
-        return subprocess.Popen(words, env={**env, **variables}, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            words,
+            env={**env, **variables},
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=heed_signals,
+        )
+        processes.append(process)
+        return process
 
-    return start
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def is_running(pid):
@@ -61,10 +83,13 @@ def test_quick_tests_by_default_and_every_test_with_all(script, tmp_path, argv, 
     assert call.endswith(passed_on)
     assert ("not slow and not faults and not slurm" in call) == selects
     assert process.returncode == 3  # pytest's
+    # The tests' own programs can be interrupted.
+    ignored = int((tmp_path / "calls.ignored").read_text(), 16)
+    assert not ignored >> (signal.SIGINT - 1) & 1
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_stopped_run_leaves_no_process_and_no_folder(script, tmp_path, number):
     process = script(WAITS="yes")
     pid_file = tmp_path / "calls.pid"
@@ -72,7 +97,7 @@ def test_a_stopped_run_leaves_no_process_and_no_folder(script, tmp_path, number)
     pid = int(pid_file.read_text())
     assert Path((tmp_path / "calls.folder").read_text().strip(), "file").exists()
     process.send_signal(number)
-    process.communicate()
+    process.communicate(timeout=60)
     assert process.returncode == 128 + number
     wait_until(lambda: not is_running(pid), "the process to end")
     assert list((tmp_path / "temporary").iterdir()) == []
