@@ -19,7 +19,7 @@ from timm.utils import ModelEmaV3
 from engine_finetune import describe, describe_classifier, evaluate, report, train_one_epoch
 from models import EncoderSettings, add_encoder_args, build_classifier, starting_point
 from models_vit import make_linear_probe
-from util.arguments import Parser, given_options, share, take
+from util.arguments import Parser, fraction, given_options, take
 from util.compute.batch_size import plan_batches
 from util.compute.compiling import compile_model
 from util.compute.distributed import data_parallel, is_main_process
@@ -107,17 +107,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("fine-tuning")
     group.add_argument(
         "--layer_decay",
-        type=share,
+        type=fraction,
         help="decay of the learning rate from layer to layer (depends on the model's size)",
     )
     group.add_argument(
         "--drop_path",
-        type=share,
+        type=fraction,
         help="drop path of the last block, rising from 0 (depends on the model's size)",
     )
     group.add_argument(
         "--ema",
-        type=share,
+        type=fraction,
         metavar="DECAY",
         help="keep and evaluate a moving average of the weights; a decay such as 0.9999 (off)",
     )

@@ -22,7 +22,7 @@ from util.compute.precision import Precision
 from util.data.batch import Sample, collate
 from util.data.decode import read_pixels
 from util.data.transforms import eval_transform
-from util.errors import InputError
+from util.errors import InputError, counted
 from util.eval.figures import draw_reconstructions
 from util.eval.monitor import val_split
 from util.masking import Masking, MaskSettings
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         Image.fromarray(figure).save(args.output)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot write --output {args.output}: {error}") from error
-    _logger.info("%d images: %s", len(files), args.output)
+    _logger.info("%s: %s", counted(len(files), "image"), args.output)
 
 
 if __name__ == "__main__":

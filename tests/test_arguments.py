@@ -12,6 +12,7 @@ from util.arguments import (
     MAX_WORKERS,
     Parser,
     finite_float,
+    fraction,
     given_options,
     natural_float,
     natural_int,
@@ -20,7 +21,6 @@ from util.arguments import (
     process_count,
     ratio,
     seed_number,
-    share,
 )
 
 every_main = pytest.mark.parametrize("main", MAINS.values(), ids=MAINS.keys())
@@ -31,7 +31,7 @@ KINDS = {
         {"0.75": 0.75, "1e-9": 1e-9},
         dict.fromkeys(["0", "1", "1.5", "-0.1", "nan", "inf"], "strictly between 0 and 1, not "),
     ),
-    share: (
+    fraction: (
         {"0": 0.0, "1": 1.0, "0.5": 0.5},
         dict.fromkeys(["-0.1", "1.1", "nan", "inf"], "must be from 0 to 1, not "),
     ),

@@ -109,7 +109,7 @@ def test_an_option(copy, images):
     succeeds(copy, before, images=images)
     (changed,) = apply("An option", copy)
     out = succeeds(copy, before, "--epochs", 2, images=images)
-    assert "after 1 epochs and 0 steps" in out
+    assert "after 1 epoch and 0 steps" in out
     code, _, err = run_in(copy, changed, *MAIN, *PRETRAIN, "--epochs", 2, images=images)
     assert code == 2
     assert "--loss was 'mse' and is now 'l1'" in err

@@ -12,7 +12,7 @@ from util.masking import (
     check_grid,
     count_tokens,
     grid_split,
-    hidden_mask,
+    is_masked,
     random_split,
     split_tokens,
 )
@@ -191,9 +191,9 @@ def test_unknown_sampling_is_refused():
         split_tokens(torch.rand(2, 24), TokenCounts(24, 6, 6), (4, 6), "gird")
 
 
-def test_hidden_mask_is_true_where_the_encoder_does_not_see():
+def test_is_masked_is_true_where_the_encoder_does_not_see():
     split = random_split(torch.rand(5, 24), TokenCounts(24, 6, 4))
-    mask = hidden_mask(split, 24)
+    mask = is_masked(split, 24)
     assert mask.dtype == torch.bool
     for row, ids in zip(mask.tolist(), split.visible.tolist(), strict=True):
         assert row == [i not in ids for i in range(24)]

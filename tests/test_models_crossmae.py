@@ -23,7 +23,7 @@ from models_vit import ModelSize
 from tests.helpers.versions import aot_eager
 from util.compute.recompute import set_memory
 from util.errors import InputError
-from util.masking import TokenSplit, count_tokens, hidden_mask, random_split
+from util.masking import TokenSplit, count_tokens, is_masked, random_split
 from util.patches import gather_patches
 
 SMALL = ModelSize(4, 16, 3, 2, img_size=16)
@@ -68,7 +68,7 @@ def pixels(batch=3, dtype=torch.float64):
 
 def masked_pixels(split):
     """Bool (B, 1, H, W), True where a pixel is hidden."""
-    grid = hidden_mask(split, L).view(-1, 1, 4, 4)
+    grid = is_masked(split, L).view(-1, 1, 4, 4)
     return grid.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
 
 

@@ -45,7 +45,7 @@ def ratio(text: str) -> float:
     return value
 
 
-def share(text: str) -> float:
+def fraction(text: str) -> float:
     """A number from 0 to 1."""
     value = float(text)
     if not 0 <= value <= 1:

@@ -75,6 +75,11 @@ def one_line(message: str) -> str:
     return " ".join(message.splitlines()).encode(errors="backslashreplace").decode()
 
 
+def counted(number: int, noun: str) -> str:
+    """Return "1 epoch", "2 epochs" and so on, for a noun whose plural ends in s."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 @contextmanager
 def as_input_error(
     message: str | Callable[[Exception], str], *kinds: type[Exception]

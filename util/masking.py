@@ -216,7 +216,7 @@ class Masking:
         return split_tokens(noise, counts, self.grid_size, self.sampling)
 
 
-def hidden_mask(split: TokenSplit, num_patches: int) -> Tensor:
+def is_masked(split: TokenSplit, num_patches: int) -> Tensor:
     """Bool (B, L), True where a patch is masked; for display."""
     mask = torch.ones(split.visible.shape[0], num_patches, dtype=torch.bool)
     return mask.to(split.visible.device).scatter(1, split.visible, False)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 import main_pretrain
 from tests.helpers.files import write_images
+from tests.helpers.models import use_nano_models
 from tests.helpers.processes import ROOT, command, finish, start
 from tests.helpers.runs import TINY, run
 from util.compute import distributed
@@ -42,6 +43,7 @@ CPU = torch.device("cpu")
 
 def run_lines(path):
     """Run main_pretrain.py for every line, in the same processes."""
+    use_nano_models(pytest.MonkeyPatch())
     for line in Path(path).read_text().splitlines():
         main_pretrain.main(json.loads(line))
 
@@ -81,7 +83,9 @@ def folders(tmp_path_factory):
         (images / "train" / f"{broken:03d}.png").write_bytes(b"")
         argv = [*MODEL, "--data_path", str(images)]
         one_process = [*argv, *options, "--batch_size", "8", "--accum_iter", "1"]
-        run(*one_process, "--output_dir", root / f"one, {name}")
+        with pytest.MonkeyPatch.context() as patch:
+            use_nano_models(patch)
+            run(*one_process, "--output_dir", root / f"one, {name}")
         lines.append(json.dumps([*argv, *options, "--output_dir", str(root / f"two, {name}")]))
     (root / "lines").write_text("\n".join(lines))
     script = command(__file__, root / "lines", processes=2)
@@ -112,7 +116,7 @@ def test_two_processes_equal_one_with_the_same_effective_batch(folders, case):
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 7])
 @pytest.mark.parametrize("case", ["one image left", "two crops of an image"])
-def test_a_run_continues_with_fewer_processes(folders, tmp_path, capsys, case, step):
+def test_a_run_continues_with_fewer_processes(folders, tmp_path, capsys, nano, case, step):
     one, two = folders[case]
     for path in list_checkpoints(two):
         if read_checkpoint(path, "pretrain")["progress"]["step"] <= step:

@@ -20,7 +20,7 @@ from util.errors import StoppedError
 from util.runs import checkpoint
 from util.runs.checkpoint import list_checkpoints
 
-PLACE = re.compile(r"stopped by (\w+) after (\d+) epochs and (\d+) steps")
+PLACE = re.compile(r"stopped by (\w+) after (\d+) epochs? and (\d+) steps?")
 every_signal = pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 
 
@@ -59,7 +59,7 @@ def test_a_signal_saves_within_an_epoch_and_the_run_continues(
     ]
     code, out, err = finish(start(words))
     assert code == 0, err
-    assert f"after 1 epochs and {steps} steps" in out
+    assert f"after 1 epoch and {steps} steps" in out
     assert_identical(final_state(tmp_path), final_state(undisturbed))
     assert log_without_time(tmp_path) == log_without_time(undisturbed)
 
@@ -100,7 +100,7 @@ def test_a_signal_during_evaluation_stops_after_the_epoch_is_saved(images, tmp_p
     # No signal during the epoch's steps, only after them.
     monkeypatch.setattr(checkpoint, "stop_signal", lambda: signal.SIGTERM)
     every_step = ["--log_every", 1000, "--save_every", 2]
-    with pytest.raises(StoppedError, match="stopped by SIGTERM after 1 epochs and 0 steps"):
+    with pytest.raises(StoppedError, match="stopped by SIGTERM after 1 epoch and 0 steps"):
         run(*options(images, tmp_path), *every_step)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-e0001-s000000.pth"]
 

@@ -236,7 +236,7 @@ def test_a_local_job_restarts_after_sigusr1(images, undisturbed, tmp_path, monke
         send=lambda: subprocess.run(shlex.split(again), check=True),
     )
     wait_for_end(number)
-    assert "stopped by SIGUSR1 after 1 epochs" in log.read_text()
+    assert "stopped by SIGUSR1 after 1 epoch" in log.read_text()
     assert log.read_text().count("continuing ") == 1
     assert_same_run(tmp_path, undisturbed)
 
@@ -254,7 +254,7 @@ def test_a_local_job_saves_and_ends_after_sigterm(images, tmp_path):
     )
     wait_for_end(number)
     assert not tasks_of(tmp_path)
-    assert "stopped by SIGTERM after 1 epochs" in log.read_text()
+    assert "stopped by SIGTERM after 1 epoch" in log.read_text()
     assert list_checkpoints(tmp_path)[-1].name.startswith("checkpoint-e0001-s")
 
 

@@ -140,7 +140,7 @@ def test_a_job_sent_sigusr1_continues_after_its_requeue(images, undisturbed, tmp
     again = ["scancel", "--signal=USR1", number]
     interrupt(log, "epoch 2/6 step 2", tmp_path, number=signal.SIGUSR1, send=lambda: said(*again))
     assert state_at_end(number) == ("COMPLETED", "0:0", 1), log.read_text()
-    assert "stopped by SIGUSR1 after 1 epochs" in log.read_text()
+    assert "stopped by SIGUSR1 after 1 epoch" in log.read_text()
     assert log.read_text().count("continuing ") == 1
     assert_same_run(tmp_path, undisturbed)
 
@@ -172,7 +172,7 @@ def test_a_job_that_is_canceled_saves_and_ends(images, tmp_path):
     interrupt(log, "epoch 2/6 step 2", tmp_path, number=signal.SIGTERM, send=lambda: said(*cancel))
     state, _, restarts = state_at_end(number)
     assert (state, restarts) == ("CANCELLED", 0)
-    wait_until(lambda: "stopped by SIGTERM after 1 epochs" in log.read_text(), "the save")
+    wait_until(lambda: "stopped by SIGTERM after 1 epoch" in log.read_text(), "the save")
     assert list_checkpoints(tmp_path)[-1].name.startswith("checkpoint-e0001-s")
 
 

@@ -24,7 +24,7 @@ from util.data.packed import kind_of
 from util.data.settings import DataSettings
 from util.data.sources import OWN_SOURCES, TarImages
 from util.data.streams import StreamedImages, adapt_hub_reader
-from util.errors import InputError
+from util.errors import InputError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -282,7 +282,6 @@ def _report_ignored_files(folder: str) -> None:
     )
     ignored = {suffix: n for suffix, n in suffixes.items() if suffix not in IMAGE_SUFFIXES}
     if ignored:
-        logger.warning(
-            "%s: ignored %d files without an image suffix: %s",
-            *(folder, sum(ignored.values()), ", ".join(suffix or "none" for suffix in ignored)),
-        )
+        files = counted(sum(ignored.values()), "file")
+        listed = ", ".join(suffix or "none" for suffix in ignored)
+        logger.warning("%s: ignored %s without an image suffix: %s", folder, files, listed)

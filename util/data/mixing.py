@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor
 
-from util.arguments import natural_float, share
+from util.arguments import fraction, natural_float
 from util.errors import InputError
 
 
@@ -87,13 +87,13 @@ def add_mix_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--mixup_prob",
-        type=share,
+        type=fraction,
         default=MixSettings.mixup_prob,
         help="fraction of batches to mix (%(default)s)",
     )
     group.add_argument(
         "--mixup_switch_prob",
-        type=share,
+        type=fraction,
         default=MixSettings.mixup_switch_prob,
         help="fraction of mixed batches that use CutMix (%(default)s)",
     )
@@ -105,7 +105,7 @@ def add_mix_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--smoothing",
-        type=share,
+        type=fraction,
         default=MixSettings.smoothing,
         help="label smoothing (%(default)s)",
     )

@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 
-from util.arguments import natural_float, positive_int, share
+from util.arguments import fraction, natural_float, positive_int
 from util.data.batch import Box, Crops, Normalization, resize_crop
 from util.data.decode import Jpeg, Record, read_for_device, read_pixels, read_rgb
 from util.errors import InputError
@@ -247,7 +247,7 @@ def add_augmentation_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--reprob",
-        type=share,
+        type=fraction,
         default=AugmentSettings.reprob,
         help="fraction of images with erased regions (%(default)s)",
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from util.compute.precision import Precision
 from util.data.batch import denormalize
-from util.masking import TokenSplit, hidden_mask
+from util.masking import TokenSplit, is_masked
 from util.patches import denormalize_patches, scatter_patches, unpatchify
 
 COLUMNS = ("original", "masked", "reconstruction", "+ visible patches")
@@ -30,7 +30,7 @@ def reconstruction_panels(
         pixels: predictions (B, P, p*p*C) for the same range, clipped here.
     """
     grid_size = (images.shape[2] // patch_size, images.shape[3] // patch_size)
-    mask = hidden_mask(split, grid_size[0] * grid_size[1])  # (B, L)
+    mask = is_masked(split, grid_size[0] * grid_size[1])  # (B, L)
     per_pixel = images.shape[1] * patch_size**2
     mask = mask.unsqueeze(-1).expand(-1, -1, per_pixel)
     mask = unpatchify(mask, patch_size, grid_size)  # (B, C, H, W)

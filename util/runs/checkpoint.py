@@ -25,7 +25,7 @@ from util.compute.signals import stop_signal
 from util.compute.watchdog import activity
 from util.compute.worker_deaths import dead_loader
 from util.data.broken_images import BrokenImages
-from util.errors import RunError, StoppedError
+from util.errors import RunError, StoppedError, counted
 from util.runs.meters import EpochMeters
 from util.weights.files import VERSION, check_format, read_weights_file
 
@@ -227,9 +227,11 @@ class CheckpointWriter:
         if signals:
             broadcast_object(None)  # launchers end all once one exits: wait for the save
             progress = self.state.progress
+            epochs = counted(progress.epoch, "epoch")
+            steps = counted(progress.step_in_epoch, "step")
             raise StoppedError(
-                f"stopped by {Signals(signals[0]).name} after {progress.epoch} epochs and "
-                f"{progress.step_in_epoch} steps: start the same command again to continue",
+                f"stopped by {Signals(signals[0]).name} after {epochs} and {steps}: "
+                "start the same command again to continue",
                 signals[0],
             )
 

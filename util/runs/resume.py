@@ -9,7 +9,7 @@ from typing import NamedTuple
 from util.compute.distributed import broadcast_object, is_main_process, world_size
 from util.data.loaders import StepLoader
 from util.data.settings import DataSettings
-from util.errors import InputError
+from util.errors import InputError, counted
 from util.optim import OptimSettings
 from util.runs.checkpoint import (
     CheckpointWriter,
@@ -247,10 +247,10 @@ def check_left(state: TrainState, path: Path, folder: Path, epochs: int) -> None
     """
     progress = state.progress
     if progress.epoch < epochs:
-        done = (progress.epoch, progress.step_in_epoch)
-        _logger.info("continuing %s after %d epochs and %d steps", path, *done)
+        done = (counted(progress.epoch, "epoch"), counted(progress.step_in_epoch, "step"))
+        _logger.info("continuing %s after %s and %s", path, *done)
     elif path.resolve().parent != folder.resolve():
-        raise InputError(f"all {epochs} epochs of {path} are done: raise --epochs")
+        raise InputError(f"{path} has done its {counted(epochs, 'epoch')}: raise --epochs")
     else:
         _logger.info("%s is the final checkpoint of this run: nothing is left to train", path)
 

@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from util.compute.distributed import is_main_process
-from util.errors import InputError, RunError
+from util.errors import InputError, RunError, counted
 
 LOG_NAME = "log.jsonl"
 
@@ -237,8 +237,9 @@ class RunLog:
         if self.unwritten:
             self._write_lines()
         if self.unwritten:
+            epochs = counted(len(self.unwritten), "epoch")
             raise RunError(
-                f"{self.path} lacks the lines of {len(self.unwritten)} epochs, see above: free "
+                f"{self.path} lacks the lines of {epochs}, see above: free "
                 "disk space and start the same command again"
             )
 
