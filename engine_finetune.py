@@ -121,7 +121,7 @@ def evaluate(
 def describe(stats: dict[str, float]) -> str:
     """Format the results of `evaluate`."""
     return (
-        f"top-1 {stats['val_top1']:.2f} %, top-5 {stats['val_top5']:.2f} %, "
+        f"top-1 {stats['val_top1']:.2f}%, top-5 {stats['val_top5']:.2f}%, "
         f"loss {stats['val_loss']:.4f} over {stats['val_images']} images"
     )
 

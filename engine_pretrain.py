@@ -45,7 +45,7 @@ def step_noise(
         (B, L) uniform in [0, 1) for the images of this process, in the loader's order.
     """
     generator = generator_for("mask", masking.seed, step, device=device)
-    # A process without an image computes on a placeholder.
+    # A process without an image computes on a stand-in.
     shape = (max(num_images // num_crops, world_size()), num_crops, masking.num_patches)
     noise = torch.rand(shape, generator=generator, device=device)
     return noise[rank() :: world_size()].flatten(0, 1)
@@ -60,7 +60,7 @@ def blank_batch(
     std: Sequence[float],
     device: torch.device,
 ) -> tuple[RawImages, TokenSplit]:
-    """Build the inputs of a step from black images, to try out a device."""
+    """Build the inputs of a step from black images, to find what fits and runs on a device."""
     pixels = torch.zeros((num_images, 3, *img_size), dtype=torch.uint8, device=device)
     noise = torch.zeros(num_images, masking.num_patches, device=device)
     return Normalization(tuple(mean), tuple(std)).later(pixels), masking.split(noise)
@@ -86,8 +86,8 @@ def train_one_epoch(
     """
     model.train()
     for step in training_steps(model, loader, state, device=device, **options):
-        place = (step.number, step.num_images, loader.num_crops)
-        noise = step_noise(masking, *place, device)  # (own images, L)
+        images_of_step = (step.number, step.num_images, loader.num_crops)
+        noise = step_noise(masking, *images_of_step, device)  # (own images, L)
         for batch, rows in step.micro_batches():
             images = batch.raw(device)  # (B, C, H, W)
             with step.autocast():

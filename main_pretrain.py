@@ -62,7 +62,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_memory_args(parser)
     add_monitor_args(parser)
     args = parser.parse_args(argv)
-    *_, network, masks, _ = (take(group, args) for group in SETTINGS)
+    network, masks = take(ModelSettings, args), take(MaskSettings, args)
     if args.fsdp and args.batch_size == "auto":
         raise InputError("--batch_size auto does not work with --fsdp: give a number")
     if network.is_mae and masks.pred_ratio not in (None, masks.mask_ratio):
@@ -76,7 +76,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Pre-train from scratch, or continue a stopped run."""
     args = parse_args(argv)
-    run, data, optim, compute, network, masks, every = (take(group, args) for group in SETTINGS)
+    run, data, optim, compute, network, masks, monitoring = (
+        take(group, args) for group in SETTINGS
+    )
     device = start_run(device=run.device, seed=run.seed, timeout_minutes=run.timeout_minutes)
     check_decoder(args.decode, device)
 
@@ -85,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     colors = {"mean": data.mean, "std": data.std}
     crops = {"num_crops": args.repeated_aug, "decode": args.decode}
     plain_transform = eval_transform(options["img_size"], **colors)
+    # Only a hint for timm's streams: --batch_size auto is decided by the model.
     known_batch_size = 1 if optim.batch_size == "auto" else optim.batch_size
     train_set, val_set = open_train_val(
         data,
@@ -105,8 +108,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         optim, model, example=example, precision=precision, multiple_of=args.repeated_aug
     )
     compile_model(model, compute.compile, device=device, blocks=model.blocks)
-    place = {"seed": run.seed, "device": device}
-    loader, val_loader = build_loaders(train_set, val_set, data, batches, **place)
+    loader, val_loader = build_loaders(
+        train_set, val_set, data, batches, seed=run.seed, device=device
+    )
 
     # How weights are updated (App. A.6)
     optim = optim.with_defaults(warmup_epochs=optim.epochs / 20)
@@ -117,11 +121,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = TrainState(model, optimizer, precision, broken)
 
     # Settings that must match on resume, and settings that may change
-    sizes = {f"--{name}": value for name, value in options.items() if name != "img_size"}
+    model_flags = {f"--{name}": value for name, value in options.items() if name != "img_size"}
     fixed = {
         "--model": network.model,
         "--input_size": options["img_size"],
-        **sizes,
+        **model_flags,
         "--mask_ratio": masks.mask_ratio,
         "--pred_ratio": masks.predicted,
         "--mask_sampling": masks.mask_sampling,
@@ -149,19 +153,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         val_set,
         val_loader,
         data,
-        every,
+        monitoring,
         masking=masking,
         precision=precision,
         batch_size=batches.batch_size,
         plain_transform=plain_transform,
     )
+    # Settings that an older version's checkpoint lacks count as changed only if they were given.
     given = given_options(args, parse_args([]))
     record = RunRecord("pretrain", fixed, may_change, header, vars(args), given)
     with open_run(state, loader, run, record) as (checkpoints, run_log):
         progress, parallel_model = state.progress, data_parallel(model, device)
         if monitor.knn_loaders and progress.step == 0:
-            with unsharded(model, build) as whole:
-                untrained = measure(whole, monitor, 0)
+            with unsharded(model, build) as full_model:
+                untrained = measure(full_model, monitor, 0)
             run_log.log_scalars(untrained, 0, "epoch")
             _logger.info("untrained encoder: %s", describe_knn(untrained))
 
@@ -178,9 +183,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 checkpoints=checkpoints,
             )
             is_last = progress.epoch == optim.epochs
-            with unsharded(model, build) as whole:
-                stats |= measure(whole, monitor, progress.epoch, is_last=is_last)
-                figure = draw(whole, monitor, progress.epoch, is_last=is_last)
+            with unsharded(model, build) as full_model:
+                stats |= measure(full_model, monitor, progress.epoch, is_last=is_last)
+                figure = draw(full_model, monitor, progress.epoch, is_last=is_last)
             if figure is not None:
                 run_log.log_image(FIGURE, figure, progress.step)
             run_log.end_epoch(stats, epoch=progress.epoch, step=progress.step)

@@ -2,7 +2,12 @@
 
 In the paper's order: `ViTEncoder` encodes the visible patches and `MaskedAutoencoder` is the
 objective (Sec. 3.1); `CrossMAEDecoder` is the paper's main idea (Sec. 3.2, 3.3);
-`InterBlockAttention` mixes the feature maps that its blocks read (Sec. 3.4).
+`InterBlockAttention` mixes the feature maps that its blocks read (Sec. 3.4). Sections, tables and
+figures are those of Fu et al., TMLR 2025.
+
+In shapes, B is the batch, C channels, p the patch size; of an image's L patches V are visible and P
+predicted; D and E are the widths of encoder and decoder; K feature maps are mixed into one context
+for each of J decoder blocks.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +41,7 @@ HEAD_DIM = 32  # width of a decoder's attention heads by default
 class ViTEncoder(ViT):
     """A ViT on the visible patches and the class token (Sec. 3.1).
 
-    It has no final LayerNorm, because inter-block attention leaves none to train (App. A.3).
+    It has no final LayerNorm: the decoder normalizes the feature maps that it reads (App. A.3).
     """
 
     def visible_tokens(self, images: Tensor | RawImages, split: TokenSplit) -> Tensor:
@@ -52,7 +57,8 @@ class ViTEncoder(ViT):
         """Encode the visible patches, or all of them.
 
         Args:
-            images: (B, C, H, W), normalized, or raw if there is a split.
+            images: (B, C, H, W), normalized; or, with a split, `RawImages`, which are normalized as
+                patches are gathered.
             split: `visible` is (B, V); None encodes every patch, for downstream use.
 
         Returns:
@@ -127,7 +133,7 @@ class MaskedAutoencoder(nn.Module):
         """Mean squared error over the predicted patches (Sec. 3.1), a scalar of at least float32.
 
         Args:
-            images: (B, C, H, W), normalized or raw.
+            images: as for the encoder.
             split: `visible` (B, V) and `predicted` (B, P).
         """
         target = self.target(images, split)
@@ -166,6 +172,7 @@ class CrossMAEDecoder(nn.Module):
         self.inter_block_attention = inter_block_attention(
             encoder, depth, feature_maps=feature_maps, **iba_options
         )
+        # The decoder reads one map or J mixes, and has a norm for each.
         if self.inter_block_attention is None:
             self.context_norm = layer_norm(encoder.embed_dim)
         else:
@@ -227,8 +234,8 @@ class CrossAttentionBlock(nn.Module):
     def forward(self, x: Tensor, context: Tensor, context_norm: nn.Module) -> Tensor:
         """Tokens x (B, P, E) attend to the context (B, 1+V, D) -> (B, P, E).
 
-        The context is normalized inside the block because `--memory` keeps a block's inputs for the
-        backward pass: the mix is in memory anyway, its normalized copy would come on top.
+        The context is normalized inside the block to save memory: a block's inputs are kept for the
+        backward pass, and the mix is in memory anyway, whereas a normalized copy would be extra.
         """
         if self.self_attn is not None:  # Table 3a
             x = x + self.self_attn(self.norm0(x))
@@ -266,7 +273,8 @@ class InterBlockAttention(nn.Module):
         map_ids: indices of the K feature maps to mix (Table 3d); 0 is the encoder's input.
         num_mixes: J, the number of decoder blocks.
         dim: D, the width of the feature maps.
-        init: "normal" is the paper's N(0, 1/K), "xavier" what the released code trained with.
+        init: "normal" draws with a variance of 1/K, the paper's N(0, 1/n); "xavier" is what the
+            released code trained with.
         softmax: make the weights of each mix sum to one (Table 8).
         projection: apply a linear layer to each map before mixing (Table 9).
     """
@@ -301,7 +309,7 @@ class InterBlockAttention(nn.Module):
         if self.projections is not None:
             maps = [project(x) for project, x in zip(self.projections, maps, strict=True)]
         weight = self.weight.softmax(dim=1) if self.softmax else self.weight
-        # Stacking along the first axis keeps each decoder block's mix contiguous.
+        # Stacked along the first axis, so that each mix is contiguous; cast as autocast would.
         stacked = stack_factors(maps)  # (K, B, N, D)
         return (weight @ stacked.flatten(1)).unflatten(1, stacked.shape[1:])  # (J, B, N, D)
 
@@ -319,8 +327,8 @@ def inter_block_attention(
 
     Args:
         num_mixes: J.
-        feature_maps: "all", a list of indices (0 is the encoder's input, i the output of its block
-            i), or "last", which is no inter-block attention.
+        feature_maps: "all"; a list of indices, 0 for the encoder's input and i for the output of
+            blocks[i - 1]; or "last", which turns inter-block attention off.
         iba_init, iba_softmax, iba_projection: see InterBlockAttention.
 
     Raises:
@@ -369,13 +377,15 @@ def build_autoencoder(
         decoder_type: CrossMAEDecoder, or another class with the same arguments.
         img_size: side, or (height, width), in pixels; None is the size's default.
         in_chans: C.
+        norm_pix_loss: see MaskedAutoencoder.
         decoder_embed_dim: E; None is the size's default.
         decoder_depth: J.
         decoder_num_heads: None is the size's default, even if E is given.
         decoder_options: other arguments of the decoder, such as feature_maps and iba_init.
 
     Raises:
-        ValueError: the sizes are incompatible.
+        ValueError: patches do not divide the image, heads do not divide a width, or feature_maps
+            names maps that the encoder does not have.
     """
     shape = size if img_size is None else size._replace(img_size=img_size)
     encoder = ViTEncoder(**shape._asdict(), in_chans=in_chans)

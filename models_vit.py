@@ -16,7 +16,7 @@ from util.kernels import scaled_dot_product_attention
 from util.patches import RawImages, patchify
 from util.pos_embed import sincos_table
 
-NORM_EPS = 1e-6  # of every LayerNorm, as in MAE
+NORM_EPS = 1e-6  # of every norm, as in MAE
 
 
 class ModelSize(NamedTuple):
@@ -52,7 +52,7 @@ def layer_norm(dim: int) -> nn.LayerNorm:
 def xavier_linear(in_features: int, out_features: int) -> nn.Linear:
     """Build a linear layer initialized as in MAE: Xavier-uniform weights, zero bias."""
     layer = nn.Linear(in_features, out_features)
-    # PyTorch's own initialization has drawn already: results of a seed depend on the order.
+    # nn.Linear has drawn weights of its own before; skipping that would change what a seed gives.
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -251,7 +251,7 @@ class ViT(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Normalized mean of the patch tokens, for k-NN; (B, C, H, W) -> (B, D).
 
-        The norm has no scale and shift, because a pre-trained encoder has none.
+        The norm has no scale or shift, because a pre-trained encoder has none.
         """
         x = self.encode(images)[:, 1:].mean(dim=1)  # (B, D)
         return F.layer_norm(x, (self.embed_dim,), eps=NORM_EPS)
@@ -328,7 +328,7 @@ def build_vit(
 
 
 class FeatureNorm(nn.BatchNorm1d):
-    """Batch normalization without scale and shift, as in MAE's linear probe (App. B.1)."""
+    """Batch normalization without scale or shift, as in MAE's linear probe (App. B.1)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, affine=False, eps=NORM_EPS)

@@ -515,7 +515,7 @@ def test_a_finished_run_says_what_it_reached(tmp_path, caplog):
         f"checkpoint of the best epoch: {tmp_path / BEST_NAME}",
         f"checkpoint: {tmp_path / 'checkpoint-e0004-s000000.pth'}",
     ]
-    assert describe(lines[1]) == "top-1 70.00 %, top-5 99.00 %, loss 0.5000 over 8 images"
+    assert describe(lines[1]) == "top-1 70.00%, top-5 99.00%, loss 0.5000 over 8 images"
 
 
 def test_a_finished_run_without_validation_images_names_its_checkpoint_alone(tmp_path, caplog):

@@ -284,7 +284,7 @@ def test_each_epoch_is_measured_and_last_and_best_are_told_apart(tmp_path, finis
         assert 0 <= line["val_top1"] <= line["val_top5"] == 100  # three classes
     best = max(log, key=lambda line: line["val_top1"])
     for name, line in {"last": log[-1], "best": best}.items():
-        numbers = f"top-1 {line['val_top1']:.2f} %, top-5 100.00 %, loss {line['val_loss']:.4f}"
+        numbers = f"top-1 {line['val_top1']:.2f}%, top-5 100.00%, loss {line['val_loss']:.4f}"
         assert f"fine-tuning, {name} epoch, {line['epoch']}: {numbers} over 12 images" in out
     assert f"checkpoint of the best epoch: {folder}/checkpoint-best.pth" in out
     assert out.endswith(f"checkpoint: {folder}/checkpoint-e0003-s000000.pth\n")
@@ -446,7 +446,7 @@ def measured(capsys, *argv):
 
 
 def logged(line):
-    top1, top5 = (f"top-{k} {line[f'val_top{k}']:.2f} %" for k in (1, 5))
+    top1, top5 = (f"top-{k} {line[f'val_top{k}']:.2f}%" for k in (1, 5))
     return f"{top1}, {top5}, loss {line['val_loss']:.4f} over {line['val_images']} images"
 
 
@@ -515,7 +515,7 @@ def test_a_classifier_of_timms_is_evaluated(tmp_path, images, capsys):
     state["head.weight"], state["head.bias"] = torch.zeros(3, 32), torch.tensor([0.0, 1.0, 2.0])
     torch.save(state, tmp_path / "timm.pth")
     argv = [*QUICK, "--finetune", tmp_path / "timm.pth", "--data_path", images]
-    assert "top-1 41.67 %" in measured(capsys, *argv)[1]  # all five cups, of twelve
+    assert "top-1 41.67%" in measured(capsys, *argv)[1]  # all five cups, of twelve
 
 
 UNFIT = {

@@ -13,11 +13,10 @@ import pytest
 
 import main_finetune
 import main_knn
-import main_linprobe
-import main_pretrain
 import models
 from main_pretrain import parse_args
 from scripts import export_encoder, launch_slurm, visualize_reconstruction
+from tests.helpers import runs
 from tests.helpers.files import write_classes, write_images
 from tests.helpers.processes import ROOT
 from tests.helpers.runs import run
@@ -56,12 +55,7 @@ COMMANDS = [
     if name != EXTENDING
     for words in all_commands(page)
 ]
-MAINS = {
-    "main_pretrain.py": main_pretrain,
-    "main_finetune.py": main_finetune,
-    "main_linprobe.py": main_linprobe,
-    "main_knn.py": main_knn,
-}
+MAINS = {f"{main.__name__}.py": main for main in runs.MAINS.values()}
 EFFECTIVE = {"main_pretrain.py": 4096, "main_finetune.py": 1024, "main_linprobe.py": 16384}
 
 

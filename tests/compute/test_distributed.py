@@ -38,6 +38,8 @@ from util.errors import InputError
 from util.runs.checkpoint import list_checkpoints, read_checkpoint
 from util.runs.run_log import read_log
 
+pytestmark = pytest.mark.xdist_group("distributed")  # whose runs are made once
+
 CPU = torch.device("cpu")
 
 

@@ -24,6 +24,8 @@ from util.compute.watchdog import stop_watchdog
 from util.masking import count_tokens, random_split
 from util.runs.checkpoint import list_checkpoints
 
+pytestmark = pytest.mark.xdist_group("sharding")  # whose runs are made once
+
 CPU = torch.device("cpu")
 MAINS = {"pretrain": main_pretrain.main, "finetune": main_finetune.main}
 # Name of a run -> its main, its options, and the run from whose first epoch it continues.

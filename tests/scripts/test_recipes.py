@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import main_finetune
-import main_linprobe
 import main_pretrain
 from main_finetune import Recipe
 from scripts import launch_slurm
+from tests.helpers import runs
 from tests.helpers.processes import ROOT
 from util.compute.precision import Precision
 from util.data.broken_images import BrokenImages
@@ -44,7 +44,7 @@ FINE_TUNING = {
     "huge": ("huge_patch14", Recipe(epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.3)),
 }
 EFFECTIVE = {"main_pretrain": 4096, "main_finetune": 1024, "main_linprobe": 16384}
-MAINS = {main.__name__: main for main in (main_pretrain, main_finetune, main_linprobe)}
+MAINS = {main.__name__: main for main in runs.MAINS.values()}
 PRETRAINED = "weights/vit.pth"
 PROBES = {"table12_mae": "table1_mae", "table12_crossmae": "table1_crossmae_75"}
 TRANSFERS = {"table16_inat2019": "inat2019", "table16_places365": "torch/places365"}
