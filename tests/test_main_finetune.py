@@ -15,7 +15,15 @@ from tests.helpers.data import write_shards
 from tests.helpers.files import copied, files_in, write_classes, write_images
 from tests.helpers.models import NANO, use_nano_models
 from tests.helpers.processes import NANO_MAIN, command, finish, start
-from tests.helpers.runs import QUICK, StoppedError, log_without_time, refusal, run
+from tests.helpers.runs import (
+    EACH_STEP,
+    QUICK,
+    StoppedError,
+    log_without_time,
+    refusal,
+    run,
+    run_until,
+)
 from util.runs.checkpoint import BEST_NAME, list_checkpoints, read_checkpoint
 from util.runs.run_log import read_log
 from util.weights.encoder import read_encoder
@@ -641,6 +649,14 @@ def test_streams_are_trained_on_and_measured_on_a_folder(tmp_path):
     log = read_log(tmp_path / "run")
     assert [line["step"] for line in log] == [3, 6]
     assert log[-1]["val_images"] == sum(1 for _ in val_images.rglob("*.png"))
+
+
+def test_a_stopped_stream_starts_its_epoch_again(tmp_path, capsys, monkeypatch):
+    argv = [*stream(tmp_path, "--num_classes", 3), *EACH_STEP]
+    run_until(6, monkeypatch, *argv, main=main_finetune.main)
+    finetune(*argv)
+    assert "the weights keep the 2 steps done in epoch 2" in capsys.readouterr().out
+    assert [line["step"] for line in read_log(tmp_path / "run")] == [3, 6]
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ def test_a_probe_is_evaluated_as_other_classifiers_are(tmp_path, images, finishe
     argv = [*QUICK, "--eval", flag, list_checkpoints(finished[0])[-1], *place]
     run(*argv, main=main_finetune.main)
     last = read_log(finished[0])[-1]
-    assert f"top-1 {last['val_top1']:.2f} %" in capsys.readouterr().out
+    assert f"top-1 {last['val_top1']:.2f}%" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 

@@ -90,6 +90,15 @@ def test_padding_has_zero_weight_for_any_number_of_crops(monkeypatch):
         assert torch.equal(model[1].weight, before) != weighs
 
 
+def test_log_points_are_the_same_steps_of_every_epoch():
+    model, recorder = make_model(), Recorder()
+    state = sgd_state(model)
+    for _ in range(2):
+        loader = make_loader(*[(2,)] * 5)
+        train(model, loader, state, log_every=3, run_log=recorder, checkpoints=recorder)
+    assert [step for step, *_ in recorder.steps] == [3, 5, 8, 10]
+
+
 def test_the_moving_average_equals_its_formula():
     decay = 0.9
     model = make_model()
