@@ -155,7 +155,7 @@ def test_digits_from_start_to_end(tmp_path, capsys, nano):
     *_, summary, knn, checkpoint, tensorboard, figure = out.splitlines()
     assert summary.endswith(expected)
     assert checkpoint.endswith(f"checkpoint: {tmp_path}/checkpoint-e0002-s000000.pth")
-    assert f"10-NN {log[-1]['knn10']:.1f} %" in knn
+    assert f"10-NN {log[-1]['knn10']:.1f}%" in knn
     assert tensorboard.endswith(f"TensorBoard: {tmp_path}/tensorboard")
     assert figure.endswith(f"figure: {tmp_path}/reconstructions.png")
 

@@ -305,7 +305,7 @@ def measure_knn(
 
 def describe_knn(stats: dict[str, float]) -> str:
     """Describe the results of `measure_knn` for the log."""
-    values = ", ".join(f"{name[3:]}-NN {stats[name]:.1f} %" for name in stats if "knn" in name)
+    values = ", ".join(f"{name[3:]}-NN {stats[name]:.1f}%" for name in stats if "knn" in name)
     return f"accuracy on validation images {values}"
 
 
