@@ -116,7 +116,7 @@ def find_size(patch_size: int, embed_dim: int, depth: int) -> str:
     """Name of the size with this patch size, width and depth.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no named size has this shape.
     """
     shape = (patch_size, embed_dim, depth)
     for name, size in SIZES.items():

@@ -271,7 +271,7 @@ def test_broken_images_are_counted_and_end_the_run_above_the_limit():
         train(model, prepared(7, broken=broken), make_state(model))
 
 
-def test_raw_images_train_as_normalised_ones_to_the_bit():
+def test_raw_images_train_as_normalized_ones_to_the_bit():
     pixels = torch.randint(0, 256, (4, 16, 16, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     flips = torch.tensor([True, False, False, True])
     normalization = Normalization((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))

@@ -111,9 +111,9 @@ def test_numbers_are_those_of_the_encoder_loaded_and_at_its_start(tmp_path, imag
     assert alone["results"] == {"pre-trained": report["results"]["pre-trained"]}
 
 
-def test_given_sizes_and_colours_come_before_those_of_the_weights(tmp_path, images, weights):
-    colours = ["--mean", 0, 0, 0, "--std", 1, 1, 1]
-    argv = ["--data_path", images, "--input_size", 24, 20, *colours, "--crop_pct", 0.5]
+def test_given_sizes_and_colors_come_before_those_of_the_weights(tmp_path, images, weights):
+    colors = ["--mean", 0, 0, 0, "--std", 1, 1, 1]
+    argv = ["--data_path", images, "--input_size", 24, 20, *colors, "--crop_pct", 0.5]
     report = measure(tmp_path, weights, *argv, "--attention_backend", "math")
     assert report["input_size"] == [24, 20]
     assert (report["mean"], report["std"]) == ([0, 0, 0], [1, 1, 1])

@@ -160,7 +160,7 @@ def test_digits_from_start_to_end(tmp_path, capsys, nano):
     assert figure.endswith(f"figure: {tmp_path}/reconstructions.png")
 
 
-def test_a_run_shows_whether_it_learns_by_nearest_neighbours(tmp_path, capsys, monkeypatch, nano):
+def test_a_run_shows_whether_it_learns_by_nearest_neighbors(tmp_path, capsys, monkeypatch, nano):
     monkeypatch.setitem(SIZES, "tiny_patch4", NANO)
     argv = [*TINY, "--dataset", "digits", "--batch_size", 128, "--epochs", 4, "--lr", "3e-3"]
     run(*argv, "--knn_every", 2, "--output_dir", tmp_path)
@@ -185,7 +185,7 @@ def test_a_run_shows_whether_it_learns_by_nearest_neighbours(tmp_path, capsys, m
     assert report == {f"{k}-NN": read_log(tmp_path)[-1][f"knn{k}"] for k in (10, 20, 100)}
 
 
-def test_nearest_neighbours_change_nothing_in_training(tmp_path, images, nano):
+def test_nearest_neighbors_change_nothing_in_training(tmp_path, images, nano):
     states = []
     for every in (0, 1):
         folder = tmp_path / str(every)
@@ -197,7 +197,7 @@ def test_nearest_neighbours_change_nothing_in_training(tmp_path, images, nano):
 @pytest.mark.parametrize(
     ("options", "reason"), [([], "validation images"), (["--val_path", "VAL"], "no labels")]
 )
-def test_nearest_neighbours_need_labels_and_validation_images(
+def test_nearest_neighbors_need_labels_and_validation_images(
     tmp_path, capsys, nano, options, reason
 ):
     images = write_images(tmp_path / "images", 8)

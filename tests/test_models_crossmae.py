@@ -283,7 +283,7 @@ def test_inter_block_attention_equals_the_papers(map_ids):
         torch.testing.assert_close(mix, pseudo_code[..., k])
 
 
-def test_each_decoder_block_reads_its_own_normalised_mix():
+def test_each_decoder_block_reads_its_own_normalized_mix():
     model = away_from_start(CROSSMAE["all maps"]()).double()
     feature_maps = model.encoder(pixels(), draw())
     decoder, read = model.decoder, []
@@ -374,7 +374,7 @@ def test_unknown_start_of_inter_block_attention_is_refused():
         build_crossmae(SMALL, iba_init="kaiming")
 
 
-# Initialisation
+# Initialization
 
 
 INIT_SIZE = ModelSize(4, 64, 2, 2, img_size=16)

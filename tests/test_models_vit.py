@@ -102,7 +102,7 @@ def test_attention_is_a_softmax_over_the_context():
     torch.testing.assert_close(attend(q, k, v), expected)
 
 
-def test_heads_take_neighbouring_channels():
+def test_heads_take_neighboring_channels():
     x = torch.arange(12.0).view(1, 2, 6)
     heads = split_heads(x, 3)
     assert heads.shape == (1, 3, 2, 2)
@@ -290,7 +290,7 @@ def test_feature_norm_equals_batch_norm():
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
 
 
-def test_a_single_image_is_normalised_by_the_running_statistics_and_leaves_them():
+def test_a_single_image_is_normalized_by_the_running_statistics_and_leaves_them():
     norm = FeatureNorm(6)
     norm(3 * torch.randn(8, 6) + 1)
     before = {name: value.clone() for name, value in norm.state_dict().items()}
@@ -310,8 +310,8 @@ def test_a_linear_probe_trains_its_head_alone(pool):
     assert model.head[1].weight.std().item() == pytest.approx(0.01, rel=0.02)
     assert not model.head[1].bias.any()
     assert torch.equal(model.features(images), features)
-    normalised = F.batch_norm(features, None, None, training=True, eps=1e-6)
-    torch.testing.assert_close(model(images), F.linear(normalised, model.head[1].weight))
+    normalized = F.batch_norm(features, None, None, training=True, eps=1e-6)
+    torch.testing.assert_close(model(images), F.linear(normalized, model.head[1].weight))
 
 
 def test_parameters_of_a_block_have_timms_order():

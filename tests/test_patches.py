@@ -64,7 +64,7 @@ def test_the_order_of_channels_in_memory_changes_no_patch(shape):
 
 @shapes
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_patches_of_raw_images_are_those_of_normalised_ones_to_the_bit(shape, memory_format):
+def test_patches_of_raw_images_are_those_of_normalized_ones_to_the_bit(shape, memory_format):
     C, H, W, p = shape
     pixels = torch.randint(0, 256, (2, C, H, W), dtype=torch.uint8)
     pixels = pixels.contiguous(memory_format=memory_format)
@@ -146,7 +146,7 @@ def test_moments_are_those_of_each_patch():
     torch.testing.assert_close(std[1, 4, 0], (variance + 1e-6).sqrt())
 
 
-def test_a_flat_patch_normalises_to_zero():
+def test_a_flat_patch_normalizes_to_zero():
     mean, std = patch_moments(torch.full((1, 1, 48), 0.5))
     assert mean.item() == 0.5
     assert std.item() == pytest.approx(1e-3)
