@@ -40,6 +40,7 @@ def undisturbed(images, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @every_signal
 def test_a_signal_saves_within_an_epoch_and_the_run_continues(
     images, undisturbed, tmp_path, number

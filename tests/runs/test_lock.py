@@ -71,6 +71,7 @@ def test_a_lock_that_its_owner_removes_in_the_meantime_is_taken_again(tmp_path, 
     assert second.path.samefile(f"/proc/self/fd/{second.file.fileno()}")
 
 
+@pytest.mark.slow
 def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(tmp_path):
     images = write_images(tmp_path / "images", 200)
     words = command("main_pretrain.py", "--data_path", images, *TINY, "--log_every", 1)
