@@ -239,8 +239,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes = {"batch_size": optim.batch_size, "num_classes": encoder.num_classes}
     train_set, val_set, num_classes = open_labeled(data, *transforms, seed=run.seed, **sizes)
     batches = plan_batches(optim)
-    place = {"seed": run.seed, "device": device}
-    loader, val_loader = build_loaders(train_set, val_set, data, batches, **place)
+    loader, val_loader = build_loaders(
+        train_set, val_set, data, batches, seed=run.seed, device=device
+    )
 
     # The model
     pool = encoder.pool or "avg"
@@ -304,9 +305,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             if val_loader:
                 broken = BrokenImages(len(val_set), data.max_broken)
-                with unsharded(model, build) as whole:
-                    whole = whole if ema is None else ema.module
-                    stats |= evaluate(whole, val_loader, precision=precision, broken=broken)
+                with unsharded(model, build) as full_model:
+                    measured = full_model if ema is None else ema.module
+                    stats |= evaluate(measured, val_loader, precision=precision, broken=broken)
             run_log.end_epoch(stats, epoch=progress.epoch, step=progress.step)
             checkpoints.save_if_best(stats, by="val_top1")
             checkpoints.end_epoch(is_last=progress.epoch == optim.epochs)

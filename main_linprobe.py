@@ -76,8 +76,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_classes=encoder.num_classes,
     )
     batches = plan_batches(optim)
-    place = {"seed": run.seed, "device": device}
-    loader, val_loader = build_loaders(train_set, val_set, data, batches, **place)
+    loader, val_loader = build_loaders(
+        train_set, val_set, data, batches, seed=run.seed, device=device
+    )
 
     # The frozen encoder and its head
     pool = encoder.pool or "cls"

@@ -67,7 +67,7 @@ def pixels(batch=3, dtype=torch.float64):
 
 
 def masked_pixels(split):
-    """Bool (B, 1, H, W), True where a pixel is hidden."""
+    """Bool (B, 1, H, W), True where a pixel is masked."""
     grid = is_masked(split, L).view(-1, 1, 4, 4)
     return grid.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
 

@@ -1,16 +1,12 @@
 """scripts/test.sh, with a stand-in for Python."""
 
-import os
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.processes import ROOT, wait_until
-
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+from tests.helpers.processes import ROOT, finish, start, wait_until
 
 # As pytest it starts a process in a session of its own, as a launcher does, and waits.
 FAKE_PYTHON = r"""#!/bin/bash
@@ -41,32 +37,15 @@ def script(tmp_path):
     python.write_text(FAKE_PYTHON)
     python.chmod(0o755)
     (tmp_path / "temporary").mkdir()
-    env = {**os.environ, "CALLS": str(tmp_path / "calls"), "TMPDIR": str(tmp_path / "temporary")}
+    variables = {"CALLS": str(tmp_path / "calls"), "TMPDIR": str(tmp_path / "temporary")}
 
-    def heed_signals():
-        """As in a terminal, even where these tests run in the background of a script."""
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+    # Signals as in a terminal, even where these tests run in the background of a script.
+    words = ["env", "--default-signal=INT,TERM,HUP", "bash", str(tmp_path / "scripts" / "test.sh")]
 
-    processes = []
+    def start_script(*argv, **more):
+        return start([*words, *argv], **variables, **more)
 
-    def start(*argv, **variables):
-        words = ["bash", str(tmp_path / "scripts" / "test.sh"), *argv]
-        process = subprocess.Popen(
-            words,
-            env={**env, **variables},
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            preexec_fn=heed_signals,
-        )
-        processes.append(process)
-        return process
-
-    yield start
-    for process in processes:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+    return start_script
 
 
 def is_running(pid):
@@ -78,7 +57,7 @@ def is_running(pid):
 )
 def test_quick_tests_by_default_and_every_test_with_all(script, tmp_path, argv, selects, passed_on):
     process = script(*argv, WAITS="")
-    process.communicate()
+    finish(process)
     call = (tmp_path / "calls").read_text().strip()
     assert call.endswith(passed_on)
     assert ("not slow and not faults and not slurm" in call) == selects
@@ -89,7 +68,7 @@ def test_quick_tests_by_default_and_every_test_with_all(script, tmp_path, argv, 
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_run_leaves_no_process_and_no_folder(script, tmp_path, number):
     process = script(WAITS="yes")
     pid_file = tmp_path / "calls.pid"
@@ -97,7 +76,7 @@ def test_a_stopped_run_leaves_no_process_and_no_folder(script, tmp_path, number)
     pid = int(pid_file.read_text())
     assert Path((tmp_path / "calls.folder").read_text().strip(), "file").exists()
     process.send_signal(number)
-    process.communicate(timeout=60)
+    finish(process)
     assert process.returncode == 128 + number
     wait_until(lambda: not is_running(pid), "the process to end")
     assert list((tmp_path / "temporary").iterdir()) == []

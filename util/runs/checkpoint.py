@@ -48,6 +48,10 @@ class Progress:
     best: dict[str, float] | None = None
     """Metrics of the best epoch, in runs that track it."""
 
+    def describe(self) -> str:
+        """Describe what is done, such as "1 epoch and 20 steps"."""
+        return f"{counted(self.epoch, 'epoch')} and {counted(self.step_in_epoch, 'step')}"
+
 
 @dataclass
 class TrainState:
@@ -226,11 +230,9 @@ class CheckpointWriter:
             self.save()
         if signals:
             broadcast_object(None)  # launchers end all once one exits: wait for the save
-            progress = self.state.progress
-            epochs = counted(progress.epoch, "epoch")
-            steps = counted(progress.step_in_epoch, "step")
+            done = self.state.progress.describe()
             raise StoppedError(
-                f"stopped by {Signals(signals[0]).name} after {epochs} and {steps}: "
+                f"stopped by {Signals(signals[0]).name} after {done}: "
                 "start the same command again to continue",
                 signals[0],
             )

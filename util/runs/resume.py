@@ -245,10 +245,8 @@ def check_left(state: TrainState, path: Path, folder: Path, epochs: int) -> None
     Raises:
         InputError: the checkpoint is from another folder and has all epochs done.
     """
-    progress = state.progress
-    if progress.epoch < epochs:
-        done = (counted(progress.epoch, "epoch"), counted(progress.step_in_epoch, "step"))
-        _logger.info("continuing %s after %s and %s", path, *done)
+    if state.progress.epoch < epochs:
+        _logger.info("continuing %s after %s", path, state.progress.describe())
     elif path.resolve().parent != folder.resolve():
         raise InputError(f"{path} has done its {counted(epochs, 'epoch')}: raise --epochs")
     else:
