@@ -31,6 +31,7 @@ from submitit.helpers import TorchDistributedEnvironment
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.local_job import job_port
 from util.arguments import Parser, natural_int, positive_int
 from util.errors import InputError
 from util.runs.run import run_main
@@ -146,7 +147,9 @@ def check_machine(args: argparse.Namespace, job_dir: Path) -> None:
 
 def start_task(words: list[str]) -> NoReturn:
     """Replace this process by the main, with the environment that torchrun would set."""
-    TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    environment = TorchDistributedEnvironment()
+    environment.master_port = job_port(int(os.environ["SLURM_JOB_ID"]))
+    environment.export(set_cuda_visible_devices=False, overwrite=True)
     # When a task fails or finishes first, srun sends SIGTERM to the others, which should end on
     # their own and with their own exit code. While a main trains, it has its own handler.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

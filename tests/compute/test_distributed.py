@@ -6,6 +6,7 @@ torchrun runs this file as a script, which runs main_pretrain.py for every line 
 import json
 import re
 import shutil
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -34,7 +35,7 @@ from util.compute.distributed import (
 )
 from util.compute.watchdog import stop_watchdog
 from util.data.sampler import StepSampler
-from util.errors import InputError
+from util.errors import InputError, RunError
 from util.runs.checkpoint import list_checkpoints, read_checkpoint
 from util.runs.run_log import read_log
 
@@ -215,6 +216,16 @@ def test_incomplete_variables_are_refused(monkeypatch):
     monkeypatch.delenv("MASTER_PORT", raising=False)
     with pytest.raises(InputError, match="MASTER_ADDR, MASTER_PORT is not set"):
         init_distributed("cpu")
+
+
+def test_a_port_in_use_is_named(monkeypatch):
+    with socket.create_server(("", 0)) as listener:
+        port = listener.getsockname()[1]
+        variables = {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost"}
+        for name, value in {**variables, "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(RunError, match=f"another program uses port {port} of localhost"):
+            init_distributed("cpu")
 
 
 def test_nccl_is_given_the_gpu_of_its_process(monkeypatch):

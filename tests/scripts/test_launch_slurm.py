@@ -1,16 +1,19 @@
 """The launcher without a cluster; tests/slurm/test_slurm.py uses a real one."""
 
+import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from scripts import launch_slurm
-from scripts.launch_slurm import parse_args
+from scripts.launch_slurm import parse_args, start_task
+from scripts.local_job import job_port
 from tests.helpers.files import write_images
 from tests.helpers.processes import ROOT, command, finish, interrupt, start, tasks_of, wait_until
 from tests.helpers.runs import assert_same_run, refusal, run_two_processes, six_epochs
@@ -141,6 +144,23 @@ def test_the_folder_of_jobs_may_have_the_number_in_it(bin_folder, tmp_path, caps
     assert f"tail -F '{log}'\n" in out
     assert "scancel --signal=USR1 7\n" in out and "scancel 7\n" in out and "squeue -j 7" in out
     assert log.with_name("7_submission.sh").exists()
+
+
+def test_no_job_listens_on_a_port_that_an_outgoing_connection_may_have():
+    ports = [job_port(number) for number in range(1, 10_001)]
+    assert len(set(ports)) == len(ports)
+    assert min(ports) > 1024 and max(ports) < 32768  # Linux's net.ipv4.ip_local_port_range
+
+
+def test_a_task_has_the_port_of_its_job(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    environment = Mock(master_port=51342)  # what submitit chose
+    monkeypatch.setattr(launch_slurm, "TorchDistributedEnvironment", lambda: environment)
+    monkeypatch.setattr(os, "execv", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    start_task(["main"])
+    assert environment.master_port == job_port(4711)
+    environment.export.assert_called_once()
 
 
 def test_auto_is_the_cluster_where_there_is_one(bin_folder):
@@ -279,7 +299,9 @@ def local_job(tmp_path, num_tasks, program, **variables):
 
 def test_a_local_job_has_torchrun_s_variables(tmp_path):
     program = "import os; print({name: os.environ[name] for name in os.environ if name in ("
-    program += "'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR')})"
+    program += (
+        "'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')})"
+    )
     process = local_job(tmp_path, 2, program)
     assert finish(process) == (0, "", "")
     for rank in range(2):
@@ -289,6 +311,7 @@ def test_a_local_job_has_torchrun_s_variables(tmp_path):
             "WORLD_SIZE": "2",
             "LOCAL_WORLD_SIZE": "2",
             "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(job_port(process.pid)),
         }
 
 

@@ -78,9 +78,15 @@ def _join_processes(backend: str, timeout_minutes: float, device_id: torch.devic
         group = {"store": store, "rank": number, "world_size": count, "device_id": device_id}
         dist.init_process_group(backend, timeout=timeout, **group)
     except dist.DistError as error:
+        host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        if "EADDRINUSE" in str(error):
+            raise RunError(
+                f"another program uses port {port} of {host}, on which process {number} listens: "
+                "set another MASTER_PORT, or start a new job, which has another port"
+            ) from error
         raise RunError(
-            f"process {number} could not reach the {count} processes of the run at "
-            f"{os.environ['MASTER_ADDR']}: check that all have started"
+            f"process {number} could not reach the {count} processes of the run at {host}: check "
+            "that all have started"
         ) from error
 
 
