@@ -18,6 +18,7 @@ from util.data.images import IndexedImages, names_hash
 from util.data.loaders import StepLoader
 from util.data.mixing import mix_images
 from util.data.streams import StreamedImages
+from util.errors import counted
 from util.runs.checkpoint import BEST_NAME, TrainState, last_checkpoint
 from util.runs.run_log import read_log
 from util.runs.training import training_steps
@@ -122,7 +123,7 @@ def describe(stats: dict[str, float]) -> str:
     """Format the results of `evaluate`."""
     return (
         f"top-1 {stats['val_top1']:.2f}%, top-5 {stats['val_top5']:.2f}%, "
-        f"loss {stats['val_loss']:.4f} over {stats['val_images']} images"
+        f"loss {stats['val_loss']:.4f} over {counted(stats['val_images'], 'image')}"
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from util.compute.distributed import rank, world_size
 from util.data.batch import Normalization
 from util.data.loaders import StepLoader
+from util.errors import counted
 from util.eval.knn import describe_knn
 from util.masking import Masking, TokenSplit
 from util.patches import RawImages
@@ -106,8 +107,8 @@ def report(run: RunSettings) -> None:
     path = last_checkpoint(run.folder, last["epoch"])
     if "val_loss" in last:
         _logger.info(
-            "validation loss %.4f, masked-patch PSNR %.2f dB over %d images",
-            *(last["val_loss"], last["val_psnr"], last["val_images"]),
+            "validation loss %.4f, masked-patch PSNR %.2f dB over %s",
+            *(last["val_loss"], last["val_psnr"], counted(last["val_images"], "image")),
         )
     if "knn10" in last:
         _logger.info("pre-trained encoder: %s", describe_knn(last))

@@ -24,6 +24,7 @@ from util.data.images import IndexedImages
 from util.data.loaders import build_eval_loader
 from util.data.settings import DataSettings, add_data_args
 from util.data.transforms import default_crop_pct, eval_transform
+from util.errors import counted
 from util.eval.knn import (
     LabeledFeatures,
     accuracies,
@@ -143,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     versions = write_args(output_dir, vars(args))
 
     def features_of(images: IndexedImages) -> LabeledFeatures:
-        _logger.info("computing the features of %d images", len(images))
+        _logger.info("computing the features of %s", counted(len(images), "image"))
         sizes = {"batch_size": args.batch_size, "num_workers": data.num_workers}
         loader = build_eval_loader(images, **sizes, device=device)
         broken = BrokenImages(len(images), data.max_broken)

@@ -36,7 +36,7 @@ from util.data.datasets import build_dataset
 from util.data.decode import to_rgb
 from util.data.images import IndexedImages, class_names
 from util.data.packed import write_packed
-from util.errors import InputError, RunError
+from util.errors import InputError, RunError, counted
 from util.runs.run import run_main, start_run
 from util.weights.files import write_new
 
@@ -186,7 +186,7 @@ def prepare(
             write_tar(folder / f"{split}.tar", ((names[i], image.content) for i, image in kept))
         count = len(images) - len(broken.reasons)
         record["splits"][split] = {"images": count, "left_out": broken.reasons}
-        _logger.info("%s: %d images, %d left out", split, count, len(broken.reasons))
+        _logger.info("%s: %s, %d left out", split, counted(count, "image"), len(broken.reasons))
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     write_checksums(folder)
 

@@ -37,9 +37,10 @@ say() {
     echo "$*" | tee -a "$OUT/log.txt"
 }
 
-# part NAME SECONDS COMMAND...: runs a command for SECONDS at most; a failure does not stop the script.
+# part NAME SECONDS COMMAND...: runs a command for SECONDS at most, four times that with QUICK, since
+# a CPU may be busy; a failure does not stop the script.
 part() {
-    local name=$1 seconds=$2 began=$SECONDS code=0
+    local name=$1 seconds=$(($2 ${QUICK:+* 4})) began=$SECONDS code=0
     shift 2
     say "== $name (limit $seconds s)"
     timeout --kill-after=5 "$seconds" "$@" 2>&1 | tee -a "$OUT/log.txt" || code=$?

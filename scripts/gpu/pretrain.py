@@ -32,7 +32,7 @@ def read_speed(log_dir: Path) -> dict[str, float | int]:
     log = EventAccumulator(str(log_dir)).Reload()
     if "train/images_per_s" not in log.Tags()["scalars"]:
         return {"steps": 0}
-    speeds, fractions = (log.Scalars(f"train/{name}") for name in ("images_per_s", "data_share"))
+    speeds, fractions = (log.Scalars(f"train/{name}") for name in ("images_per_s", "data_wait"))
     seconds = waited = steps = 0.0
     for before, speed, fraction in zip(speeds, speeds[1:], fractions[1:], strict=False):
         taken = (speed.step - before.step) / speed.value  # divided by the batch size
@@ -40,7 +40,7 @@ def read_speed(log_dir: Path) -> dict[str, float | int]:
         steps += speed.step - before.step
     if not steps:
         return {"steps": 0}
-    return {"steps": int(steps), "images_per_s": steps / seconds, "data_share": waited / seconds}
+    return {"steps": int(steps), "images_per_s": steps / seconds, "data_wait": waited / seconds}
 
 
 def record(path: Path, name: str, found: dict) -> None:

@@ -69,7 +69,7 @@ def main_rows(_: str, content: dict) -> Iterable[Row]:
     runs = {name: content.get(name, {}) for name in ("auto", "raw", "repeated_aug")}
     yield "--batch_size auto", runs.pop("auto").get("largest_batch"), "images"
     for name, run in runs.items():
-        waiting = run.get("data_share")
+        waiting = run.get("data_wait")
         yield f"main_pretrain.py, {name}", run.get("images_per_s"), "images/s"
         yield f"main_pretrain.py, {name}, waiting for data", waiting and 100 * waiting, "%"
 

@@ -492,7 +492,7 @@ def test_a_hundred_broken_images_in_a_row_are_enough(tmp_path):
 
 
 def test_a_broken_file_is_named_once_and_counted_each_time(caplog):
-    broken = BrokenImages(num_images=1000, max_share=0.01)
+    broken = BrokenImages(num_images=1000, max_fraction=0.01)
     broken.add([("a.png", "empty"), ("b.png", "empty")])
     broken.add([("a.png", "empty")])
     broken.check()
@@ -505,7 +505,7 @@ def test_a_broken_file_is_named_once_and_counted_each_time(caplog):
 
 
 def test_more_broken_files_than_allowed_stop_the_run_with_the_list():
-    broken = BrokenImages(num_images=1000, max_share=0.01)
+    broken = BrokenImages(num_images=1000, max_fraction=0.01)
     broken.add([(f"{i}.png", "empty") for i in range(10)] * 5)
     broken.check()  # at the limit
     broken.add([(f"{i}.png", "empty") for i in range(25)])
@@ -520,7 +520,7 @@ def test_more_broken_files_than_allowed_stop_the_run_with_the_list():
 
 
 def test_a_resumed_run_continues_to_count_broken_files(caplog):
-    before, after = (BrokenImages(num_images=100, max_share=0.02) for _ in range(2))
+    before, after = (BrokenImages(num_images=100, max_fraction=0.02) for _ in range(2))
     before.add([("a.png", "empty"), ("b.png", "empty")])
     after.load_state_dict(json.loads(json.dumps(before.state_dict())))
     assert after.count == 2

@@ -82,7 +82,7 @@ def test_tensorboard_has_scalars_and_images(tmp_path):
     log_epochs(tmp_path, 1, 2)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     expected = {"train/loss", "train/grad_norm", "train/lr", "epoch/loss"}
-    expected |= {"train/images_per_s", "train/data_share"}
+    expected |= {"train/images_per_s", "train/data_wait"}
     assert set(events.Tags()["scalars"]) == expected
     assert [picture.step for picture in events.Images("picture")] == [10, 20]
     assert points(tmp_path, "train/loss") == {5: 101, 10: 101, 15: 102, 20: 102}

@@ -104,7 +104,7 @@ def test_the_second_run_measures_everything(tmp_path):
     assert steps == [3, 2, 1, 1]
     for name in ("raw", "repeated_aug"):
         run = found["main"][name]
-        assert run["steps"] > 0 and run["images_per_s"] > 0 and 0 <= run["data_share"] < 1
+        assert run["steps"] > 0 and run["images_per_s"] > 0 and 0 <= run["data_wait"] < 1
         assert "--compile blocks" in " ".join(run["flags"])
     assert "| main_pretrain.py, raw | " in (out / "summary.md").read_text()
     assert "32 files, 5 of them distinct" in done.stdout
@@ -149,7 +149,7 @@ def test_parts_that_fail_or_take_too_long_are_named(tmp_path):
     done = bash("-euo", "pipefail", "-c", LINES, out=tmp_path / "out", QUICK="1")
     assert done.returncode == 1
     assert "fine\n== good: done" in done.stdout and "other: skipped, nobody" in done.stdout
-    failed = ["failed: bad: exit code 3", "failed: endless: stopped after 1 s"]
+    failed = ["failed: bad: exit code 3", "failed: endless: stopped after 4 s"]
     assert done.stdout.splitlines()[-2:] == failed
     assert "| env | not measured |" in done.stdout
 

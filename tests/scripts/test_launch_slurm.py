@@ -298,10 +298,8 @@ def local_job(tmp_path, num_tasks, program, **variables):
 
 
 def test_a_local_job_has_torchrun_s_variables(tmp_path):
-    program = "import os; print({name: os.environ[name] for name in os.environ if name in ("
-    program += (
-        "'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')})"
-    )
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    program = f"import os; print({{name: os.environ[name] for name in {names}}})"
     process = local_job(tmp_path, 2, program)
     assert finish(process) == (0, "", "")
     for rank in range(2):

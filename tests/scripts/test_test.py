@@ -1,5 +1,6 @@
 """scripts/test.sh, with a stand-in for Python."""
 
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -80,3 +81,11 @@ def test_a_stopped_run_leaves_no_process_and_no_folder(script, tmp_path, number)
     assert process.returncode == 128 + number
     wait_until(lambda: not is_running(pid), "the process to end")
     assert list((tmp_path / "temporary").iterdir()) == []
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="the tests run in one process")
+@pytest.mark.xdist_group("together")
+def test_the_tests_of_a_group_run_in_one_worker(request):
+    # pytest-xdist finds the groups by this suffix; without it, each worker makes a group's
+    # expensive fixtures, and two SLURM clusters run at once.
+    assert request.node.nodeid.endswith("@together")

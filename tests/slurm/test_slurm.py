@@ -87,6 +87,7 @@ def cluster(tmp_path_factory):
         "HOST": socket.gethostname().split(".")[0],
         "CONTROLLER_PORT": controller_port,
         "NODE_PORT": node_port,
+        "FIRST_JOB": 16 * controller_port,
     }.items():
         text = text.replace(f"@{name}@", str(value))
     (folder / "slurm.conf").write_text(text)

@@ -35,12 +35,12 @@ class BrokenImages:
 
     Args:
         num_images: size of the dataset.
-        max_share: fraction of the dataset that may be broken, in [0, 1].
+        max_fraction: fraction of the dataset that may be broken, in [0, 1].
     """
 
-    def __init__(self, num_images: int, max_share: float) -> None:
+    def __init__(self, num_images: int, max_fraction: float) -> None:
         self.num_images = num_images
-        self.max_share = max_share
+        self.max_fraction = max_fraction
         self.count = 0  # on this process, since `take_count`
         self.count_elsewhere = 0  # on the other processes, as of the last `check`
         self.reasons: dict[str, str] = {}  # of every distinct file, in the order found
@@ -70,13 +70,13 @@ class BrokenImages:
         self.count_elsewhere = sum(all_gather_objects([self.count])) - self.count
         names = list(self.reasons)
         found = len(names)
-        if found <= self.max_share * self.num_images:
+        if found <= self.max_fraction * self.num_images:
             return
         listed = ", ".join(names[:MAX_LISTED])
         more = f" and {found - MAX_LISTED} more" if found > MAX_LISTED else ""
         raise InputError(
             f"{found} of {self.num_images} images ({found / self.num_images:.2%}) cannot be read, "
-            f"above the limit of {self.max_share:.2%}: repair or remove them, "
+            f"above the limit of {self.max_fraction:.2%}: repair or remove them, "
             f"or raise --max_broken: {listed}{more}"
         )
 

@@ -18,7 +18,7 @@ from util.data.images import IndexedImages
 from util.data.sampler import StepSampler
 from util.data.settings import DataSettings
 from util.data.streams import StreamedImages
-from util.errors import InputError, RunError
+from util.errors import InputError, RunError, counted
 from util.seeding import generator_for
 
 logger = logging.getLogger(__name__)
@@ -153,8 +153,8 @@ def build_train_loader(
     left_out = dataset.num_samples % effective_batch_size
     if dataset.num_samples == left_out:
         raise InputError(
-            f"{dataset.name} has {left_out} images, fewer than the {effective_batch_size} of a "
-            "step: lower --batch_size or --accum_iter"
+            f"{dataset.name} has {counted(left_out, 'image')}, fewer than the "
+            f"{effective_batch_size} of a step: lower --batch_size or --accum_iter"
         )
     logger.info(
         "%s is a stream: a run resumes at the start of an epoch, and every epoch drops the "
@@ -215,10 +215,11 @@ def build_loaders(
         pin_memory=device.type == "cuda",
     )
     logger.info(
-        "%s: %d images%s, %d steps per epoch, %s validation images",
-        *(data.name, loader.sampler.num_samples),
+        "%s: %s%s, %s per epoch, %s",
+        *(data.name, counted(loader.sampler.num_samples, "image")),
         f" x {loader.num_crops} crops" if loader.num_crops > 1 else "",
-        *(loader.steps_per_epoch, len(val_set) if val_set else "no"),
+        counted(loader.steps_per_epoch, "step"),
+        counted(len(val_set), "validation image") if val_set else "no validation images",
     )
     logger.info(
         "effective batch size %d = %d x %d (--accum_iter) x %d (processes)",

@@ -295,7 +295,7 @@ def measure_knn(
     encoder.eval()
     sets = []
     for loader in (train_loader, val_loader):
-        broken = BrokenImages(len(loader.dataset), max_share=1.0)
+        broken = BrokenImages(len(loader.dataset), max_fraction=1.0)
         sets += extract_features(
             encoder.features, loader, device=device, precision=precision, broken=broken
         )

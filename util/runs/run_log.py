@@ -146,14 +146,14 @@ class RunLog:
             return
         now = time.monotonic()
         seconds = max(1e-9, now - self.window_time)
-        images_per_s, data_share = num_images / seconds, data_seconds / seconds
+        images_per_s, data_wait = num_images / seconds, data_seconds / seconds
         seconds_per_step = (now - self.start_time) / max(1, step - self.first_step)
         steps_left = self.num_epochs * self.steps_per_epoch - step
         shown = {
             "loss": f"{stats['loss']:.4f}",
             "lr": f"{lr:.2e}",
             "images/s": f"{images_per_s:.0f}",
-            "waiting for data": f"{data_share:.0%}",
+            "waiting for data": f"{data_wait:.0%}",
             "ETA": str(timedelta(seconds=round(steps_left * seconds_per_step))),
             "memory": f"{peak_memory_gb(self.device):.1f} GiB",
         }
@@ -167,7 +167,7 @@ class RunLog:
                 "epoch %d/%d step %d/%d: %s",
                 *(epoch + 1, self.num_epochs, step_in_epoch, self.steps_per_epoch, text),
             )
-        speed = {"images_per_s": images_per_s, "data_share": data_share}
+        speed = {"images_per_s": images_per_s, "data_wait": data_wait}
         self.log_scalars({**stats, "lr": lr, **speed}, step, "train")
         self.window_step, self.window_time = step, now
 
