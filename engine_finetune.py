@@ -138,8 +138,8 @@ def report(output_dir: Path, title: str) -> None:
     path = last_checkpoint(output_dir, last["epoch"])
     if "val_top1" in last:
         best = max((line for line in log if "val_top1" in line), key=lambda line: line["val_top1"])
-        _logger.info("%s, last epoch, %d: %s", title, last["epoch"], describe(last))
-        _logger.info("%s, best epoch, %d: %s", title, best["epoch"], describe(best))
+        _logger.info("%s, last epoch (%d): %s", title, last["epoch"], describe(last))
+        _logger.info("%s, best epoch (%d): %s", title, best["epoch"], describe(best))
         _logger.info("checkpoint of the best epoch: %s", output_dir / BEST_NAME)
     _logger.info("checkpoint: %s", path)
 

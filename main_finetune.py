@@ -56,7 +56,9 @@ from util.weights.encoder import load_encoder
 
 SETTINGS = (RunSettings, DataSettings, OptimSettings, ComputeSettings)
 SETTINGS += (EncoderSettings, AugmentSettings, MixSettings)
-MEMORY_ADVICE = "lower --batch_size and raise --accum_iter, or use --memory medium or low"
+MEMORY_ADVICE = (
+    "use a lower --batch_size with the same --effective_batch_size, or --memory medium or low"
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -113,7 +115,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--drop_path",
         type=fraction,
-        help="drop path of the last block, rising from 0 (depends on the model's size)",
+        help="drop-path rate of the last block; the rates rise linearly from 0 (depends on the "
+        "model's size)",
     )
     group.add_argument(
         "--ema",
@@ -124,7 +127,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--eval",
         action="store_true",
-        help="only evaluate the classifier in --finetune or --output_dir",
+        help="only evaluate the classifier of --finetune or --resume, else the newest in "
+        "OUTPUT_DIR (off)",
     )
     add_augmentation_args(parser)
     add_mix_args(parser)
@@ -132,7 +136,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for settings in SETTINGS:
         take(settings, args)
     if args.fsdp and args.ema is not None:
-        raise InputError("--ema does not work with --fsdp: leave one of them out")
+        raise InputError("--ema cannot be combined with --fsdp: leave one of them out")
     if args.ema == 1:
         raise InputError("--ema 1 would never update the average: lower it")
     if args.drop_path == 1:
@@ -194,7 +198,7 @@ def evaluate_only(
     transform = eval_transform(*start.input_format, crop_pct)
     val_set = open_val(data, transform, seed=run.seed)
     if val_set is None:
-        raise InputError(f"{data.name} has no validation images: give some with --val_path")
+        raise InputError(f"{data.name} has no validation images: set --val_path")
     num_classes = check_classes(None, val_set, weights.num_classes, weights.classes)
     pool = encoder.pool or weights.pool
     model = build_classifier(

@@ -67,8 +67,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--finetune",
         required=True,
         metavar="PATH",
-        help="weights: a checkpoint of this project, of the released CrossMAE or MAE, or a ViT of "
-        "timm or Hugging Face",
+        help="weights: a checkpoint of this project or of the released CrossMAE or MAE code, or a "
+        "timm or Hugging Face ViT",
     )
     group.add_argument(
         "--untrained",
@@ -101,7 +101,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--logistic",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="logistic regression on all images, slow for large datasets (on)",
+        help="fit a logistic regression on all training images, slow for large datasets (on)",
     )
     group.add_argument(
         "--shots",
@@ -109,7 +109,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="N",
-        help="also logistic regression on N images per class (none)",
+        help="also fit a logistic regression on N training images per class (none)",
     )
     group.add_argument(
         "--num_classes",
@@ -170,8 +170,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, sets in features.items()
     }
     _logger.info(
-        "accuracy in %% on %d images of %s with %d labeled training images, vit_%s, %s pool",
-        *(len(val_set), data.name, len(train_set), start.size, args.pool),
+        "accuracy in %% on %s of %s, with %s: vit_%s, %s pooling",
+        *(counted(len(val_set), "validation image"), data.name),
+        *(counted(len(train_set), "labeled training image"), start.size, args.pool),
     )
     for line in accuracy_table(results):
         _logger.info("%s", line)

@@ -30,7 +30,7 @@ from util.weights.encoder import load_encoder
 
 SETTINGS = (RunSettings, DataSettings, OptimSettings, ComputeSettings, EncoderSettings)
 WARMUP_FRACTION = 1 / 9  # of the epochs: 10 of 90
-MEMORY_ADVICE = "lower --batch_size and raise --accum_iter"
+MEMORY_ADVICE = "use a lower --batch_size with the same --effective_batch_size"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -35,8 +35,8 @@ from util.schedule import plan_learning_rate
 SETTINGS = (RunSettings, DataSettings, OptimSettings, ComputeSettings)
 SETTINGS += (ModelSettings, MaskSettings, MonitorSettings)
 MEMORY_ADVICE = (
-    "lower --batch_size and raise --accum_iter, let --batch_size auto choose both on a GPU, or use "
-    "--memory medium or low"
+    "use a lower --batch_size, or auto on a GPU, with the same --effective_batch_size, or --memory "
+    "medium or low"
 )
 
 _logger = logging.getLogger(__name__)
@@ -64,10 +64,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     network, masks = take(ModelSettings, args), take(MaskSettings, args)
     if args.fsdp and args.batch_size == "auto":
-        raise InputError("--batch_size auto does not work with --fsdp: give a number")
+        raise InputError("--batch_size auto cannot be combined with --fsdp: give a number")
     if network.is_mae and masks.pred_ratio not in (None, masks.mask_ratio):
         raise InputError(
-            f"--pred_ratio {masks.pred_ratio} does not work with {network.model}: MAE's decoder "
+            f"--pred_ratio {masks.pred_ratio} cannot be used with {network.model}: MAE's decoder "
             "predicts all masked patches at once (Sec. 3.3), so leave --pred_ratio out"
         )
     return args

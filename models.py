@@ -152,7 +152,7 @@ def build_model(name: str, options: dict) -> MaskedAutoencoder:
     with as_input_error(f"{name} cannot be built"):
         for option, limit in limits.items():
             if not 1 <= options.get(option, 1) <= limit:
-                raise ValueError(f"{option} must be from 1 to {limit}, not {options[option]}")
+                raise ValueError(f"{option} must be between 1 and {limit}, not {options[option]}")
         model = MODELS[name](**options)
     depth = len(model.encoder.blocks)
     if model.mixer is not None and max(model.mixer.map_ids) < depth:
@@ -208,19 +208,17 @@ def _load_model(content: dict, path: str | Path) -> tuple[MaskedAutoencoder, dic
     else:
         released = content.get("model", content)
         args = vars(content["args"]) if "args" in content else {}
-        found = released_options(released, args)
         mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
         ratio, sampling = 0.75, "random"
-        try:
+        with as_input_error(f"{path} cannot be loaded", InputError, ValueError):
+            found = released_options(released, args)
             size = find_size(found["patch_size"], found["embed_dim"], found["depth"])
-        except ValueError as error:
-            raise InputError(f"{path} cannot be loaded: {error}") from error
+            state = from_released(released)
         name, options = f"{found['kind']}_vit_{size}", found["options"]
-        state = from_released(released)
     with torch.device("meta"):  # a file may claim a model larger than memory
         expected = build_model(name, options).state_dict()
     if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in expected.items()}:
-        raise InputError(f"{path} does not hold the weights of a {name}, which it says it is")
+        raise InputError(f"{path} claims to be a {name}, but its weights are not: use another file")
     model = build_model(name, options)
     model.load_state_dict(state)
     training = {"mean": mean, "std": std, "mask_ratio": ratio, "mask_sampling": sampling}
@@ -297,8 +295,8 @@ def add_encoder_args(parser: argparse.ArgumentParser, *, pool: str) -> None:
     group.add_argument(
         "--finetune",
         metavar="PATH",
-        help="weights to start from: a checkpoint of this project, of the released CrossMAE or "
-        "MAE, or a ViT of timm or Hugging Face (none: train from scratch)",
+        help="weights to start from: a checkpoint of this project or of the released CrossMAE or "
+        "MAE code, or a timm or Hugging Face ViT (none: train from scratch)",
     )
     group.add_argument(
         "--model",

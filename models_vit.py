@@ -61,7 +61,7 @@ def xavier_linear(in_features: int, out_features: int) -> nn.Linear:
 def check_heads(dim: int, num_heads: int) -> None:
     """Raise ValueError if a width cannot be split into this number of heads."""
     if num_heads < 1 or dim % num_heads:
-        raise ValueError(f"{num_heads} attention heads do not divide a width of {dim}")
+        raise ValueError(f"a width of {dim} is not divisible by {num_heads} attention heads")
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -202,7 +202,7 @@ class ViT(nn.Module):
         self.img_size, self.patch_size, self.in_chans = as_pair(img_size), patch_size, in_chans
         height, width = self.img_size
         if height % patch_size or width % patch_size:
-            raise ValueError(f"patches of {patch_size} px do not divide {height} x {width} px")
+            raise ValueError(f"a patch size of {patch_size} does not divide {height} x {width} px")
         self.grid_size = (height // patch_size, width // patch_size)
         self.embed_dim = embed_dim
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)

@@ -32,7 +32,7 @@ from torchvision.transforms import functional
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.benchmark.step import describe_machine
-from util.arguments import Parser, positive_int, process_count
+from util.arguments import Parser, check_output_folders, positive_int, process_count
 from util.data.batch import Sample, collate, denormalize
 from util.data.datasets import build_dataset
 from util.data.images import IndexedImages
@@ -224,14 +224,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="PATH", help="file for all numbers and the machine")
     args = parser.parse_args(argv)
     if args.num_workers and not Path("/proc/self/stat").exists():
-        raise InputError("the CPU time of workers needs /proc, not found: use --num_workers 0")
+        raise InputError(
+            "/proc, which has the CPU time of workers, was not found: use --num_workers 0"
+        )
     if args.batch_size % REPEATED_AUG:
         raise InputError(
-            f"--batch_size {args.batch_size} must be a multiple of {REPEATED_AUG}, the number of "
-            "crops per image with --repeated_aug"
+            f"--batch_size {args.batch_size} must be a multiple of {REPEATED_AUG}, because one of "
+            "the loaders takes as many crops per image"
         )
-    if args.json and not Path(args.json).resolve().parent.is_dir():
-        raise InputError(f"cannot write --json {args.json}: its folder does not exist")
+    check_output_folders(args.json and Path(args.json).resolve())
     return args
 
 
@@ -245,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if isinstance(images.reader[0][0], np.ndarray):
         raise InputError(
             f"--data_path {args.data_path} contains decoded pixels, which the reference cannot "
-            "read: set it to the image files, and pass these with --also"
+            "read: set --data_path to the original files, and pass these with --also"
         )
     repeated = open_images(args.data_path, size, num_crops=REPEATED_AUG)
     loaders = {
@@ -262,7 +263,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not difference < MAX_DIFFERENCE:
         raise RunError(
             f"the mean difference of the same crops is {difference:.3f} of 255, not below "
-            f"{MAX_DIFFERENCE}: this project reads other pixels than Pillow and torchvision v1"
+            f"{MAX_DIFFERENCE}: this project does not read the same pixels as Pillow and "
+            "torchvision v1"
         )
     content = {
         "machine": describe_machine(torch.device("cpu")),

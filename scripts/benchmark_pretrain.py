@@ -45,7 +45,7 @@ from util.arguments import Parser, check_output_folders, natural_int, positive_i
 from util.compute.compiling import COMPILE_MODES, RECOMPILE_LIMIT, compile_model
 from util.compute.precision import AMP_DTYPES, ATTENTION_BACKENDS, Precision
 from util.compute.recompute import MEMORY_MODES, set_memory
-from util.errors import InputError
+from util.errors import InputError, counted
 from util.flops import ForwardFlops, crossmae_decoder_flops, encoder_flops, mae_decoder_flops
 from util.masking import TokenCounts, count_tokens, random_split
 from util.optim import build_adamw, set_lr
@@ -262,7 +262,9 @@ def check_args(args: argparse.Namespace) -> None:
     for package, needed in {"matplotlib": args.plot, "transformers": is_hf}.items():
         if needed and importlib.util.find_spec(package) is None:
             flag = "--plot" if package == "matplotlib" else "--models hf_..."
-            raise InputError(f"{flag} needs {package}: pip install {package}, or leave it out")
+            raise InputError(
+                f"{flag} needs {package}: install it (pip install {package}), or leave {flag} out"
+            )
 
 
 def chosen_preset(args: argparse.Namespace) -> str | None:
@@ -312,7 +314,8 @@ def list_configs(args: argparse.Namespace, device: torch.device) -> list[Config]
         patch_size = SIZES[configs[-1].size].patch_size
         if pixels % patch_size:
             raise InputError(
-                f"--input_sizes {pixels} must be a multiple of {name}'s patch size, {patch_size}"
+                f"--input_sizes {pixels} is not a multiple of {name}'s patch size, {patch_size}: "
+                "change it"
             )
         configs[-1].count_tokens()
     return list(dict.fromkeys(configs))  # without duplicates among MAE's and transformers' rows
@@ -493,8 +496,8 @@ def measure(
 def title(config: Config) -> str:
     """Describe a row."""
     return (
-        f"{config.model} {config.label}, {config.input_size} px, {config.batch_size} images, "
-        f"{config.dtype}, memory {config.memory}"
+        f"{config.model} {config.label}, {config.input_size} px, "
+        f"{counted(config.batch_size, 'image')}, {config.dtype}, memory {config.memory}"
     )
 
 
@@ -504,8 +507,8 @@ def print_notes(args: argparse.Namespace, content: dict) -> None:
     matmuls = ", ".join(f"{rate:.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items())
     print(
         f"\n{machine['gpu'] or machine['cpu']}, time in {machine['clock']}, medians of "
-        f"{args.rounds} rounds. Utilization is 3 x forward FLOPs relative to a large square matrix "
-        f"product, measured here: {matmuls}."
+        f"{counted(args.rounds, 'round')}. Utilization is 3 x forward FLOPs relative to a large "
+        f"square matrix product, measured here: {matmuls}."
     )
     if preset := chosen_preset(args):
         print(f"The paper: {PRESETS[preset][1]}")

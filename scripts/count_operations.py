@@ -35,6 +35,7 @@ from util.arguments import Parser, check_output_folders, positive_int, ratio
 from util.compute.precision import Precision
 from util.compute.recompute import MEMORY_MODES, set_memory
 from util.data.batch import Batch, Normalization
+from util.errors import counted
 from util.masking import Masking, MaskSettings
 from util.optim import build_adamw
 from util.runs.run import run_main, start_logging, versions, write_json
@@ -267,7 +268,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             counter = count_step(name, memory=memory, **step)
             rows, peak = rows_of(counter), counter.peak / GIB
             steps.append({"model": name, "memory": memory, "peak_gib": peak, "rows": rows})
-            print(f"\n{name}, --memory {memory}, {args.batch_size} images: peak {peak:.3g} GiB\n")
+            images = counted(args.batch_size, "image")
+            print(f"\n{name}, --memory {memory}, {images}: peak {peak:.3g} GiB\n")
             titles = ["what", "operations", "GB read and written", "TFLOP"]
             print(markdown(titles, [[value or "" for value in row.values()] for row in rows]))
     if args.json:

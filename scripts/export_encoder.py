@@ -191,7 +191,7 @@ def read_mae(checkpoint: Path, weights: EncoderWeights) -> tuple[MaskedAutoencod
             reason = "ViTMAE takes square images only"
         else:
             return model, training
-    _logger.info("exported only the encoder, as ViTModel: %s", reason)
+    _logger.info("exporting only the encoder, as ViTModel: %s", reason)
     return None
 
 

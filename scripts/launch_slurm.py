@@ -58,8 +58,8 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--cluster",
         choices=("auto", "slurm", "local", "debug"),
         default="auto",
-        help="local: this machine, in the background; debug: this process; auto: slurm if there is "
-        "sbatch, else local (%(default)s)",
+        help="local: this machine, in the background; debug: this process; auto: slurm if sbatch "
+        "is found, else local (%(default)s)",
     )
     parser.add_argument("--nodes", type=positive_int, default=1, help="(%(default)s)")
     parser.add_argument(
@@ -70,7 +70,8 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--tasks_per_node", type=positive_int, help="processes on the CPU (1)")
     parser.add_argument(
         "--job_dir",
-        help="folder for logs; %%j in it becomes the job's number (the main's OUTPUT_DIR/jobs)",
+        help="folder for logs; %%j in it is replaced by the job's number (the main's "
+        "OUTPUT_DIR/jobs)",
     )
     group = parser.add_argument_group(
         "sbatch", "any other flag --X=Y of sbatch is given as --slurm_X=Y"
@@ -209,8 +210,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     job_dir = Path(args.job_dir or Path(main_args.output_dir, "jobs")).absolute()
     check_machine(args, job_dir)
     if args.cluster != "slurm" and args.sbatch:
-        unused = ", ".join(f"--{name}" for name in args.sbatch)
-        print(f"ignored, because they are sbatch's: {unused}")
+        prefixes = {name: "" if name in SBATCH_FLAGS else "slurm_" for name in args.sbatch}
+        unused = ", ".join(f"--{prefix}{name}" for name, prefix in prefixes.items())
+        print(f"ignored without SLURM: {unused}")
 
     words = [sys.executable, "-u", str(ROOT / f"main_{args.main}.py"), *main_argv]
     num_tasks = args.tasks_per_node or args.gpus_per_node or 1

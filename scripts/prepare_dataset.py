@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from util.arguments import Parser, natural_float, positive_int, process_count
+from util.arguments import Parser, integer, natural_float, positive_int, process_count
 from util.data.broken_images import BrokenImages, reason_of
 from util.data.datasets import build_dataset
 from util.data.decode import to_rgb
@@ -136,9 +136,9 @@ def write_tar(path: Path, images: Iterable[tuple[str, bytes]]) -> None:
 
 def jpeg_quality(text: str) -> int:
     """Parse a JPEG quality."""
-    value = int(text)
+    value = integer(text)
     if not 1 <= value <= 100:
-        raise ArgumentTypeError(f"must lie between 1 and 100, not {text}")
+        raise ArgumentTypeError(f"must be between 1 and 100, not {text}")
     return value
 
 
@@ -240,7 +240,7 @@ def verify(folder: Path) -> None:
     if differing or RECORD not in expected:
         names = ", ".join(differing) or CHECKSUMS
         raise RunError(f"{folder} is damaged in {names}: prepare or copy it again")
-    _logger.info("%s: all %d files match their checksums", folder, len(found))
+    _logger.info("%s: %s checked against the checksums", folder, counted(len(found), "file"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -283,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_workers=args.num_workers,
         max_broken=args.max_broken,
     )
-    write_new(Path(args.output_dir), write)
+    write_new(Path(args.output_dir), write, flag="--output_dir")
     _logger.info("wrote %s: train on it with --data_path %s", args.output_dir, args.output_dir)
 
 

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", required=True, nargs="+", help="image files or folders")
     parser.add_argument("--output", required=True, help="output file, such as figure.png")
     parser.add_argument(
-        "--num_images", type=positive_int, default=8, help="maximum number (%(default)s)"
+        "--num_images", type=positive_int, default=8, help="maximum number of images (%(default)s)"
     )
     parser.add_argument(
         "--mask_ratio", type=ratio, help="fraction of patches that is masked (as trained)"
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         Image.fromarray(figure).save(args.output)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot write --output {args.output}: {error}") from error
-    _logger.info("%s: %s", counted(len(files), "image"), args.output)
+    _logger.info("wrote %s with %s", args.output, counted(len(files), "image"))
 
 
 if __name__ == "__main__":

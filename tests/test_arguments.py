@@ -33,7 +33,7 @@ KINDS = {
     ),
     fraction: (
         {"0": 0.0, "1": 1.0, "0.5": 0.5},
-        dict.fromkeys(["-0.1", "1.1", "nan", "inf"], "must be from 0 to 1, not "),
+        dict.fromkeys(["-0.1", "1.1", "nan", "inf"], "must be between 0 and 1, not "),
     ),
     positive_int: (
         {"1": 1, str(MAX_COUNT): MAX_COUNT},
@@ -111,7 +111,9 @@ def test_a_value_out_of_range_is_refused_with_the_range(kind, text, words):
 @pytest.mark.parametrize("kind", KINDS, ids=named)
 def test_what_is_not_a_number_is_refused(kind):
     for text in ("lots", "", "1,5"):
-        with pytest.raises(ValueError):
+        with pytest.raises(
+            argparse.ArgumentTypeError, match=f"must be a (whole )?number, not {text}"
+        ):
             kind(text)
 
 

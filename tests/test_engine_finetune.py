@@ -510,8 +510,8 @@ def test_a_finished_run_says_what_it_reached(tmp_path, caplog):
     with caplog.at_level("INFO"):
         report(tmp_path, "fine-tuning")
     assert [record.getMessage() for record in caplog.records] == [
-        f"fine-tuning, last epoch, 4: {describe(lines[3])}",
-        f"fine-tuning, best epoch, 2: {describe(lines[1])}",
+        f"fine-tuning, last epoch (4): {describe(lines[3])}",
+        f"fine-tuning, best epoch (2): {describe(lines[1])}",
         f"checkpoint of the best epoch: {tmp_path / BEST_NAME}",
         f"checkpoint: {tmp_path / 'checkpoint-e0004-s000000.pth'}",
     ]
@@ -555,9 +555,9 @@ def test_resuming_from_the_best_epoch_is_refused(tmp_path):
         continue_run(state, path, read_checkpoint(path, "finetune"), record)
 
 
-@pytest.mark.parametrize("label", [3, -1])
-def test_a_val_label_that_is_no_class_is_refused(label):
+@pytest.mark.parametrize(("label", "words"), [(3, "label 3"), (-1, "an image has no label")])
+def test_a_val_label_that_is_no_class_is_refused(label, words):
     batches, _, _ = logits_in_batches(8, 3)
     batches[1].labels[0] = label
-    with pytest.raises(InputError, match=f"label {label}"):
+    with pytest.raises(InputError, match=words):
         measure(torch.nn.Flatten(), batches)

@@ -90,8 +90,11 @@ def released_like():
 WRITERS = {"released.pth": released_like, "timm.pth": timm_nano}
 SAID = {
     "pretrained": ("the pre-training checkpoint of this project", "fc_norm.weight, fc_norm.bias"),
-    "released.pth": ("the released or timm weights", "left out: norm.weight, norm.bias"),
-    "timm.pth": ("the released or timm weights", "left out: norm.weight, norm.bias, head.weight"),
+    "released.pth": ("the released or timm checkpoint", "not used here: norm.weight, norm.bias"),
+    "timm.pth": (
+        "the released or timm checkpoint",
+        "not used here: norm.weight, norm.bias, head.weight",
+    ),
 }
 
 
@@ -113,15 +116,15 @@ def test_a_run_starts_from_the_weights_of_a_file_and_says_what_is_new(
     out = capsys.readouterr().out
     assert all(words in out for words in SAID[source])
     assert f"loaded {len(weights.encoder)} tensors from " in out
-    assert "new: fc_norm.weight, fc_norm.bias, head.weight, head.bias" in out
-    assert "fine-tuning, last epoch, 1: top-1" in out
+    assert "newly initialized: fc_norm.weight, fc_norm.bias, head.weight, head.bias" in out
+    assert "fine-tuning, last epoch (1): top-1" in out
 
 
 def test_the_norm_of_the_file_is_taken_where_its_pooling_is(tmp_path, images, capsys):
     torch.save(released_like(), tmp_path / "released.pth")
     argv = [*QUICK, "--finetune", tmp_path / "released.pth", "--data_path", images, "--epochs", 1]
     finetune(*argv, "--pool", "cls", "--output_dir", tmp_path / "run")
-    assert "new: head.weight, head.bias\n" in capsys.readouterr().out
+    assert "newly initialized: head.weight, head.bias\n" in capsys.readouterr().out
     assert last_checkpoint(tmp_path / "run")["model_options"]["pool"] == "cls"
 
 
@@ -168,9 +171,9 @@ def test_weights_of_no_known_size_are_refused(tmp_path, images, capsys, changes,
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"embed_dim": 48}, "a width of 32 but the model a width of 48"),
-        ({"patch_size": 8}, "patches of 4 px but the model patches of 8 px"),
-        ({"depth": 3}, "2 blocks but the model 3 blocks"),
+        ({"embed_dim": 48}, "a width of 32, but the model has a width of 48"),
+        ({"patch_size": 8}, "patches of 4 px, but the model has patches of 8 px"),
+        ({"depth": 3}, "2 blocks, but the model has 3 blocks"),
     ],
 )
 def test_a_model_that_contradicts_the_file_is_refused_by_name(
@@ -187,8 +190,8 @@ def test_a_fine_tuned_classifier_can_be_fine_tuned_with_a_new_head(tmp_path, fin
     argv = [*QUICK, *PLAIN, "--finetune", finished[0] / BEST_NAME, "--dataset", "digits"]
     finetune(*argv, "--batch_size", 256, "--epochs", 1, "--output_dir", tmp_path)
     out = capsys.readouterr().out
-    assert "new: head.weight, head.bias\n" in out
-    assert "left out: head.weight, head.bias\n" in out
+    assert "newly initialized: head.weight, head.bias\n" in out
+    assert "not used here: head.weight, head.bias\n" in out
     assert last_checkpoint(tmp_path)["model_options"]["num_classes"] == 10
     assert read_log(tmp_path)[-1]["val_images"] == 360
 
@@ -293,7 +296,7 @@ def test_each_epoch_is_measured_and_last_and_best_are_told_apart(tmp_path, finis
     best = max(log, key=lambda line: line["val_top1"])
     for name, line in {"last": log[-1], "best": best}.items():
         numbers = f"top-1 {line['val_top1']:.2f}%, top-5 100.00%, loss {line['val_loss']:.4f}"
-        assert f"fine-tuning, {name} epoch, {line['epoch']}: {numbers} over 12 images" in out
+        assert f"fine-tuning, {name} epoch ({line['epoch']}): {numbers} over 12 images" in out
     assert f"checkpoint of the best epoch: {folder}/checkpoint-best.pth" in out
     assert out.endswith(f"checkpoint: {folder}/checkpoint-e0003-s000000.pth\n")
     progress = read_checkpoint(folder / BEST_NAME, "finetune")["progress"]
@@ -323,14 +326,14 @@ def test_digits_from_scratch(tmp_path, capsys):
     assert log[-1]["val_top1"] < log[-1]["val_top5"]
     out = capsys.readouterr().out
     assert "digits: 1437 images, 23 steps per epoch, 360 validation images" in out
-    assert "training from scratch, last epoch, 2" in out
+    assert "training from scratch, last epoch (2)" in out
 
 
 def test_val_images_may_come_later(tmp_path, images, capsys):
     argv = [*SCRATCH, "--data_path", images / "train", "--output_dir", tmp_path]
     finetune(*argv, "--epochs", 1)
     finetune(*argv, "--val_path", images / "val")
-    assert "best epoch, 2: top-1" in capsys.readouterr().out
+    assert "best epoch (2): top-1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -383,7 +386,7 @@ def test_a_longer_run_goes_on_with_a_warning_and_the_best_so_far(tmp_path, finis
     progress = last_checkpoint(before)["progress"]
     finetune(*argv, "--epochs", 4, "--lr", 0.01, "--output_dir", folder)
     out = capsys.readouterr().out
-    assert "--epochs increased from 3 to 4: from epoch 3 on" in out
+    assert "--epochs increased from 3 to 4: from epoch 4 on" in out
     assert "continuing with a change: lr was 0.001 and is now 0.01" in out
     log = read_log(folder)
     assert log[:3] == read_log(before)
@@ -537,9 +540,9 @@ UNFIT = {
     "--output_dir RUN --num_classes 2": "has a head of 3 classes: correct --num_classes 2",
     "--output_dir RUN --num_classes 5": "has a head of 3 classes: correct --num_classes 5",
     "--output_dir RUN --attention_backend cudnn": "--attention_backend cudnn cannot run this",
-    "--output_dir RUN --pool cls": "with --pool cls the head cannot be used",
-    "--output_dir RUN --input_size 18": "patches of 4 px do not divide 18 x 18 px",
-    "--output_dir RUN --model vit_tiny_patch16": "but the model patches of 16 px",
+    "--output_dir RUN --pool cls": "which --pool cls needs: leave out --pool",
+    "--output_dir RUN --input_size 18": "a patch size of 4 does not divide 18 x 18 px",
+    "--output_dir RUN --model vit_tiny_patch16": "but the model has patches of 16 px",
     "--finetune PRETRAINED --resume PRETRAINED": "leave --finetune or --resume out",
     "--output_dir PRETRAINING": "is not a fine-tuning checkpoint of this project",
 }
@@ -597,18 +600,18 @@ def test_two_processes_equal_one(tmp_path, images, pretrained):
 
 
 REFUSED = {
-    "--finetune EMPTY": "has no model.safetensors or pytorch_model.bin",
-    "--model vit_tiny_patch16 --input_size 20": "patches of 16 px do not divide 20 x 20 px",
-    "--nb_classes 4": "a head of 4 classes does not fit the 3 of the training images",
+    "--finetune EMPTY": "model.safetensors or pytorch_model.bin not found in",
+    "--model vit_tiny_patch16 --input_size 20": "a patch size of 16 does not divide 20 x 20 px",
+    "--nb_classes 4": "a head of 4 classes does not match the 3 of the training images",
     "--ema 1": "--ema 1 would never update",
     "--data_path IMAGES/train/cup": "no labels",
     "--drop_path 1": "--drop_path 1 would skip the last block",
     "--drop_path -0.1": "--drop_path",
-    "--smoothing 1": "--smoothing must be below 1",
+    "--smoothing 1": "--smoothing 1 would erase the labels",
     "--mixup_mode image": "invalid choice: 'image'",
     "--auto_augment random": "unknown --auto_augment 'random'",
     "--remode noise": "invalid choice: 'noise'",
-    "--crop_pct 0": "must lie between 0.1 and 1, not 0",
+    "--crop_pct 0": "must be between 0.1 and 1, not 0",
 }
 
 
@@ -655,7 +658,7 @@ def test_a_stopped_stream_starts_its_epoch_again(tmp_path, capsys, monkeypatch):
     argv = [*stream(tmp_path, "--num_classes", 3), *EACH_STEP]
     run_until(6, monkeypatch, *argv, main=main_finetune.main)
     finetune(*argv)
-    assert "the weights keep the 2 steps done in epoch 2" in capsys.readouterr().out
+    assert "the weights keep 2 steps of epoch 2" in capsys.readouterr().out
     assert [line["step"] for line in read_log(tmp_path / "run")] == [3, 6]
 
 

@@ -77,7 +77,7 @@ def test_digits_from_start_to_end(tmp_path, weights, capsys):
     for line, row in zip(lines[header + 1 : header + 5], rows, strict=True):
         numbers = [f"{column[row]:.2f}" for column in report["results"].values()]
         assert re.fullmatch(rf"{row} +{numbers[0]} +{numbers[1]}", line)
-    assert "5000 neighbors reduced to all 1437" in out
+    assert "k = 5000 reduced to 1437" in out
 
 
 @pytest.mark.parametrize("pool", ["avg", "cls"])
@@ -143,7 +143,7 @@ REFUSED = {
     "--val_path OTHER": "dog",
     "--data_path UNSORTED --val_path IMAGES/val": "no labels",
     "--dataset wds/a.tar --num_samples 9": "stream",
-    "--crop_pct 0": "must lie between 0.1 and 1, not 0",
+    "--crop_pct 0": "must be between 0.1 and 1, not 0",
     "--crop_pct 2": "--crop_pct",
 }
 

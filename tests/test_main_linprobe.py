@@ -79,12 +79,12 @@ def test_the_backbone_stays_bit_for_bit_that_of_the_file(
     if kind == "mae" and norm == "norm":
         assert_identical({name: model[name] for name in content.head_state}, content.head_state)
         assert not torch.equal(model["norm.bias"], torch.zeros(32))  # pre-training moved it
-        assert "new: head.weight, head.bias" in out
+        assert "newly initialized: head.weight, head.bias" in out
     else:
         assert torch.equal(model[f"{norm}.weight"], torch.ones(32))
         assert torch.equal(model[f"{norm}.bias"], torch.zeros(32))
-        assert f"new: {norm}.weight, {norm}.bias, head.weight, head.bias" in out
-    assert ("left out: norm.weight, norm.bias" in out) == (kind == "mae" and pool == "avg")
+        assert f"newly initialized: {norm}.weight, {norm}.bias, head.weight, head.bias" in out
+    assert ("not used here: norm.weight, norm.bias" in out) == (kind == "mae" and pool == "avg")
     assert model["head.1.bias"].abs().min() > 0
     assert model["head.0.num_batches_tracked"] == 10
     # Matrix and bias of the head have a momentum, and nothing else.
@@ -92,7 +92,7 @@ def test_the_backbone_stays_bit_for_bit_that_of_the_file(
 
     assert checkpoint["model_options"]["pool"] == (pool or "cls")
     assert f", pool {pool or 'cls'}, " in out
-    assert f"linear probe, pool {pool or 'cls'}, last epoch, 2: top-1" in out
+    assert f"linear probe, pool {pool or 'cls'}, last epoch (2): top-1" in out
 
 
 def test_the_checkpoint_measures_as_logged(finished, images):
@@ -149,7 +149,7 @@ def test_digits_are_learned_better_than_by_chance(tmp_path, capsys):
     assert last["val_images"] == 360
     assert last["val_top1"] > 20  # 10 by chance
     assert last["val_top1"] < last["val_top5"]
-    assert "linear probe, pool avg, last epoch, 2: top-1" in capsys.readouterr().out
+    assert "linear probe, pool avg, last epoch (2): top-1" in capsys.readouterr().out
 
 
 def test_one_image_left_over_is_trained_on(tmp_path, images, weights):
@@ -227,10 +227,10 @@ def test_two_processes_leave_one_whole_checkpoint(tmp_path, images, weights):
 
 
 REFUSED = {
-    "--model vit_tiny_patch16": "patches of 4 px but the model patches of 16 px",
-    "--num_classes 4": "a head of 4 classes does not fit the 3 of the training images",
+    "--model vit_tiny_patch16": "patches of 4 px, but the model has patches of 16 px",
+    "--num_classes 4": "a head of 4 classes does not match the 3 of the training images",
     "--data_path OTHER/cup": "no labels",
-    "--crop_pct 2": "must lie between 0.1 and 1, not 2",
+    "--crop_pct 2": "must be between 0.1 and 1, not 2",
     "--mixup 0.8": "--mixup",
     "--eval": "--eval",
 }

@@ -175,7 +175,7 @@ def test_a_run_shows_whether_it_learns_by_nearest_neighbors(tmp_path, capsys, mo
             None,
             pytest.approx(points[2].value),
         ]
-    assert "untrained encoder: accuracy on validation images 10-NN" in capsys.readouterr().out
+    assert "untrained encoder: 10-NN" in capsys.readouterr().out
 
     # The same as main_knn.py measures on the checkpoint.
     argv = ["--finetune", list_checkpoints(tmp_path)[-1], "--dataset", "digits", "--no-logistic"]
@@ -389,9 +389,9 @@ def test_a_path_elsewhere_starts_a_run_and_its_own_checkpoints_continue_it(
     argv += ["--output_dir", tmp_path]
     before = files_in(folder)
     run_until(13, monkeypatch, *argv)
-    assert f"continuing {folder}/" in capsys.readouterr().out
+    assert f"continuing from {folder}/" in capsys.readouterr().out
     run(*argv)
-    assert f"continuing {tmp_path}/checkpoint-e0002-s000002.pth" in capsys.readouterr().out
+    assert f"continuing from {tmp_path}/checkpoint-e0002-s000002.pth" in capsys.readouterr().out
     progress = last_checkpoint(tmp_path)["progress"]
     assert progress == {"epoch": 3, "step_in_epoch": 0, "step": 15, "best": None}
     assert files_in(folder) == before
@@ -418,7 +418,7 @@ def test_changes_of_the_recipe_are_named_and_take_effect(tmp_path, finished, cap
         (["--mask_ratio", "0.5"], "--mask_ratio was 0.75 and is now 0.5"),
         (["--pred_ratio", "0.25"], "--pred_ratio was 0.75 and is now 0.25"),
         (["--mask_sampling", "grid"], "--mask_sampling was 'random' and is now 'grid'"),
-        (["--batch_size", "2"], "arguments (--effective_batch_size 8 works with any number"),
+        (["--batch_size", "2"], "settings (--effective_batch_size 8 works with any number"),
         (["--feature_maps", "last"], "--feature_maps was None and is now 'last'"),
         (["--no-norm_pix_loss"], "--norm_pix_loss was True and is now False"),
     ],
@@ -458,7 +458,7 @@ def test_damaged_checkpoints_alone_are_refused(tmp_path, finished, capsys, nano)
     for path in list_checkpoints(folder):
         path.write_bytes(path.read_bytes()[:-1000])
     sentence = refusal(capsys, *argv, "--output_dir", folder)
-    assert "none of the 2 checkpoints" in sentence
+    assert "can be read (2 tried)" in sentence
 
 
 # What goes wrong on the way
@@ -562,21 +562,21 @@ REFUSED = {
     "--pred_ratio 0.01": "predicts none of 16 patches",
     "--model mae_vit_tiny_patch4 --pred_ratio 0.25": "MAE's decoder predicts all masked patches",
     "--model mae_vit_tiny_patch4 --decoder_self_attention": "--decoder_self_attention",
-    "--mask_sampling grid --mask_ratio 0.6": "grid masking masks exactly 0.75",
+    "--mask_sampling grid --mask_ratio 0.6": "--mask_sampling grid needs --mask_ratio 0.75",
     "--mask_sampling grid --input_size 20": "even number of patches",
     "--feature_maps some": "must be all, last or indices",
     "--feature_maps 1,13": "not [1, 13]",
     "--feature_maps 3,3,12": "not [3, 3, 12]",
     "--feature_maps 0,6": "--feature_maps without 12, the last block's",
     "--model mae_vit_tiny_patch4 --feature_maps 0,6": "--feature_maps without 12",
-    "--decoder_num_heads 3": "3 attention heads do not divide a width of 128",
+    "--decoder_num_heads 3": "a width of 128 is not divisible by 3 attention heads",
     "--decoder_embed_dim 30 --decoder_num_heads 3": "30",
     "--val_path nowhere": "nowhere does not exist",
     "--repeated_aug 3": "--batch_size 8 must be a multiple of --repeated_aug 3",
     "--decode gpu --device cpu": "--decode gpu needs a CUDA device, but this run is on cpu",
     "--decode both": "invalid choice: 'both'",
-    "--decoder_depth 2000": "decoder_depth must be from 1 to 1000, not 2000",
-    "--decoder_embed_dim 20000": "decoder_embed_dim must be from 1 to 16384, not 20000",
+    "--decoder_depth 2000": "decoder_depth must be between 1 and 1000, not 2000",
+    "--decoder_embed_dim 20000": "decoder_embed_dim must be between 1 and 16384, not 20000",
 }
 
 
@@ -593,7 +593,7 @@ def test_wrong_input_is_refused_in_one_sentence_and_nothing_is_written(
 
 def test_validation_images_alone_are_refused(tmp_path, images, capsys):
     argv = [*TINY, "--val_path", images, "--output_dir", tmp_path / "run"]
-    assert "name the training images with --data_path" in refusal(capsys, *argv)
+    assert "give the training images with --data_path" in refusal(capsys, *argv)
     assert not (tmp_path / "run").exists()
 
 
@@ -619,7 +619,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_does_not(
     )
     argv = [*TINY, "--data_path", images, "--output_dir", tmp_path / "run"]
     sentence = refusal(capsys, *argv, "--resume", path)
-    assert "is refused" in sentence
+    assert "refusing to load" in sentence
     assert not marker.exists()
     assert not (tmp_path / "run").exists()
 

@@ -149,7 +149,7 @@ def test_a_longer_run_continues_with_a_warning(tmp_path, finished, capsys, name)
     before, argv = finished
     folder = copied(before, tmp_path / "longer")
     run(*argv, "--epochs", 3, "--output_dir", folder, main=MAINS[name].main)
-    assert "--epochs increased from 2 to 3: from epoch 2 on" in capsys.readouterr().out
+    assert "--epochs increased from 2 to 3: from epoch 3 on" in capsys.readouterr().out
     assert [line["epoch"] for line in read_log(folder)] == [1, 2, 3]
     assert read_log(folder)[:2] == read_log(before)
 
@@ -254,7 +254,7 @@ REFUSED = {
     "--data_path EMPTY": "EMPTY",
     "--dataset imagenet": "unknown --dataset imagenet",
     "--num_samples 10": "--num_samples is for streams",
-    "--input_size 18": "patches of 4 px do not divide 18 x 18 px",
+    "--input_size 18": "a patch size of 4 does not divide 18 x 18 px",
     "--input_size 16 16 16": "--input_size takes one side, or a height and a width",
     "--std 0 1 1": "--std must be above 0",
     "--std nan 1 1": "--std",

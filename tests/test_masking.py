@@ -77,7 +77,7 @@ def test_counts_are_exact_at_every_whole_percentage(num_patches):
 
 @pytest.mark.parametrize("mask_ratio", [0, 1, -0.1, 1.5, math.nan])
 def test_mask_ratio_out_of_range_is_refused(mask_ratio):
-    with pytest.raises(InputError, match="mask ratio must lie strictly between 0 and 1"):
+    with pytest.raises(InputError, match="mask ratio must be strictly between 0 and 1"):
         count_tokens(196, mask_ratio, None)
 
 
@@ -171,7 +171,11 @@ def test_grid_never_predicts_a_visible_patch_however_high_the_noise():
 
 @pytest.mark.parametrize(
     ("grid_size", "mask_ratio", "message"),
-    [((14, 14), 0.65, "exactly 0.75"), ((7, 14), 0.75, "7 x 14"), ((14, 7), 0.75, "14 x 7")],
+    [
+        ((14, 14), 0.65, "--mask_ratio 0.75"),
+        ((7, 14), 0.75, "7 x 14"),
+        ((14, 7), 0.75, "14 x 7"),
+    ],
 )
 def test_grids_that_cannot_work_are_refused(grid_size, mask_ratio, message):
     check_grid((14, 14), 0.75)

@@ -248,7 +248,7 @@ def test_images_of_another_size_are_refused(size):
 
 
 def test_patches_must_divide_the_image():
-    with pytest.raises(ValueError, match="16 px do not divide 224 x 230 px"):
+    with pytest.raises(ValueError, match="16 does not divide 224 x 230 px"):
         build_crossmae(ModelSize(16, 16, 1, 2), img_size=(224, 230))
 
 

@@ -37,25 +37,41 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
+def number(text: str) -> float:
+    """A number, which may be infinite or NaN."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a number, not {text}") from error
+
+
+def integer(text: str) -> int:
+    """A whole number."""
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text}") from error
+
+
 def ratio(text: str) -> float:
     """A number strictly between 0 and 1."""
-    value = float(text)
+    value = number(text)
     if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must lie strictly between 0 and 1, not {text}")
+        raise argparse.ArgumentTypeError(f"must be strictly between 0 and 1, not {text}")
     return value
 
 
 def fraction(text: str) -> float:
     """A number from 0 to 1."""
-    value = float(text)
+    value = number(text)
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text}")
     return value
 
 
 def whole_number(text: str, limit: int) -> int:
     """An integer from 0 to a limit."""
-    value = int(text)
+    value = integer(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
     if value > limit:
@@ -65,7 +81,7 @@ def whole_number(text: str, limit: int) -> int:
 
 def positive_int(text: str) -> int:
     """An integer from 1 to MAX_COUNT."""
-    if int(text) < 1:
+    if integer(text) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
     return whole_number(text, MAX_COUNT)
 
@@ -87,7 +103,7 @@ def seed_number(text: str) -> int:
 
 def finite_float(text: str) -> float:
     """A finite number."""
-    value = float(text)
+    value = number(text)
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"must be finite, not {text}")
     return value
@@ -128,4 +144,6 @@ def check_output_folders(*paths: Path | None) -> None:
     """Check that output files can be written, before hours of measuring; None is skipped."""
     for path in filter(None, paths):
         if not path.parent.is_dir():
-            raise InputError(f"the folder of {path} does not exist: create it first")
+            raise InputError(
+                f"{path.parent} does not exist: create it, or choose another path for {path.name}"
+            )

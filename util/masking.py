@@ -52,7 +52,7 @@ def count_tokens(num_patches: int, mask_ratio: float, pred_ratio: float | None) 
         InputError: a ratio is out of range or leaves no patch visible or predicted.
     """
     if not 0 < mask_ratio < 1:
-        raise InputError(f"the mask ratio must lie strictly between 0 and 1, not {mask_ratio}")
+        raise InputError(f"the mask ratio must be strictly between 0 and 1, not {mask_ratio}")
     if pred_ratio is not None and not 0 < pred_ratio <= mask_ratio:
         raise InputError(
             f"the prediction ratio must be above 0 and at most the mask ratio {mask_ratio}, "
@@ -104,11 +104,13 @@ def grid_split(noise: Tensor, counts: TokenCounts, grid_size: tuple[int, int]) -
 def check_grid(grid_size: tuple[int, int], mask_ratio: float) -> None:
     """Raise InputError unless grid masking, which masks three of every four patches, can work."""
     if mask_ratio != 0.75:
-        raise InputError(f"grid masking masks exactly 0.75 of the patches, not {mask_ratio}")
+        raise InputError(
+            f"--mask_sampling grid needs --mask_ratio 0.75, not {mask_ratio}: change one of them"
+        )
     if grid_size[0] % 2 or grid_size[1] % 2:
         raise InputError(
             f"grid masking needs an even number of patches in both directions, not "
-            f"{grid_size[0]} x {grid_size[1]}: change --input_size or use random masking"
+            f"{grid_size[0]} x {grid_size[1]}: change --input_size, or use --mask_sampling random"
         )
 
 
@@ -151,8 +153,8 @@ class MaskSettings:
     def __post_init__(self) -> None:
         if self.pred_ratio is not None and self.pred_ratio > self.mask_ratio:
             raise InputError(
-                f"--pred_ratio {self.pred_ratio} is above --mask_ratio {self.mask_ratio}: only "
-                "masked patches can be predicted, so lower it or mask more"
+                f"--pred_ratio {self.pred_ratio} is above --mask_ratio {self.mask_ratio}, but only "
+                "masked patches can be predicted: lower --pred_ratio or raise --mask_ratio"
             )
 
     @property

@@ -42,8 +42,8 @@ class OptimSettings:
             raise InputError("--effective_batch_size sets --accum_iter: give only one of them")
         if None not in (self.warmup_epochs, self.epochs) and self.warmup_epochs >= self.epochs:
             raise InputError(
-                f"--warmup_epochs {self.warmup_epochs:g} must be below --epochs {self.epochs}: the "
-                "learning rate would never reach its peak"
+                f"--warmup_epochs {self.warmup_epochs:g} must be below --epochs {self.epochs}: "
+                "otherwise, the learning rate never reaches its peak"
             )
 
     def with_defaults(self, **defaults: float) -> "OptimSettings":
@@ -146,7 +146,7 @@ def add_optim_args(
         "--epochs",
         type=positive_int,
         default=epochs,
-        help=f"length of the run ({epochs or by_size})",
+        help=f"number of epochs ({epochs or by_size})",
     )
     group.add_argument(
         "--warmup_epochs",
@@ -157,12 +157,13 @@ def add_optim_args(
         "--blr",
         type=positive_float,
         default=blr,
-        help=f"base learning rate, for a batch of 256 ({blr or by_size})",
+        help=f"base learning rate, for a batch size of 256 ({blr or by_size})",
     )
     group.add_argument(
         "--lr",
         type=positive_float,
-        help="peak learning rate, not scaled (BLR, scaled to the effective batch)",
+        help="peak learning rate, taken as it is (BLR x effective batch size / 256, in "
+        "pre-training also x PRED_RATIO / MASK_RATIO)",
     )
     group.add_argument(
         "--min_lr",

@@ -49,8 +49,8 @@ def run_python(words: Sequence[str], *, threads: int) -> str:
         [sys.executable, *words], capture_output=True, text=True, env={**os.environ, **limits}
     )
     if result.returncode != 0:
-        last = (result.stderr.strip().splitlines() or ["without a message"])[-1]
-        raise InputError(f"{words[0]} ended with code {result.returncode}: {last}")
+        last = (result.stderr.strip().splitlines() or ["no error message"])[-1]
+        raise InputError(f"{words[0]} exited with code {result.returncode}: {last}")
     return result.stdout
 
 

@@ -70,7 +70,7 @@ def main() -> int:
             found |= read_speed(Path(folder) / "tensorboard")
             record(Path(path), name, found)
     if process.returncode not in (0, STOPPED):
-        print(f"main_pretrain.py ended with code {process.returncode}")
+        print(f"main_pretrain.py exited with code {process.returncode}")
         return 1
     if not (found["steps"] or "largest_batch" in found):
         print(f"main_pretrain.py did not reach its second log point in {seconds} s")

@@ -214,7 +214,7 @@ def test_incomplete_variables_are_refused(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.delenv("MASTER_PORT", raising=False)
-    with pytest.raises(InputError, match="MASTER_ADDR, MASTER_PORT is not set"):
+    with pytest.raises(InputError, match="which also need MASTER_ADDR and MASTER_PORT"):
         init_distributed("cpu")
 
 
@@ -224,7 +224,7 @@ def test_a_port_in_use_is_named(monkeypatch):
         variables = {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost"}
         for name, value in {**variables, "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, str(value))
-        with pytest.raises(RunError, match=f"another program uses port {port} of localhost"):
+        with pytest.raises(RunError, match=f"port {port} of localhost, .*, is already in use"):
             init_distributed("cpu")
 
 

@@ -152,12 +152,12 @@ def test_a_sharded_run_writes_the_checkpoints_of_any_other(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--fsdp"], "start several with torchrun"),
+        (["--fsdp"], "start the run with torchrun"),
         (["--fsdp", "--compile"], "--compile cannot be combined with --fsdp"),
         (["--fsdp", "--amp", "fp16"], "--amp fp16 cannot be combined with --fsdp"),
         (
             ["--fsdp", "--batch_size", "auto", "--effective_batch_size", "8"],
-            "--batch_size auto does not work with --fsdp",
+            "--batch_size auto cannot be combined with --fsdp",
         ),
     ],
 )
@@ -171,7 +171,7 @@ def test_options_that_sharding_excludes_are_refused(tmp_path, capsys, monkeypatc
 
 def test_a_moving_average_cannot_be_sharded(capsys):
     argv = ["--data_path", "images", "--fsdp", "--ema", "0.99"]
-    assert "--ema does not work with --fsdp" in refusal(capsys, *argv, main=main_finetune.main)
+    assert "--ema cannot be combined with --fsdp" in refusal(capsys, *argv, main=main_finetune.main)
 
 
 if __name__ == "__main__":

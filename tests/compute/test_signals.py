@@ -79,7 +79,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(images, tmp_path):
     assert PLACE.search(out)[1] == "SIGUSR1"
     code, out, err = finish(start(words))
     assert code == 0, err
-    assert f"continuing {saved}" in out
+    assert f"continuing from {saved}" in out
     assert list_checkpoints(tmp_path)[-1].name.startswith("checkpoint-e0003")
 
 

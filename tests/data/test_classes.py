@@ -63,7 +63,7 @@ def test_the_number_of_classes(tmp_path, train, val, num_classes, checkpoint, ex
             "abc",
             2,
             None,
-            "head of 2 classes does not fit the 3 of the training images (a, b, c)",
+            "head of 2 classes does not match the 3 of the training images (a, b, c)",
         ),
         ("abc", "abc", 1000, None, "correct --num_classes or the path of the images"),
         (
@@ -71,9 +71,15 @@ def test_the_number_of_classes(tmp_path, train, val, num_classes, checkpoint, ex
             "abcd",
             1000,
             None,
-            "1000 classes does not fit the 4 of the validation images (a, b, c, ...)",
+            "1000 classes does not match the 4 of the validation images (a, b, c, ...)",
         ),
-        (None, "abc", 2, "abc", "head of 2 classes does not fit the 3 of the checkpoint (a, b, c)"),
+        (
+            None,
+            "abc",
+            2,
+            "abc",
+            "head of 2 classes does not match the 3 of the checkpoint (a, b, c)",
+        ),
         ([""], "abc", None, None, "training images have no labels: sort them into one folder per"),
         ("abc", [""], 3, None, "validation images have no labels"),
         (["", "a", "b"], None, None, None, "some of the training images are outside the class"),
@@ -118,7 +124,7 @@ def test_a_stream_that_does_not_know_its_classes_needs_their_number(tmp_path):
             check_classes(stream, images, None)
         assert check_classes(stream, images, 3) == 3
     with pytest.raises(
-        InputError, match="head of 4 classes does not fit the 3 of the validation images"
+        InputError, match="head of 4 classes does not match the 3 of the validation images"
     ):
         check_classes(stream, val_set, 4)
     assert check_classes(stream, val_set, None, "abc") == 3
@@ -136,11 +142,16 @@ def test_a_stream_that_knows_its_classes(tmp_path):
         check_classes(stream, folder_of(tmp_path / "val", "ac", val=True), None)
 
 
-@pytest.mark.parametrize(("labels", "named"), [((0, 3, 4), 3), ((2, -1), -1), ((0, 255, 9), 255)])
+@pytest.mark.parametrize(("labels", "named"), [((0, 3, 4), 3), ((2, -2), -2), ((0, 255, 9), 255)])
 def test_a_label_outside_the_classes_is_refused_and_named(labels, named):
     with pytest.raises(InputError, match=f"label {named} is not one of the 3 classes") as caught:
         check_labels(torch.tensor(labels), 3)
     assert "\n" not in str(caught.value)
+
+
+def test_a_missing_label_is_refused_as_such():
+    with pytest.raises(InputError, match="an image has no label: label every image"):
+        check_labels(torch.tensor([0, -1]), 3)
 
 
 def test_every_class_is_a_label():

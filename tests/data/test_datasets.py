@@ -97,7 +97,7 @@ def test_without_val_the_training_images_are_not_val(tmp_path):
 def test_val_without_train_is_refused(tmp_path):
     write_grays(tmp_path / "val", [1])
     write_grays(tmp_path / "cat", [2])
-    with pytest.raises(InputError, match="no train/: move the training images there"):
+    with pytest.raises(InputError, match="no train folder: move the training images into"):
         open_train("", tmp_path)
 
 
@@ -132,7 +132,7 @@ def test_tars_of_splits_are_found_unless_there_are_folders(tmp_path):
     write_grays(tmp_path / "validation", [4])
     assert all_values(open_val_split("", tmp_path)) == [4]
     (tmp_path / "train.tar").unlink()
-    with pytest.raises(InputError, match="no train/: move the training images there"):
+    with pytest.raises(InputError, match="no train folder: move the training images into"):
         open_train("", tmp_path)
 
 
@@ -247,10 +247,10 @@ def test_places365_in_the_version_that_is_there(tmp_path, monkeypatch, caplog, s
 
 
 def test_incomplete_places365_is_one_sentence(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="no folder data_large_standard: extract the images"):
+    with pytest.raises(InputError, match="data_large_standard not found in"):
         open_train("torch/places365", tmp_path)
     (tmp_path / "data_256_standard").mkdir()
-    with pytest.raises(InputError, match="no folder val_256"):
+    with pytest.raises(InputError, match="val_256 not found in"):
         open_val_split("torch/places365", tmp_path)
     with pytest.raises(InputError, match=r"download the files first.*categories_places365.txt"):
         open_train("torch/places365", tmp_path)
@@ -334,7 +334,7 @@ def fill_zip(path):
         (fill_empty_tar, "tar", "images.tar", "that contains images (this one has none)"),
         (fill_broken_tar, "", "images.tar", "give a folder or a .tar file"),
         (fill_zip, "", "images.zip", "give a folder or a .tar file"),
-        (fill_nothing, "", "missing", "missing does not exist: correct --data_path"),
+        (fill_nothing, "", "missing", "missing does not exist: correct the path"),
         (fill_nothing, "", None, "give their path with --data_path"),
         (fill_nothing, "imagenet", "", "unknown --dataset imagenet: use folder, tar"),
         (fill_nothing, "foo/bar", "", "unknown --dataset foo/bar: use folder, tar"),
@@ -358,7 +358,7 @@ def test_wrong_input_is_one_sentence_that_says_what_to_change(tmp_path, fill, na
 
 def test_the_length_of_an_indexed_source_cannot_be_given(tmp_path):
     write_grays(tmp_path, [1])
-    with pytest.raises(InputError, match=r"--num_samples is for streams, .*: drop it"):
+    with pytest.raises(InputError, match=r"--num_samples is for streams, .*: leave it out"):
         open_train("", tmp_path, num_samples=5)
 
 
@@ -631,7 +631,7 @@ def test_a_stream_reads_whole_steps_and_says_how_it_resumes(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         loader = train_loader(open_shards(tmp_path, 14), accum_iter=2)
     assert "resumes at the start of an epoch" in caplog.text
-    assert "drops the 2 of its 14 images" in caplog.text
+    assert "fill a step (2 of 14 images)" in caplog.text
     assert not loader.resumes_mid_epoch
     assert (loader.steps_per_epoch, loader.effective_batch_size) == (3, 4)
     assert [loader.images_in_step(step) for step in range(3)] == [4, 4, 4]
@@ -674,7 +674,7 @@ def test_an_exhausted_stream_starts_again_and_logs_it(tmp_path, caplog, num_work
     assert len(values) == 12
     assert set(values[:5]) == set(values[5:10]) == {1, 2, 3, 4, 5}
     if num_workers == 0:  # a worker's log does not reach this process
-        assert "exhausted after 5 images and starts again" in caplog.text
+        assert "has read all of its images (5) and starts over" in caplog.text
 
 
 def test_unlabeled_shards(tmp_path):
@@ -710,7 +710,7 @@ def test_a_stream_with_nothing_readable_ends_in_one_sentence(tmp_path, num_worke
     sentence = sentence_of(
         train_loader(open_shards(tmp_path, 6, "train-0.tar"), num_workers=num_workers)
     )
-    assert sentence.startswith(f"1 images in a row cannot be read, the last being {tmp_path}")
+    assert sentence.startswith(f"1 image in a row cannot be read, the last being {tmp_path}")
     assert "\n" not in sentence
 
 

@@ -105,7 +105,7 @@ def test_packed_images_are_a_dataset_given_by_name_or_inferred(folder):
     ("path", "advice"),
     [
         (None, "give their path with --data_path"),
-        ("nowhere", "nowhere does not exist: correct --data_path"),
+        ("nowhere", "nowhere does not exist: correct the path"),
         (".", "packed.json does not exist: use a folder that scripts/prepare_dataset.py has"),
     ],
 )

@@ -38,7 +38,7 @@ def test_a_tar_truncated_between_two_images_is_reported(tmp_path, caplog):
     with path.open("r+b") as file:
         file.truncate(reader.samples[2][0].offset)
     assert len(open_train("tar", path)) == 2
-    assert "images.tar lacks the zeros at its end" in caplog.text
+    assert "images.tar does not end like a tar archive" in caplog.text
 
 
 def test_tar_read_here_first_and_then_by_workers(tmp_path):

@@ -94,7 +94,10 @@ def test_other_pixels_end_it_in_one_sentence(photos, capsys, monkeypatch):
         (["--data_path", "PHOTOS", "--also", "nowhere"], "nowhere does not exist"),
         (["--data_path", "PHOTOS", "--batch_size", 6], "--batch_size 6 must be a multiple of 4"),
         (["--data_path", "PHOTOS", "--repeats", 0], "must be at least 1, not 0"),
-        (["--data_path", "PHOTOS", "--json", "nowhere/report.json"], "cannot write --json"),
+        (
+            ["--data_path", "PHOTOS", "--json", "nowhere/report.json"],
+            "nowhere does not exist",
+        ),
         ([], "--data_path"),
     ],
 )

@@ -132,4 +132,4 @@ def test_from_end_to_end(tmp_path, capsys):
 
 def test_a_folder_that_does_not_exist_is_refused_before_anything_is_counted(capsys):
     sentence = refusal(capsys, "--json", "/does/not/exist/a.json", main=main)
-    assert "the folder of /does/not/exist/a.json does not exist: create it first" in sentence
+    assert "/does/not/exist does not exist: create it" in sentence

@@ -158,7 +158,7 @@ def test_tokens_of_an_encoder_are_the_same_in_hugging_face(
 ):
     model = randomized(factory(feature_maps=feature_maps, img_size=img_size))
     folder, log = export(pretrained(model, feature_maps=feature_maps), "hf")
-    assert "exported only the encoder, as ViTModel: " in log and reason in log
+    assert "exporting only the encoder, as ViTModel: " in log and reason in log
     assert ("no final norm was trained" in log) == (feature_maps == "all")
     assert set(files_in(folder)) == {
         "config.json",
@@ -307,9 +307,9 @@ def test_an_mlp_that_the_size_does_not_have_is_refused(tmp_path, capsys):
     model = build_mae(NANO._replace(mlp_dim=96), decoder_depth=2)
     path = stored(tmp_path / "checkpoint.pth", released(model))
     words = ["--checkpoint", path, "--format", "hf", "--output", tmp_path / "out"]
-    sentence = "has an MLP 96 wide but the model an MLP 128 wide"
+    sentence = "has an MLP 96 wide, but the model has an MLP 128 wide"
     assert sentence in refusal(capsys, *words, main=main)
-    with pytest.raises(InputError, match="does not hold the weights of a mae_vit_tiny_patch4"):
+    with pytest.raises(InputError, match="claims to be a mae_vit_tiny_patch4"):
         load_model(path)
 
 
@@ -322,7 +322,7 @@ def test_nothing_is_overwritten(tmp_path, capsys, form, name):
     place.mkdir() if form == "hf" else place.write_text("precious")
     before = files_in(tmp_path)
     words = ["--checkpoint", checkpoint, "--format", form, "--output", place]
-    assert f"{place} exists" in refusal(capsys, *words, main=main)
+    assert f"{place} already exists" in refusal(capsys, *words, main=main)
     assert files_in(tmp_path) == before
 
 

@@ -90,7 +90,7 @@ def test_the_first_run_measures_everything_and_names_a_part_that_fails(tmp_path)
     assert summary in done.stdout
     assert "| against | not measured |" in summary and "| whole: crossmae_vit_tiny" in summary
     log = (out / "log.txt").read_text()
-    assert "ended with code 1" in log and "aten::addmm" in log and "== tests: done" in log
+    assert "exited with code 1" in log and "aten::addmm" in log and "== tests: done" in log
 
 
 def test_the_second_run_measures_everything(tmp_path):

@@ -124,7 +124,7 @@ def test_it_runs_as_a_script(tmp_path, checkpoint, photos):
     script = command("scripts/visualize_reconstruction.py", "--checkpoint", checkpoint)
     code, out, err = finish(start([*script, "--images", photos, "--output", tmp_path / "f.png"]))
     assert (code, err) == (0, "")
-    assert f"6 images: {tmp_path}/f.png" in out
+    assert f"wrote {tmp_path}/f.png with 6 images" in out
     assert (tmp_path / "f.png").exists()
 
 
@@ -138,7 +138,7 @@ def test_it_runs_as_a_script(tmp_path, checkpoint, photos):
         ({"--checkpoint": "NOTES"}, "notes.txt"),
         ({"--output": "nowhere/f.png"}, "cannot write --output"),
         ({"--output": "f.xyz"}, "cannot write --output"),
-        ({"--mask_ratio": "1"}, "must lie strictly between 0 and 1"),
+        ({"--mask_ratio": "1"}, "must be strictly between 0 and 1"),
         ({"--mask_ratio": "0.99"}, "none of 16 patches visible"),
         ({"--num_images": "0"}, "must be at least 1, not 0"),
         ({"--device": "abacus"}, "--device abacus"),

@@ -435,7 +435,7 @@ def test_wrong_settings_beside_weights_are_refused(tmp_path, name, content, reas
 
 def test_another_number_of_heads_is_refused(tmp_path):
     hf_nano("ViTModel", num_attention_heads=4).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="4 attention heads but the model 2 attention heads"):
+    with pytest.raises(InputError, match="4 attention heads, but the model has 2 attention heads"):
         load_encoder(vit_nano(), read_encoder(tmp_path), head=False)
 
 
@@ -504,7 +504,7 @@ def test_weights_outside_the_encoder_are_logged(tmp_path, caplog):
     hf_nano("ViTModel").save_pretrained(tmp_path)
     weights = read_encoder(tmp_path)
     assert sorted(weights.left_out) == ["pooler.dense.bias", "pooler.dense.weight"]
-    assert "left out 2 tensors that are not part of the encoder: pooler" in caplog.text
+    assert "left out 2 tensors outside the encoder: pooler" in caplog.text
 
 
 # Into a model
@@ -536,7 +536,7 @@ def test_a_fresh_norm_and_head_are_named_as_new(tmp_path, pool, caplog):
     model = build_vit(NANO, pool=pool, num_classes=3)
     norm = "fc_norm" if pool == "avg" else "norm"
     load_encoder(model, weights, head=False)
-    assert f"new: {norm}.weight, {norm}.bias, head.weight, head.bias" in caplog.text
+    assert f"newly initialized: {norm}.weight, {norm}.bias, head.weight, head.bias" in caplog.text
     assert f"loaded {len(weights.encoder)} tensors" in caplog.text
     assert (getattr(model, norm).weight == 1).all() and (getattr(model, norm).bias == 0).all()
 
@@ -545,20 +545,20 @@ def test_a_norm_or_head_that_goes_unused_is_named(tmp_path, caplog):
     caplog.set_level("INFO")
     weights = read_encoder(stored(tmp_path / "w.pth", finetuned(vit_nano(num_classes=3))))
     load_encoder(build_vit(NANO, pool="avg", num_classes=5), weights, head=False)
-    assert "left out: norm.weight, norm.bias, head.weight, head.bias" in caplog.text
+    assert "not used here: norm.weight, norm.bias, head.weight, head.bias" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("options", "size", "reason"),
     [
         ({"num_classes": 5}, {}, "head.weight is 3 x 32 in the .* but is 5 x 32 in the model"),
-        ({"num_classes": 0}, {}, "head.weight is 3 x 32 in the .* but is missing in the model"),
-        ({"pool": "avg"}, {}, "has no fc_norm.weight, fc_norm.bias: with --pool avg"),
-        ({"in_chans": 1}, {}, "3 channels but the model 1 channels"),
-        ({}, {"patch_size": 8}, "patches of 4 px but the model patches of 8 px"),
-        ({}, {"embed_dim": 64}, "a width of 32 but the model a width of 64"),
-        ({}, {"depth": 3}, "2 blocks but the model 3 blocks"),
-        ({}, {"mlp_dim": 96}, "an MLP 128 wide but the model an MLP 96 wide"),
+        ({"num_classes": 0}, {}, "head.weight is 3 x 32 in the .* but is missing from the model"),
+        ({"pool": "avg"}, {}, "lacks fc_norm.weight, fc_norm.bias, which --pool avg needs"),
+        ({"in_chans": 1}, {}, "3 channels, but the model has 1 channels"),
+        ({}, {"patch_size": 8}, "patches of 4 px, but the model has patches of 8 px"),
+        ({}, {"embed_dim": 64}, "a width of 32, but the model has a width of 64"),
+        ({}, {"depth": 3}, "2 blocks, but the model has 3 blocks"),
+        ({}, {"mlp_dim": 96}, "an MLP 128 wide, but the model has an MLP 96 wide"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path, options, size, reason):
@@ -573,7 +573,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path, options, siz
 
 def test_a_headless_file_has_no_head_to_load(tmp_path):
     weights = read_encoder(stored(tmp_path / "w.pth", vit_nano().state_dict()))
-    with pytest.raises(InputError, match=r"has no head.weight, head.bias"):
+    with pytest.raises(InputError, match=r"lacks head.weight, head.bias"):
         load_encoder(vit_nano(num_classes=3), weights, head=True)
 
 

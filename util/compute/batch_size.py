@@ -74,8 +74,8 @@ def micro_steps(batch_size: int, accum_iter: int, effective_batch_size: int | No
     at_once = batch_size * world_size()
     if effective_batch_size % at_once:
         raise InputError(
-            f"--effective_batch_size {effective_batch_size} must be a multiple of --batch_size "
-            f"{batch_size} x {world_size()} processes: change one of them"
+            f"--effective_batch_size {effective_batch_size} must be a multiple of {at_once}, that "
+            f"is --batch_size {batch_size} x {world_size()} (processes): change one of them"
         )
     return effective_batch_size // at_once
 
@@ -93,8 +93,9 @@ def candidates(effective_batch_size: int, multiple_of: int) -> list[int]:
     sizes = [n for n in range(multiple_of, per_process + 1, multiple_of) if per_process % n == 0]
     if rest or not sizes:
         raise InputError(
-            f"--effective_batch_size {effective_batch_size} cannot be split over {world_size()} "
-            f"processes in multiples of {multiple_of}: change it"
+            f"--effective_batch_size {effective_batch_size} must be a multiple of "
+            f"{multiple_of * world_size()}, that is {world_size()} (processes) x {multiple_of} "
+            "(crops per image): change --effective_batch_size"
         )
     return sizes
 
@@ -168,10 +169,12 @@ def find_batch_size(
     """
     if device.type != "cuda":
         raise InputError(
-            f"--batch_size auto needs a GPU, and this run is on {device.type}: give a number"
+            f"--batch_size auto needs a GPU, but this run is on {device.type}: give a number"
         )
     sizes = candidates(effective_batch_size, multiple_of)
     size = largest_that_fits(sizes, lambda n: step_fits(train_on, n, model=model, device=device))
     size = min(all_gather_objects([size]))
-    logger.info("the largest batch that fits is %d of a process's %d", size, sizes[-1])
+    logger.info(
+        "the largest batch that fits is %d, of the %d images per step of a process", size, sizes[-1]
+    )
     return size

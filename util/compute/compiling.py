@@ -55,5 +55,5 @@ def check_compiler(device: torch.device) -> None:
     except Exception as error:  # compilers fail in many ways
         raise InputError(
             f"--compile does not work on this machine ({type(error).__name__}): install a C++ "
-            "compiler and the Triton version that PyTorch requires, or leave it out"
+            "compiler and the Triton version that PyTorch requires, or leave --compile out"
         ) from error

@@ -1,4 +1,4 @@
-"""Setup of and communication between a run's processes; everything works in a single one, too."""
+"""Sets up a run's processes and their communication; all of it also works with a single one."""
 
 import os
 import socket
@@ -43,9 +43,10 @@ def init_distributed(device: str, *, timeout_minutes: float | None = None) -> to
         local_rank = os.environ.get("LOCAL_RANK", "0") if starts_several else chosen.index or 0
         chosen = torch.device("cuda", int(local_rank))
         if chosen.index >= num_gpus:
+            advice = "start fewer processes" if starts_several else "use a lower N in cuda:N"
             raise InputError(
-                f"--device {chosen} not found (GPUs on this machine: {num_gpus}): start fewer "
-                "processes or use --device cpu"
+                f"{chosen} not found (GPUs on this machine: {num_gpus}): "
+                + (f"{advice}, or --device cpu" if num_gpus else "use --device cpu")
             )
     try:
         if chosen.type == "cuda":
@@ -67,8 +68,8 @@ def _join_processes(backend: str, timeout_minutes: float, device_id: torch.devic
     missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
     if missing:
         raise InputError(
-            f"WORLD_SIZE requests several processes, but {', '.join(missing)} is not set: start "
-            "them with torchrun, or unset WORLD_SIZE"
+            f"WORLD_SIZE requests several processes, which also need {' and '.join(missing)}: "
+            "start the run with torchrun, or unset WORLD_SIZE"
         )
     number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # A minute longer than the watchdog waits (util.compute.watchdog): its message says more.
@@ -81,12 +82,12 @@ def _join_processes(backend: str, timeout_minutes: float, device_id: torch.devic
         host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         if "EADDRINUSE" in str(error):
             raise RunError(
-                f"another program uses port {port} of {host}, on which process {number} listens: "
-                "set another MASTER_PORT, or start a new job, which has another port"
+                f"port {port} of {host}, which process {number} needs, is already in use: set "
+                "another MASTER_PORT, or start a new job, which gets another port"
             ) from error
         raise RunError(
-            f"process {number} could not reach the {count} processes of the run at {host}: check "
-            "that all have started"
+            f"process {number} could not reach the other processes of the run, {count} in total, "
+            f"through {host}: check that all have started"
         ) from error
 
 

@@ -87,8 +87,8 @@ class Precision:
         Args:
             model: returns a tensor.
             example: number of images -> inputs of the model.
-            batch_size: images per micro-step in training, which a GPU is tried with, since cuDNN
-                makes a plan for each number.
+            batch_size: images per micro-step in training; a GPU is tried with as many, because
+                cuDNN plans each batch size separately.
 
         Raises:
             InputError: the kernel cannot run.

@@ -101,8 +101,9 @@ def add_memory_args(parser: argparse.ArgumentParser) -> None:
         "--memory",
         choices=MEMORY_MODES,
         default=ComputeSettings.memory,
-        help="memory per image: high saves everything and is fastest; medium recomputes norms and "
-        "activations, low the MLPs as well, with the same results (%(default)s)",
+        help="what is kept for the backward pass, with the same results: everything, which is "
+        "fastest (high); all but norms and activations (medium); without attention and the "
+        "first layer of the MLPs, too (low) (%(default)s)",
     )
     group.add_argument(
         "--fsdp",

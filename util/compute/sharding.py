@@ -32,7 +32,7 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -
         InputError: there is only one process.
     """
     if world_size() == 1:
-        raise InputError("--fsdp shards a model over processes: start several with torchrun")
+        raise InputError("--fsdp needs several processes: start the run with torchrun")
     mesh = init_device_mesh(device.type, (world_size(),))
     for block in blocks:
         fully_shard(block, mesh=mesh)

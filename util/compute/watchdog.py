@@ -116,12 +116,9 @@ class Watchdog:
 
     def describe(self, numbers: list[int], what: str) -> str:
         """Message that says what happened to processes, at which step, and what to do."""
-        beat = json.loads(self.last_heartbeats[numbers[0]])
-        names = ", ".join(self.names[n] for n in numbers)
-        return (
-            f"{names} (pid {beat['pid']} on {beat['host']}) {what} step {_position.step + 1} of "
-            f"the run: {ADVICE}"
-        )
+        beats = {n: json.loads(self.last_heartbeats[n]) for n in numbers}
+        names = [f"{self.names[n]} (pid {b['pid']} on {b['host']})" for n, b in beats.items()]
+        return f"{', '.join(names)} {what} step {_position.step + 1} of the run: {ADVICE}"
 
     def _watch(self) -> None:
         while not self.stopped.wait(PERIOD):
@@ -136,10 +133,10 @@ class Watchdog:
             if idle > patience and self.silent_ranks(patience):
                 self._end(self.describe(self.silent_ranks(patience), LOST))
             elif idle > self.timeout:
-                what = json.loads(self.last_heartbeats[self.slowest_ranks()[0]])["activity"]
-                self._end(
-                    self.describe(self.slowest_ranks(), f"has been {what} for {idle:.0f} s in")
-                )
+                slowest = self.slowest_ranks()
+                what = json.loads(self.last_heartbeats[slowest[0]])["activity"]
+                have = "has" if len(slowest) == 1 else "have"
+                self._end(self.describe(slowest, f"{have} been {what} for {idle:.0f} s in"))
 
     def _end(self, message: str) -> None:
         if claim_report():

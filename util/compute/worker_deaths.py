@@ -45,8 +45,8 @@ def dead_loader(error: Exception, seconds: float = 0.0) -> str | None:
             return None
         time.sleep(0.02)
     return (
-        f"loader process {pid} was killed or crashed, often because memory ran out: lower "
-        "--num_workers and start the same command again"
+        f"loader process {pid} was killed or crashed, usually because the machine ran out of "
+        "memory: start the command again with a lower --num_workers"
     )
 
 

@@ -5,7 +5,7 @@ import logging
 from PIL import Image, UnidentifiedImageError
 
 from util.compute.distributed import all_gather_objects, is_main_process
-from util.errors import InputError
+from util.errors import InputError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +25,8 @@ def too_many_broken(broken: list[tuple[str, str]]) -> InputError:
     """Return the error to raise when these consecutive images are broken."""
     name, reason = broken[-1]
     return InputError(
-        f"{len(broken)} images in a row cannot be read, the last being {name} ({reason}): "
-        "repair or remove them"
+        f"{counted(len(broken), 'image')} in a row cannot be read, the last being {name} "
+        f"({reason}): repair or remove the broken files"
     )
 
 

@@ -64,7 +64,7 @@ def check_classes(
     found = len(named[reference])
     if num_classes < found or (num_classes > found and not classes):
         raise InputError(
-            f"a head of {num_classes} classes does not fit the {found} of the {reference} "
+            f"a head of {num_classes} classes does not match the {found} of the {reference} "
             f"({_first_few(named[reference])}): correct --num_classes or the path of the images"
         )
     return num_classes
@@ -100,8 +100,8 @@ def _check_folder_names(role: str, images: IndexedImages) -> None:
     name, count = counts.most_common(1)[0]
     if count > 1:
         raise InputError(
-            f"{count} folders of the {role} are named {name}, but classes differ only by the name "
-            "of their folder: give each class a unique name"
+            f"{count} folders of the {role} are named {name}, but classes are told apart only "
+            "by their folder's name: give each class a unique name"
         )
 
 
@@ -131,8 +131,10 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
         InputError: with the first such label.
     """
     wrong = labels[(labels < 0) | (labels >= num_classes)].tolist()
+    if wrong and wrong[0] == -1:  # see Batch
+        raise InputError("an image has no label: label every image, or remove those without one")
     if wrong:
         raise InputError(
-            f"label {wrong[0]} is not one of the {num_classes} classes, counted from 0: correct "
-            "--num_classes or the labels of the data"
+            f"label {wrong[0]} is not one of the {num_classes} classes, 0 to {num_classes - 1}: "
+            "correct --num_classes or the labels"
         )

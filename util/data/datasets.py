@@ -88,7 +88,9 @@ def build_dataset(
     kind = kind.lower() or kind_of(data_path)
     kind = "folder" if kind == "tar" else kind
     if num_samples is not None and kind not in STREAMS:
-        raise InputError(f"--num_samples is for streams, not for --dataset {name or kind}: drop it")
+        raise InputError(
+            f"--num_samples is for streams, not for --dataset {name or kind}: leave it out"
+        )
     root = _checked_path(data_path, required=kind in FROM_FILES)
     if kind in STREAMS:
         if split == "validation":
@@ -148,8 +150,8 @@ def open_train_val(
     """
     if data.val_path and not (data.data_path or data.dataset):
         raise InputError(
-            "--val_path names only validation images: name the training images with --data_path or "
-            "--dataset"
+            "--val_path gives only the validation images: give the training images with "
+            "--data_path or --dataset"
         )
     train_set = build_dataset(
         data.name,
@@ -193,8 +195,9 @@ def _places365_options(root: str, split: str) -> dict[str, bool]:
     folder = f"data_{size}_standard" if split == "train" else f"val_{size}"
     if not Path(root, folder).is_dir():  # torchvision would read the lists and find no images
         raise InputError(
-            f"{root} has no folder {folder}: extract the images of Places365 there, those for "
-            "training as data_256_standard or data_large_standard"
+            f"{folder} not found in {root}: extract Places365 there, with the training images in "
+            "data_256_standard or data_large_standard, and the validation images in val_256 or "
+            "val_large"
         )
     logger.info("Places365: reading the %s images in %s", "small" if small else "large", folder)
     return {"small": small}
@@ -209,7 +212,7 @@ def _checked_path(data_path: str | Path | None, *, required: bool) -> str | None
         return str(data_path)
     path = Path(data_path).expanduser()
     if required and not path.exists():
-        raise InputError(f"{path} does not exist: correct --data_path or --val_path")
+        raise InputError(f"{path} does not exist: correct the path")
     return str(path)
 
 
@@ -233,8 +236,8 @@ def _split_path(root: str, split: str, *, tars: bool) -> str | None:
         return val
     if val and not train:
         raise InputError(
-            f"{root} has validation images but no train/: move the training images there, "
-            f"or give their folder with --data_path and {val} with --val_path"
+            f"{root} has validation images but no train folder: move the training images into "
+            f"{root}/train, or give their folder as --data_path, and {val} as --val_path"
         )
     return train or root
 
@@ -283,5 +286,5 @@ def _report_ignored_files(folder: str) -> None:
     ignored = {suffix: n for suffix, n in suffixes.items() if suffix not in IMAGE_SUFFIXES}
     if ignored:
         files = counted(sum(ignored.values()), "file")
-        listed = ", ".join(suffix or "none" for suffix in ignored)
-        logger.warning("%s: ignored %s without an image suffix: %s", folder, files, listed)
+        listed = ", ".join(suffix or "no suffix" for suffix in ignored)
+        logger.warning("%s: ignored %s whose suffix is not an image's: %s", folder, files, listed)

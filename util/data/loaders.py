@@ -157,8 +157,8 @@ def build_train_loader(
             f"{effective_batch_size} of a step: lower --batch_size or --accum_iter"
         )
     logger.info(
-        "%s is a stream: a run resumes at the start of an epoch, and every epoch drops the "
-        "%d of its %d images that do not fill a step",
+        "%s is a stream: a run resumes at the start of an epoch, and each epoch drops what does "
+        "not fill a step (%d of %d images)",
         *(dataset.name, left_out, dataset.num_samples),
     )
     return StreamStepLoader(dataset, make_sampler(dataset.num_samples - left_out), **workers)

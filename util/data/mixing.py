@@ -28,7 +28,7 @@ class MixSettings:
 
     def __post_init__(self) -> None:
         if self.smoothing == 1:
-            raise InputError("--smoothing must be below 1, which would erase the labels")
+            raise InputError("--smoothing 1 would erase the labels: lower it")
 
 
 def build_mixup(mix: MixSettings, num_classes: int) -> Mixup | None:
@@ -101,7 +101,8 @@ def add_mix_args(parser: argparse.ArgumentParser) -> None:
         "--mixup_mode",
         choices=("batch", "pair", "elem"),
         default=MixSettings.mixup_mode,
-        help="which images share one mixing ratio (%(default)s)",
+        help="images that share one mixing ratio: all of a batch, a pair, or none (elem) "
+        "(%(default)s)",
     )
     group.add_argument(
         "--smoothing",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from util.arguments import finite_float, natural_float, positive_int, process_count
+from util.arguments import finite_float, natural_float, number, positive_int, process_count
 from util.compute.distributed import default_workers
 from util.data.packed import kind_of
 from util.data.sources import OWN_SOURCES
@@ -61,9 +61,9 @@ def check_decoder(decode: str, device: torch.device) -> None:
 
 def crop_pct(text: str) -> float:
     """Parse a number from MIN_CROP_PCT to 1."""
-    value = float(text)
+    value = number(text)
     if not MIN_CROP_PCT <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must lie between {MIN_CROP_PCT} and 1, not {text}")
+        raise argparse.ArgumentTypeError(f"must be between {MIN_CROP_PCT} and 1, not {text}")
     return value
 
 
@@ -121,7 +121,7 @@ def add_data_args(parser: argparse.ArgumentParser, *, input_size: int | None) ->
         "--num_workers",
         type=process_count,
         default=default_workers(),
-        help="loader processes per process (its share of the CPU cores minus an eighth, "
+        help="loader processes for each training process (seven eighths of its CPU cores, "
         "%(default)s on this machine)",
     )
 

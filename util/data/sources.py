@@ -114,7 +114,7 @@ class TarImages(ReaderImageInTar):
         archive = Path(root)
         if archive.is_file() and not _has_tar_end(archive):
             logger.warning(
-                "%s lacks the zeros at its end: it may be truncated between two images", root
+                "%s does not end like a tar archive: it may be truncated between two images", root
             )
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, int]:

@@ -61,7 +61,7 @@ class StreamedImages(IterableDataset):
         except InputError as error:
             yield error
         except Exception as error:
-            yield RunError(f"cannot continue to read {self.name}: {reason_of(error)}")
+            yield RunError(f"cannot continue reading {self.name}: {reason_of(error)}")
 
     def _samples(self) -> Iterator[Sample]:
         worker = get_worker_info()
@@ -97,8 +97,11 @@ class StreamedImages(IterableDataset):
                     f"{self.name} has no shard for one of the workers: lower --num_workers, so "
                     "that all processes together have at most one worker per shard"
                 )
-            message = "%s: epoch %d, share %d is exhausted after %d images and starts again"
-            logger.warning(message, self.name, self.epoch, share, num_images)
+            logger.warning(
+                "%s: in epoch %d, loader process %d has read all of its images (%d) and starts "
+                "over",
+                *(self.name, self.epoch + 1, share, num_images),
+            )
 
 
 def _read_shards(

@@ -14,7 +14,7 @@ from util.masking import TokenSplit, is_masked
 from util.patches import denormalize_patches, scatter_patches, unpatchify
 
 COLUMNS = ("original", "masked", "reconstruction", "+ visible patches")
-MOMENTS_NOTE = "Trained on normalized pixels: each patch's mean and deviation are the original's."
+MOMENTS_NOTE = "Trained on normalized pixels: each patch's mean and deviation are the true ones."
 SMALLEST_CELL = 128  # pixels; smaller images are enlarged by an integer factor
 GAP, TEXT_HEIGHT = 4, 20
 GRAY = 0.5

@@ -125,7 +125,7 @@ def knn_predict(
     num_train = len(train_features)
     largest_k = min(max(ks), num_train)
     if max(ks) > num_train:
-        logger.warning("k-NN: %d neighbors reduced to all %d training images", max(ks), num_train)
+        logger.warning("k-NN: k = %d reduced to %d, the number of images", max(ks), num_train)
     classes, targets = train_labels.to(device).unique(return_inverse=True)  # (classes,), (N,)
     train_features = F.normalize(train_features.to(device, torch.float32), dim=1)
     predicted = {k: [] for k in ks}
@@ -197,7 +197,7 @@ def logistic_accuracy(
         warnings.simplefilter("ignore", ConvergenceWarning)  # logged below
         pipeline.fit(train_features.numpy(), train_labels.numpy())
     if regression.n_iter_.max() >= MAX_ITER:
-        logger.warning("logistic regression: not converged after %d iterations", MAX_ITER)
+        logger.warning("logistic regression did not converge in %d iterations", MAX_ITER)
     return _percent_equal(torch.from_numpy(pipeline.predict(features.numpy())), labels)
 
 
@@ -216,7 +216,7 @@ def draw_shots(labels: Tensor, shots: int, *, seed: int) -> Tensor:
         chosen.append(ids[torch.randperm(len(ids), generator=generator)[:shots]])
         num_short += len(ids) < shots
     if num_short:
-        logger.warning("%d shots: using all images of classes with fewer (%d)", shots, num_short)
+        logger.warning("%d-shot: %d of the classes have fewer images, all used", shots, num_short)
     return torch.cat(chosen)
 
 
@@ -230,8 +230,12 @@ def check_knn_images(
     """Raise InputError if k-NN accuracy cannot be measured on these images."""
     if val_set is None or not isinstance(train_set, IndexedImages):
         raise InputError(
-            "--knn_every needs training images that are not streamed, and validation images: set "
-            "--val_path, or leave it out"
+            "k-NN accuracy needs validation images, and training images that can be read by index: "
+            "set --val_path or --dataset, or use --knn_every 0"
+        )
+    if train_set.labeled and train_set.classes is None:
+        raise InputError(
+            "k-NN accuracy needs to know the classes of the training images: use --knn_every 0"
         )
     check_classes(train_set, val_set, None)
 
@@ -264,7 +268,7 @@ def build_knn_loaders(
         check_knn_images(train_set, val_set)
     except InputError as error:
         if every is None:
-            logger.info("k-NN accuracy is not measured: %s", error)
+            logger.info("not measured: %s", error)
             return None
         raise
     options = {"batch_size": batch_size, "num_workers": num_workers, "device": device}
@@ -306,7 +310,7 @@ def measure_knn(
 def describe_knn(stats: dict[str, float]) -> str:
     """Describe the results of `measure_knn` for the log."""
     values = ", ".join(f"{name[3:]}-NN {stats[name]:.1f}%" for name in stats if "knn" in name)
-    return f"accuracy on validation images {values}"
+    return f"{values} on validation images"
 
 
 def check_measurable(
@@ -326,7 +330,7 @@ def check_measurable(
             "indexed source such as folder, tar, torch/<name> or hfds/<name>"
         )
     if val_set is None:
-        raise InputError(f"{name} has no validation images to measure on: set --val_path")
+        raise InputError(f"{name} has no validation images: set --val_path")
     return check_classes(train_set, val_set, num_classes)
 
 

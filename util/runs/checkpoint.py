@@ -133,9 +133,9 @@ class TrainState:
         """Return to the start of the current epoch, for data that cannot start within one."""
         if self.progress.step_in_epoch:
             _logger.warning(
-                "streamed images cannot be resumed within an epoch: the weights keep the %d steps "
-                "done in epoch %d, and the epoch starts again",
-                *(self.progress.step_in_epoch, self.progress.epoch + 1),
+                "streamed images cannot be resumed within an epoch: the weights keep %s of epoch "
+                "%d, and the epoch starts over",
+                *(counted(self.progress.step_in_epoch, "step"), self.progress.epoch + 1),
             )
         self.progress.step -= self.progress.step_in_epoch
         self.progress.step_in_epoch = 0

@@ -137,7 +137,7 @@ def _read_good(path: Path, kind: str) -> dict | None:
     try:
         content = read_weights_file(path)
     except InputError as error:
-        _logger.warning("%s; trying the checkpoint before it", error)
+        _logger.warning("%s; trying the previous checkpoint", error)
         return None
     return check_format(content, path, kind)
 
@@ -147,8 +147,8 @@ def _read_newest_good(paths: Sequence[Path], kind: str) -> tuple[Path, dict] | N
     found = next(((path, content) for path, content in contents if content is not None), None)
     if paths and found is None:
         raise InputError(
-            f"none of the {len(paths)} checkpoints in {paths[0].parent} can be read: choose "
-            "another --output_dir, or move them away to start from scratch"
+            f"no checkpoint in {paths[0].parent} can be read ({len(paths)} tried): choose another "
+            "--output_dir, or move the files away to start from scratch"
         )
     return found
 
@@ -231,7 +231,7 @@ def continue_run(state: TrainState, path: Path, checkpoint: dict, record: RunRec
     """
     if "optimizer" not in checkpoint:
         raise InputError(
-            f"{path} contains only the weights of the best epoch, and training cannot continue "
+            f"{path} contains only the weights of the best epoch, so training cannot continue "
             "from it: resume another checkpoint, or start a new run from it with --finetune"
         )
     with unknown_content(path):
@@ -246,9 +246,9 @@ def check_left(state: TrainState, path: Path, folder: Path, epochs: int) -> None
         InputError: the checkpoint is from another folder and has all epochs done.
     """
     if state.progress.epoch < epochs:
-        _logger.info("continuing %s after %s", path, state.progress.describe())
+        _logger.info("continuing from %s after %s", path, state.progress.describe())
     elif path.resolve().parent != folder.resolve():
-        raise InputError(f"{path} has done its {counted(epochs, 'epoch')}: raise --epochs")
+        raise InputError(f"{path} has completed {counted(epochs, 'epoch')} already: raise --epochs")
     else:
         _logger.info("%s is the final checkpoint of this run: nothing is left to train", path)
 
@@ -273,17 +273,17 @@ def check_same_run(checkpoint: dict, record: RunRecord, path: Path) -> None:
     different = changes(known, fixed)
     if different:
         size = checkpoint["identity"].get(EFFECTIVE_BATCH)
-        advice = "Use the same arguments"
+        advice = "Use the same settings"
         if fixed.get(EFFECTIVE_BATCH) != size:
             advice += f" (--effective_batch_size {size} works with any number of processes)"
         raise InputError(
-            f"{path} was written by another run: {'; '.join(different)}. {advice}, or start a new "
-            "run in another --output_dir"
+            f"{path} was trained with other settings: {'; '.join(different)}. {advice}, or start a "
+            "new run in another --output_dir"
         )
     done, epochs = checkpoint["progress"]["epoch"], may_change["--epochs"]
     if epochs < before["--epochs"]:
         raise InputError(
-            f"--epochs {epochs} is below the {before['--epochs']} that {path} was started with, "
+            f"--epochs {epochs} is below the {before['--epochs']} of the run that wrote {path}, "
             f"{done} of them done: the schedule cannot be shortened, so start a new run in another "
             "--output_dir"
         )
@@ -293,14 +293,14 @@ def check_same_run(checkpoint: dict, record: RunRecord, path: Path) -> None:
         _logger.warning(
             "--epochs increased from %d to %d: from epoch %d on, the learning rate follows the "
             "longer schedule, so the run differs from one started with %d epochs",
-            *(before["--epochs"], epochs, done, epochs),
+            *(before["--epochs"], epochs, done + 1, epochs),
         )
     processes = may_change.get("processes")
     if before.get("processes") != processes:
         _logger.warning(
             "the number of processes was %s and is now %s: steps have the same images and masks as "
-            "before, but sums are rounded in another order, and drop path and mixup, if used, draw "
-            "other numbers, so the result is not bit-identical",
+            "before, but sums are rounded in a different order, and drop path and mixup, if used, "
+            "draw different numbers, so the result is not bit-identical",
             *(before["processes"], processes),
         )
     for change in changes({**before, "--epochs": epochs, "processes": processes}, may_change):

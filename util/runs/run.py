@@ -91,8 +91,9 @@ def add_run_args(parser: argparse.ArgumentParser, *, output_dir: str, save_every
     group.add_argument(
         "--resume",
         default="auto",
-        help="auto continues from the newest good checkpoint in OUTPUT_DIR, a path from that "
-        "checkpoint; none starts from scratch (%(default)s)",
+        help="auto: continue from the newest readable checkpoint in OUTPUT_DIR, if there is one; a "
+        "path: from that checkpoint, unless OUTPUT_DIR has its own; none: start from scratch, in a "
+        "folder without checkpoints (%(default)s)",
     )
     group.add_argument(
         "--save_every",
@@ -188,8 +189,8 @@ def start_run(
 
     Args:
         device: None: the GPU if there is one, else the CPU.
-        timeout_minutes: with several processes, time without progress in one that ends all; None:
-            no watchdog.
+        timeout_minutes: with several processes, how long one may make no progress before the run
+            is ended; None: no watchdog.
 
     Raises:
         InputError: the device is not available, or the environment requests an unknown kernel.
@@ -250,7 +251,7 @@ def write_json(path: Path, content: dict, *, keep_earlier: bool = True) -> None:
 
 
 def run_main(
-    main: Callable[[], None], *, trains: bool = False, memory_advice: str = "process less at once"
+    main: Callable[[], None], *, trains: bool = False, memory_advice: str = "use fewer images"
 ) -> NoReturn:
     """Run a main and exit: 0, or 2 with one sentence for wrong input, 1 for a failed run.
 

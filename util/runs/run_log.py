@@ -251,8 +251,8 @@ class RunLog:
                 file.writelines(json.dumps(line) + "\n" for line in self.unwritten)
         except OSError as error:
             _logger.warning(
-                "could not write %s: %s. %d lines will be written once there is space",
-                *(self.path, error, len(self.unwritten)),
+                "could not write %s: %s. %s will be written once there is space",
+                *(self.path, error, counted(len(self.unwritten), "line")),
             )
         else:
             self.size = self.path.stat().st_size

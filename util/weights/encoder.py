@@ -16,7 +16,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import clean_state_dict
 from torch import Tensor
 
-from util.errors import InputError
+from util.errors import InputError, counted
 from util.weights.files import (
     KINDS,
     check_format,
@@ -150,8 +150,8 @@ def read_encoder(path: str | Path) -> EncoderWeights:
     if weights.left_out:
         groups = sorted({re.split(r"\.", name)[0] for name in weights.left_out})
         _logger.info(
-            "%s: left out %d tensors that are not part of the encoder: %s",
-            *(path, len(weights.left_out), ", ".join(groups)),
+            "%s: left out %s outside the encoder: %s",
+            *(path, counted(len(weights.left_out), "tensor"), ", ".join(groups)),
         )
     return weights
 
@@ -162,7 +162,7 @@ def _file_of(path: Path) -> Path:
     names = ("model.safetensors", "pytorch_model.bin")
     file = next((path / name for name in names if (path / name).is_file()), None)
     if file is None:
-        raise InputError(f"folder {path} has no {' or '.join(names)}: name a weights file")
+        raise InputError(f"{' or '.join(names)} not found in {path}: give the path of a file")
     return file
 
 
@@ -170,7 +170,7 @@ def _read_encoder(content: dict, path: Path) -> EncoderWeights:
     key = next((key for key in _STATE_KEYS if content.get(key) is not None), None)
     state = content if key is None else content[key]
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise InputError(f"no encoder in {path}: it holds no named weights")
+        raise InputError(f"no encoder in {path}, which has no named weights: use another file")
     if key in _MOVING_AVERAGES:
         _logger.info("%s: reading the moving average of the weights", path)
     names, renamed, left_out = _rename(state, path)
@@ -223,8 +223,8 @@ def _rename(state: dict, path: Path) -> tuple[WeightNames, dict[str, Tensor], li
     names = next(found, None)
     if names is None:
         raise InputError(
-            f"no encoder in {path}: use a file that has a ViT with a class token, named as in this "
-            "project, released CrossMAE or MAE, timm or Hugging Face"
+            f"no encoder in {path}: use a ViT with a class token whose weights are named as "
+            "in this project, the released CrossMAE or MAE, timm or Hugging Face"
         )
     new_names = {name: names.rename(name) for name in cleaned}
     unknown = [name for name, new in new_names.items() if new is None]
@@ -392,16 +392,16 @@ def load_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> No
         )
     model.load_state_dict(state, strict=False)
 
-    _logger.info("loaded %d tensors from the %s", len(state), weights.kind)
+    _logger.info("loaded %s from the %s", counted(len(state), "tensor"), weights.kind)
     if weights.grid_size != model.grid_size:
         grids = (*weights.grid_size, *model.grid_size)
         _logger.info("position embeddings resampled from %d x %d patches to %d x %d", *grids)
     new = [name for name in model.state_dict() if name not in state]
     if new:
-        _logger.info("new: %s", ", ".join(new))
+        _logger.info("not in the file, so newly initialized: %s", ", ".join(new))
     left_out = [name for name in weights.head_state if name not in state]
     if left_out:
-        _logger.info("left out: %s", ", ".join(left_out))
+        _logger.info("in the file, but not used here: %s", ", ".join(left_out))
 
 
 def fit_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> dict[str, Tensor]:
@@ -424,16 +424,16 @@ def fit_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> dic
     own = model.state_dict()
     for name, tensor in state.items():
         if name not in own or own[name].shape != tensor.shape:
-            ours = f"is {_size_text(own[name].shape)} in" if name in own else "is missing in"
+            ours = f"is {_size_text(own[name].shape)} in" if name in own else "is missing from"
             raise InputError(
                 f"{name} is {_size_text(tensor.shape)} in the {weights.kind} but {ours} the "
-                "model: use the model that was trained"
+                "model: use another file"
             )
     new = [name for name in own if name not in state]
     if head and new:
         raise InputError(
-            f"the {weights.kind} has no {', '.join(new)}: with --pool {model.pool} the head cannot "
-            "be used"
+            f"the {weights.kind} lacks {', '.join(new)}, which --pool {model.pool} needs: leave "
+            "out --pool, or use another file"
         )
     return state
 
@@ -441,19 +441,20 @@ def fit_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> dic
 def _check_sizes(model: nn.Module, weights: EncoderWeights) -> None:
     """Refuse weights of another size with a clearer message than a shape mismatch."""
     patch_size, embed_dim, depth = weights.shape
+    by_name, fixed = "leave out --model, or set it to the size of the weights", "use another file"
     sizes = [
-        ("patches of {} px", patch_size, model.patch_size),
-        ("{} channels", weights.in_chans, model.in_chans),
-        ("a width of {}", embed_dim, model.embed_dim),
-        ("{} blocks", depth, len(model.blocks)),
-        ("an MLP {} wide", weights.mlp_dim, model.blocks[0].mlp.fc1.out_features),
-        ("{} attention heads", weights.num_heads, model.blocks[0].attn.num_heads),
+        ("patches of {} px", patch_size, model.patch_size, by_name),
+        ("{} channels", weights.in_chans, model.in_chans, fixed),
+        ("a width of {}", embed_dim, model.embed_dim, by_name),
+        ("{} blocks", depth, len(model.blocks), by_name),
+        ("an MLP {} wide", weights.mlp_dim, model.blocks[0].mlp.fc1.out_features, fixed),
+        ("{} attention heads", weights.num_heads, model.blocks[0].attn.num_heads, fixed),
     ]
-    for text, theirs, ours in sizes:
+    for text, theirs, ours, advice in sizes:
         if theirs not in (None, ours):
             raise InputError(
-                f"the {weights.kind} has {text.format(theirs)} but the model {text.format(ours)}: "
-                "use the model that was trained"
+                f"the {weights.kind} has {text.format(theirs)}, but the model has "
+                f"{text.format(ours)}: {advice}"
             )
 
 

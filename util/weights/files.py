@@ -44,7 +44,7 @@ def read_weights_file(path: str | Path) -> dict:
         raise
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"{path} is refused: it is not a weights file, or loading it would run code"
+            f"refusing to load {path}: it is not a weights file, or loading it would run code"
         ) from error
     except Exception as error:  # a damaged file can make a reader fail in any way
         raise InputError(
@@ -75,7 +75,7 @@ def _load_checked(path: Path) -> object:
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             if foreign:
                 raise InputError(
-                    f"{path} is refused: loading it would run code ({', '.join(foreign)})"
+                    f"refusing to load {path}: loading it would run code ({', '.join(foreign)})"
                 )
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -87,14 +87,14 @@ def _check_archive(archive: zipfile.ZipFile, path: Path) -> None:
     claimed = [r.file_size for r in records]
     if not plain or claimed != [r.compress_size for r in records]:
         raise InputError(
-            f"{path} is refused: it is compressed or encrypted, which torch.save never does, and "
-            "could expand to any size"
+            f"refusing to load {path}: it is compressed or encrypted, which torch.save never does, "
+            "and could expand to any size"
         )
     if sum(claimed) > path.stat().st_size:
-        raise InputError(f"{path} is refused: its records claim more bytes than the file has")
+        raise InputError(f"refusing to load {path}: its records claim more bytes than it has")
     damaged = archive.testzip()
     if damaged is not None:
-        raise InputError(f"{path} is damaged: {damaged} fails its checksum")
+        raise InputError(f"{path} is damaged ({damaged} fails its checksum): copy it again")
     for record in records:
         if record.filename.endswith(".pkl"):
             with archive.open(record) as file:
@@ -115,10 +115,12 @@ def _check_pickles(file: BinaryIO, path: Path, size: int = 0) -> None:
                 num_tuples += opcode.name.startswith("TUPLE")
                 if max(position, size) > MAX_PICKLE or num_tuples > MAX_TUPLES:
                     raise InputError(
-                        f"{path} is refused: besides its tensors it has more than a checkpoint has"
+                        f"refusing to load {path}: it has more besides tensors than any checkpoint"
                     )
                 if isinstance(argument, str) and argument.endswith(" bytearray"):
-                    raise InputError(f"{path} is refused: it has a bytearray, unlike any weights")
+                    raise InputError(
+                        f"refusing to load {path}: it has a bytearray, which weights never have"
+                    )
 
 
 def _check_content(content: dict, path: Path) -> None:
@@ -134,7 +136,9 @@ def _check_content(content: dict, path: Path) -> None:
         num_values += 1
         if isinstance(value, Tensor):
             if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
-                raise InputError(f"{path} is refused: it holds tensors other than dense CPU ones")
+                raise InputError(
+                    f"refusing to load {path}: it has tensors other than dense ones on the CPU"
+                )
             num_tensor_bytes += value.numel() * value.element_size()
         elif isinstance(value, dict):
             todo += [*value.keys(), *value.values()]
@@ -144,7 +148,7 @@ def _check_content(content: dict, path: Path) -> None:
             todo.append(vars(value))
         if num_values > num_bytes or num_tensor_bytes > MAX_SHARED * num_bytes:
             raise InputError(
-                f"{path} is refused: its {num_bytes} bytes would expand to many times as many"
+                f"refusing to load {path}: its {num_bytes} bytes would expand to many times that"
             )
 
 
@@ -186,14 +190,17 @@ def save_safetensors(state: Mapping[str, Tensor], path: Path, metadata: dict[str
     path.write_bytes(safetensors.torch.save(tensors, metadata))
 
 
-def write_new(path: Path, write: Callable[[Path], None]) -> None:
+def write_new(path: Path, write: Callable[[Path], None], *, flag: str = "--output") -> None:
     """Let `write` create a file or folder atomically.
+
+    Args:
+        path: what the user gave as `flag`.
 
     Raises:
         InputError: it already exists, or cannot be written.
     """
     if path.exists() or path.is_symlink():
-        raise InputError(f"{path} exists: delete it first, or choose another --output")
+        raise InputError(f"{path} already exists: delete it first, or choose another {flag}")
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             unfinished = Path(folder) / path.name
@@ -201,4 +208,4 @@ def write_new(path: Path, write: Callable[[Path], None]) -> None:
             unfinished.rename(path)
     except (OSError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(f"cannot write --output {path}: {reason}") from error
+        raise InputError(f"cannot write {flag} {path}: {reason}") from error

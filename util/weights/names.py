@@ -52,14 +52,14 @@ PRETRAINED = WeightNames(
     },
 )
 TIMM = WeightNames(
-    "released or timm weights",
+    "released or timm checkpoint",
     {
         rf"({ENCODER}|(?:fc_)?norm\.(?:weight|bias)|head\..+)": r"\1",
         r"mask_token|(?:decoder_|wfm\.|dec_norms\.|pre_logits\.).+": "",
     },
 )
 HUGGING_FACE = WeightNames(
-    "Hugging Face weights",
+    "Hugging Face checkpoint",
     {
         r"(?:vit\.)?embeddings\.cls_token": "cls_token",
         r"(?:vit\.)?embeddings\.position_embeddings": "pos_embed",

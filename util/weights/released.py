@@ -34,7 +34,7 @@ def from_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state.items():
         prefix = next((p for p in RELEASED_PREFIXES if name.startswith(p)), None)
         if prefix is None:
-            raise InputError(f"{name} is not a weight of a released CrossMAE or MAE checkpoint")
+            raise InputError(f"{name} is not the name of a weight of released CrossMAE or MAE")
         renamed[RELEASED_PREFIXES[prefix] + name.removeprefix(prefix)] = tensor
     return renamed
 
@@ -86,7 +86,7 @@ def released_options(state: Mapping[str, Tensor], args: Mapping[str, object]) ->
             for prefix in ("blocks.", "decoder_blocks.")
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"the checkpoint does not hold a masked autoencoder ({error})") from error
+        raise InputError(f"it has no masked autoencoder ({error} not found)") from error
     options = {
         "img_size": [side, side],
         "in_chans": in_chans,
