@@ -25,13 +25,13 @@ from util.data.loaders import build_eval_loader
 from util.data.settings import DataSettings, add_data_args
 from util.data.transforms import default_crop_pct, eval_transform
 from util.errors import counted
-from util.eval.knn import (
+from util.eval.frozen_features import (
     LabeledFeatures,
     accuracies,
     accuracy_table,
     check_measurable,
-    extract_features,
 )
+from util.eval.knn import extract_features
 from util.runs.run import run_main, start_run, write_args, write_json
 from util.weights.encoder import load_encoder
 

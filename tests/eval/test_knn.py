@@ -20,8 +20,9 @@ from util.data.loaders import build_eval_loader
 from util.data.sources import Digits
 from util.data.transforms import eval_transform
 from util.errors import InputError
-from util.eval import knn
-from util.eval.knn import draw_shots, extract_features, knn_accuracy, knn_predict, logistic_accuracy
+from util.eval import frozen_features, knn
+from util.eval.frozen_features import draw_shots, logistic_accuracy
+from util.eval.knn import extract_features, knn_accuracy, knn_predict
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", CPU)
@@ -150,7 +151,7 @@ def test_a_class_with_too_few_images_gives_all_and_is_logged(caplog):
 
 
 def test_a_regression_that_does_not_converge_is_logged(monkeypatch, caplog, recwarn):
-    monkeypatch.setattr(knn, "MAX_ITER", 2)
+    monkeypatch.setattr(frozen_features, "MAX_ITER", 2)
     logistic_accuracy(*gaussians(), shots=None, seed=0)
     assert "did not converge in 2 iterations" in caplog.text
     assert not recwarn.list

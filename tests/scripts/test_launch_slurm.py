@@ -235,7 +235,7 @@ def test_two_local_tasks_equal_two_of_torchrun(images, undisturbed, tmp_path, mo
     folder = tmp_path.parent / "here"
     flags = ["--partition", "P", "--slurm_x=y"]
     number, log, out = launch(*TWO, *flags, main_flags=argv, cwd=tmp_path.parent)
-    assert "ignored, because they are sbatch's: --partition, --x\n" in out
+    assert "ignored without SLURM: --partition, --slurm_x\n" in out
     wait_for_end(number)
     assert log == folder / "jobs" / f"{number}_0_log.out"
     assert log.with_name(f"{number}_1_log.out").exists()
