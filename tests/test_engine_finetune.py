@@ -21,6 +21,7 @@ from models_vit import build_vit, make_linear_probe
 from tests.helpers.models import NANO
 from tests.helpers.runs import assert_identical
 from tests.helpers.training import CPU, HostReads, PreparedLoader, Recorder
+from util.compute.distributed import stop_processes
 from util.compute.precision import Precision
 from util.data.batch import Batch, collate
 from util.data.broken_images import BrokenImages
@@ -408,7 +409,7 @@ def measure_on_two_processes(rank, folder):
         batches, _, _ = logits_in_batches(num_images, 10, batch_size=1)
         found[name] = measure(torch.nn.Flatten(), batches[slices[rank]])
     (folder / f"{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    stop_processes()
 
 
 def test_two_processes_measure_what_one_does(tmp_path):

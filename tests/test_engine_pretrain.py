@@ -26,7 +26,7 @@ from tests.helpers.training import (
     prepared,
     train,
 )
-from util.compute.distributed import data_parallel
+from util.compute.distributed import data_parallel, stop_processes
 from util.data.batch import Batch, Normalization
 from util.errors import InputError, NonFiniteLossError
 from util.masking import count_tokens, random_split
@@ -164,7 +164,7 @@ def process_group():
     """A group of this process alone."""
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     yield
-    dist.destroy_process_group()
+    stop_processes()
 
 
 @pytest.mark.parametrize("accum_iter", [1, 3])

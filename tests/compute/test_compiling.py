@@ -15,7 +15,7 @@ from tests.helpers.models import use_nano_models
 from tests.helpers.runs import TINY, run
 from tests.helpers.versions import aot_eager
 from util.compute.compiling import compile_model
-from util.compute.distributed import data_parallel
+from util.compute.distributed import data_parallel, stop_processes
 from util.compute.recompute import MEMORY_MODES, set_memory
 from util.errors import InputError
 from util.masking import count_tokens, random_split
@@ -113,7 +113,7 @@ def test_compiled_processes_recompute_and_average_gradients(tmp_path):
             gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
             model.compile(fullgraph=True, dynamic=False, backend="aot_eager")
     finally:
-        torch.distributed.destroy_process_group()
+        stop_processes()
     assert all(map(torch.equal, *gradients))
 
 

@@ -31,6 +31,7 @@ from util.compute.distributed import (
     init_distributed,
     is_main_process,
     rank,
+    stop_processes,
     world_size,
 )
 from util.compute.watchdog import stop_watchdog
@@ -302,4 +303,4 @@ if __name__ == "__main__":
     stop_watchdog()
     # With the thread alive, Python would sometimes abort at exit.
     assert "watchdog" not in {thread.name for thread in threading.enumerate()}
-    dist.destroy_process_group()
+    stop_processes()

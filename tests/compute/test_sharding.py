@@ -18,7 +18,12 @@ from tests.helpers.files import write_classes, write_images
 from tests.helpers.models import crossmae_nano, use_nano_models
 from tests.helpers.processes import ROOT, command, finish, start
 from tests.helpers.runs import TINY, assert_identical, final_state, log_without_time, refusal
-from util.compute.distributed import gradient_sync, init_distributed, is_main_process
+from util.compute.distributed import (
+    gradient_sync,
+    init_distributed,
+    is_main_process,
+    stop_processes,
+)
 from util.compute.sharding import gather_state, shard, unsharded
 from util.compute.watchdog import stop_watchdog
 from util.masking import count_tokens, random_split
@@ -177,4 +182,4 @@ def test_a_moving_average_cannot_be_sharded(capsys):
 if __name__ == "__main__":
     work(Path(sys.argv[1]))
     stop_watchdog()
-    dist.destroy_process_group()
+    stop_processes()

@@ -1,6 +1,5 @@
 """scripts/test.sh, with a stand-in for Python."""
 
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -83,9 +82,10 @@ def test_a_stopped_run_leaves_no_process_and_no_folder(script, tmp_path, number)
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
-@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="the tests run in one process")
 @pytest.mark.xdist_group("together")
 def test_the_tests_of_a_group_run_in_one_worker(request):
     # pytest-xdist finds the groups by this suffix; without it, each worker makes a group's
     # expensive fixtures, and two SLURM clusters run at once.
+    if not request.config.getoption("loadgroup", default=False):
+        pytest.skip("--dist is not loadgroup")
     assert request.node.nodeid.endswith("@together")

@@ -78,13 +78,15 @@ def _join_processes(backend: str, timeout_minutes: float, device_id: torch.devic
         store = _open_store(number, timeout)
         group = {"store": store, "rank": number, "world_size": count, "device_id": device_id}
         dist.init_process_group(backend, timeout=timeout, **group)
-    except dist.DistError as error:
+    except RuntimeError as error:
         host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         if "EADDRINUSE" in str(error):
             raise RunError(
                 f"port {port} of {host}, which process {number} needs, is already in use: set "
                 "another MASTER_PORT, or start a new job, which gets another port"
             ) from error
+        if not isinstance(error, dist.DistError):
+            raise
         raise RunError(
             f"process {number} could not reach the other processes of the run, {count} in total, "
             f"through {host}: check that all have started"
@@ -147,6 +149,10 @@ def default_workers() -> int:
 def stop_processes() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
+        # PyTorch 2.6 waits for gloo's threads while it holds the GIL, which one of them may need to
+        # release the tensors of the last operation: without a moment for that, most runs hang here.
+        if dist.get_backend() == "gloo":
+            time.sleep(0.1)
         dist.destroy_process_group()
 
 
