@@ -232,7 +232,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             f"--batch_size {args.batch_size} must be a multiple of {REPEATED_AUG}, because one of "
             "the loaders takes as many crops per image"
         )
-    check_output_folders(args.json and Path(args.json).resolve())
+    check_output_folders(args.json and Path(args.json))
     return args
 
 

@@ -210,9 +210,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     job_dir = Path(args.job_dir or Path(main_args.output_dir, "jobs")).absolute()
     check_machine(args, job_dir)
     if args.cluster != "slurm" and args.sbatch:
-        prefixes = {name: "" if name in SBATCH_FLAGS else "slurm_" for name in args.sbatch}
-        unused = ", ".join(f"--{prefix}{name}" for name, prefix in prefixes.items())
-        print(f"ignored without SLURM: {unused}")
+        unused = [name if name in SBATCH_FLAGS else f"slurm_{name}" for name in args.sbatch]
+        print(f"ignored without SLURM: --{', --'.join(unused)}")
 
     words = [sys.executable, "-u", str(ROOT / f"main_{args.main}.py"), *main_argv]
     num_tasks = args.tasks_per_node or args.gpus_per_node or 1

@@ -3,9 +3,11 @@ export PYTHONUNBUFFERED=1
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0}
 PYTHON=${PYTHON:-.venv/bin/python}
 failed=()
+slower=1
 
 if [ -n "${QUICK:-}" ]; then
     export TORCH_COMPILE_DISABLE=1 # compiling takes minutes on a CPU
+    slower=4 # limits, since a CPU may be busy
     model=crossmae_vit_tiny_patch4 mae=mae_vit_tiny_patch4 few=2 many=4
 else
     model=crossmae_vit_base_patch16 mae=mae_vit_base_patch16 few=256 many=1024
@@ -37,10 +39,10 @@ say() {
     echo "$*" | tee -a "$OUT/log.txt"
 }
 
-# part NAME SECONDS COMMAND...: runs a command for SECONDS at most, four times that with QUICK, since
-# a CPU may be busy; a failure does not stop the script.
+# part NAME SECONDS COMMAND...: runs a command for SECONDS x $slower at most; a failure does not stop
+# the script.
 part() {
-    local name=$1 seconds=$(($2 ${QUICK:+* 4})) began=$SECONDS code=0
+    local name=$1 seconds=$(($2 * slower)) began=$SECONDS code=0
     shift 2
     say "== $name (limit $seconds s)"
     timeout --kill-after=5 "$seconds" "$@" 2>&1 | tee -a "$OUT/log.txt" || code=$?

@@ -247,7 +247,7 @@ def test_places365_in_the_version_that_is_there(tmp_path, monkeypatch, caplog, s
 
 
 def test_incomplete_places365_is_one_sentence(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="data_large_standard not found in"):
+    with pytest.raises(InputError, match=r"data_large_standard not found in .*: extract Places365"):
         open_train("torch/places365", tmp_path)
     (tmp_path / "data_256_standard").mkdir()
     with pytest.raises(InputError, match="val_256 not found in"):

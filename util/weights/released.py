@@ -86,7 +86,7 @@ def released_options(state: Mapping[str, Tensor], args: Mapping[str, object]) ->
             for prefix in ("blocks.", "decoder_blocks.")
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"it has no masked autoencoder ({error} not found)") from error
+        raise InputError(f"it has no masked autoencoder ({error})") from error
     options = {
         "img_size": [side, side],
         "in_chans": in_chans,
