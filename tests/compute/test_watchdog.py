@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import time
 
 import pytest
 
@@ -66,6 +67,19 @@ def test_a_process_that_is_frozen_ends_both(images, tmp_path):
     assert re.match(
         rf"process 1 .*{children[1]} on .* died or stopped responding", the_sentence(first + err)
     )
+
+
+def test_processes_that_were_suspended_together_go_on(images, tmp_path):
+    words = two_processes(images, tmp_path / "run", epochs=30, timeout_minutes=0.1)
+    process, children = started(words)
+    for child in children:
+        os.kill(child, signal.SIGSTOP)
+    time.sleep(8)  # longer than the timeout
+    for child in children:
+        os.kill(child, signal.SIGCONT)
+        time.sleep(0.5)  # one of them wakes up first
+    code, _, err = finish(process)
+    assert code == 0, err
 
 
 def test_a_process_that_waits_forever_for_an_image_ends_both(images, tmp_path):

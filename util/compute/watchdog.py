@@ -120,8 +120,17 @@ class Watchdog:
         names = [f"{self.names[n]} (pid {b['pid']} on {b['host']})" for n, b in beats.items()]
         return f"{', '.join(names)} {what} step {_position.step + 1} of the run: {ADVICE}"
 
+    def restart_clocks(self) -> None:
+        """Forget how long others have been silent and this process idle: it was suspended itself.
+
+        Clusters suspend all processes of a job. The first to wake up would otherwise take the
+        others, which have been silent for as long, for lost.
+        """
+        _position.move()
+        self.heard = [time.monotonic()] * world_size()
+
     def _watch(self) -> None:
-        while not self.stopped.wait(PERIOD):
+        while not self._wait():
             try:
                 self.send_heartbeat()
                 self.read_heartbeats()
@@ -137,6 +146,14 @@ class Watchdog:
                 what = json.loads(self.last_heartbeats[slowest[0]])["activity"]
                 have = "has" if len(slowest) == 1 else "have"
                 self._end(self.describe(slowest, f"{have} been {what} for {idle:.0f} s in"))
+
+    def _wait(self) -> bool:
+        """Wait for the next heartbeat; return whether the watchdog has been stopped meanwhile."""
+        before = time.monotonic()
+        stopped = self.stopped.wait(PERIOD)
+        if time.monotonic() - before > 2 * PERIOD:
+            self.restart_clocks()
+        return stopped
 
     def _end(self, message: str) -> None:
         if claim_report():
