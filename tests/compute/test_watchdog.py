@@ -70,7 +70,7 @@ def test_a_process_that_is_frozen_ends_both(images, tmp_path):
 
 
 def test_processes_that_were_suspended_together_go_on(images, tmp_path):
-    words = two_processes(images, tmp_path / "run", epochs=30, timeout_minutes=0.1)
+    words = two_processes(images, tmp_path / "run", epochs=10, timeout_minutes=0.1)
     process, children = started(words)
     for child in children:
         os.kill(child, signal.SIGSTOP)

@@ -121,10 +121,10 @@ class Watchdog:
         return f"{', '.join(names)} {what} step {_position.step + 1} of the run: {ADVICE}"
 
     def restart_clocks(self) -> None:
-        """Forget how long others have been silent and this process idle: it was suspended itself.
+        """Count silent and idle seconds from 0 again, because this process was suspended.
 
-        Clusters suspend all processes of a job. The first to wake up would otherwise take the
-        others, which have been silent for as long, for lost.
+        Clusters suspend all processes of a job at once. The first one to wake up would otherwise
+        take the others for lost, which have been silent for just as long.
         """
         _position.move()
         self.heard = [time.monotonic()] * world_size()
