@@ -82,7 +82,7 @@ class Watchdog:
         self.send_heartbeat()
         dist.barrier()  # every process has sent a heartbeat
         self.last_heartbeats = self.store.multi_get(self.names)
-        self.heard = [time.monotonic()] * world_size()
+        self.start_clocks()
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.thread.start()
@@ -120,12 +120,8 @@ class Watchdog:
         names = [f"{self.names[n]} (pid {b['pid']} on {b['host']})" for n, b in beats.items()]
         return f"{', '.join(names)} {what} step {_position.step + 1} of the run: {ADVICE}"
 
-    def restart_clocks(self) -> None:
-        """Count silent and idle seconds from 0 again, because this process was suspended.
-
-        Clusters suspend all processes of a job at once. The first one to wake up would otherwise
-        take the others for lost, which have been silent for just as long.
-        """
+    def start_clocks(self) -> None:
+        """Count silent and idle seconds from 0."""
         _position.move()
         self.heard = [time.monotonic()] * world_size()
 
@@ -152,7 +148,9 @@ class Watchdog:
         before = time.monotonic()
         stopped = self.stopped.wait(PERIOD)
         if time.monotonic() - before > 2 * PERIOD:
-            self.restart_clocks()
+            # This process was suspended, and on a cluster the others with it. Whichever wakes up
+            # first would take them for lost, which have been silent for just as long.
+            self.start_clocks()
         return stopped
 
     def _end(self, message: str) -> None:
@@ -169,7 +167,6 @@ def start_watchdog(minutes: float) -> None:
     global _watchdog
     stop_watchdog()
     if world_size() > 1:
-        _position.move()
         _watchdog = Watchdog(60 * minutes)
 
 
