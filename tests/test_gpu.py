@@ -55,9 +55,8 @@ def _clean_device():
 
 
 def example(counts=COUNTS, batch_size=8, device=CUDA):
-    images = torch.randn(batch_size, 3, 224, 224)
-    split = random_split(torch.rand(batch_size, counts.patches), counts)
-    return images.to(device), type(split)(*(ids.to(device) for ids in split))
+    images = torch.randn(batch_size, 3, 224, 224, device=device)
+    return images, random_split(torch.rand(batch_size, counts.patches, device=device), counts)
 
 
 def loss_and_gradients(model, precision, images, split):

@@ -4,6 +4,7 @@ python scripts/gpu/run_tests.py -k resume
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class Skipped:
 
 def main() -> int:
     """Run the tests and return the exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # at its limit, report what failed
     skipped = Skipped()
     words = ["-m", "gpu", "-q", str(ROOT / "tests" / "test_gpu.py"), *sys.argv[1:]]
     code = pytest.main(words, plugins=[skipped])
