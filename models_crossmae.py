@@ -30,7 +30,7 @@ from models_vit import (
     split_heads,
     xavier_linear,
 )
-from util.kernels import stack_factors
+from util.kernels import linear_combinations
 from util.masking import TokenSplit
 from util.patches import RawImages, gather_patches, gather_tokens, patch_moments
 
@@ -309,9 +309,7 @@ class InterBlockAttention(nn.Module):
         if self.projections is not None:
             maps = [project(x) for project, x in zip(self.projections, maps, strict=True)]
         weight = self.weight.softmax(dim=1) if self.softmax else self.weight
-        # Stacked along the first axis, so that each mix is contiguous; cast as autocast would.
-        stacked = stack_factors(maps)  # (K, B, N, D)
-        return (weight @ stacked.flatten(1)).unflatten(1, stacked.shape[1:])  # (J, B, N, D)
+        return linear_combinations(weight, maps)
 
 
 def inter_block_attention(

@@ -63,9 +63,10 @@ def loss_and_gradients(model, precision, images, split):
     model.zero_grad()
     with precision.autocast():
         loss = model(images, split)
-    precision.backward(loss / precision.scaler.get_scale())
-    gradients = [p.grad for p in model.parameters() if p.requires_grad]
-    return loss.detach().cpu(), parameters_to_vector(gradients).detach().cpu()
+    scale = precision.scaler.get_scale()
+    precision.backward(loss)
+    gradients = parameters_to_vector([p.grad for p in model.parameters() if p.requires_grad])
+    return loss.detach().cpu(), gradients.detach().cpu() / scale
 
 
 def relative_error(value, expected):

@@ -14,8 +14,8 @@ from util import kernels
 from util.kernels import (
     FastLinear,
     linear,
+    linear_combinations,
     scaled_dot_product_attention,
-    stack_factors,
     use_fast_kernels,
 )
 from util.masking import TokenCounts, random_split
@@ -185,22 +185,27 @@ def test_an_unknown_kernel_is_refused_in_one_sentence(processor, monkeypatch, ca
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 3, (torch.float32, torch.bfloat16)])
-def test_factors_cast_before_they_are_stacked_give_the_same_bits(dtypes):
+def test_maps_cast_before_they_are_stacked_give_the_same_bits(dtypes):
     maps = [torch.randn(2, 5, 8).to(dtype).requires_grad_() for dtype in dtypes]
     weight, grad = torch.randn(4, len(maps)), torch.randn(4, 80, dtype=torch.bfloat16)
     results = []
-    for stack in (torch.stack, stack_factors):
+    for combine in (
+        lambda weight, maps: weight @ torch.stack(maps).flatten(1),
+        linear_combinations,
+    ):
         with torch.autocast("cpu", torch.bfloat16):
-            output = weight @ stack(maps).flatten(1)
+            output = combine(weight, maps).flatten(1)
         results.append([output, *torch.autograd.grad(output, maps, grad)])
     assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_factors_stay_as_they_are_without_autocast(dtype):
-    maps = [torch.randn(2, 3, dtype=dtype) for _ in range(3)]
-    assert torch.equal(stack_factors(maps), torch.stack(maps))
-    assert stack_factors(maps).dtype is dtype
+def test_combinations_keep_the_number_format_without_autocast(dtype):
+    weight, *maps = (torch.randn(2, 3, dtype=dtype) for _ in range(4))
+    expected = torch.einsum("jk,kbn->jbn", weight, torch.stack(maps))
+    got = linear_combinations(weight, maps)
+    assert got.dtype is dtype
+    torch.testing.assert_close(got, expected)
 
 
 # Attention

@@ -12,11 +12,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from util.errors import InputError
 
 CPU_LINEAR = "CROSSMAE_CPU_LINEAR"  # environment variable that overrides the choice
 CPU_LINEARS = ("onednn", "pytorch")
+ALIGNED = 8  # a GPU multiplies 16-bit matrices with rows of other lengths at a quarter of its speed
+SHORT = 128  # tokens
 
 
 @cache
@@ -122,26 +125,34 @@ def use_fast_kernels(model: nn.Module) -> None:
             module.__class__ = FastLinear
 
 
-def stack_factors(tensors: Sequence[Tensor]) -> Tensor:
-    """Stack the factors of a matrix product in the product's dtype.
-
-    Autocast would stack in float32 and cast the result: the same bits, but more memory.
-    """
-    device = tensors[0].device.type
+def linear_combinations(weight: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Combine K tensors of one shape (...) with J rows of weights (J, K) -> (J, ...)."""
+    device, shape = tensors[0].device.type, tensors[0].shape
     if device != "meta" and torch.is_autocast_enabled(device):  # which refuses "meta"
+        # Autocast would stack in float32 and cast the result: the same bits, but more memory.
         dtype = torch.get_autocast_dtype(device)
         tensors = [t.to(dtype) if t.dtype is torch.float32 else t for t in tensors]
-    return torch.stack(tensors)
+    if device == "cuda" and (missing := -len(tensors) % ALIGNED):
+        tensors = [*tensors, *[tensors[0].new_zeros(()).expand(shape)] * missing]
+        weight = F.pad(weight, (0, missing))
+    # Stacked along the first axis, so that each combination is contiguous.
+    return (weight @ torch.stack(tensors).flatten(1)).unflatten(1, shape)
 
 
 def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention with q (B, h, N, d) and k, v (B, h, M, d) -> (B, h, N, d).
 
-    PyTorch chooses among the kernels that `sdpa_kernel` allows: FlashAttention-2 on a GPU
-    (App. A.7) by default. On a CPU in reduced precision, plain matrix products replace PyTorch's
-    flash kernel, whose backward pass takes six times as long, unless the caller forces a kernel.
+    Unless the caller forces a kernel by `sdpa_kernel`, PyTorch chooses: FlashAttention-2 on a GPU
+    (App. A.7). There are two exceptions. FlashAttention computes at least 128 queries at a time,
+    so that a GPU's memory-efficient kernel takes a third of its time for short sequences. On a CPU
+    in reduced precision, PyTorch's flash kernel takes six times as long as plain matrix products.
     """
-    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and not is_forced():
+    if is_forced():
+        return F.scaled_dot_product_attention(q, k, v)
+    if q.device.type == "cuda" and max(q.shape[-2], k.shape[-2]) <= SHORT:
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return F.scaled_dot_product_attention(q, k, v)
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, h, N, M)
         return scores.softmax(dim=-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)

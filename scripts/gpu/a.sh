@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first of two runs on a GPU, 330 s at most: does everything work, and what is slow?
+# The first of two runs on a GPU, 380 s at most: does everything work, and what is slow?
 #   [PYTHON=python3] [OUT=output/gpu-a] [AGAINST=program.py] bash scripts/gpu/a.sh
 # PYTHON must have torch, timm and pytest; nothing is installed. AGAINST is a reference program to
 # compare a step with (protocol: scripts/benchmark/against.py). COMMIT is recorded if there is no git
@@ -15,21 +15,17 @@ part device 15 "$PYTHON" scripts/gpu/device.py "$OUT/env.json"
 part tests 90 "$PYTHON" scripts/gpu/run_tests.py --durations=5
 part micro 35 "$PYTHON" scripts/gpu/micro.py "$OUT/micro.json"
 
-fastest=$(sed -n 's/.*"fastest_attention": "\(.*\)".*/\1/p' "$OUT/micro.json" 2>/dev/null || true)
-flags=(--attention_backend "${fastest:-auto}")
 profile=(--profile "$OUT/log.txt")
-step eager 50 --models $model $mae --batch_size $few $many "${flags[@]}" "${profile[@]}"
-
-began=$SECONDS
-flags+=(--models $model --batch_size $many)
+step eager 50 --models $model $mae --batch_size $few $many "${profile[@]}"
+flags=(--models $model --batch_size $many)
 step blocks 40 --compile blocks "${flags[@]}" "${profile[@]}"
-step whole $((95 - (SECONDS - began) / slower)) --compile whole "${flags[@]}" "${profile[@]}"
+step whole 90 --compile whole "${flags[@]}" "${profile[@]}"
 
 if [ -n "${QUICK:-}" ]; then
     flags=(--models crossmae_vit_tiny_patch16 --input_sizes 64)
 fi
 if [ -n "${AGAINST:-}" ]; then
-    step against 40 "${flags[@]}" --rounds 1 --memory high --dtypes bf16 --against_dtype fp16 \
+    step against 60 "${flags[@]}" --rounds 1 --memory high --dtypes bf16 --against_dtype fp16 \
         --against "$AGAINST"
 else
     skip against "AGAINST is not set"

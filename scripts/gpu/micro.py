@@ -32,8 +32,10 @@ ATTENTION = (
     ("decoder", 49, 50, 16, 32),
     ("decoder", 147, 50, 16, 32),
     ("MAE's decoder", 197, 197, 16, 32),
+    ("encoder", 99, 99, 12, 64),
+    ("encoder", 148, 148, 12, 64),
+    ("encoder", 197, 197, 12, 64),
 )
-STEP = ("encoder, 50 x 50", "decoder, 49 x 50")  # a step has 12 blocks of each
 # Rows, inputs and outputs of linear layers.
 LAYERS = {
     "encoder qkv": (BATCH * 50, 768, 2304),
@@ -136,16 +138,6 @@ def measure(case: Case) -> dict[str, object]:
     return {**row, "ms": 1000 * seconds, **rates}
 
 
-def fastest_attention(rows: list[dict]) -> str | None:
-    """Name of the fastest backend in a step, among those that run every shape."""
-    times = {}
-    for name in ATTENTION_BACKENDS:
-        own = [row for row in rows if row["group"] == "attention" and row["variant"] == name]
-        if len(own) == len(ATTENTION) and all(row["ms"] is not None for row in own):
-            times[name] = sum(row["ms"] for row in own if row["what"] in STEP)
-    return min(times, key=times.get, default=None)
-
-
 def main() -> None:
     """Measure case by case, write every row immediately, and print the table."""
     path, rows = Path(sys.argv[1]), []
@@ -153,8 +145,7 @@ def main() -> None:
     for cases in (attention_cases, mix_cases, layer_cases):
         for case in cases():
             rows.append(measure(case))
-            content |= {"rows": rows, "fastest_attention": fastest_attention(rows)}
-            write_json(path, content, keep_earlier=len(rows) == 1)
+            write_json(path, {**content, "rows": rows}, keep_earlier=len(rows) == 1)
     titles = ["group", "what", "variant", "ms", "TFLOP/s", "GB/s"]
     keys = ["group", "what", "variant", "ms", "tflops", "gb_per_s"]
     lines = [[row.get(key) for key in keys] for row in rows]

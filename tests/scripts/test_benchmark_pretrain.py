@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 import time
+import weakref
 
 import pytest
 import torch
@@ -337,6 +338,22 @@ def test_a_benchmark_that_is_stopped_keeps_the_turns_it_has_measured(
     assert all(row[key] is not None for row in numbers["rows"] for key in MEASURED)
     earlier = [file.read_text() for file in tmp_path.iterdir() if file != path]
     assert earlier == ["{}"]  # the earlier start's file is kept, this one's are replaced
+
+
+@pytest.mark.parametrize("name", ["softmax", "exp", "layer_norm"])
+def test_what_was_counted_is_freed(name):
+    functions = {"softmax": lambda x: x.softmax(-1), "exp": torch.exp}
+    function = functions.get(name, lambda x: torch.nn.functional.layer_norm(x, x.shape[-1:]))
+    x = torch.randn(10, 10, requires_grad=True)
+    results = []
+
+    def forward():
+        result = function(x * 1)
+        results.append(weakref.ref(result))
+        return result.sum()
+
+    saved_bytes(forward, [x])
+    assert results[0]() is None
 
 
 def test_batch_sizes_are_rows(tmp_path, monkeypatch, capsys):

@@ -74,15 +74,11 @@ def test_the_first_run_measures_everything_and_names_a_part_that_fails(tmp_path)
     assert set(found) == {"env", "micro", "eager", "blocks", "whole"}
     assert found["env"]["matmul_tflops"] > 0 and found["env"]["machine"]["commit"]
     groups = [row["group"] for row in found["micro"]["rows"]]
-    assert {name: groups.count(name) for name in groups} == {"attention": 20, "mix": 8, "layer": 18}
+    assert {name: groups.count(name) for name in groups} == {"attention": 35, "mix": 8, "layer": 18}
     refused = {row["variant"] for row in found["micro"]["rows"] if "refused" in row}
     assert refused == {"efficient", "cudnn"}
-    assert found["micro"]["fastest_attention"] in ("flash", "math")
     assert [len(found[name]["rows"]) for name in ("eager", "blocks", "whole")] == [4, 1, 1]
     for name in ("eager", "blocks", "whole"):
-        assert f"--attention_backend {found['micro']['fastest_attention']}" in " ".join(
-            found[name]["machine"]["command"]
-        )
         for row in found[name]["rows"]:
             assert len(row["round_step_s"]) == 3
             assert row["images_per_s"] > 0 and row["first_step_s"] > 0 and len(row["kernels"]) == 25
