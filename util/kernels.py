@@ -19,7 +19,7 @@ from util.errors import InputError
 CPU_LINEAR = "CROSSMAE_CPU_LINEAR"  # environment variable that overrides the choice
 CPU_LINEARS = ("onednn", "pytorch")
 ALIGNED = 8  # a GPU multiplies 16-bit matrices with rows of other lengths at a quarter of its speed
-SHORT = 128  # tokens
+SHORT = 64  # tokens
 
 
 @cache
@@ -143,13 +143,13 @@ def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention with q (B, h, N, d) and k, v (B, h, M, d) -> (B, h, N, d).
 
     Unless the caller forces a kernel by `sdpa_kernel`, PyTorch chooses: FlashAttention-2 on a GPU
-    (App. A.7). There are two exceptions. FlashAttention computes at least 128 queries at a time,
-    so that a GPU's memory-efficient kernel takes a third of its time for short sequences. On a CPU
-    in reduced precision, PyTorch's flash kernel takes six times as long as plain matrix products.
+    (App. A.7). There are two exceptions. With few keys on a GPU, the memory-efficient kernel, whose
+    tiles are smaller, takes a third to two thirds of FlashAttention's time. On a CPU in reduced
+    precision, PyTorch's flash kernel takes six times as long as plain matrix products.
     """
     if is_forced():
         return F.scaled_dot_product_attention(q, k, v)
-    if q.device.type == "cuda" and max(q.shape[-2], k.shape[-2]) <= SHORT:
+    if q.device.type == "cuda" and k.shape[-2] <= SHORT:
         with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             return F.scaled_dot_product_attention(q, k, v)
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
