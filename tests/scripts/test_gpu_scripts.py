@@ -34,7 +34,7 @@ finish env micro
 def bash(*words, out, **variables):
     """Run bash in the repository, with one thread and results in `out`."""
     env = {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "OUT": str(out), **variables}
-    unset = {"QUICK", "AGAINST", "DATA", "TESTS", "COMPILE", "ATTENTION"}
+    unset = {"QUICK", "AGAINST", "DATA", "TESTS", "COMPILE"}
     inherited = {name: value for name, value in os.environ.items() if name not in unset}
     return subprocess.run(
         ["bash", *words],
