@@ -46,8 +46,8 @@ from util.runs.resume import (
     EFFECTIVE_BATCH,
     RunRecord,
     changeable_settings,
+    checkpoint_to_evaluate,
     log_settings,
-    newest_good_checkpoint,
     open_run,
 )
 from util.runs.run import RunSettings, add_run_args, run_main, start_run
@@ -150,25 +150,6 @@ def resolve_recipe(args: argparse.Namespace, size: str) -> Recipe:
     return RECIPES[size]._replace(**{n: v for n, v in given.items() if v is not None})
 
 
-def eval_checkpoint(run: RunSettings, finetune: str | None) -> str | Path:
-    """Path of the checkpoint that --eval measures.
-
-    Raises:
-        InputError: none is found, or two are given.
-    """
-    resumed = None if run.resume in ("auto", "none") else run.resume
-    if finetune and resumed:
-        raise InputError("--eval takes one checkpoint: leave --finetune or --resume out")
-    if finetune or resumed:
-        return finetune or resumed
-    path = newest_good_checkpoint(run.folder, "finetune")
-    if path is None:
-        raise InputError(
-            f"--eval found no checkpoint in {run.folder}: give a fine-tuned one with --finetune"
-        )
-    return path
-
-
 def evaluate_only(
     path: str | Path,
     run: RunSettings,
@@ -224,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run, data, optim, compute, encoder, augment, mix = (take(group, args) for group in SETTINGS)
     device = start_run(device=run.device, seed=run.seed, timeout_minutes=run.timeout_minutes)
     if args.eval:
-        path = eval_checkpoint(run, encoder.finetune)
+        path = checkpoint_to_evaluate(run, encoder.finetune, "finetune")
         evaluate_only(path, run, data, compute, encoder, optim.batch_size, device)
         return
 

@@ -11,8 +11,9 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from models_crossmae import IBA_INITS, MaskedAutoencoder, build_crossmae
 from models_mae import build_mae
+from models_upernet import HEADS, SegmentationViT
 from models_vit import POOLS, SIZES, VisionTransformer, build_vit
-from util.arguments import positive_int
+from util.arguments import fraction, natural_float, natural_int, positive_int
 from util.errors import InputError, as_input_error
 from util.kernels import use_fast_kernels
 from util.masking import MASK_SAMPLINGS
@@ -81,6 +82,70 @@ class EncoderSettings:
     model: str | None = None
     pool: str | None = None
     num_classes: int | None = None
+
+
+HEAD_DIM, AUX_WEIGHT, DROPOUT = 768, 0.4, 0.1  # of UperNet (Table 17)
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """The head of a segmentation model; see the flags. None is Table 17's.
+
+    Raises:
+        InputError: a setting is of the other head.
+    """
+
+    head: str = "linear"
+    crop_size: tuple[int, ...] = (512,)
+    out_indices: list[int] | None = None
+    head_dim: int | None = None
+    aux_weight: float | None = None
+    dropout: float | None = None
+    rel_pos_bias: bool | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.crop_size) > 2:
+            raise InputError("--crop_size takes one side, or a height and a width")
+        if self.head == "linear":
+            names = ("out_indices", "head_dim", "aux_weight", "dropout")
+            for name in (n for n in names if getattr(self, n) is not None):
+                raise InputError(f"--{name} is for --head upernet: leave it out")
+
+    @property
+    def crop(self) -> tuple[int, int]:
+        """(height, width) of a training crop."""
+        return tuple(self.crop_size) * (2 // len(self.crop_size))
+
+    def check_batch_size(self, batch_size: int) -> None:
+        """Raise InputError for a batch that UperNet's batch norms, of one position, cannot take."""
+        if self.head == "upernet" and batch_size < 2:
+            raise InputError("--head upernet cannot normalize a batch of 1: use --batch_size 2")
+
+    @property
+    def auxiliary(self) -> float:
+        """Weight of the auxiliary loss."""
+        return AUX_WEIGHT if self.aux_weight is None else self.aux_weight
+
+    def recipe(self, options: dict[str, object]) -> dict[str, object]:
+        """The same arguments and the auxiliary loss under the names of the flags."""
+        names = {"img_size": "--crop_size", "num_classes": "number of classes"}
+        recipe = {names.get(name, f"--{name}"): value for name, value in options.items()}
+        return recipe | ({"--aux_weight": self.auxiliary} if self.head == "upernet" else {})
+
+    def options(self, **others: object) -> dict[str, object]:
+        """Arguments of SegmentationViT, as plain values that a checkpoint can hold."""
+        is_upernet = self.head == "upernet"
+        options = {
+            "img_size": list(self.crop),
+            "head": self.head,
+            "rel_pos_bias": is_upernet if self.rel_pos_bias is None else self.rel_pos_bias,
+            **others,
+        }
+        if is_upernet:
+            options["out_indices"] = self.out_indices
+            options["head_dim"] = self.head_dim or HEAD_DIM
+            options["dropout"] = DROPOUT if self.dropout is None else self.dropout
+        return options
 
 
 def starting_point(
@@ -174,6 +239,49 @@ def build_classifier(size: str, **options: object) -> VisionTransformer:
         model = build_vit(SIZES[size], **options)
     use_fast_kernels(model.blocks)
     return model
+
+
+def build_segmenter(size: str, **options: object) -> SegmentationViT:
+    """Build a segmentation model of a size in SIZES.
+
+    Args:
+        options: arguments of SegmentationViT besides those of the size.
+
+    Raises:
+        InputError: the sizes are incompatible.
+    """
+    with as_input_error(f"vit_{size} cannot be built"):
+        model = SegmentationViT(**{**SIZES[size]._asdict(), **options})
+    use_fast_kernels(model.blocks)
+    return model
+
+
+def load_segmenter(path: str | Path) -> tuple[SegmentationViT, dict]:
+    """Load a segmentation model on the CPU, in evaluation mode; moving averages if there are any.
+
+    Args:
+        path: a checkpoint of main_segmentation.py.
+
+    Returns:
+        The model, and the checkpoint's other content: `classes`, `mean`, `std` and the like.
+
+    Raises:
+        InputError: the file is missing, damaged or not such a checkpoint.
+    """
+    content = check_format(read_weights_file(path), path, "segmentation")
+    with unknown_content(path):
+        size, options = content["model_name"].removeprefix("vit_"), content["model_options"]
+        with torch.device("meta"):  # a file may claim a model larger than memory
+            expected = build_segmenter(size, **options).state_dict()
+        state = content.get("ema") or content["model"]
+        if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in expected.items()}:
+            raise InputError(
+                f"{path} claims to be a vit_{size}, but its weights are not: use another file"
+            )
+        check_mean_std(content["mean"], content["std"])
+        model = build_segmenter(size, **options)
+        model.load_state_dict(state)
+    return model.eval(), content
 
 
 def load_model(path: str | Path) -> tuple[MaskedAutoencoder, dict]:
@@ -289,8 +397,8 @@ def add_model_args(parser: argparse.ArgumentParser, *, model: str) -> None:
     )
 
 
-def add_encoder_args(parser: argparse.ArgumentParser, *, pool: str) -> None:
-    """Add the flags of EncoderSettings; `pool` is the default pooling in the help."""
+def add_encoder_args(parser: argparse.ArgumentParser, *, pool: str | None) -> None:
+    """Add the flags of EncoderSettings; `pool` is the default pooling, None if there is none."""
     group = parser.add_argument_group("encoder")
     group.add_argument(
         "--finetune",
@@ -304,6 +412,8 @@ def add_encoder_args(parser: argparse.ArgumentParser, *, pool: str) -> None:
         metavar="NAME",
         help="%(choices)s (the size of the --finetune weights, else vit_base_patch16)",
     )
+    if pool is None:
+        return
     group.add_argument(
         "--pool",
         choices=POOLS,
@@ -314,4 +424,43 @@ def add_encoder_args(parser: argparse.ArgumentParser, *, pool: str) -> None:
         "--nb_classes",
         type=positive_int,
         help="outputs of the head (the number of classes in the data)",
+    )
+
+
+def add_head_args(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of HeadSettings."""
+    group = parser.add_argument_group("head")
+    group.add_argument(
+        "--head",
+        choices=HEADS,
+        default=HeadSettings.head,
+        help="batch norm and a 1x1 convolution on the last feature map (linear), or the paper's "
+        "UperNet (upernet) (%(default)s)",
+    )
+    group.add_argument(
+        "--crop_size",
+        type=positive_int,
+        nargs="+",
+        default=HeadSettings.crop_size,
+        metavar="PX",
+        help="side of the training crops, or height and width; positions are resampled to it (512)",
+    )
+    group.add_argument(
+        "--out_indices",
+        type=natural_int,
+        nargs=4,
+        metavar="BLOCK",
+        help="blocks that UperNet reads, from 0 (3 5 7 11 of 12, 7 11 15 23 of 24)",
+    )
+    group.add_argument("--head_dim", type=positive_int, help=f"width of UperNet ({HEAD_DIM})")
+    group.add_argument(
+        "--aux_weight",
+        type=natural_float,
+        help=f"weight of the loss of UperNet's auxiliary head ({AUX_WEIGHT})",
+    )
+    group.add_argument("--dropout", type=fraction, help=f"before UperNet's classifiers ({DROPOUT})")
+    group.add_argument(
+        "--rel_pos_bias",
+        action=argparse.BooleanOptionalAction,
+        help="learn a bias of attention for every relative position (on for upernet)",
     )

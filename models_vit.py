@@ -69,9 +69,13 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attend and join the heads: q (B, h, N, d), k and v (B, h, M, d) -> (B, N, h*d)."""
-    return scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Attend and join the heads: q (B, h, N, d), k and v (B, h, M, d) -> (B, N, h*d).
+
+    Args:
+        bias: (1, h, N, M), added to the scores.
+    """
+    return scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)
 
 
 class PatchProjection(nn.Conv2d):

@@ -25,6 +25,9 @@ from util.runs.checkpoint import BEST_NAME, list_checkpoints
 from util.runs.run_log import read_log
 
 TRAINING = ("pretrain", "finetune", "linprobe")
+MAINS = {
+    name: MAINS[name] for name in (*TRAINING, "knn")
+}  # test_main_segmentation.py has the other
 every_main = pytest.mark.parametrize("name", MAINS)
 every_training = pytest.mark.parametrize("name", TRAINING)
 

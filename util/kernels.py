@@ -139,23 +139,29 @@ def linear_combinations(weight: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     return (weight @ torch.stack(tensors).flatten(1)).unflatten(1, shape)
 
 
-def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def scaled_dot_product_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None
+) -> Tensor:
     """Attention with q (B, h, N, d) and k, v (B, h, M, d) -> (B, h, N, d).
 
     Unless the caller forces a kernel by `sdpa_kernel`, PyTorch chooses: FlashAttention-2 on a GPU
     (App. A.7). There are two exceptions. With few keys on a GPU, the memory-efficient kernel, whose
     tiles are smaller, takes a third to two thirds of FlashAttention's time. On a CPU in reduced
     precision, PyTorch's flash kernel takes six times as long as plain matrix products.
+
+    Args:
+        bias: (1, h, N, M), added to the scores. FlashAttention cannot add one.
     """
     if is_forced():
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, bias)
     if q.device.type == "cuda" and k.shape[-2] <= SHORT:
         with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-            return F.scaled_dot_product_attention(q, k, v)
+            return F.scaled_dot_product_attention(q, k, v, bias)
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, h, N, M)
+        scores = scores if bias is None else scores + bias
         return scores.softmax(dim=-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, bias)
 
 
 @torch.compiler.assume_constant_result

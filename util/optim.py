@@ -7,8 +7,13 @@ import torch.nn as nn
 from timm.optim import Lars, param_groups_layer_decay, param_groups_weight_decay
 from torch.optim import AdamW, Optimizer
 
-from util.arguments import natural_float, positive_float, positive_int
+from util.arguments import natural_float, natural_int, positive_float, positive_int
 from util.errors import InputError
+
+Group = argparse._ArgumentGroup
+
+
+WARMUP_ITERS = 1500  # of segmentation (Table 17)
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,60 @@ class OptimSettings:
     def with_defaults(self, **defaults: float) -> "OptimSettings":
         """Copy of the settings in which these defaults replace None."""
         return replace(self, **{n: v for n, v in defaults.items() if getattr(self, n) is None})
+
+
+@dataclass(frozen=True)
+class IterationSettings:
+    """Optimization settings of runs whose length is a number of steps; an epoch is `eval_every`.
+
+    Raises:
+        InputError: `eval_every` does not divide the length, or see OptimSettings.
+    """
+
+    batch_size: int
+    max_iters: int
+    lr: float
+    accum_iter: int = 1
+    effective_batch_size: int | None = None
+    eval_every: int | None = None
+    """None: a tenth of the run if that is a whole number, else the run."""
+    warmup_iters: int | None = None
+    """None: WARMUP_ITERS, at most a tenth of the run."""
+    min_lr: float = 0.0
+    weight_decay: float = 0.0
+    clip_grad: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_iters % self.steps_per_epoch:
+            raise InputError(
+                f"--max_iters {self.max_iters} is not a multiple of --eval_every "
+                f"{self.steps_per_epoch}: change one of them"
+            )
+        if self.warmup_iters is not None and self.warmup_iters >= self.max_iters:
+            raise InputError(
+                f"--warmup_iters {self.warmup_iters} must be below --max_iters {self.max_iters}: "
+                "otherwise, the learning rate never reaches its peak"
+            )
+        self.optim()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps between evaluations."""
+        tenth, rest = divmod(self.max_iters, 10)
+        return self.eval_every or (self.max_iters if rest else tenth)
+
+    def optim(self) -> OptimSettings:
+        """Return the same in epochs."""
+        warmup_iters = self.warmup_iters
+        if warmup_iters is None:
+            warmup_iters = min(WARMUP_ITERS, self.max_iters // 10)
+        names = ("batch_size", "accum_iter", "effective_batch_size")
+        names += ("lr", "min_lr", "weight_decay", "clip_grad")
+        return OptimSettings(
+            epochs=self.max_iters // self.steps_per_epoch,
+            warmup_epochs=warmup_iters / self.steps_per_epoch,
+            **{name: getattr(self, name) for name in names},
+        )
 
 
 def build_adamw(model: nn.Module, *, weight_decay: float, betas: tuple[float, float]) -> AdamW:
@@ -124,24 +183,7 @@ def add_optim_args(
     """Add the flags of OptimSettings; `epochs` and `blr` of None depend on the model's size."""
     by_size = "by model size"
     group = parser.add_argument_group("optimization")
-    group.add_argument(
-        "--batch_size",
-        type=batch_size_choice if auto_batch_size else positive_int,
-        default=batch_size,
-        help="images per process and micro-step"
-        + (", auto for as many as fit on the GPU" if auto_batch_size else "")
-        + " (%(default)s)",
-    )
-    group.add_argument(
-        "--accum_iter", type=positive_int, default=1, help="micro-steps per step (%(default)s)"
-    )
-    group.add_argument(
-        "--effective_batch_size",
-        type=positive_int,
-        metavar="N",
-        help="images per step over all processes; sets --accum_iter (BATCH_SIZE x ACCUM_ITER x "
-        "processes)",
-    )
+    _add_batch_args(group, batch_size, auto_batch_size=auto_batch_size)
     group.add_argument(
         "--epochs",
         type=positive_int,
@@ -165,6 +207,66 @@ def add_optim_args(
         help="peak learning rate, taken as it is (BLR x effective batch size / 256, in "
         "pre-training also x PRED_RATIO / MASK_RATIO)",
     )
+    _add_step_args(group, min_lr=min_lr, weight_decay=weight_decay)
+
+
+def add_iteration_args(
+    parser: argparse.ArgumentParser,
+    *,
+    batch_size: int,
+    max_iters: int,
+    lr: float,
+    weight_decay: float,
+) -> None:
+    """Add the flags of IterationSettings."""
+    group = parser.add_argument_group("optimization")
+    _add_batch_args(group, batch_size, auto_batch_size=False)
+    group.add_argument(
+        "--max_iters", type=positive_int, default=max_iters, help="steps of the run (%(default)s)"
+    )
+    group.add_argument(
+        "--eval_every",
+        type=positive_int,
+        metavar="STEPS",
+        help="steps between evaluations, which are the log's epochs (MAX_ITERS / 10 if that is a "
+        "whole number, else MAX_ITERS)",
+    )
+    group.add_argument(
+        "--warmup_iters",
+        type=natural_int,
+        help=f"steps of learning-rate warm-up ({WARMUP_ITERS}, at most MAX_ITERS / 10)",
+    )
+    group.add_argument(
+        "--lr",
+        type=positive_float,
+        default=lr,
+        help="peak learning rate, for the batch size as it is (%(default)s)",
+    )
+    _add_step_args(group, min_lr=0.0, weight_decay=weight_decay)
+
+
+def _add_batch_args(group: Group, batch_size: int, *, auto_batch_size: bool) -> None:
+    group.add_argument(
+        "--batch_size",
+        type=batch_size_choice if auto_batch_size else positive_int,
+        default=batch_size,
+        help="images per process and micro-step"
+        + (", auto for as many as fit on the GPU" if auto_batch_size else "")
+        + " (%(default)s)",
+    )
+    group.add_argument(
+        "--accum_iter", type=positive_int, default=1, help="micro-steps per step (%(default)s)"
+    )
+    group.add_argument(
+        "--effective_batch_size",
+        type=positive_int,
+        metavar="N",
+        help="images per step over all processes; sets --accum_iter (BATCH_SIZE x ACCUM_ITER x "
+        "processes)",
+    )
+
+
+def _add_step_args(group: Group, *, min_lr: float, weight_decay: float) -> None:
     group.add_argument(
         "--min_lr",
         type=natural_float,

@@ -51,12 +51,30 @@ def cosine_lr(step: int, *, lr: float, min_lr: float, warmup_steps: int, total_s
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def linear_lr(step: int, *, lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> float:
+    """Linear warm-up from 0 to lr, then linearly down to min_lr (Table 17: poly with power 1).
+
+    Args:
+        step, lr, min_lr, warmup_steps, total_steps: see `cosine_lr`.
+    """
+    if step < warmup_steps:
+        return lr * step / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return min_lr + (lr - min_lr) * (1 - min(1.0, progress))
+
+
 def lr_schedule(
-    *, lr: float, min_lr: float, warmup_epochs: float, epochs: int, steps_per_epoch: int
+    *,
+    lr: float,
+    min_lr: float,
+    warmup_epochs: float,
+    epochs: int,
+    steps_per_epoch: int,
+    curve: Callable[..., float] = cosine_lr,
 ) -> Callable[[int], float]:
-    """Function from a step to its learning rate; see `cosine_lr`."""
+    """Function from a step to its learning rate; `curve` is `cosine_lr` or `linear_lr`."""
     return partial(
-        cosine_lr,
+        curve,
         lr=lr,
         min_lr=min_lr,
         warmup_steps=round(warmup_epochs * steps_per_epoch),
@@ -65,12 +83,18 @@ def lr_schedule(
 
 
 def plan_learning_rate(
-    optim: OptimSettings, steps: Steps, *, mask_ratio: float = 1.0, pred_ratio: float = 1.0
+    optim: OptimSettings,
+    steps: Steps,
+    *,
+    mask_ratio: float = 1.0,
+    pred_ratio: float = 1.0,
+    curve: Callable[..., float] = cosine_lr,
 ) -> LearningRate:
     """Determine a run's learning rate, and log where it comes from.
 
     Args:
         optim: with epochs, warmup_epochs, and blr or lr set.
+        curve: see `lr_schedule`.
     """
     peak, origin = optim.lr, "as given"
     if peak is None:
@@ -85,5 +109,6 @@ def plan_learning_rate(
         warmup_epochs=optim.warmup_epochs,
         epochs=optim.epochs,
         steps_per_epoch=steps.steps_per_epoch,
+        curve=curve,
     )
     return LearningRate(peak, at)

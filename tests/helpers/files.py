@@ -1,6 +1,7 @@
 """Small folders of images, and helpers to compare files."""
 
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -53,3 +54,27 @@ def files_in(folder):
 def copied(folder, place):
     """Copy a folder for a test that changes it."""
     return Path(shutil.copytree(folder, place))
+
+
+def write_masked_images(folder, num_train=9, num_val=3, size=(20, 24)):
+    """Images of colored rectangles and masks of their classes, for main_segmentation.py.
+
+    Class 0 is dark ground, 1 a red and 2 a green rectangle; the top row does not count.
+    """
+    rng = random.Random(0)
+    for split, count in (("train", num_train), ("val", num_val)):
+        for kind in ("images", "annotations"):
+            (folder / kind / split).mkdir(parents=True)
+        for number in range(count):
+            mask = Image.new("L", size[::-1])
+            for label in (1, 2):
+                left, top = rng.randrange(size[1] - 8), rng.randrange(size[0] - 8)
+                mask.paste(label, (left, top, left + 8, top + 8))
+            colors = np.array([(30, 30, 40), (200, 40, 40), (40, 180, 60)], dtype=np.uint8)
+            pixels = colors[np.asarray(mask)]
+            image = Image.fromarray(pixels)
+            mask.paste(255, (0, 0, size[1], 1))
+            image.save(folder / "images" / split / f"{number:03d}.png")
+            mask.save(folder / "annotations" / split / f"{number:03d}.png")
+    (folder / "classes.txt").write_text("0 ground\n1 red\n2 green\n255 nothing\n")
+    return folder

@@ -10,6 +10,7 @@ import main_finetune
 import main_knn
 import main_linprobe
 import main_pretrain
+import main_segmentation
 from tests.helpers.processes import command, finish, start
 from util.runs.checkpoint import BEST_NAME, list_checkpoints, read_checkpoint
 from util.runs.run import run_main
@@ -20,6 +21,7 @@ MAINS = {
     "finetune": main_finetune,
     "linprobe": main_linprobe,
     "knn": main_knn,
+    "segmentation": main_segmentation,
 }
 # Options of main_pretrain.py: five steps per epoch on 40 images.
 TINY = ["--model", "crossmae_vit_tiny_patch4", "--input_size", "16", "--decoder_depth", "1"]

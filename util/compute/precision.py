@@ -40,6 +40,14 @@ def blank_images(
     return lambda count: (torch.zeros(count, 3, *img_size, device=device),)
 
 
+def blank_pairs(
+    img_size: Sequence[int], device: torch.device
+) -> Callable[[int], tuple[Tensor, ...]]:
+    """Return `blank_images` of at least two images, which batch norm needs."""
+    blank = blank_images(img_size, device)
+    return lambda count: blank(max(2, count))
+
+
 class Precision:
     """Automatic mixed precision, loss scaling, gradient clipping and the attention kernel.
 
@@ -85,7 +93,7 @@ class Precision:
         """Try the forced attention kernel on a model, forward and backward.
 
         Args:
-            model: returns a tensor.
+            model: returns a tensor, or a list of them.
             example: number of images -> inputs of the model.
             batch_size: images per micro-step in training; a GPU is tried with as many, because
                 cuDNN plans each batch size separately.
@@ -98,7 +106,8 @@ class Precision:
         try:
             with self.autocast():
                 output = model(*example(batch_size if self.device.type == "cuda" else 1))
-            self.backward(output.sum())
+            outputs = output if isinstance(output, list) else [output]
+            self.backward(sum(tensor.sum() for tensor in outputs))
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise

@@ -94,8 +94,8 @@ def add_precision_args(
     )
 
 
-def add_memory_args(parser: argparse.ArgumentParser) -> None:
-    """Add the flags for memory."""
+def add_memory_args(parser: argparse.ArgumentParser, *, fsdp: bool = True) -> None:
+    """Add the flags for memory; `fsdp` says whether the program can shard its model."""
     group = parser.add_argument_group("memory")
     group.add_argument(
         "--memory",
@@ -105,6 +105,8 @@ def add_memory_args(parser: argparse.ArgumentParser) -> None:
         "fastest (high); all but norms and activations (medium); without attention and the "
         "first layer of the MLPs, too (low) (%(default)s)",
     )
+    if not fsdp:
+        return
     group.add_argument(
         "--fsdp",
         action="store_true",

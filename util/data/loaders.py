@@ -15,7 +15,7 @@ from util.compute.watchdog import activity
 from util.compute.worker_deaths import note_workers
 from util.data.batch import Batch, collate
 from util.data.images import IndexedImages
-from util.data.sampler import StepSampler
+from util.data.sampler import IterationSampler, StepSampler
 from util.data.settings import DataSettings
 from util.data.streams import StreamedImages
 from util.errors import InputError, RunError, counted
@@ -30,7 +30,8 @@ class Batches(DataLoader):
     def __init__(self, dataset: Dataset, **options: object) -> None:
         # By default it would draw from PyTorch's global generator.
         options = {"generator": torch.Generator(), **options}
-        super().__init__(dataset, collate_fn=collate, worker_init_fn=ignore_stop_signals, **options)
+        options["collate_fn"] = getattr(dataset, "collate", collate)
+        super().__init__(dataset, worker_init_fn=ignore_stop_signals, **options)
 
     def __iter__(self) -> Iterator[Batch]:
         batches = super().__iter__()
@@ -162,6 +163,34 @@ def build_train_loader(
         *(dataset.name, left_out, dataset.num_samples),
     )
     return StreamStepLoader(dataset, make_sampler(dataset.num_samples - left_out), **workers)
+
+
+def build_iteration_loader(
+    dataset: Dataset,
+    batches: BatchPlan,
+    *,
+    steps_per_epoch: int,
+    seed: int,
+    num_workers: int,
+    device: torch.device,
+) -> StepLoader:
+    """Build this process's loader of full steps, see IterationSampler, and log its size."""
+    world_size = distributed.world_size()
+    sampler = IterationSampler(
+        len(dataset),
+        steps_per_epoch=steps_per_epoch,
+        batch_size=batches.batch_size,
+        accum_iter=batches.accum_iter,
+        rank=distributed.rank(),
+        world_size=world_size,
+        seed=seed,
+    )
+    logger.info(
+        "effective batch size %d = %d x %d (--accum_iter) x %d (processes)",
+        *(sampler.effective_batch_size, *batches, world_size),
+    )
+    pin_memory = device.type == "cuda"
+    return StepLoader(dataset, sampler, num_workers=num_workers, pin_memory=pin_memory)
 
 
 def build_eval_loader(

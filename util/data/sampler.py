@@ -1,5 +1,6 @@
 """Sampler that chooses which images each process reads in each step of an epoch."""
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -85,3 +86,43 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         """Return the number of micro-batches left on this rank."""
         steps = range(self.first_step, self.steps_per_epoch)
         return sum(self.micro_batches_in_step(step) for step in steps)
+
+
+class IterationSampler(StepSampler):
+    """StepSampler for runs whose length is a number of steps, all of them full.
+
+    The images are an endless sequence of passes, each in a new order, cut into steps; an epoch is
+    `steps_per_epoch` of those, whatever the number of images. The order of a pass is a function of
+    (seed, pass), and items have the pass in the place of the epoch.
+    """
+
+    def __init__(self, num_samples: int, *, steps_per_epoch: int, **options: int) -> None:
+        super().__init__(num_samples, **options)
+        self.steps_per_epoch = steps_per_epoch
+
+    def images_in_step(self, step: int) -> int:
+        """Return R, the number of images of all ranks in every step."""
+        if not 0 <= step < self.steps_per_epoch:
+            raise ValueError(f"step {step} is outside the epoch's {self.steps_per_epoch} steps")
+        return self.effective_batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """Yield the micro-batches from the position to the end of its epoch."""
+        first = (self.epoch * self.steps_per_epoch + self.first_step) * self.effective_batch_size
+        steps = range(self.first_step, self.steps_per_epoch)
+        images = self.images_from(first)
+        for _ in steps:
+            own = list(itertools.islice(images, self.effective_batch_size))[
+                self.rank :: self.world_size
+            ]
+            for start in range(0, len(own), self.batch_size):
+                yield own[start : start + self.batch_size]
+
+    def images_from(self, position: int) -> Iterator[tuple[int, int]]:
+        """Yield (pass, image index) from a position of the endless sequence on."""
+        number, skipped = divmod(position, self.num_samples)
+        while True:
+            generator = generator_for("order", self.seed, number)
+            order = torch.randperm(self.num_samples, generator=generator).tolist()
+            yield from ((number, index) for index in order[skipped:])
+            number, skipped = number + 1, 0

@@ -94,15 +94,7 @@ def add_data_args(parser: argparse.ArgumentParser, *, input_size: int | None) ->
         help="side of the square input, or height and width "
         f"({inherited}{input_size or 'the default of the model'})",
     )
-    for name, imagenet in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
-        group.add_argument(
-            f"--{name}",
-            type=finite_float,
-            nargs=3,
-            metavar=("R", "G", "B"),
-            default=list(imagenet) if input_size else None,
-            help=f"{name} of the channels, on the [0, 1] scale ({inherited}ImageNet's)",
-        )
+    add_color_args(group, inherited=inherited)
     if input_size is None:
         group.add_argument(
             "--crop_pct",
@@ -111,6 +103,24 @@ def add_data_args(parser: argparse.ArgumentParser, *, input_size: int | None) ->
             help="side of the center crop over the side of a resized validation image "
             "(224 / 256 up to 224 px, 1 above)",
         )
+    add_reading_args(group)
+
+
+def add_color_args(group: argparse._ArgumentGroup, *, inherited: str) -> None:
+    """Add the flags for mean and std; `inherited` says where defaults come from, if not fixed."""
+    for name, imagenet in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
+        group.add_argument(
+            f"--{name}",
+            type=finite_float,
+            nargs=3,
+            metavar=("R", "G", "B"),
+            default=None if inherited else list(imagenet),
+            help=f"{name} of the channels, on the [0, 1] scale ({inherited}ImageNet's)",
+        )
+
+
+def add_reading_args(group: argparse._ArgumentGroup) -> None:
+    """Add the flags for broken files and loader processes."""
     group.add_argument(
         "--max_broken",
         type=natural_float,

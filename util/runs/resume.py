@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from util.compute.distributed import broadcast_object, is_main_process, world_size
 from util.data.loaders import StepLoader
+from util.data.segmentation import SegmentationSettings
 from util.data.settings import DataSettings
 from util.errors import InputError, counted
 from util.optim import OptimSettings
@@ -29,7 +30,12 @@ _logger = logging.getLogger(__name__)
 
 
 def changeable_settings(
-    optim: OptimSettings, data: DataSettings, *, lr: float, amp: str, fsdp: bool | None = None
+    optim: OptimSettings,
+    data: DataSettings | SegmentationSettings,
+    *,
+    lr: float,
+    amp: str,
+    fsdp: bool | None = None,
 ) -> dict[str, object]:
     """Collect the settings that may change on resume.
 
@@ -46,7 +52,7 @@ def changeable_settings(
         "--clip_grad": optim.clip_grad,
         "--amp": amp,
         "--data_path": data.data_path,
-        "--val_path": data.val_path,
+        **({"--val_path": data.val_path} if hasattr(data, "val_path") else {}),
         "processes": world_size(),
     }
     return settings if fsdp is None else {**settings, "--fsdp": fsdp}
@@ -67,6 +73,8 @@ class RunRecord(NamedTuple):
     """All command-line arguments."""
     given: Collection[str]
     """Options that differ from their defaults."""
+    length: tuple[str, int] = ("--epochs", 1)
+    """The option for the length of the run, for messages, and its value per epoch."""
 
 
 @contextmanager
@@ -94,7 +102,7 @@ def open_run(
             continue_run(state, path, checkpoint, record)
             if not loader.resumes_mid_epoch:
                 state.rewind_epoch()
-            check_left(state, path, run.folder, epochs)
+            check_left(state, path, run.folder, record)
         if run.folder not in run.log_folder.parents:
             try:
                 run.log_folder.mkdir(parents=True, exist_ok=True)
@@ -161,6 +169,28 @@ def newest_good_checkpoint(folder: Path, kind: str) -> Path | None:
     """
     found = _read_newest_good(list_checkpoints(folder), kind)
     return found and found[0]
+
+
+def checkpoint_to_evaluate(run: RunSettings, finetune: str | None, kind: str) -> str | Path:
+    """Path of the checkpoint that --eval measures: --finetune, --resume or the run's newest.
+
+    Args:
+        kind: one of KINDS, of the newest.
+
+    Raises:
+        InputError: none is found, or two are given.
+    """
+    resumed = None if run.resume in ("auto", "none") else run.resume
+    if finetune and resumed:
+        raise InputError("--eval takes one checkpoint: leave --finetune or --resume out")
+    if finetune or resumed:
+        return finetune or resumed
+    path = newest_good_checkpoint(run.folder, kind)
+    if path is None:
+        raise InputError(
+            f"--eval found no checkpoint in {run.folder}: give a fine-tuned one with --finetune"
+        )
+    return path
 
 
 def read_resume(
@@ -239,16 +269,19 @@ def continue_run(state: TrainState, path: Path, checkpoint: dict, record: RunRec
         state.load_state_dict(checkpoint)
 
 
-def check_left(state: TrainState, path: Path, folder: Path, epochs: int) -> None:
+def check_left(state: TrainState, path: Path, folder: Path, record: RunRecord) -> None:
     """Log where a run continues, and whether anything is left to train.
 
     Raises:
         InputError: the checkpoint is from another folder and has all epochs done.
     """
+    epochs = record.may_change["--epochs"]
     if state.progress.epoch < epochs:
         _logger.info("continuing from %s after %s", path, state.progress.describe())
     elif path.resolve().parent != folder.resolve():
-        raise InputError(f"{path} has completed {counted(epochs, 'epoch')} already: raise --epochs")
+        raise InputError(
+            f"{path} has completed {counted(epochs, 'epoch')} already: raise {record.length[0]}"
+        )
     else:
         _logger.info("%s is the final checkpoint of this run: nothing is left to train", path)
 
@@ -281,19 +314,23 @@ def check_same_run(checkpoint: dict, record: RunRecord, path: Path) -> None:
             "new run in another --output_dir"
         )
     done, epochs = checkpoint["progress"]["epoch"], may_change["--epochs"]
-    if epochs < before["--epochs"]:
+    flag, per_epoch = record.length
+    length, length_before, length_done = (
+        per_epoch * number for number in (epochs, before["--epochs"], done)
+    )
+    if length < length_before:
         raise InputError(
-            f"--epochs {epochs} is below the {before['--epochs']} of the run that wrote {path}, "
-            f"{done} of them done: the schedule cannot be shortened, so start a new run in another "
-            "--output_dir"
+            f"{flag} {length} is below the {length_before} of the run that wrote {path}, "
+            f"{length_done} of them done: the schedule cannot be shortened, so start a new run in "
+            "another --output_dir"
         )
     if not is_main_process():
         return
-    if epochs > before["--epochs"]:
+    if length > length_before:
         _logger.warning(
-            "--epochs increased from %d to %d: from epoch %d on, the learning rate follows the "
-            "longer schedule, so the run differs from one started with %d epochs",
-            *(before["--epochs"], epochs, done + 1, epochs),
+            "%s increased from %d to %d: from epoch %d on, the learning rate follows the longer "
+            "schedule, so the run differs from one started with %s %d",
+            *(flag, length_before, length, done + 1, flag, length),
         )
     processes = may_change.get("processes")
     if before.get("processes") != processes:

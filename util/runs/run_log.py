@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from util.compute.distributed import is_main_process
 from util.errors import InputError, RunError, counted
+from util.runs.run import write_json
 
 LOG_NAME = "log.jsonl"
 
@@ -191,6 +192,14 @@ class RunLog:
             temporary.replace(path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
+            _logger.warning("could not save %s: %s", path, error)
+
+    def save_json(self, name: str, content: dict) -> None:
+        """Save the latest of some results as `<name>.json`."""
+        path = self.output_dir / f"{name}.json"
+        try:
+            write_json(path, content, keep_earlier=False)
+        except OSError as error:
             _logger.warning("could not save %s: %s", path, error)
 
     @contextmanager

@@ -411,8 +411,8 @@ def fit_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> dic
         InputError: the weights do not fit the model.
     """
     _check_sizes(model, weights)
-    norm = "fc_norm." if model.pool == "avg" else "norm."
-    wanted = (norm, "head.") if head else (norm,)
+    norms = {"avg": ("fc_norm.",), "cls": ("norm.",), None: ()}[model.pool]
+    wanted = (*norms, "head.") if head else norms
     state = {
         **weights.encoder,
         **{name: tensor for name, tensor in weights.head_state.items() if name.startswith(wanted)},

@@ -21,7 +21,12 @@ VERSION = 1  # of this project's checkpoints
 MAX_PICKLE = 2**23  # bytes of a file that are not tensors; a ViT-H's checkpoint has 2**19
 MAX_TUPLES = 100_000  # a ViT-H's checkpoint has 13,000; deep nesting of many more crashes Python
 MAX_SHARED = 4  # tensors may share bytes, but a small file must not fill the memory
-KINDS = {"pretrain": "pre-training", "finetune": "fine-tuning", "linprobe": "linear-probing"}
+KINDS = {
+    "pretrain": "pre-training",
+    "finetune": "fine-tuning",
+    "linprobe": "linear-probing",
+    "segmentation": "segmentation",
+}
 
 
 def read_weights_file(path: str | Path) -> dict:

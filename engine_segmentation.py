@@ -1,0 +1,199 @@
+"""Training on masks, and mIoU on validation images."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from util.compute.distributed import is_main_process, rank, sync_buffers
+from util.compute.precision import Precision
+from util.data.broken_images import BrokenImages
+from util.data.loaders import StepLoader
+from util.data.segmentation import UNLABELED, SegmentationBatch, SegmentationImages
+from util.eval.miou import Confusion, Scores, Windows, describe, predict, resize_logits
+from util.eval.overlays import comparison
+from util.runs.checkpoint import BEST_NAME, TrainState, last_checkpoint
+from util.runs.run_log import RunLog, read_log
+from util.runs.training import training_steps
+from util.seeding import seed_everything
+
+_logger = logging.getLogger(__name__)
+
+
+def segmentation_loss(maps: Sequence[Tensor], labels: Tensor, aux_weight: float) -> Tensor:
+    """Cross-entropy of the logits, plus that of auxiliary ones.
+
+    It is the mean over all pixels, of which unlabeled ones count as 0. So every image has the same
+    weight in a step, however the step is split over processes.
+
+    Args:
+        maps: logits, each (B, K, h, w); the auxiliary ones follow the first.
+        labels: (B, H, W), UNLABELED where a pixel does not count.
+        aux_weight: weight of the auxiliary logits.
+    """
+    weights = [1.0] + [aux_weight] * (len(maps) - 1)
+    losses = [
+        F.cross_entropy(
+            resize_logits(logits.float(), labels.shape[1:]),
+            labels,
+            ignore_index=UNLABELED,
+            reduction="none",
+        ).mean()
+        for logits in maps
+    ]
+    return sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
+
+
+def train_one_epoch(
+    model: nn.Module,
+    loader: StepLoader,
+    state: TrainState,
+    *,
+    aux_weight: float,
+    seed: int,
+    device: torch.device,
+    **options: object,
+) -> dict[str, float]:
+    """Train until the next evaluation, or for the rest of that time after a resume.
+
+    Drop path and dropout draw from the global generators, which are seeded at every step from the
+    seed, the step and the rank.
+
+    Args:
+        model: images -> maps of logits, possibly wrapped in DDP.
+        aux_weight: weight of the auxiliary loss.
+        options: other arguments of `training_steps`: lr_at, log_every, run_log, checkpoints.
+
+    Returns:
+        Mean metrics of the steps.
+
+    Raises:
+        InputError: a label is no class.
+    """
+    model.train()
+    for step in training_steps(model, loader, state, device=device, **options):
+        seed_everything("train", seed, step.number, rank())
+        for batch, _ in step.micro_batches():
+            images, labels = batch.to(device)  # (B, C, H, W), (B, H, W)
+            with step.autocast():
+                maps = model(images)
+            step.backward(segmentation_loss(maps, labels, aux_weight))
+    return state.end_epoch()
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[SegmentationBatch],
+    *,
+    classes: Sequence[str],
+    windows: Windows,
+    precision: Precision,
+    broken: BrokenImages,
+) -> Scores:
+    """Compare predictions and labels over all processes, counting every pixel once.
+
+    Args:
+        model: images -> maps of logits, not wrapped in DDP; the running statistics of its batch
+            norms become those of the main process on every process.
+        classes: names.
+        loader: this process's images, one at a time.
+        broken: counts unreadable images, which are left out.
+
+    Raises:
+        InputError: too many images cannot be read, or a label is no class.
+    """
+    sync_buffers(model)
+    confusion = Confusion(len(classes), precision.device)
+    for batch in loader:
+        broken.add(batch.broken)
+        if batch.num_images:
+            confusion.add(*predict_classes(model, batch, windows=windows, precision=precision))
+    broken.check()
+    return confusion.scores()
+
+
+@torch.no_grad()
+def predict_classes(
+    model: nn.Module, batch: SegmentationBatch, *, windows: Windows, precision: Precision
+) -> tuple[Tensor, Tensor]:
+    """Predicted classes and labels of a batch of one image, both (1, H, W) on the device."""
+    model.eval()
+    image, labels = batch.to(precision.device)
+    with precision.autocast():
+        logits = predict(model, image, windows)
+    return resize_logits(logits, labels.shape[1:]).argmax(dim=1), labels
+
+
+@torch.no_grad()
+def draw_predictions(
+    model: nn.Module,
+    images: SegmentationImages,
+    classes: Sequence[str],
+    *,
+    windows: Windows,
+    precision: Precision,
+    count: int = 4,
+) -> np.ndarray | None:
+    """Draw a few images, evenly spaced, with their labels and predictions; None if all are broken.
+
+    Returns:
+        uint8 (height, width, 3).
+    """
+    rows = []
+    count = min(count, len(images))
+    for number in range(count):
+        batch = images.collate([images[0, number * len(images) // count]])
+        if batch.num_images:
+            found = predict_classes(model, batch, windows=windows, precision=precision)
+            prediction, labels = (x[0].cpu().numpy() for x in found)
+            pixels = resize_logits(batch.images.float(), labels.shape).round().clamp(0, 255)
+            rows.append((pixels[0].byte().permute(1, 2, 0).numpy(), labels, prediction))
+    return comparison(rows, classes) if rows else None
+
+
+def show(
+    scores: Scores,
+    model: nn.Module,
+    images: SegmentationImages,
+    run_log: RunLog,
+    *,
+    classes: Sequence[str],
+    step: int,
+    **how: object,
+) -> None:
+    """Add scores and a picture to the logs of a run: the latest are in its folder.
+
+    Args:
+        images: for the picture.
+        how: windows and precision of `draw_predictions`.
+    """
+    if not is_main_process():
+        return
+    run_log.log_scalars(dict(zip(classes, (100 * scores.iou).tolist(), strict=True)), step, "iou")
+    run_log.save_json("segmentation", {"step": step, **scores.as_json(classes)})
+    picture = draw_predictions(model, images, classes, **how)
+    if picture is not None:
+        run_log.log_image("segmentation", picture, step)
+
+
+def report(output_dir: Path, title: str) -> None:
+    """Log the last and best results of a finished run and the paths of its checkpoints.
+
+    Raises:
+        RunError: the last checkpoint could not be written.
+    """
+    log = read_log(output_dir)
+    last = log[-1]
+    path = last_checkpoint(output_dir, last["epoch"])
+    if "val_miou" in last:
+        best = max((line for line in log if "val_miou" in line), key=lambda line: line["val_miou"])
+        _logger.info("%s, after %d steps: %s", title, last["step"], describe(last))
+        _logger.info("%s, best, after %d steps: %s", title, best["step"], describe(best))
+        _logger.info("checkpoint of the best: %s", output_dir / BEST_NAME)
+    _logger.info("checkpoint: %s", path)

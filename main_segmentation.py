@@ -1,0 +1,287 @@
+"""Fine-tune an encoder for semantic segmentation (App. B.5, Table 17), or evaluate the result.
+
+python main_segmentation.py --finetune PRETRAINED --data_path DATA
+torchrun --standalone --nproc_per_node 8 main_segmentation.py --finetune PRETRAINED \
+    --dataset ade20k --data_path ADEChallengeData2016 --head upernet --batch_size 2
+python main_segmentation.py --eval --finetune SEGMENTATION_CHECKPOINT --data_path DATA
+"""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from timm.utils import ModelEmaV3
+
+from engine_segmentation import evaluate, report, show, train_one_epoch
+from models import (
+    EncoderSettings,
+    HeadSettings,
+    add_encoder_args,
+    add_head_args,
+    build_segmenter,
+    load_segmenter,
+    starting_point,
+)
+from util.arguments import Parser, check_output_folders, fraction, given_options, take
+from util.compute.batch_size import plan_batches
+from util.compute.compiling import compile_model
+from util.compute.distributed import data_parallel, is_main_process, world_size
+from util.compute.precision import blank_images, blank_pairs
+from util.compute.setup import ComputeSettings, add_memory_args, add_precision_args, place_model
+from util.data.batch import Normalization
+from util.data.broken_images import BrokenImages
+from util.data.images import names_hash
+from util.data.loaders import build_eval_loader, build_iteration_loader
+from util.data.segmentation import (
+    SegmentationSettings,
+    add_segmentation_data_args,
+    label_rule,
+    open_classes,
+    open_segmentation,
+    open_validation,
+)
+from util.errors import InputError
+from util.eval.miou import WindowSettings, add_window_args, describe
+from util.optim import IterationSettings, add_iteration_args, build_layer_decay_adamw
+from util.runs.checkpoint import TrainState
+from util.runs.resume import (
+    EFFECTIVE_BATCH,
+    RunRecord,
+    changeable_settings,
+    checkpoint_to_evaluate,
+    log_settings,
+    open_run,
+)
+from util.runs.run import RunSettings, add_run_args, run_main, start_run, write_json
+from util.schedule import linear_lr, plan_learning_rate
+from util.weights.encoder import load_encoder
+from util.weights.files import write_new
+
+MEMORY_ADVICE = (
+    "use a lower --batch_size with the same --effective_batch_size, or --memory medium or low; in "
+    "an evaluation, a lower --window_batch"
+)
+
+_logger = logging.getLogger(__name__)
+
+
+SETTINGS = (RunSettings, SegmentationSettings, IterationSettings, ComputeSettings)
+SETTINGS += (EncoderSettings, HeadSettings, WindowSettings)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line; defaults are the paper's (Table 17), except for the head."""
+    parser = Parser(
+        prog="main_segmentation.py",
+        description="Fine-tune an encoder for semantic segmentation, or evaluate the result.",
+    )
+    add_run_args(parser, output_dir="output/segmentation", save_every=1)
+    add_segmentation_data_args(parser)
+    add_encoder_args(parser, pool=None)
+    add_head_args(parser)
+    add_window_args(parser)
+    add_iteration_args(parser, batch_size=16, max_iters=160_000, lr=1e-4, weight_decay=0.05)
+    add_precision_args(parser)
+    add_memory_args(parser, fsdp=False)
+    group = parser.add_argument_group("fine-tuning")
+    group.add_argument(
+        "--layer_decay",
+        type=fraction,
+        default=0.65,
+        help="decay of the learning rate from layer to layer (%(default)s)",
+    )
+    group.add_argument(
+        "--drop_path",
+        type=fraction,
+        default=0.1,
+        help="drop-path rate of the last block; the rates rise linearly from 0 (%(default)s)",
+    )
+    group.add_argument(
+        "--ema",
+        type=fraction,
+        metavar="DECAY",
+        help="keep and evaluate a moving average of the weights; a decay such as 0.9999 (off)",
+    )
+    group.add_argument(
+        "--eval",
+        action="store_true",
+        help="only evaluate the model of --finetune or --resume, else the newest in OUTPUT_DIR "
+        "(off)",
+    )
+    group.add_argument(
+        "--dump_json",
+        type=Path,
+        metavar="FILE",
+        help="with --eval, a new file for the results",
+    )
+    args = parser.parse_args(argv)
+    for settings in SETTINGS:
+        take(settings, args)
+    if args.ema == 1:
+        raise InputError("--ema 1 would never update the average: lower it")
+    if args.drop_path == 1:
+        raise InputError("--drop_path 1 would skip the last block entirely: lower it")
+    if args.dump_json and not args.eval:
+        raise InputError("--dump_json needs --eval: a run writes segmentation.json to OUTPUT_DIR")
+    check_output_folders(args.dump_json)
+    return args
+
+
+def evaluate_only(
+    path: str | Path,
+    run: RunSettings,
+    data: SegmentationSettings,
+    compute: ComputeSettings,
+    window: WindowSettings,
+    device: torch.device,
+) -> dict[str, object]:
+    """Measure a segmentation model on the validation images; return the results as plain values.
+
+    Raises:
+        InputError: the file does not hold such a model, or not one for these images.
+    """
+    model, content = load_segmenter(path)
+    classes = open_classes(data, content["classes"])
+    short_side = data.layout.short_side or content["short_side"]
+    normalization = Normalization(tuple(content["mean"]), tuple(content["std"]))
+    val_set = open_validation(
+        data, label_rule(data, classes), short_side, normalization=normalization
+    )
+    precision = place_model(model, compute, device, blank_images(model.img_size, device))
+    windows = window.windows(model.img_size, model.patch_size)
+    sizes = {"batch_size": 1, "num_workers": data.num_workers}
+    scores = evaluate(
+        model,
+        build_eval_loader(val_set, **sizes, device=device),
+        classes=classes,
+        windows=windows,
+        precision=precision,
+        broken=BrokenImages(len(val_set), data.max_broken),
+    )
+    _logger.info("IoU and accuracy of each class:\n%s", scores.table(classes))
+    _logger.info("%s: %s", path, describe(scores.stats()))
+    return {"checkpoint": str(path), "windows": asdict(windows), **scores.as_json(classes)}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Fine-tune from the beginning, or continue a stopped run."""
+    args = parse_args(argv)
+    run, data, iterations, compute, encoder, head, window = (take(s, args) for s in SETTINGS)
+    device = start_run(device=run.device, seed=run.seed, timeout_minutes=run.timeout_minutes)
+    if args.eval:
+        path = checkpoint_to_evaluate(run, encoder.finetune, "segmentation")
+        results = evaluate_only(path, run, data, compute, window, device)
+        if args.dump_json and is_main_process():
+            write = partial(write_json, content=results)
+            write_new(args.dump_json, write, flag="--dump_json")
+        return
+
+    # The weights determine the size of the encoder and the normalization.
+    start = starting_point(
+        encoder.finetune, encoder.model, img_size=head.crop, mean=data.mean, std=data.std
+    )
+    images = open_segmentation(
+        data, crop_size=head.crop, mean=start.mean, std=start.std, seed=run.seed
+    )
+    optim = iterations.optim()
+    batches = plan_batches(optim)
+    head.check_batch_size(batches.batch_size * (world_size() if device.type == "cuda" else 1))
+    workers = {"num_workers": data.num_workers, "device": device}
+    loader = build_iteration_loader(
+        images.train,
+        batches,
+        steps_per_epoch=iterations.steps_per_epoch,
+        seed=run.seed,
+        **workers,
+    )
+    val_loader = images.val and build_eval_loader(images.val, batch_size=1, **workers)
+
+    # The model
+    options = head.options(num_classes=len(images.classes), drop_path=args.drop_path)
+    model = build_segmenter(start.size, **options)
+    if start.weights is not None:
+        load_encoder(model, start.weights, head=False)
+    if device.type == "cuda" and world_size() > 1:  # does not exist on CPUs
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    precision = place_model(model, compute, device, blank_pairs(head.crop, device), optim)
+    ema = None if args.ema is None else ModelEmaV3(model, decay=args.ema)
+    compile_model(model, compute.compile, device=device)
+
+    # How it is trained
+    lr = plan_learning_rate(optim, loader, curve=linear_lr)
+    optimizer = build_layer_decay_adamw(
+        model, weight_decay=optim.weight_decay, layer_decay=args.layer_decay, betas=(0.9, 0.999)
+    )
+    broken = BrokenImages(len(images.train), data.max_broken)
+    state = TrainState(model, optimizer, precision, broken, ema=ema)
+
+    # Settings that must match on resume, and settings that may change
+    name = f"vit_{start.size}"
+    fixed = {
+        "--model": name,
+        "hash of the weights it starts from": start.weights and start.weights.hash(),
+        **head.recipe(options),
+        "--mean": start.mean,
+        "--std": start.std,
+        "--dataset": data.dataset,
+        "hash of the names of classes": names_hash(images.classes),
+        **images.train.identity(),
+        **data.recipe(),
+        "--layer_decay": args.layer_decay,
+        "--weight_decay": optim.weight_decay,
+        "--ema": args.ema,
+        "--eval_every": iterations.steps_per_epoch,
+        "--seed": run.seed,
+        EFFECTIVE_BATCH: loader.effective_batch_size,
+    }
+    may_change = changeable_settings(optim, data, lr=lr.peak, amp=precision.amp)
+    log_settings({**fixed, **may_change})
+    header = {
+        "model_name": name,
+        "model_options": options,
+        "mean": start.mean,
+        "std": start.std,
+        "classes": list(images.classes),
+        "short_side": data.layout.short_side,
+    }
+    length = ("--max_iters", iterations.steps_per_epoch)
+    given = given_options(args, parse_args([]))
+    record = RunRecord("segmentation", fixed, may_change, header, vars(args), given, length)
+    windows = window.windows(model.img_size, model.patch_size)
+    how = {"classes": images.classes, "windows": windows, "precision": precision}
+    with open_run(state, loader, run, record) as (checkpoints, run_log):
+        progress, parallel_model = state.progress, data_parallel(model, device)
+        while progress.epoch < optim.epochs:
+            stats = train_one_epoch(
+                parallel_model,
+                loader,
+                state,
+                aux_weight=head.auxiliary,
+                seed=run.seed,
+                device=device,
+                lr_at=lr.at,
+                log_every=run.log_every,
+                run_log=run_log,
+                checkpoints=checkpoints,
+            )
+            if val_loader:
+                measured = model if ema is None else ema.module
+                broken = BrokenImages(len(images.val), data.max_broken)
+                scores = evaluate(measured, val_loader, broken=broken, **how)
+                stats |= scores.stats()
+                show(scores, measured, images.val, run_log, step=progress.step, **how)
+            run_log.end_epoch(stats, epoch=progress.epoch, step=progress.step)
+            checkpoints.save_if_best(stats, by="val_miou")
+            checkpoints.end_epoch(is_last=progress.epoch == optim.epochs)
+
+    if is_main_process():
+        report(run.folder, "fine-tuning" if start.weights else "training from scratch")
+
+
+if __name__ == "__main__":
+    run_main(main, trains=True, memory_advice=MEMORY_ADVICE)

@@ -1,0 +1,128 @@
+"""Segment a folder of images with a checkpoint of main_segmentation.py.
+
+    python scripts/predict_segmentation.py --checkpoint C --images DIR --output_dir O
+
+O/NAME.png is the mask of DIR/NAME.jpg: its pixels are indices of classes, from 0 in the order of
+O/classes.txt, and its palette makes them visible. O/overlays/NAME.png shows it over the image.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from engine_segmentation import predict_classes
+from models import load_segmenter
+from util.arguments import Parser, take
+from util.compute.precision import blank_images
+from util.compute.setup import ComputeSettings, add_precision_args, place_model
+from util.data.batch import Normalization
+from util.data.broken_images import reason_of
+from util.data.decode import read_pixels
+from util.data.segmentation import SegmentationBatch, WholeImage, list_images
+from util.errors import InputError, counted
+from util.eval.miou import WindowSettings, add_window_args
+from util.eval.overlays import class_colors, overlay
+from util.runs.run import run_main, start_run
+
+OVERLAYS, CLASSES = "overlays", "classes.txt"
+MEMORY_ADVICE = "use a lower --window_batch"
+
+_logger = logging.getLogger(__name__)
+
+
+def as_mask(prediction: np.ndarray, num_classes: int) -> Image.Image:
+    """Make an image whose pixels are class indices: with a palette, or above 256 classes 16-bit."""
+    if num_classes > 256:
+        return Image.fromarray(prediction.astype(np.uint16))
+    mask = Image.fromarray(prediction.astype(np.uint8), mode="P")
+    mask.putpalette(class_colors(num_classes).flatten().tolist())
+    return mask
+
+
+def prepare_output(folder: Path, names: Sequence[str], classes: Sequence[str]) -> None:
+    """Create the output folder and its list of classes.
+
+    Raises:
+        InputError: it has content, cannot be written, or an image is in a folder named OVERLAYS.
+    """
+    if any(name.partition("/")[0] == OVERLAYS for name in names):
+        raise InputError(f"--images has a folder named {OVERLAYS}, as the output has: rename it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise InputError(f"{folder} is not empty: choose another --output_dir")
+        lines = [f"{number} {name}\n" for number, name in enumerate(classes)]
+        (folder / CLASSES).write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write --output_dir {folder}: {error}") from error
+
+
+def save(image: Image.Image, path: Path) -> None:
+    """Write a PNG, and the folders above it.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}") from error
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Predict every image, and write masks and overlays."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", required=True, help="checkpoint of main_segmentation.py")
+    parser.add_argument("--images", required=True, help="folder of images")
+    parser.add_argument("--output_dir", required=True, help="new folder for masks and overlays")
+    parser.add_argument("--device", help="cuda, cuda:N or cpu (cuda if available)")
+    add_window_args(parser)
+    add_precision_args(parser)
+    args = parser.parse_args(argv)
+    device = start_run(device=args.device, seed=0)
+
+    files = list_images(Path(args.images))
+    model, content = load_segmenter(args.checkpoint)
+    classes = content["classes"]
+    resize = WholeImage(content["short_side"]).resize
+    normalization = Normalization(tuple(content["mean"]), tuple(content["std"]))
+    precision = place_model(
+        model, take(ComputeSettings, args), device, blank_images(model.img_size, device)
+    )
+    windows = take(WindowSettings, args).windows(model.img_size, model.patch_size)
+    output = Path(args.output_dir)
+    prepare_output(output, list(files), classes)
+
+    num_broken = 0
+    for name, path in tqdm(files.items(), disable=None, unit="image", leave=False):
+        try:
+            with path.open("rb") as file:
+                image = read_pixels(file)  # (3, H, W)
+        except Exception as error:  # decoders raise anything on broken files
+            num_broken += 1
+            _logger.warning("Broken image, left out: %s (%s)", path, reason_of(error))
+            continue
+        size = torch.zeros(1, *image.shape[1:])  # of the prediction
+        batch = SegmentationBatch(resize(image).unsqueeze(0), size, [], normalization)
+        predicted, _ = predict_classes(model, batch, windows=windows, precision=precision)
+        prediction = predicted[0].cpu().numpy()
+        save(as_mask(prediction, len(classes)), output / f"{name}.png")
+        pixels = overlay(image.permute(1, 2, 0).numpy(), prediction)
+        save(Image.fromarray(pixels), output / OVERLAYS / f"{name}.png")
+    if num_broken == len(files):
+        raise InputError(f"none of the images in {args.images} can be read, see above")
+    left_out = f", {counted(num_broken, 'broken image')} left out" if num_broken else ""
+    _logger.info("wrote %s to %s%s", counted(len(files) - num_broken, "mask"), output, left_out)
+
+
+if __name__ == "__main__":
+    run_main(main, memory_advice=MEMORY_ADVICE)

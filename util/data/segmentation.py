@@ -1,0 +1,668 @@
+"""Images with a mask of class indices: pairs of files, joint augmentation, batches."""
+
+import argparse
+import logging
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as v2f
+
+from util.arguments import integer, positive_float, positive_int
+from util.data.batch import Normalization
+from util.data.broken_images import reason_of, too_many_broken
+from util.data.decode import read_pixels
+from util.data.images import IMAGE_SUFFIXES, MAX_BROKEN_IN_A_ROW, names_hash
+from util.data.settings import add_color_args, add_reading_args
+from util.errors import InputError, counted
+from util.seeding import fold_seed, seeded
+
+UNLABELED = -1  # in labels, whatever marks it in a file
+MAX_CLASSES = 2**15 - 1  # labels are int16
+CROP_TRIES, MAX_CLASS_FRACTION = 10, 0.75  # of a training crop
+CHECKED_MASKS = 50  # at the start of a run
+MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
+ADE20K_NAMES = "objectInfo150.txt"
+
+_logger = logging.getLogger(__name__)
+
+
+class Layout(NamedTuple):
+    """Where a dataset has its files, and what its masks mean."""
+
+    train: str
+    val: str
+    classes_file: str
+    num_classes: int | None = None
+    reduce_zero_label: bool = False
+    short_side: int | None = None
+
+
+LAYOUTS = {
+    "folder": Layout("train", "val", "classes.txt"),
+    "ade20k": Layout("training", "validation", ADE20K_NAMES, 150, True, 512),
+}
+
+
+@dataclass(frozen=True)
+class SegmentationSettings:
+    """Which images and masks to read, and how; see the flags.
+
+    Raises:
+        InputError: the normalization or the scales are invalid.
+    """
+
+    data_path: str | None = None
+    dataset: str = "folder"
+    classes: str | None = None
+    nb_classes: int | None = None
+    ignore_index: int = 255
+    reduce_zero_label: bool | None = None
+    short_side: int | None = None
+    scale: tuple[float, float] = (0.5, 2.0)
+    photometric: bool = True
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    max_broken: float = 0.01
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.std and min(self.std) <= 0:
+            raise InputError(f"--std must be above 0 in every channel, not {self.std}")
+        if self.scale[0] > self.scale[1]:
+            raise InputError(f"--scale takes the smaller factor first, not {self.scale}")
+
+    def recipe(self) -> dict[str, object]:
+        """What has to stay the same within a run, besides the images."""
+        return {
+            "--ignore_index": self.ignore_index,
+            "--reduce_zero_label": self.layout.reduce_zero_label,
+            "--short_side": self.layout.short_side,
+            "--scale": list(self.scale),
+            "--photometric": self.photometric,
+        }
+
+    @property
+    def root(self) -> Path:
+        """The folder of the data.
+
+        Raises:
+            InputError: it is not given, or does not exist.
+        """
+        if self.data_path is None:
+            raise InputError("--data_path is missing: give the folder of images and masks")
+        if not Path(self.data_path).is_dir():
+            raise InputError(
+                f"{self.data_path} does not exist: give the folder of images and masks"
+            )
+        return Path(self.data_path)
+
+    @property
+    def layout(self) -> Layout:
+        """The dataset's layout, with what the flags override."""
+        layout = LAYOUTS[self.dataset]
+        given = {"reduce_zero_label": self.reduce_zero_label, "short_side": self.short_side}
+        return layout._replace(**{name: v for name, v in given.items() if v is not None})
+
+
+def add_segmentation_data_args(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of SegmentationSettings."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data_path",
+        help="folder with images/train, images/val, annotations/train and annotations/val, or "
+        "ADE20K's ADEChallengeData2016",
+    )
+    group.add_argument(
+        "--dataset",
+        choices=LAYOUTS,
+        default="folder",
+        help="folder: masks have the names of their images and hold class indices, as index or "
+        "palette PNG; ade20k: its published layout, 150 classes, label 0 unlabeled, short sides "
+        "of 512 px (%(default)s)",
+    )
+    group.add_argument(
+        "--classes",
+        metavar="FILE",
+        help="names of the classes, one on each line, with or without the index before it "
+        "(classes.txt in DATA_PATH)",
+    )
+    group.add_argument(
+        "--nb_classes",
+        "--num_classes",
+        type=positive_int,
+        help="number of classes (that of the names)",
+    )
+    group.add_argument(
+        "--ignore_index",
+        type=integer,
+        default=SegmentationSettings.ignore_index,
+        help="label of pixels that do not count (%(default)s)",
+    )
+    group.add_argument(
+        "--reduce_zero_label",
+        action=argparse.BooleanOptionalAction,
+        help="label 0 does not count either, and the classes start at 1 (on for ade20k)",
+    )
+    group.add_argument(
+        "--short_side",
+        type=positive_int,
+        metavar="PX",
+        help="resize images to this short side before anything else; predictions are resized "
+        "back (ade20k 512, else off)",
+    )
+    group.add_argument(
+        "--scale",
+        type=positive_float,
+        nargs=2,
+        default=SegmentationSettings.scale,
+        metavar=("MIN", "MAX"),
+        help="range of the factor by which a training image is resized (0.5 2)",
+    )
+    group.add_argument(
+        "--photometric",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="vary brightness, contrast, saturation and hue in training (on)",
+    )
+    add_color_args(group, inherited="from --finetune's file, else ")
+    add_reading_args(group)
+
+
+# Files
+
+
+class Pair(NamedTuple):
+    """An image and its mask."""
+
+    name: str
+    """Path below the folder of the images, without suffix."""
+    image: Path
+    mask: Path
+
+
+def list_images(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> dict[str, Path]:
+    """Find a folder's files by their path without suffix, sorted.
+
+    Raises:
+        InputError: the folder is missing or empty, or two files differ only in their suffix.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: give the folder of the images")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in suffixes and not path.name.startswith("."):
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            if name in found:
+                raise InputError(f"{found[name]} and {path} have the same name: rename one of them")
+            found[name] = path
+    if not found:
+        raise InputError(f"no images found in {folder}: use {', '.join(suffixes[:5])} and the like")
+    return found
+
+
+def list_pairs(root: Path, split: str) -> list[Pair]:
+    """Find the images of a split and their masks: `images/SPLIT` and `annotations/SPLIT`.
+
+    Raises:
+        InputError: a folder is missing, or an image or a mask has no partner.
+    """
+    folders = {kind: root / kind / split for kind in ("images", "annotations")}
+    for folder in folders.values():
+        if not folder.is_dir():
+            raise InputError(
+                f"{folder} does not exist: --data_path needs images/{split} and "
+                f"annotations/{split} with masks of the same names"
+            )
+    images = list_images(folders["images"])
+    masks = list_images(folders["annotations"], MASK_SUFFIXES)
+    for what, partner, alone in (
+        ("image", "mask", [path for name, path in images.items() if name not in masks]),
+        ("mask", "image", [path for name, path in masks.items() if name not in images]),
+    ):
+        if alone:
+            missing = folders["annotations" if what == "image" else "images"]
+            more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
+            raise InputError(
+                f"{counted(len(alone), what)} without {partner}: {alone[0]}{more}; add files of "
+                f"the same name to {missing}, or remove them"
+            )
+    return [Pair(name, images[name], masks[name]) for name in images]
+
+
+def read_class_names(path: Path, ignore_index: int) -> list[str]:
+    """Read names from lines "NAME", "INDEX NAME", or ADE20K's table.
+
+    An index equal to `ignore_index` is no class.
+
+    Raises:
+        InputError: the file cannot be read, is empty or repeats a name, or its indices have gaps.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the names of classes in {path}: {error}") from error
+    lines = [line for line in lines if line]
+    if path.name == ADE20K_NAMES:
+        lines = [line.rsplit("\t", 1)[-1].strip() for line in lines[1:]]
+    split = [line.split(maxsplit=1) for line in lines]
+    if lines and all(len(parts) == 2 and parts[0].isdigit() for parts in split):
+        names = {int(index): name for index, name in split}
+        names.pop(ignore_index, None)
+        if sorted(names) != list(range(len(names))) or len(names) < len(split) - 1:
+            raise InputError(
+                f"{path} has the indices {', '.join(map(str, sorted(names)))}: number the classes "
+                f"from 0 without gaps, besides --ignore_index {ignore_index}"
+            )
+        lines = [names[index] for index in sorted(names)]
+    if not lines or len(set(lines)) < len(lines):
+        fault = "a name twice" if lines else "no names"
+        raise InputError(f"{path} has {fault}: give each class a name of its own")
+    return lines
+
+
+class LabelRule(NamedTuple):
+    """What the values of a mask mean."""
+
+    num_classes: int
+    ignore_index: int
+    reduce_zero_label: bool
+
+    def __call__(self, values: np.ndarray, path: Path) -> Tensor:
+        """Values (H, W) of a mask -> labels int16 (H, W), UNLABELED where a pixel does not count.
+
+        Raises:
+            InputError: a value is no class.
+        """
+        first = int(self.reduce_zero_label)
+        ignored = values == self.ignore_index
+        if self.reduce_zero_label:
+            ignored |= values == 0
+        wrong = ~ignored & ((values < first) | (values >= first + self.num_classes))
+        if wrong.any():
+            unlabeled = f"{'0 and ' if first else ''}{self.ignore_index}"
+            raise InputError(
+                f"{path} has label {values[wrong][0]}, but the classes are {first} to "
+                f"{first + self.num_classes - 1}, with {unlabeled} for pixels that do not count: "
+                "correct --nb_classes or --classes, --ignore_index or --reduce_zero_label, or the "
+                "mask"
+            )
+        return torch.from_numpy(np.where(ignored, UNLABELED, values - first).astype(np.int16))
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """Read the class indices (H, W) of an index or palette image, int64.
+
+    Raises:
+        InputError: it has colors instead of indices.
+        OSError: it is truncated or not an image.
+    """
+    with Image.open(path) as image:
+        if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
+            raise InputError(
+                f"{path} has colors (mode {image.mode}) instead of class indices: save masks as "
+                "index or palette PNG"
+            )
+        return np.asarray(ImageOps.exif_transpose(image)).astype(np.int64)
+
+
+# Transforms
+
+
+@dataclass(frozen=True)
+class JointAugmentation:
+    """Scale, crop, flip and colors of a training image and its labels (Table 17).
+
+    Args:
+        size: (height, width) of the crop, in pixels.
+        mean: of the normalization; fills what lies outside the image.
+        short_side: of the image before it is scaled; None leaves its size.
+        scale: range of the factor.
+        photometric: vary brightness, contrast, saturation and hue.
+    """
+
+    size: tuple[int, int]
+    mean: Sequence[float]
+    short_side: int | None = None
+    scale: tuple[float, float] = (0.5, 2.0)
+    photometric: bool = True
+    num_crops: ClassVar[int] = 1
+
+    def __call__(
+        self, image: Tensor, labels: Tensor, *seed_parts: int | str
+    ) -> tuple[Tensor, Tensor]:
+        """Image uint8 (3, h, w) and labels (h, w) -> (3, H, W) and (H, W), by the seed."""
+        rng = random.Random(fold_seed(*seed_parts))
+        factor = rng.uniform(*self.scale)
+        size = scaled_size(image.shape[1:], self.short_side, factor)
+        pair = tv_tensors.Image(image), tv_tensors.Mask(labels)
+        image, labels = (v2f.resize(x, size, antialias=True) for x in pair)
+        below, right = (max(0, s - x) for s, x in zip(self.size, size, strict=True))
+        image = v2f.pad(image, [0, 0, right, below], fill=[round(255 * m) for m in self.mean])
+        labels = v2f.pad(labels, [0, 0, right, below], fill=UNLABELED)
+        box = self.draw_box(rng, labels)
+        image, labels = (v2f.crop(x, *box, *self.size) for x in (image, labels))
+        if rng.random() < 0.5:
+            image, labels = v2f.horizontal_flip(image), v2f.horizontal_flip(labels)
+        if self.photometric:
+            with seeded(*seed_parts):
+                image = v2.RandomPhotometricDistort()(image)
+        return image.as_subclass(Tensor), labels.as_subclass(Tensor)
+
+    def draw_box(self, rng: random.Random, labels: Tensor) -> tuple[int, int]:
+        """Draw a crop's top and left, again if one class has more than 75% of its labeled pixels.
+
+        After CROP_TRIES, the last one stands.
+        """
+        for _ in range(CROP_TRIES):
+            box = tuple(rng.randint(0, x - s) for x, s in zip(labels.shape, self.size, strict=True))
+            crop = v2f.crop(labels, *box, *self.size)
+            counts = crop[crop != UNLABELED].long().bincount()
+            if counts.count_nonzero() > 1 and counts.max() < MAX_CLASS_FRACTION * counts.sum():
+                break
+        return box
+
+
+@dataclass(frozen=True)
+class WholeImage:
+    """The whole image, resized to a short side; its labels keep their size."""
+
+    short_side: int | None = None
+    num_crops: ClassVar[int] = 1
+
+    def __call__(self, image: Tensor, labels: Tensor, *_: int | str) -> tuple[Tensor, Tensor]:
+        """Image uint8 (3, h, w) and labels (H, W) -> (3, h', w') and the same labels."""
+        return self.resize(image), labels
+
+    def resize(self, image: Tensor) -> Tensor:
+        """Image uint8 (3, h, w) -> (3, h', w')."""
+        if self.short_side is None:
+            return image
+        return v2f.resize(image, scaled_size(image.shape[1:], self.short_side), antialias=True)
+
+
+def scaled_size(size: Sequence[int], short_side: int | None, factor: float = 1.0) -> list[int]:
+    """(height, width) resized to a short side, if one is given, and then by a factor."""
+    if short_side is not None:
+        factor *= short_side / min(size)
+    return [max(1, round(side * factor)) for side in size]
+
+
+# Dataset and batches
+
+
+class SegmentationBatch(NamedTuple):
+    """A micro-batch from a worker; of evaluation, one image or none."""
+
+    images: Tensor  # (B, 3, H, W), uint8
+    labels: Tensor  # (B, H, W), int16; UNLABELED where a pixel does not count
+    broken: list[tuple[str, str]]  # (file name, reason), each time a broken pair was read
+    normalization: Normalization
+
+    @property
+    def num_images(self) -> int:
+        """Batch size B."""
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return images (B, 3, H, W), normalized float32, and labels (B, H, W) on the device."""
+        images, labels = (x.to(device, non_blocking=True) for x in (self.images, self.labels))
+        return self.normalization(images), labels.long()
+
+
+class SegmentationSample(NamedTuple):
+    """An image and its labels, and the broken pairs that were skipped to reach them."""
+
+    image: Tensor | None
+    labels: Tensor | None
+    broken: list[tuple[str, str]]
+
+
+class SegmentationImages(Dataset):
+    """Pairs of images and masks read by `[epoch, index]`, which with the seed decide everything.
+
+    Args:
+        transform: JointAugmentation or WholeImage.
+        replace_broken: read the next pair instead of a broken one, for training; else leave it out.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        rule: LabelRule,
+        transform: Callable[..., tuple[Tensor, Tensor]],
+        normalization: Normalization,
+        *,
+        seed: int,
+        replace_broken: bool,
+    ) -> None:
+        self.pairs, self.rule, self.transform = list(pairs), rule, transform
+        self.normalization, self.seed, self.replace_broken = normalization, seed, replace_broken
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def identity(self) -> dict[str, object]:
+        """Return what distinguishes these images from others: their number and a hash of names."""
+        names = [pair.name for pair in self.pairs]
+        return {"number of training images": len(names), "hash of their names": names_hash(names)}
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        """Read an image uint8 (3, h, w) and its labels (h, w).
+
+        Raises:
+            InputError: the mask has colors, or a label that is no class.
+            Exception: one of the files is broken, or their sizes differ.
+        """
+        pair = self.pairs[index]
+        with pair.image.open("rb") as file:
+            image = read_pixels(file)
+        values = read_mask(pair.mask)
+        sizes = [f"{shape[1]} x {shape[0]} px" for shape in (values.shape, image.shape[1:])]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"its mask has {sizes[0]}, the image {sizes[1]}")
+        return image, self.rule(values, pair.mask)
+
+    def __getitem__(self, key: tuple[int, int]) -> SegmentationSample:
+        """Return the pair at (epoch, index).
+
+        Raises:
+            InputError: a label is no class, or too many pairs in a row are broken.
+        """
+        epoch, index = key
+        broken = []
+        for offset in range(min(len(self), MAX_BROKEN_IN_A_ROW) if self.replace_broken else 1):
+            candidate = (index + offset) % len(self)
+            try:
+                image, labels = self.read(candidate)
+            except InputError:
+                raise
+            except Exception as error:  # decoders raise anything on broken files
+                broken.append((str(self.pairs[candidate].image), reason_of(error)))
+                continue
+            seed_parts = ("augment", self.seed, epoch, index)
+            return SegmentationSample(*self.transform(image, labels, *seed_parts), broken)
+        if self.replace_broken:
+            raise too_many_broken(broken)
+        return SegmentationSample(None, None, broken)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[SegmentationSample | InputError]:
+        """Return a micro-batch; errors are values, see IndexedImages."""
+        try:
+            return [self[key] for key in keys]
+        except InputError as error:
+            return [error]
+
+    def collate(
+        self, samples: list[SegmentationSample | InputError]
+    ) -> SegmentationBatch | InputError:
+        """Combine samples into a batch; if one of them is an error, return the error instead."""
+        for sample in samples:
+            if isinstance(sample, InputError):
+                return sample
+        read = [sample for sample in samples if sample.image is not None]
+        return SegmentationBatch(
+            torch.stack([s.image for s in read]) if read else torch.empty(0),
+            torch.stack([s.labels for s in read]) if read else torch.empty(0),
+            [entry for sample in samples for entry in sample.broken],
+            self.normalization,
+        )
+
+
+class SegmentationData(NamedTuple):
+    """Training and validation images, and their classes."""
+
+    train: SegmentationImages
+    val: SegmentationImages | None
+    classes: tuple[str, ...]
+
+
+def open_classes(
+    settings: SegmentationSettings, trained: Sequence[str] | None = None
+) -> tuple[str, ...]:
+    """Names of the classes: from --classes, the dataset's file, or numbers up to --nb_classes.
+
+    Args:
+        trained: a checkpoint's classes, which have to be the same; used if nothing else is known.
+
+    Raises:
+        InputError: neither names nor a number are known, or they contradict each other.
+    """
+    layout = settings.layout
+    own = settings.root / layout.classes_file
+    path = Path(settings.classes) if settings.classes else own if own.is_file() else None
+    number = settings.nb_classes or layout.num_classes
+    if path is not None:
+        names = read_class_names(path, settings.ignore_index)
+        if number not in (None, len(names)):
+            raise InputError(
+                f"{path} names {len(names)} classes, but --nb_classes is {number}: correct one of "
+                "them"
+            )
+    elif trained is not None:
+        names = list(trained)
+        if number not in (None, len(names)):
+            raise InputError(
+                f"the checkpoint has {len(names)} classes, but --nb_classes is {number}: leave "
+                "--nb_classes out"
+            )
+    elif number is None:
+        raise InputError(
+            "the number of classes is unknown: give their names with --classes FILE, one on each "
+            "line, or their number with --nb_classes"
+        )
+    else:
+        first = int(layout.reduce_zero_label)
+        names = [f"class {first + i}" for i in range(min(number, MAX_CLASSES + 1))]
+    if not 2 <= len(names) <= MAX_CLASSES:
+        raise InputError(f"from 2 to {MAX_CLASSES} classes are supported, not {len(names)}")
+    if trained is not None and tuple(names) != tuple(trained):
+        raise InputError(
+            f"the classes of {path} differ from the checkpoint's, so labels would not mean the "
+            f"same: {_first_difference(names, trained)}; give --classes those it was trained with"
+        )
+    return tuple(names)
+
+
+def _first_difference(names: Sequence[str], trained: Sequence[str]) -> str:
+    if len(names) != len(trained):
+        return f"{len(names)} instead of {len(trained)}"
+    number = next(i for i, (a, b) in enumerate(zip(names, trained, strict=True)) if a != b)
+    return f"class {number} is {names[number]}, not {trained[number]}"
+
+
+def open_segmentation(
+    settings: SegmentationSettings,
+    *,
+    crop_size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    seed: int,
+) -> SegmentationData:
+    """Open the images and masks of --data_path; validation images are those of its `val`.
+
+    Raises:
+        InputError: see `list_pairs`, `open_classes` and `check_masks`.
+    """
+    root, layout = settings.root, settings.layout
+    classes = open_classes(settings)
+    rule = label_rule(settings, classes)
+    augmentation = JointAugmentation(
+        crop_size, tuple(mean), layout.short_side, tuple(settings.scale), settings.photometric
+    )
+    options = {"normalization": Normalization(tuple(mean), tuple(std)), "seed": seed}
+    pairs = list_pairs(root, layout.train)
+    train = SegmentationImages(pairs, rule, augmentation, replace_broken=True, **options)
+    check_masks(train, classes)
+    val = None
+    if (root / "images" / layout.val).exists():
+        val = open_validation(settings, rule, layout.short_side, **options)
+    _logger.info(
+        "%s: %s, %s",
+        *(settings.data_path, counted(len(pairs), "image")),
+        f"{counted(len(val), 'validation image')}" if val else "no validation images",
+    )
+    return SegmentationData(train, val, classes)
+
+
+def open_validation(
+    settings: SegmentationSettings,
+    rule: LabelRule,
+    short_side: int | None,
+    *,
+    normalization: Normalization,
+    seed: int = 0,
+) -> SegmentationImages:
+    """Open the validation images of --data_path.
+
+    Raises:
+        InputError: see `list_pairs`.
+    """
+    pairs = list_pairs(settings.root, settings.layout.val)
+    whole = WholeImage(short_side)
+    return SegmentationImages(pairs, rule, whole, normalization, seed=seed, replace_broken=False)
+
+
+def label_rule(settings: SegmentationSettings, classes: Sequence[str]) -> LabelRule:
+    """What the values of the dataset's masks mean."""
+    return LabelRule(len(classes), settings.ignore_index, settings.layout.reduce_zero_label)
+
+
+def check_masks(images: SegmentationImages, classes: Sequence[str]) -> None:
+    """Look at a few masks before a run: log which classes they have.
+
+    Raises:
+        InputError: a mask has colors or a label that is no class, or all have at most one class.
+    """
+    count = min(len(images), CHECKED_MASKS)
+    pixels = torch.zeros(len(classes) + 1, dtype=torch.long)  # unlabeled ones first
+    for number in range(count):
+        pair = images.pairs[number * len(images) // count]
+        try:
+            labels = images.rule(read_mask(pair.mask), pair.mask)
+        except InputError:
+            raise
+        except Exception:  # read again in training, where broken files are counted
+            continue
+        pixels += (labels.flatten().long() + 1).bincount(minlength=len(pixels))
+    unlabeled, *labeled = (pixels / pixels.sum().clamp(min=1)).tolist()
+    found = [name for name, part in zip(classes, labeled, strict=True) if part]
+    missing = [name for name in classes if name not in found]
+    looked_at = f"{counted(count, 'mask')} looked at: {len(found)} of {len(classes)} classes"
+    if len(found) < 2 and pixels.sum():
+        raise InputError(
+            f"{looked_at} ({', '.join(found) or 'none'}), {unlabeled:.0%} of the pixels do not "
+            f"count: classes have to be numbered from {int(images.rule.reduce_zero_label)} on, "
+            f"and --ignore_index {images.rule.ignore_index} must not be one of them"
+        )
+    absent = f", without {', '.join(missing)}" if missing else ""
+    _logger.info("%s%s; %.1f%% of the pixels do not count", looked_at, absent, 100 * unlabeled)
