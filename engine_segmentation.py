@@ -15,6 +15,7 @@ from util.compute.precision import Precision
 from util.data.broken_images import BrokenImages
 from util.data.loaders import StepLoader
 from util.data.segmentation import UNLABELED, SegmentationBatch, SegmentationImages
+from util.errors import InputError
 from util.eval.miou import Confusion, Scores, Windows, describe, predict, resize_logits
 from util.eval.overlays import comparison
 from util.runs.checkpoint import BEST_NAME, TrainState, last_checkpoint
@@ -106,7 +107,7 @@ def evaluate(
         broken: counts unreadable images, which are left out.
 
     Raises:
-        InputError: too many images cannot be read, or a label is no class.
+        InputError: too many images cannot be read, a label is no class, or no pixel counts.
     """
     sync_buffers(model)
     confusion = Confusion(len(classes), precision.device)
@@ -115,7 +116,10 @@ def evaluate(
         if batch.num_images:
             confusion.add(*predict_classes(model, batch, windows=windows, precision=precision))
     broken.check()
-    return confusion.scores()
+    scores = confusion.scores()
+    if not scores.confusion.any():
+        raise InputError("no pixel of the validation masks counts: correct them or --ignore_index")
+    return scores
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Fine-tune an encoder for semantic segmentation (App. B.5, Table 17), or evaluate the result.
+"""Fine-tune an encoder for semantic segmentation (App. B, Table 17), or evaluate the result.
 
 python main_segmentation.py --finetune PRETRAINED --data_path DATA
 torchrun --standalone --nproc_per_node 8 main_segmentation.py --finetune PRETRAINED \
@@ -75,7 +75,7 @@ SETTINGS += (EncoderSettings, HeadSettings, WindowSettings)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read and check the command line; defaults are the paper's (Table 17), except for the head."""
+    """Read and check the command line; defaults are MAE's for ADE20K, except for the head."""
     parser = Parser(
         prog="main_segmentation.py",
         description="Fine-tune an encoder for semantic segmentation, or evaluate the result.",
@@ -128,7 +128,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise InputError("--drop_path 1 would skip the last block entirely: lower it")
     if args.dump_json and not args.eval:
         raise InputError("--dump_json needs --eval: a run writes segmentation.json to OUTPUT_DIR")
-    check_output_folders(args.dump_json)
     return args
 
 
@@ -174,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run, data, iterations, compute, encoder, head, window = (take(s, args) for s in SETTINGS)
     device = start_run(device=run.device, seed=run.seed, timeout_minutes=run.timeout_minutes)
     if args.eval:
+        check_output_folders(args.dump_json)
         path = checkpoint_to_evaluate(run, encoder.finetune, "segmentation")
         results = evaluate_only(path, run, data, compute, window, device)
         if args.dump_json and is_main_process():

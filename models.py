@@ -84,12 +84,12 @@ class EncoderSettings:
     num_classes: int | None = None
 
 
-HEAD_DIM, AUX_WEIGHT, DROPOUT = 768, 0.4, 0.1  # of UperNet (Table 17)
+HEAD_DIM, AUX_WEIGHT, DROPOUT = 768, 0.4, 0.1  # of UperNet, as in MAE
 
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """The head of a segmentation model; see the flags. None is Table 17's.
+    """The head of a segmentation model; see the flags. None is MAE's.
 
     Raises:
         InputError: a setting is of the other head.
@@ -278,7 +278,8 @@ def load_segmenter(path: str | Path) -> tuple[SegmentationViT, dict]:
             raise InputError(
                 f"{path} claims to be a vit_{size}, but its weights are not: use another file"
             )
-        check_mean_std(content["mean"], content["std"])
+        if None in check_mean_std(content["mean"], content["std"]):
+            raise ValueError("mean and std are missing")
         model = build_segmenter(size, **options)
         model.load_state_dict(state)
     return model.eval(), content

@@ -1,4 +1,4 @@
-"""Semantic segmentation: a ViT with a linear head or UperNet (App. B.5, Table 17)."""
+"""Semantic segmentation: a ViT with a linear head or UperNet (App. B, Table 17)."""
 
 from collections.abc import Sequence
 
@@ -107,7 +107,7 @@ class Neck(nn.Module):
 
 
 class UperNet(nn.Module):
-    """transformers' UperNet heads on MAE's neck, with dropout before the classifiers (Table 17).
+    """transformers' UperNet heads on MAE's neck, with dropout before the classifiers.
 
     Args:
         dim: D.

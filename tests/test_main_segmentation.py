@@ -125,7 +125,7 @@ def test_a_longer_run_continues_and_a_shorter_one_is_refused(tmp_path, data, fin
 DIFFERENCES = {
     "--seed 1": ": --seed was 0 and is now 1. ",
     "--batch_size 3": "effective batch size was 2 and is now 3",
-    "--head upernet --model vit_tiny_patch16 --out_indices 0 1 2 3": "--head was 'linear' and is now 'upernet'",
+    "--head upernet --model vit_tiny_patch16 --out_indices 0 1 2 3": "--head was 'linear'",
     "--crop_size 24": "--crop_size was [16, 16] and is now [24, 24]",
     "--scale 1 2": "--scale was [0.5, 2.0] and is now [1.0, 2.0]",
     "--no-photometric": "--photometric was True and is now False",

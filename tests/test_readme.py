@@ -56,7 +56,12 @@ COMMANDS = [
     for words in all_commands(page)
 ]
 MAINS = {f"{main.__name__}.py": main for main in runs.MAINS.values()}
-EFFECTIVE = {"main_pretrain.py": 4096, "main_finetune.py": 1024, "main_linprobe.py": 16384}
+EFFECTIVE = {
+    "main_pretrain.py": 4096,
+    "main_finetune.py": 1024,
+    "main_linprobe.py": 16384,
+    "main_segmentation.py": 16,
+}
 
 
 def program(words):

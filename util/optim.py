@@ -13,7 +13,7 @@ from util.errors import InputError
 Group = argparse._ArgumentGroup
 
 
-WARMUP_ITERS = 1500  # of segmentation (Table 17)
+WARMUP_ITERS = 1500  # of segmentation, as in MAE
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def cosine_lr(step: int, *, lr: float, min_lr: float, warmup_steps: int, total_s
 
 
 def linear_lr(step: int, *, lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> float:
-    """Linear warm-up from 0 to lr, then linearly down to min_lr (Table 17: poly with power 1).
+    """Linear warm-up from 0 to lr, then linearly down to min_lr (segmentation: poly with power 1).
 
     Args:
         step, lr, min_lr, warmup_steps, total_steps: see `cosine_lr`.

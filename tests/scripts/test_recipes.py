@@ -1,4 +1,4 @@
-"""The recipes match the paper's Tables 1, 11, 12, 14 and 16; nothing is trained."""
+"""The recipes match the paper's Tables 1, 11, 12, 14, 16 and 17; nothing is trained."""
 
 import os
 import re
@@ -30,6 +30,7 @@ EXPECTED = {  # in the paper, in percent
     "table14_seeds": [83.20, 83.29, 83.24, 83.21, 83.24, 0.018],
     "table16_inat2019": [79.8, 79.4, 80.1],
     "table16_places365": [57.9, 57.9, 57.8],
+    "table17_ade20k": [47.7, 48.15],
 }
 TABLE1 = {  # kind of model and pred_ratio, which MAE does not have
     "table1_mae": ("mae", None),
@@ -43,7 +44,12 @@ FINE_TUNING = {
     "large": ("large_patch16", Recipe(epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.2)),
     "huge": ("huge_patch14", Recipe(epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.3)),
 }
-EFFECTIVE = {"main_pretrain": 4096, "main_finetune": 1024, "main_linprobe": 16384}
+EFFECTIVE = {
+    "main_pretrain": 4096,
+    "main_finetune": 1024,
+    "main_linprobe": 16384,
+    "main_segmentation": 16,
+}
 MAINS = {main.__name__: main for main in runs.MAINS.values()}
 PRETRAINED = "weights/vit.pth"
 PROBES = {"table12_mae": "table1_mae", "table12_crossmae": "table1_crossmae_75"}
@@ -52,7 +58,7 @@ ROWS = [
     *((script, size) for script in TABLE1 for size in FINE_TUNING),
     *((script, size) for script in PROBES for size in ("small", "base")),
     *(("table14_seeds", str(seed)) for seed in (1, 2, 3, 4)),
-    *((script, PRETRAINED) for script in ("table11_finetune", *TRANSFERS)),
+    *((script, PRETRAINED) for script in ("table11_finetune", *TRANSFERS, "table17_ade20k")),
 ]
 
 
@@ -170,6 +176,14 @@ def test_tables_11_and_16_finetune_a_checkpoint(commands, place, script):
     assert args.dataset == TRANSFERS.get(script)
     assert args.auto_augment.startswith("rand-m9-mstd0.5")
     assert (args.smoothing, args.mixup, args.cutmix, args.weight_decay) == (0.1, 0.8, 1.0, 0.05)
+
+
+def test_table_17_segments_with_upernet(commands, place):
+    ((_, main, args),) = commands("table17_ade20k", PRETRAINED)
+    assert main == "main_segmentation"
+    assert args.finetune == str(place / PRETRAINED)
+    assert (args.dataset, args.head, args.max_iters) == ("ade20k", "upernet", 160_000)
+    assert (args.lr, args.layer_decay, args.drop_path, args.crop_size) == (1e-4, 0.65, 0.1, (512,))
 
 
 @pytest.mark.parametrize("size", ["small", "base"])

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -199,12 +200,16 @@ def list_images(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> dict[
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give the folder of the images")
     found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in suffixes and not path.name.startswith("."):
-            name = path.relative_to(folder).with_suffix("").as_posix()
-            if name in found:
-                raise InputError(f"{found[name]} and {path} have the same name: rename one of them")
-            found[name] = path
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(parent, name) for name in sorted(names)):
+            if path.suffix.lower() in suffixes and not path.name.startswith("."):
+                name = path.relative_to(folder).with_suffix("").as_posix()
+                if name in found:
+                    raise InputError(
+                        f"{found[name]} and {path} have the same name: rename one of them"
+                    )
+                found[name] = path
     if not found:
         raise InputError(f"no images found in {folder}: use {', '.join(suffixes[:5])} and the like")
     return found
@@ -239,16 +244,19 @@ def list_pairs(root: Path, split: str) -> list[Pair]:
     return [Pair(name, images[name], masks[name]) for name in images]
 
 
-def read_class_names(path: Path, ignore_index: int) -> list[str]:
+def read_class_names(path: Path, ignore_index: int, first: int = 0) -> list[str]:
     """Read names from lines "NAME", "INDEX NAME", or ADE20K's table.
 
-    An index equal to `ignore_index` is no class.
+    Indices of pixels that do not count are no classes: `ignore_index`, and those below `first`.
+
+    Args:
+        first: label of the first class in the masks.
 
     Raises:
         InputError: the file cannot be read, is empty or repeats a name, or its indices have gaps.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the names of classes in {path}: {error}") from error
     lines = [line for line in lines if line]
@@ -256,14 +264,15 @@ def read_class_names(path: Path, ignore_index: int) -> list[str]:
         lines = [line.rsplit("\t", 1)[-1].strip() for line in lines[1:]]
     split = [line.split(maxsplit=1) for line in lines]
     if lines and all(len(parts) == 2 and parts[0].isdigit() for parts in split):
+        indices = [int(index) for index, _ in split]
         names = {int(index): name for index, name in split}
-        names.pop(ignore_index, None)
-        if sorted(names) != list(range(len(names))) or len(names) < len(split) - 1:
+        kept = [i for i in sorted(names) if i >= first and i != ignore_index]
+        if len(names) < len(indices) or kept != list(range(first, first + len(kept))):
             raise InputError(
-                f"{path} has the indices {', '.join(map(str, sorted(names)))}: number the classes "
-                f"from 0 without gaps, besides --ignore_index {ignore_index}"
+                f"{path} has the indices {', '.join(map(str, sorted(indices)))}: number the "
+                f"classes from {first} without gaps, besides --ignore_index {ignore_index}"
             )
-        lines = [names[index] for index in sorted(names)]
+        lines = [names[i] for i in kept]
     if not lines or len(set(lines)) < len(lines):
         fault = "a name twice" if lines else "no names"
         raise InputError(f"{path} has {fault}: give each class a name of its own")
@@ -320,7 +329,7 @@ def read_mask(path: Path) -> np.ndarray:
 
 @dataclass(frozen=True)
 class JointAugmentation:
-    """Scale, crop, flip and colors of a training image and its labels (Table 17).
+    """Scale, crop, flip and colors of a training image and its labels, as in MAE's recipe.
 
     Args:
         size: (height, width) of the crop, in pixels.
@@ -346,26 +355,27 @@ class JointAugmentation:
         size = scaled_size(image.shape[1:], self.short_side, factor)
         pair = tv_tensors.Image(image), tv_tensors.Mask(labels)
         image, labels = (v2f.resize(x, size, antialias=True) for x in pair)
-        below, right = (max(0, s - x) for s, x in zip(self.size, size, strict=True))
-        image = v2f.pad(image, [0, 0, right, below], fill=[round(255 * m) for m in self.mean])
-        labels = v2f.pad(labels, [0, 0, right, below], fill=UNLABELED)
-        box = self.draw_box(rng, labels)
-        image, labels = (v2f.crop(x, *box, *self.size) for x in (image, labels))
+        crop = [min(sides) for sides in zip(self.size, size, strict=True)]
+        box = self.draw_box(rng, labels, crop)
+        image, labels = (v2f.crop(x, *box, *crop) for x in (image, labels))
         if rng.random() < 0.5:
             image, labels = v2f.horizontal_flip(image), v2f.horizontal_flip(labels)
         if self.photometric:
             with seeded(*seed_parts):
                 image = v2.RandomPhotometricDistort()(image)
+        below, right = (side - own for side, own in zip(self.size, crop, strict=True))
+        image = v2f.pad(image, [0, 0, right, below], fill=[round(255 * m) for m in self.mean])
+        labels = v2f.pad(labels, [0, 0, right, below], fill=UNLABELED)
         return image.as_subclass(Tensor), labels.as_subclass(Tensor)
 
-    def draw_box(self, rng: random.Random, labels: Tensor) -> tuple[int, int]:
+    def draw_box(self, rng: random.Random, labels: Tensor, size: Sequence[int]) -> tuple[int, int]:
         """Draw a crop's top and left, again if one class has more than 75% of its labeled pixels.
 
         After CROP_TRIES, the last one stands.
         """
         for _ in range(CROP_TRIES):
-            box = tuple(rng.randint(0, x - s) for x, s in zip(labels.shape, self.size, strict=True))
-            crop = v2f.crop(labels, *box, *self.size)
+            box = tuple(rng.randint(0, x - s) for x, s in zip(labels.shape, size, strict=True))
+            crop = v2f.crop(labels, *box, *size)
             counts = crop[crop != UNLABELED].long().bincount()
             if counts.count_nonzero() > 1 and counts.max() < MAX_CLASS_FRACTION * counts.sum():
                 break
@@ -466,7 +476,12 @@ class SegmentationImages(Dataset):
         pair = self.pairs[index]
         with pair.image.open("rb") as file:
             image = read_pixels(file)
-        values = read_mask(pair.mask)
+        try:
+            values = read_mask(pair.mask)
+        except InputError:
+            raise
+        except Exception as error:  # decoders raise anything on broken files
+            raise ValueError(f"its mask {pair.mask}: {reason_of(error)}") from error
         sizes = [f"{shape[1]} x {shape[0]} px" for shape in (values.shape, image.shape[1:])]
         if sizes[0] != sizes[1]:
             raise ValueError(f"its mask has {sizes[0]}, the image {sizes[1]}")
@@ -542,7 +557,7 @@ def open_classes(
     path = Path(settings.classes) if settings.classes else own if own.is_file() else None
     number = settings.nb_classes or layout.num_classes
     if path is not None:
-        names = read_class_names(path, settings.ignore_index)
+        names = read_class_names(path, settings.ignore_index, int(layout.reduce_zero_label))
         if number not in (None, len(names)):
             raise InputError(
                 f"{path} names {len(names)} classes, but --nb_classes is {number}: correct one of "

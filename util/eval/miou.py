@@ -1,6 +1,7 @@
 """Predictions for whole images, and how well they agree with labels: IoU and accuracy."""
 
 import argparse
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -219,7 +220,8 @@ class Scores(NamedTuple):
 
         rows = zip(classes, *map(plain, (self.iou, self.accuracy, self.pixels)), strict=True)
         names = ("class", "iou", "accuracy", "pixels")
-        return {**self.stats(), "classes": [dict(zip(names, row, strict=True)) for row in rows]}
+        stats = {n: None if math.isnan(v) else v for n, v in self.stats().items()}
+        return {**stats, "classes": [dict(zip(names, row, strict=True)) for row in rows]}
 
 
 def describe(stats: dict[str, float]) -> str:
