@@ -62,16 +62,14 @@ from util.schedule import linear_lr, plan_learning_rate
 from util.weights.encoder import load_encoder
 from util.weights.files import write_new
 
+SETTINGS = (RunSettings, SegmentationSettings, IterationSettings, ComputeSettings)
+SETTINGS += (EncoderSettings, HeadSettings, WindowSettings)
 MEMORY_ADVICE = (
     "use a lower --batch_size with the same --effective_batch_size, or --memory medium or low; in "
     "an evaluation, a lower --window_batch"
 )
 
 _logger = logging.getLogger(__name__)
-
-
-SETTINGS = (RunSettings, SegmentationSettings, IterationSettings, ComputeSettings)
-SETTINGS += (EncoderSettings, HeadSettings, WindowSettings)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -275,6 +273,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 scores = evaluate(measured, val_loader, broken=broken, **how)
                 stats |= scores.stats()
                 show(scores, measured, images.val, run_log, step=progress.step, **how)
+                if progress.epoch == optim.epochs:
+                    _logger.info(
+                        "IoU and accuracy of each class:\n%s", scores.table(images.classes)
+                    )
             run_log.end_epoch(stats, epoch=progress.epoch, step=progress.step)
             checkpoints.save_if_best(stats, by="val_miou")
             checkpoints.end_epoch(is_last=progress.epoch == optim.epochs)

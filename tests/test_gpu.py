@@ -13,8 +13,10 @@ from PIL import Image
 from torch.nn.utils import parameters_to_vector
 
 from engine_pretrain import step_noise
+from engine_segmentation import segmentation_loss
 from models_crossmae import build_crossmae
 from models_mae import build_mae
+from models_upernet import HEADS, SegmentationViT
 from models_vit import ModelSize
 from tests.helpers.files import write_images
 from tests.helpers.runs import TINY, log_without_time, run, run_until
@@ -81,6 +83,24 @@ def test_a_gpu_computes_what_a_cpu_does(build, counts):
     got = loss_and_gradients(model.to(CUDA), Precision("fp32", CUDA), *on_gpu)
     assert relative_error(got[0], expected[0]) < 1e-5
     assert relative_error(got[1], expected[1]) < 1e-4
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_gpu_segments_as_a_cpu_does(head):
+    shape = SIZE._replace(depth=4, img_size=64)._asdict()
+    upernet = {"head_dim": 32, "dropout": 0.0, "out_indices": (0, 1, 2, 3)}
+    options = upernet if head == "upernet" else {}
+    model = SegmentationViT(**shape, num_classes=5, head=head, rel_pos_bias=True, **options)
+    images, labels = torch.randn(2, 3, 64, 64), torch.randint(-1, 5, (2, 64, 64))
+    results = []
+    for device in (torch.device("cpu"), CUDA):
+        model.to(device).zero_grad()
+        loss = segmentation_loss(model(images.to(device)), labels.to(device), 0.4)
+        loss.backward()
+        gradients = parameters_to_vector([p.grad for p in model.parameters()])
+        results.append((loss.detach().cpu(), gradients.cpu()))
+    for value, expected in zip(*results, strict=True):
+        assert relative_error(value, expected) < 1e-3
 
 
 @every_model

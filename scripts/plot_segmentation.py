@@ -1,0 +1,101 @@
+"""Plot IoU of every class for runs of main_segmentation.py.
+
+    python scripts/plot_segmentation.py --output figure.png --runs output/camvid-*
+
+Runs whose folders differ only in what follows the last hyphen, such as a seed, are one series: a
+dot for each run, a bar for their mean. Classes are in the order of their pixels. It needs
+matplotlib.
+"""
+
+import json
+import logging
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from util.arguments import Parser, check_output_folders
+from util.errors import InputError
+from util.runs.run import run_main, start_logging
+
+MEAN = "mean"
+
+_logger = logging.getLogger(__name__)
+
+
+def read_scores(folder: Path) -> dict[str, dict]:
+    """Read a run's latest scores: class -> iou and pixels in percent, and their mean.
+
+    Raises:
+        InputError: the run has none.
+    """
+    path = folder / "segmentation.json"
+    try:
+        content = json.loads(path.read_text())
+        rows = {row["class"]: row for row in content["classes"]}
+        return {**rows, MEAN: {"iou": content["val_miou"], "pixels": None}}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path} has no scores of main_segmentation.py ({error})") from error
+
+
+def group_runs(folders: Sequence[Path]) -> dict[str, list[dict[str, dict]]]:
+    """Scores of runs by what their names have in common.
+
+    Raises:
+        InputError: the runs have different classes.
+    """
+    series: dict[str, list[dict[str, dict]]] = {}
+    for folder in folders:
+        series.setdefault(folder.name.rpartition("-")[0] or folder.name, []).append(
+            read_scores(folder)
+        )
+    classes = {tuple(scores) for runs in series.values() for scores in runs}
+    if len(classes) > 1:
+        raise InputError("the runs have different classes: plot them separately")
+    return series
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw the plot."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="folders of runs")
+    parser.add_argument("--output", type=Path, required=True, help="such as figure.png")
+    args = parser.parse_args(argv)
+    start_logging()
+    check_output_folders(args.output)
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise InputError("matplotlib is missing: install it (pip install matplotlib)") from error
+
+    series = group_runs(args.runs)
+    first = next(iter(series.values()))[0]
+    classes = sorted((n for n in first if n != MEAN), key=lambda n: -(first[n]["pixels"] or 0))
+    figure, axes = plt.subplots(figsize=(9, 3.6))
+    width = 0.8 / len(series)
+    for number, (name, runs) in enumerate(series.items()):
+        for place, class_name in enumerate([MEAN, *classes]):
+            found = [r[class_name]["iou"] for r in runs if r[class_name]["iou"] is not None]
+            if found:
+                x = place + (number - (len(series) - 1) / 2) * width
+                label = f"{name} ({len(runs)})" if place == 0 else None
+                mean = statistics.mean(found)
+                axes.bar(x, mean, width * 0.9, color=f"C{number}", alpha=0.6, label=label)
+                axes.plot([x] * len(found), found, ".", color="black", markersize=3)
+    shares = {name: first[name]["pixels"] for name in classes}
+    labels = [f"{name}\n{shares[name] or 0:.1f}%" for name in classes]
+    axes.set_xticks(range(len(classes) + 1), [MEAN, *labels], fontsize=7)
+    axes.set_ylabel("IoU in percent")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    try:
+        figure.savefig(args.output, dpi=130)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write --output {args.output}: {error}") from error
+    _logger.info("wrote %s", args.output)
+
+
+if __name__ == "__main__":
+    run_main(main)
