@@ -288,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 run_log=run_log,
                 checkpoints=checkpoints,
             )
-            if val_loader:
+            if val_loader is not None:  # one without images is false
                 broken = BrokenImages(len(val_set), data.max_broken)
                 with unsharded(model, build) as full_model:
                     measured = full_model if ema is None else ema.module

@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 checkpoints=checkpoints,
             )
             broadcast_buffers(model)  # each process has normalized only its own features
-            if val_loader:
+            if val_loader is not None:  # one without images is false
                 broken = BrokenImages(len(val_set), data.max_broken)
                 stats |= evaluate(model, val_loader, precision=precision, broken=broken)
             run_log.end_epoch(stats, epoch=progress.epoch, step=progress.step)

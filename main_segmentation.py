@@ -9,7 +9,7 @@ python main_segmentation.py --eval --finetune SEGMENTATION_CHECKPOINT --data_pat
 import argparse
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from util.data.broken_images import BrokenImages
 from util.data.images import names_hash
 from util.data.loaders import build_eval_loader, build_iteration_loader
 from util.data.segmentation import (
+    TRAINED,
     SegmentationSettings,
     add_segmentation_data_args,
     label_rule,
@@ -64,6 +65,7 @@ from util.weights.files import write_new
 
 SETTINGS = (RunSettings, SegmentationSettings, IterationSettings, ComputeSettings)
 SETTINGS += (EncoderSettings, HeadSettings, WindowSettings)
+OF_THE_CHECKPOINT = {"--mean", "--std", *(f"--{field.name}" for field in fields(HeadSettings))}
 MEMORY_ADVICE = (
     "use a lower --batch_size with the same --effective_batch_size, or --memory medium or low; in "
     "an evaluation, a lower --window_batch"
@@ -124,6 +126,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise InputError("--ema 1 would never update the average: lower it")
     if args.drop_path == 1:
         raise InputError("--drop_path 1 would skip the last block entirely: lower it")
+    ignored = sorted(given_options(args, parser.parse_args([])) & OF_THE_CHECKPOINT)
+    if args.eval and ignored:
+        raise InputError(f"--eval takes {', '.join(ignored)} from the checkpoint: leave it out")
     if args.dump_json and not args.eval:
         raise InputError("--dump_json needs --eval: a run writes segmentation.json to OUTPUT_DIR")
     return args
@@ -131,7 +136,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def evaluate_only(
     path: str | Path,
-    run: RunSettings,
     data: SegmentationSettings,
     compute: ComputeSettings,
     window: WindowSettings,
@@ -143,12 +147,12 @@ def evaluate_only(
         InputError: the file does not hold such a model, or not one for these images.
     """
     model, content = load_segmenter(path)
+    data = data.as_trained(content)
     classes = open_classes(data, content["classes"])
-    short_side = data.layout.short_side or content["short_side"]
+    labels = ", ".join(f"--{name} {getattr(data.layout, name)}" for name in TRAINED)
+    _logger.info("images and masks are read with %s", labels)
     normalization = Normalization(tuple(content["mean"]), tuple(content["std"]))
-    val_set = open_validation(
-        data, label_rule(data, classes), short_side, normalization=normalization
-    )
+    val_set = open_validation(data, label_rule(data, classes), normalization=normalization)
     precision = place_model(model, compute, device, blank_images(model.img_size, device))
     windows = window.windows(model.img_size, model.patch_size)
     sizes = {"batch_size": 1, "num_workers": data.num_workers}
@@ -173,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.eval:
         check_output_folders(args.dump_json)
         path = checkpoint_to_evaluate(run, encoder.finetune, "segmentation")
-        results = evaluate_only(path, run, data, compute, window, device)
+        results = evaluate_only(path, data, compute, window, device)
         if args.dump_json and is_main_process():
             write = partial(write_json, content=results)
             write_new(args.dump_json, write, flag="--dump_json")
@@ -197,7 +201,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=run.seed,
         **workers,
     )
-    val_loader = images.val and build_eval_loader(images.val, batch_size=1, **workers)
+    val_loader = None
+    if images.val is not None:
+        val_loader = build_eval_loader(images.val, batch_size=1, **workers)
 
     # The model
     options = head.options(num_classes=len(images.classes), drop_path=args.drop_path)
@@ -245,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "mean": start.mean,
         "std": start.std,
         "classes": list(images.classes),
-        "short_side": data.layout.short_side,
+        **{name: getattr(data.layout, name) for name in TRAINED},
     }
     length = ("--max_iters", iterations.steps_per_epoch)
     given = given_options(args, parse_args([]))
@@ -267,10 +273,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 run_log=run_log,
                 checkpoints=checkpoints,
             )
-            if val_loader:
+            if val_loader is not None:  # one without images is false
                 measured = model if ema is None else ema.module
-                broken = BrokenImages(len(images.val), data.max_broken)
-                scores = evaluate(measured, val_loader, broken=broken, **how)
+                val_broken = BrokenImages(len(images.val), data.max_broken)
+                scores = evaluate(measured, val_loader, broken=val_broken, **how)
                 stats |= scores.stats()
                 show(scores, measured, images.val, run_log, step=progress.step, **how)
                 if progress.epoch == optim.epochs:

@@ -117,7 +117,7 @@ class HeadSettings:
         return tuple(self.crop_size) * (2 // len(self.crop_size))
 
     def check_batch_size(self, batch_size: int) -> None:
-        """Raise InputError for a batch that UperNet's batch norms, of one position, cannot take."""
+        """Raise InputError for 1 image: UperNet pools to one position, so batch norm needs two."""
         if self.head == "upernet" and batch_size < 2:
             raise InputError("--head upernet cannot normalize a batch of 1: use --batch_size 2")
 
@@ -127,7 +127,7 @@ class HeadSettings:
         return AUX_WEIGHT if self.aux_weight is None else self.aux_weight
 
     def recipe(self, options: dict[str, object]) -> dict[str, object]:
-        """The same arguments and the auxiliary loss under the names of the flags."""
+        """Name `options` and the weight of the auxiliary loss as the flags are."""
         names = {"img_size": "--crop_size", "num_classes": "number of classes"}
         recipe = {names.get(name, f"--{name}"): value for name, value in options.items()}
         return recipe | ({"--aux_weight": self.auxiliary} if self.head == "upernet" else {})

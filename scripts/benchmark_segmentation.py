@@ -47,7 +47,7 @@ class LossOfImages(nn.Module):
 
 
 class TransformersLoss(LossOfImages):
-    """The same with transformers' heads, whose own loss ignores a label instead of -1."""
+    """The same with transformers' model, whose own loss has another weight for unlabeled pixels."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute the loss."""

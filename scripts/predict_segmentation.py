@@ -47,22 +47,22 @@ def as_mask(prediction: np.ndarray, num_classes: int) -> Image.Image:
     return mask
 
 
-def prepare_output(folder: Path, names: Sequence[str], classes: Sequence[str]) -> None:
-    """Create the output folder and its list of classes.
+def check_output(folder: Path, names: Sequence[str]) -> None:
+    """Check that masks can be written, before hours of predicting.
 
     Raises:
-        InputError: it has content, cannot be written, or an image is in a folder named OVERLAYS.
+        InputError: the folder has content, or two results would have the same path.
     """
-    if any(name.partition("/")[0] == OVERLAYS for name in names):
-        raise InputError(f"--images has a folder named {OVERLAYS}, as the output has: rename it")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise InputError(f"{folder} is not empty: choose another --output_dir")
-        lines = [f"{number} {name}\n" for number, name in enumerate(classes)]
-        (folder / CLASSES).write_text("".join(lines), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write --output_dir {folder}: {error}") from error
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: choose another --output_dir")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty: choose another --output_dir")
+    folders = {parent.as_posix() for name in names for parent in Path(name).parents}
+    clash = folders & {OVERLAYS, *(f"{name}.png" for name in names)}
+    if clash:
+        raise InputError(
+            f"--images has a folder named {clash.pop()}, which the output needs: rename it"
+        )
 
 
 def save(image: Image.Image, path: Path) -> None:
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     windows = take(WindowSettings, args).windows(model.img_size, model.patch_size)
     output = Path(args.output_dir)
-    prepare_output(output, list(files), classes)
+    check_output(output, list(files))
 
     num_broken = 0
     for name, path in tqdm(files.items(), disable=None, unit="image", leave=False):
@@ -120,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         save(Image.fromarray(pixels), output / OVERLAYS / f"{name}.png")
     if num_broken == len(files):
         raise InputError(f"none of the images in {args.images} can be read, see above")
+    lines = [f"{number} {name}\n" for number, name in enumerate(classes)]
+    (output / CLASSES).write_text("".join(lines), encoding="utf-8")
     left_out = f", {counted(num_broken, 'broken image')} left out" if num_broken else ""
     _logger.info("wrote %s to %s%s", counted(len(files) - num_broken, "mask"), output, left_out)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -159,6 +160,16 @@ def test_two_processes_train_and_count_every_pixel_once(tmp_path, data):
         assert one[name] == pytest.approx(last[name], abs=1e-9)
 
 
+@pytest.mark.slow
+@pytest.mark.faults
+def test_a_process_without_a_validation_image_takes_part(tmp_path):
+    data = write_masked_images(tmp_path / "data", num_val=1)
+    argv = [*LINEAR, "--data_path", data, "--batch_size", 1, "--output_dir", tmp_path / "two"]
+    code, _, err = finish(start(command(NANO_MAIN, KIND, *argv, processes=2)))
+    assert code == 0, err
+    assert [line["val_images"] for line in read_log(tmp_path / "two")] == [1, 1]
+
+
 # What a run learns and writes
 
 
@@ -228,9 +239,8 @@ def test_moving_averages_are_what_is_evaluated(tmp_path, data):
 
 def test_without_validation_images_a_run_says_so_and_trains(tmp_path, data, capsys):
     alone = copied(data, tmp_path / "data")
-    for path in (alone / "images" / "val").iterdir():
-        path.unlink()
-    (alone / "images" / "val").rmdir()
+    for kind in ("images", "annotations"):
+        shutil.rmtree(alone / kind / "val")
     run(*LINEAR, "--data_path", alone, "--output_dir", tmp_path / "run")
     assert "no validation images" in capsys.readouterr().out
     assert "val_miou" not in read_log(tmp_path / "run")[-1]
@@ -302,7 +312,9 @@ REFUSED = {
     "--attention_backend cudnn": "--attention_backend cudnn cannot run this model",
     "--device abacus": "unknown --device abacus",
     "--output_dir FILE": "--output_dir",
-    "--eval": "found no checkpoint in",
+    "--eval": "--eval takes --crop_size from the checkpoint: leave it out",
+    "--ignore_index 1": "number the classes from 0 without gaps",
+    "--ignore_index 0": "--ignore_index 0 would leave out the first class: use --reduce_zero_label",
 }
 
 
@@ -341,6 +353,32 @@ def test_broken_pairs_are_named_counted_and_limited(tmp_path, data, capsys):
     out = capsys.readouterr().out
     assert "001.png" in out and "its mask has 8 x 8 px, the image 24 x 20 px" in out
     assert read_log(tmp_path / "run")[-1]["val_images"] == 2
+
+
+def test_an_evaluation_reads_masks_as_the_training_did(tmp_path, data, capsys):
+    shifted = copied(data, tmp_path / "data")
+    for path in (shifted / "annotations").rglob("*.png"):
+        labels = np.asarray(Image.open(path))
+        Image.fromarray(np.where(labels == 255, 9, labels).astype(np.uint8)).save(path)
+    (shifted / "classes.txt").write_text("red\ngreen\n")
+    argv = ["--data_path", shifted, "--output_dir", tmp_path / "run"]
+    run(*LINEAR, *argv, "--reduce_zero_label", "--ignore_index", 9)
+    capsys.readouterr()
+    run("--eval", *argv, "--amp", "fp32", "--num_workers", 0)
+    out = capsys.readouterr().out
+    assert "--ignore_index 9, --reduce_zero_label True, --short_side None" in out
+    assert f"mIoU {read_log(tmp_path / 'run')[-1]['val_miou']:.2f} %" in out
+    assert "the checkpoint has 2 classes, but ade20k has 150" in refused(
+        capsys, "--eval", "--resume", list_checkpoints(tmp_path / "run")[-1], "--dataset",
+        "ade20k", "--data_path", data / "images",
+    )  # fmt: skip
+
+
+def test_a_partner_of_the_validation_folder_is_missed(tmp_path, data, capsys):
+    half = copied(data, tmp_path / "data")
+    shutil.rmtree(half / "images" / "val")
+    argv = [*LINEAR, "--data_path", half, "--output_dir", tmp_path / "run"]
+    assert f"{half}/images/val does not exist" in refused(capsys, *argv)
 
 
 def test_other_classes_than_the_checkpoint_s_are_refused(tmp_path, data, finished, capsys):

@@ -4,8 +4,9 @@ import argparse
 import logging
 import os
 import random
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -33,6 +34,7 @@ CROP_TRIES, MAX_CLASS_FRACTION = 10, 0.75  # of a training crop
 CHECKED_MASKS = 50  # at the start of a run
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
 ADE20K_NAMES = "objectInfo150.txt"
+INDEXED = r"(\d+)(?:\s*[:,;]\s*|\s+)(.+)"  # a line of an index and a name
 
 _logger = logging.getLogger(__name__)
 
@@ -44,13 +46,26 @@ class Layout(NamedTuple):
     val: str
     classes_file: str
     num_classes: int | None = None
+    ignore_index: int = 255
     reduce_zero_label: bool = False
     short_side: int | None = None
 
+    @property
+    def first_label(self) -> int:
+        """Label of the first class in the masks."""
+        return int(self.reduce_zero_label)
 
+
+# What --eval takes from the checkpoint unless it is given.
+TRAINED = ("ignore_index", "reduce_zero_label", "short_side")
 LAYOUTS = {
     "folder": Layout("train", "val", "classes.txt"),
-    "ade20k": Layout("training", "validation", ADE20K_NAMES, 150, True, 512),
+    "ade20k": Layout(
+        *("training", "validation", ADE20K_NAMES),
+        num_classes=150,
+        reduce_zero_label=True,
+        short_side=512,
+    ),
 }
 
 
@@ -66,7 +81,7 @@ class SegmentationSettings:
     dataset: str = "folder"
     classes: str | None = None
     nb_classes: int | None = None
-    ignore_index: int = 255
+    ignore_index: int | None = None
     reduce_zero_label: bool | None = None
     short_side: int | None = None
     scale: tuple[float, float] = (0.5, 2.0)
@@ -75,6 +90,8 @@ class SegmentationSettings:
     std: list[float] | None = None
     max_broken: float = 0.01
     num_workers: int = 0
+    defaults: Layout | None = None
+    """Of the layout; None: those of `dataset`."""
 
     def __post_init__(self) -> None:
         if self.std and min(self.std) <= 0:
@@ -85,9 +102,7 @@ class SegmentationSettings:
     def recipe(self) -> dict[str, object]:
         """What has to stay the same within a run, besides the images."""
         return {
-            "--ignore_index": self.ignore_index,
-            "--reduce_zero_label": self.layout.reduce_zero_label,
-            "--short_side": self.layout.short_side,
+            **{f"--{name}": getattr(self.layout, name) for name in TRAINED},
             "--scale": list(self.scale),
             "--photometric": self.photometric,
         }
@@ -110,9 +125,14 @@ class SegmentationSettings:
     @property
     def layout(self) -> Layout:
         """The dataset's layout, with what the flags override."""
-        layout = LAYOUTS[self.dataset]
-        given = {"reduce_zero_label": self.reduce_zero_label, "short_side": self.short_side}
+        given = {name: getattr(self, name) for name in TRAINED}
+        layout = self.defaults or LAYOUTS[self.dataset]
         return layout._replace(**{name: v for name, v in given.items() if v is not None})
+
+    def as_trained(self, checkpoint: dict) -> "SegmentationSettings":
+        """Copy of the settings with a checkpoint's values for what is not given."""
+        trained = {name: checkpoint[name] for name in TRAINED}
+        return replace(self, defaults=LAYOUTS[self.dataset]._replace(**trained))
 
 
 def add_segmentation_data_args(parser: argparse.ArgumentParser) -> None:
@@ -146,8 +166,7 @@ def add_segmentation_data_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ignore_index",
         type=integer,
-        default=SegmentationSettings.ignore_index,
-        help="label of pixels that do not count (%(default)s)",
+        help="label of pixels that do not count (255)",
     )
     group.add_argument(
         "--reduce_zero_label",
@@ -257,13 +276,17 @@ def read_class_names(path: Path, ignore_index: int, first: int = 0) -> list[str]
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not text in UTF-8: save it as such") from error
+    except OSError as error:
         raise InputError(f"cannot read the names of classes in {path}: {error}") from error
     lines = [line for line in lines if line]
     if path.name == ADE20K_NAMES:
         lines = [line.rsplit("\t", 1)[-1].strip() for line in lines[1:]]
-    split = [line.split(maxsplit=1) for line in lines]
-    if lines and all(len(parts) == 2 and parts[0].isdigit() for parts in split):
+    split = [match.groups() for line in lines if (match := re.fullmatch(INDEXED, line))]
+    if split and len(split) < len(lines):
+        raise InputError(f"{path} has lines with and without an index: write it on all or none")
+    if split:
         indices = [int(index) for index, _ in split]
         names = {int(index): name for index, name in split}
         kept = [i for i in sorted(names) if i >= first and i != ignore_index]
@@ -286,13 +309,18 @@ class LabelRule(NamedTuple):
     ignore_index: int
     reduce_zero_label: bool
 
+    @property
+    def first_label(self) -> int:
+        """Label of the first class."""
+        return int(self.reduce_zero_label)
+
     def __call__(self, values: np.ndarray, path: Path) -> Tensor:
         """Values (H, W) of a mask -> labels int16 (H, W), UNLABELED where a pixel does not count.
 
         Raises:
             InputError: a value is no class.
         """
-        first = int(self.reduce_zero_label)
+        first = self.first_label
         ignored = values == self.ignore_index
         if self.reduce_zero_label:
             ignored |= values == 0
@@ -318,8 +346,8 @@ def read_mask(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
             raise InputError(
-                f"{path} has colors (mode {image.mode}) instead of class indices: save masks as "
-                "index or palette PNG"
+                f"{path} has mode {image.mode} instead of class indices: save masks as index or "
+                "palette PNG"
             )
         return np.asarray(ImageOps.exif_transpose(image)).astype(np.int64)
 
@@ -552,23 +580,28 @@ def open_classes(
     Raises:
         InputError: neither names nor a number are known, or they contradict each other.
     """
-    layout = settings.layout
+    layout, first = settings.layout, settings.layout.first_label
+    if layout.ignore_index == first == 0:
+        raise InputError(
+            "--ignore_index 0 would leave out the first class: use --reduce_zero_label, with which "
+            "label 0 does not count and the classes start at 1"
+        )
     own = settings.root / layout.classes_file
     path = Path(settings.classes) if settings.classes else own if own.is_file() else None
     number = settings.nb_classes or layout.num_classes
+    by = "--nb_classes is" if settings.nb_classes else f"{settings.dataset} has"
     if path is not None:
-        names = read_class_names(path, settings.ignore_index, int(layout.reduce_zero_label))
+        names = read_class_names(path, layout.ignore_index, first)
         if number not in (None, len(names)):
             raise InputError(
-                f"{path} names {len(names)} classes, but --nb_classes is {number}: correct one of "
-                "them"
+                f"{path} names {len(names)} classes, but {by} {number}: correct one of them"
             )
     elif trained is not None:
         names = list(trained)
         if number not in (None, len(names)):
             raise InputError(
-                f"the checkpoint has {len(names)} classes, but --nb_classes is {number}: leave "
-                "--nb_classes out"
+                f"the checkpoint has {len(names)} classes, but {by} {number}: use the data that it "
+                "was trained for, or correct the flag"
             )
     elif number is None:
         raise InputError(
@@ -576,7 +609,6 @@ def open_classes(
             "line, or their number with --nb_classes"
         )
     else:
-        first = int(layout.reduce_zero_label)
         names = [f"class {first + i}" for i in range(min(number, MAX_CLASSES + 1))]
     if not 2 <= len(names) <= MAX_CLASSES:
         raise InputError(f"from 2 to {MAX_CLASSES} classes are supported, not {len(names)}")
@@ -619,8 +651,9 @@ def open_segmentation(
     train = SegmentationImages(pairs, rule, augmentation, replace_broken=True, **options)
     check_masks(train, classes)
     val = None
-    if (root / "images" / layout.val).exists():
-        val = open_validation(settings, rule, layout.short_side, **options)
+    if any((root / kind / layout.val).exists() for kind in ("images", "annotations")):
+        val = open_validation(settings, rule, **options)
+        check_masks(val, classes, several=False)
     _logger.info(
         "%s: %s, %s",
         *(settings.data_path, counted(len(pairs), "image")),
@@ -632,7 +665,6 @@ def open_segmentation(
 def open_validation(
     settings: SegmentationSettings,
     rule: LabelRule,
-    short_side: int | None,
     *,
     normalization: Normalization,
     seed: int = 0,
@@ -643,20 +675,36 @@ def open_validation(
         InputError: see `list_pairs`.
     """
     pairs = list_pairs(settings.root, settings.layout.val)
-    whole = WholeImage(short_side)
+    whole = WholeImage(settings.layout.short_side)
     return SegmentationImages(pairs, rule, whole, normalization, seed=seed, replace_broken=False)
 
 
 def label_rule(settings: SegmentationSettings, classes: Sequence[str]) -> LabelRule:
-    """What the values of the dataset's masks mean."""
-    return LabelRule(len(classes), settings.ignore_index, settings.layout.reduce_zero_label)
-
-
-def check_masks(images: SegmentationImages, classes: Sequence[str]) -> None:
-    """Look at a few masks before a run: log which classes they have.
+    """What the values of the dataset's masks mean.
 
     Raises:
-        InputError: a mask has colors or a label that is no class, or all have at most one class.
+        InputError: the label of a class is the one that does not count.
+    """
+    layout = settings.layout
+    number = layout.ignore_index - layout.first_label
+    if 0 <= number < len(classes):
+        raise InputError(
+            f"--ignore_index {layout.ignore_index} is the label of the class {classes[number]}: "
+            "give that of pixels that do not count, or -1 if there are none"
+        )
+    return LabelRule(len(classes), layout.ignore_index, layout.reduce_zero_label)
+
+
+def check_masks(
+    images: SegmentationImages, classes: Sequence[str], *, several: bool = True
+) -> None:
+    """Look at a few masks before a run, evenly spaced: log which classes they have.
+
+    Args:
+        several: they need at least two classes.
+
+    Raises:
+        InputError: a mask has colors, a label that is no class, or all have the same class.
     """
     count = min(len(images), CHECKED_MASKS)
     pixels = torch.zeros(len(classes) + 1, dtype=torch.long)  # unlabeled ones first
@@ -672,11 +720,12 @@ def check_masks(images: SegmentationImages, classes: Sequence[str]) -> None:
     unlabeled, *labeled = (pixels / pixels.sum().clamp(min=1)).tolist()
     found = [name for name, part in zip(classes, labeled, strict=True) if part]
     missing = [name for name in classes if name not in found]
-    looked_at = f"{counted(count, 'mask')} looked at: {len(found)} of {len(classes)} classes"
-    if len(found) < 2 and pixels.sum():
+    what = "mask" if several else "validation mask"
+    looked_at = f"{counted(count, what)} looked at: {len(found)} of {len(classes)} classes"
+    if several and len(found) < 2 and pixels.sum():
         raise InputError(
             f"{looked_at} ({', '.join(found) or 'none'}), {unlabeled:.0%} of the pixels do not "
-            f"count: classes have to be numbered from {int(images.rule.reduce_zero_label)} on, "
+            f"count: classes have to be numbered from {images.rule.first_label} on, "
             f"and --ignore_index {images.rule.ignore_index} must not be one of them"
         )
     absent = f", without {', '.join(missing)}" if missing else ""

@@ -164,7 +164,9 @@ def measure(
         is_last: measure everything.
     """
     stats, precision = {}, monitor.precision
-    if monitor.val_loader and (is_last or (epoch and epoch % monitor.every.eval_every == 0)):
+    # A process without images has an empty loader, which is false, but has to take part.
+    has_images = monitor.val_loader is not None
+    if has_images and (is_last or (epoch and epoch % monitor.every.eval_every == 0)):
         channels = {"mean": monitor.mean, "std": monitor.std}
         options = {"masking": monitor.masking, "precision": precision, **channels}
         stats |= evaluate(model, monitor.val_loader, **options)
