@@ -14,7 +14,8 @@ from util.compute.distributed import is_main_process, rank, sync_buffers
 from util.compute.precision import Precision
 from util.data.broken_images import BrokenImages
 from util.data.loaders import StepLoader
-from util.data.segmentation import UNLABELED, SegmentationBatch, SegmentationImages
+from util.data.masks import UNLABELED
+from util.data.segmentation import SegmentationBatch, SegmentationImages
 from util.errors import InputError
 from util.eval.miou import Confusion, Scores, Windows, describe, predict, resize_logits
 from util.eval.overlays import comparison

@@ -61,7 +61,7 @@ from util.runs.resume import (
 from util.runs.run import RunSettings, add_run_args, run_main, start_run, write_json
 from util.schedule import linear_lr, plan_learning_rate
 from util.weights.encoder import load_encoder
-from util.weights.files import write_new
+from util.weights.files import unknown_content, write_new
 
 SETTINGS = (RunSettings, SegmentationSettings, IterationSettings, ComputeSettings)
 SETTINGS += (EncoderSettings, HeadSettings, WindowSettings)
@@ -147,8 +147,9 @@ def evaluate_only(
         InputError: the file does not hold such a model, or not one for these images.
     """
     model, content = load_segmenter(path)
-    data = data.as_trained(content)
-    classes = open_classes(data, content["classes"])
+    with unknown_content(path):
+        data, trained_classes = data.as_trained(content), content["classes"]
+    classes = open_classes(data, trained_classes)
     labels = ", ".join(f"--{name} {getattr(data.layout, name)}" for name in TRAINED)
     _logger.info("images and masks are read with %s", labels)
     normalization = Normalization(tuple(content["mean"]), tuple(content["std"]))

@@ -26,11 +26,14 @@ from util.compute.setup import ComputeSettings, add_precision_args, place_model
 from util.data.batch import Normalization
 from util.data.broken_images import reason_of
 from util.data.decode import read_pixels
-from util.data.segmentation import SegmentationBatch, WholeImage, list_images
+from util.data.joint_transforms import WholeImage
+from util.data.masks import list_images
+from util.data.segmentation import SegmentationBatch
 from util.errors import InputError, counted
 from util.eval.miou import WindowSettings, add_window_args
 from util.eval.overlays import class_colors, overlay
 from util.runs.run import run_main, start_run
+from util.weights.files import unknown_content
 
 OVERLAYS, CLASSES = "overlays", "classes.txt"
 MEMORY_ADVICE = "use a lower --window_batch"
@@ -92,8 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     files = list_images(Path(args.images))
     model, content = load_segmenter(args.checkpoint)
-    classes = content["classes"]
-    resize = WholeImage(content["short_side"]).resize
+    with unknown_content(args.checkpoint):
+        classes, resize = content["classes"], WholeImage(content["short_side"]).resize
     normalization = Normalization(tuple(content["mean"]), tuple(content["std"]))
     precision = place_model(
         model, take(ComputeSettings, args), device, blank_images(model.img_size, device)

@@ -381,6 +381,14 @@ def test_a_partner_of_the_validation_folder_is_missed(tmp_path, data, capsys):
     assert f"{half}/images/val does not exist" in refused(capsys, *argv)
 
 
+def test_a_checkpoint_that_lacks_what_its_labels_mean_is_refused(tmp_path, data, finished, capsys):
+    content = torch.load(finished / BEST_NAME, weights_only=True)
+    for key in ("ignore_index", "classes", "short_side"):
+        torch.save({k: v for k, v in content.items() if k != key}, tmp_path / "less.pth")
+        argv = ["--eval", "--finetune", tmp_path / "less.pth", "--data_path", data]
+        assert "use another file" in refused(capsys, *argv)
+
+
 def test_other_classes_than_the_checkpoint_s_are_refused(tmp_path, data, finished, capsys):
     other = tmp_path / "other.txt"
     other.write_text("ground\ngreen\nred\n")

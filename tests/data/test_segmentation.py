@@ -11,24 +11,23 @@ from PIL import Image
 
 from util.data import segmentation
 from util.data.batch import Normalization
-from util.data.sampler import IterationSampler
-from util.data.segmentation import (
+from util.data.joint_transforms import CROP_TRIES, JointAugmentation, WholeImage, scaled_size
+from util.data.masks import (
     ADE20K_NAMES,
-    CROP_TRIES,
     UNLABELED,
-    JointAugmentation,
     LabelRule,
-    SegmentationImages,
-    SegmentationSettings,
-    WholeImage,
-    check_masks,
-    label_rule,
     list_pairs,
-    open_classes,
-    open_segmentation,
     read_class_names,
     read_mask,
-    scaled_size,
+)
+from util.data.sampler import IterationSampler
+from util.data.segmentation import (
+    SegmentationImages,
+    SegmentationSettings,
+    check_masks,
+    label_rule,
+    open_classes,
+    open_segmentation,
 )
 from util.errors import InputError
 from util.seeding import fold_seed

@@ -17,7 +17,9 @@ from tests.helpers.weights import randomized
 from util.compute.precision import Precision
 from util.data.batch import Normalization
 from util.data.broken_images import BrokenImages
-from util.data.segmentation import UNLABELED, LabelRule, Pair, SegmentationImages, WholeImage
+from util.data.joint_transforms import WholeImage
+from util.data.masks import UNLABELED, LabelRule, Pair
+from util.data.segmentation import SegmentationImages
 from util.errors import InputError
 from util.eval.miou import (
     Confusion,

@@ -1,40 +1,28 @@
-"""Images with a mask of class indices: pairs of files, joint augmentation, batches."""
+"""Images with masks of class indices: settings, datasets and batches."""
 
 import argparse
 import logging
-import os
-import random
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import tv_tensors
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as v2f
 
 from util.arguments import integer, positive_float, positive_int
 from util.data.batch import Normalization
 from util.data.broken_images import reason_of, too_many_broken
 from util.data.decode import read_pixels
-from util.data.images import IMAGE_SUFFIXES, MAX_BROKEN_IN_A_ROW, names_hash
+from util.data.images import MAX_BROKEN_IN_A_ROW, names_hash
+from util.data.joint_transforms import JointAugmentation, WholeImage
+from util.data.masks import ADE20K_NAMES, LabelRule, Pair, list_pairs, read_class_names, read_mask
 from util.data.settings import add_color_args, add_reading_args
 from util.errors import InputError, counted
-from util.seeding import fold_seed, seeded
 
-UNLABELED = -1  # in labels, whatever marks it in a file
 MAX_CLASSES = 2**15 - 1  # labels are int16
-CROP_TRIES, MAX_CLASS_FRACTION = 10, 0.75  # of a training crop
 CHECKED_MASKS = 50  # at the start of a run
-MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
-ADE20K_NAMES = "objectInfo150.txt"
-INDEXED = r"(\d+)(?:\s*[:,;]\s*|\s+)(.+)"  # a line of an index and a name
 
 _logger = logging.getLogger(__name__)
 
@@ -196,246 +184,6 @@ def add_segmentation_data_args(parser: argparse.ArgumentParser) -> None:
     )
     add_color_args(group, inherited="from --finetune's file, else ")
     add_reading_args(group)
-
-
-# Files
-
-
-class Pair(NamedTuple):
-    """An image and its mask."""
-
-    name: str
-    """Path below the folder of the images, without suffix."""
-    image: Path
-    mask: Path
-
-
-def list_images(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> dict[str, Path]:
-    """Find a folder's files by their path without suffix, sorted.
-
-    Raises:
-        InputError: the folder is missing or empty, or two files differ only in their suffix.
-    """
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder: give the folder of the images")
-    found: dict[str, Path] = {}
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (Path(parent, name) for name in sorted(names)):
-            if path.suffix.lower() in suffixes and not path.name.startswith("."):
-                name = path.relative_to(folder).with_suffix("").as_posix()
-                if name in found:
-                    raise InputError(
-                        f"{found[name]} and {path} have the same name: rename one of them"
-                    )
-                found[name] = path
-    if not found:
-        raise InputError(f"no images found in {folder}: use {', '.join(suffixes[:5])} and the like")
-    return found
-
-
-def list_pairs(root: Path, split: str) -> list[Pair]:
-    """Find the images of a split and their masks: `images/SPLIT` and `annotations/SPLIT`.
-
-    Raises:
-        InputError: a folder is missing, or an image or a mask has no partner.
-    """
-    folders = {kind: root / kind / split for kind in ("images", "annotations")}
-    for folder in folders.values():
-        if not folder.is_dir():
-            raise InputError(
-                f"{folder} does not exist: --data_path needs images/{split} and "
-                f"annotations/{split} with masks of the same names"
-            )
-    images = list_images(folders["images"])
-    masks = list_images(folders["annotations"], MASK_SUFFIXES)
-    for what, partner, alone in (
-        ("image", "mask", [path for name, path in images.items() if name not in masks]),
-        ("mask", "image", [path for name, path in masks.items() if name not in images]),
-    ):
-        if alone:
-            missing = folders["annotations" if what == "image" else "images"]
-            more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
-            raise InputError(
-                f"{counted(len(alone), what)} without {partner}: {alone[0]}{more}; add files of "
-                f"the same name to {missing}, or remove them"
-            )
-    return [Pair(name, images[name], masks[name]) for name in images]
-
-
-def read_class_names(path: Path, ignore_index: int, first: int = 0) -> list[str]:
-    """Read names from lines "NAME", "INDEX NAME", or ADE20K's table.
-
-    Indices of pixels that do not count are no classes: `ignore_index`, and those below `first`.
-
-    Args:
-        first: label of the first class in the masks.
-
-    Raises:
-        InputError: the file cannot be read, is empty or repeats a name, or its indices have gaps.
-    """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not text in UTF-8: save it as such") from error
-    except OSError as error:
-        raise InputError(f"cannot read the names of classes in {path}: {error}") from error
-    lines = [line for line in lines if line]
-    if path.name == ADE20K_NAMES:
-        lines = [line.rsplit("\t", 1)[-1].strip() for line in lines[1:]]
-    split = [match.groups() for line in lines if (match := re.fullmatch(INDEXED, line))]
-    if split and len(split) < len(lines):
-        raise InputError(f"{path} has lines with and without an index: write it on all or none")
-    if split:
-        indices = [int(index) for index, _ in split]
-        names = {int(index): name for index, name in split}
-        kept = [i for i in sorted(names) if i >= first and i != ignore_index]
-        if len(names) < len(indices) or kept != list(range(first, first + len(kept))):
-            raise InputError(
-                f"{path} has the indices {', '.join(map(str, sorted(indices)))}: number the "
-                f"classes from {first} without gaps, besides --ignore_index {ignore_index}"
-            )
-        lines = [names[i] for i in kept]
-    if not lines or len(set(lines)) < len(lines):
-        fault = "a name twice" if lines else "no names"
-        raise InputError(f"{path} has {fault}: give each class a name of its own")
-    return lines
-
-
-class LabelRule(NamedTuple):
-    """What the values of a mask mean."""
-
-    num_classes: int
-    ignore_index: int
-    reduce_zero_label: bool
-
-    @property
-    def first_label(self) -> int:
-        """Label of the first class."""
-        return int(self.reduce_zero_label)
-
-    def __call__(self, values: np.ndarray, path: Path) -> Tensor:
-        """Values (H, W) of a mask -> labels int16 (H, W), UNLABELED where a pixel does not count.
-
-        Raises:
-            InputError: a value is no class.
-        """
-        first = self.first_label
-        ignored = values == self.ignore_index
-        if self.reduce_zero_label:
-            ignored |= values == 0
-        wrong = ~ignored & ((values < first) | (values >= first + self.num_classes))
-        if wrong.any():
-            unlabeled = f"{'0 and ' if first else ''}{self.ignore_index}"
-            raise InputError(
-                f"{path} has label {values[wrong][0]}, but the classes are {first} to "
-                f"{first + self.num_classes - 1}, with {unlabeled} for pixels that do not count: "
-                "correct --nb_classes or --classes, --ignore_index or --reduce_zero_label, or the "
-                "mask"
-            )
-        return torch.from_numpy(np.where(ignored, UNLABELED, values - first).astype(np.int16))
-
-
-def read_mask(path: Path) -> np.ndarray:
-    """Read the class indices (H, W) of an index or palette image, int64.
-
-    Raises:
-        InputError: it has colors instead of indices.
-        OSError: it is truncated or not an image.
-    """
-    with Image.open(path) as image:
-        if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
-            raise InputError(
-                f"{path} has mode {image.mode} instead of class indices: save masks as index or "
-                "palette PNG"
-            )
-        return np.asarray(ImageOps.exif_transpose(image)).astype(np.int64)
-
-
-# Transforms
-
-
-@dataclass(frozen=True)
-class JointAugmentation:
-    """Scale, crop, flip and colors of a training image and its labels, as in MAE's recipe.
-
-    Args:
-        size: (height, width) of the crop, in pixels.
-        mean: of the normalization; fills what lies outside the image.
-        short_side: of the image before it is scaled; None leaves its size.
-        scale: range of the factor.
-        photometric: vary brightness, contrast, saturation and hue.
-    """
-
-    size: tuple[int, int]
-    mean: Sequence[float]
-    short_side: int | None = None
-    scale: tuple[float, float] = (0.5, 2.0)
-    photometric: bool = True
-    num_crops: ClassVar[int] = 1
-
-    def __call__(
-        self, image: Tensor, labels: Tensor, *seed_parts: int | str
-    ) -> tuple[Tensor, Tensor]:
-        """Image uint8 (3, h, w) and labels (h, w) -> (3, H, W) and (H, W), by the seed."""
-        rng = random.Random(fold_seed(*seed_parts))
-        factor = rng.uniform(*self.scale)
-        size = scaled_size(image.shape[1:], self.short_side, factor)
-        pair = tv_tensors.Image(image), tv_tensors.Mask(labels)
-        image, labels = (v2f.resize(x, size, antialias=True) for x in pair)
-        crop = [min(sides) for sides in zip(self.size, size, strict=True)]
-        box = self.draw_box(rng, labels, crop)
-        image, labels = (v2f.crop(x, *box, *crop) for x in (image, labels))
-        if rng.random() < 0.5:
-            image, labels = v2f.horizontal_flip(image), v2f.horizontal_flip(labels)
-        if self.photometric:
-            with seeded(*seed_parts):
-                image = v2.RandomPhotometricDistort()(image)
-        below, right = (side - own for side, own in zip(self.size, crop, strict=True))
-        image = v2f.pad(image, [0, 0, right, below], fill=[round(255 * m) for m in self.mean])
-        labels = v2f.pad(labels, [0, 0, right, below], fill=UNLABELED)
-        return image.as_subclass(Tensor), labels.as_subclass(Tensor)
-
-    def draw_box(self, rng: random.Random, labels: Tensor, size: Sequence[int]) -> tuple[int, int]:
-        """Draw a crop's top and left, again if one class has more than 75% of its labeled pixels.
-
-        After CROP_TRIES, the last one stands.
-        """
-        for _ in range(CROP_TRIES):
-            box = tuple(rng.randint(0, x - s) for x, s in zip(labels.shape, size, strict=True))
-            crop = v2f.crop(labels, *box, *size)
-            counts = crop[crop != UNLABELED].long().bincount()
-            if counts.count_nonzero() > 1 and counts.max() < MAX_CLASS_FRACTION * counts.sum():
-                break
-        return box
-
-
-@dataclass(frozen=True)
-class WholeImage:
-    """The whole image, resized to a short side; its labels keep their size."""
-
-    short_side: int | None = None
-    num_crops: ClassVar[int] = 1
-
-    def __call__(self, image: Tensor, labels: Tensor, *_: int | str) -> tuple[Tensor, Tensor]:
-        """Image uint8 (3, h, w) and labels (H, W) -> (3, h', w') and the same labels."""
-        return self.resize(image), labels
-
-    def resize(self, image: Tensor) -> Tensor:
-        """Image uint8 (3, h, w) -> (3, h', w')."""
-        if self.short_side is None:
-            return image
-        return v2f.resize(image, scaled_size(image.shape[1:], self.short_side), antialias=True)
-
-
-def scaled_size(size: Sequence[int], short_side: int | None, factor: float = 1.0) -> list[int]:
-    """(height, width) resized to a short side, if one is given, and then by a factor."""
-    if short_side is not None:
-        factor *= short_side / min(size)
-    return [max(1, round(side * factor)) for side in size]
-
-
-# Dataset and batches
 
 
 class SegmentationBatch(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from util.arguments import positive_int
 from util.compute.distributed import all_gather
-from util.data.segmentation import UNLABELED
+from util.data.masks import UNLABELED
 from util.errors import InputError
 
 MODES = ("slide", "whole")
