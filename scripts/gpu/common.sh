@@ -8,7 +8,7 @@ slower=1
 if [ -n "${QUICK:-}" ]; then
     export TORCH_COMPILE_DISABLE=1 # compiling takes minutes on a CPU
     slower=4 # limits, since a CPU may be busy
-    model=crossmae_vit_tiny_patch4 mae=mae_vit_tiny_patch4 few=2 many=4
+    model=crossmae_vit_tiny_patch4 mae=mae_vit_tiny_patch4 few= many=4
 else
     model=crossmae_vit_base_patch16 mae=mae_vit_base_patch16 few=256 many=1024
 fi
