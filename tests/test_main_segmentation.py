@@ -18,6 +18,7 @@ from tests.helpers import runs
 from tests.helpers.files import copied, files_in, write_masked_images
 from tests.helpers.processes import NANO_MAIN, command, finish, start
 from tests.helpers.runs import EACH_STEP, assert_identical, refusal, run_until, state_of
+from util.compute import compiling
 from util.runs.checkpoint import BEST_NAME, list_checkpoints, read_checkpoint
 from util.runs.run_log import read_log
 
@@ -405,5 +406,6 @@ def test_a_diverging_run_saves_nothing_that_is_not_finite(tmp_path, data, capsys
 
 def test_a_compiled_model_computes_the_same(tmp_path, data, finished, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: None)
+    monkeypatch.setattr(compiling, "check_compiler", lambda device: None)
     run(*LINEAR, "--data_path", data, "--compile", "--output_dir", tmp_path)
     assert_identical(state_of(tmp_path, KIND), state_of(finished, KIND))

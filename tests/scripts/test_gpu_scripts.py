@@ -114,7 +114,7 @@ with open({calls!r}, "a") as file:
 """
 
 
-@pytest.mark.parametrize(("script", "seconds"), [("a", 330), ("b", 300)])
+@pytest.mark.parametrize(("script", "seconds"), [("a", 380), ("b", 420)])
 @pytest.mark.parametrize("compile_mode", ["", "whole"])
 def test_the_commands_of_a_real_run_parse(tmp_path, script, seconds, compile_mode):
     python, calls, out = tmp_path / "python", tmp_path / "calls", tmp_path / "out"

@@ -51,9 +51,7 @@ class BrokenImages:
             self.count += 1
             if name not in self.reasons:
                 self.reasons[name] = reason
-                logger.warning(
-                    "Broken image, left out or replaced by another: %s (%s)", name, reason
-                )
+                logger.warning("Broken image, replaced or left out: %s (%s)", name, reason)
 
     def take_count(self) -> int:
         """Return how often all processes read a broken image since the last call."""
