@@ -75,7 +75,7 @@ def train_one_epoch(
         Mean metrics of the steps.
 
     Raises:
-        InputError: a label is no class.
+        InputError: a label is not a class.
     """
     model.train()
     for step in training_steps(model, loader, state, device=device, **options):
@@ -108,7 +108,7 @@ def evaluate(
         broken: counts unreadable images, which are left out.
 
     Raises:
-        InputError: too many images cannot be read, a label is no class, or no pixel counts.
+        InputError: too many images cannot be read, a label is not a class, or no pixel counts.
     """
     sync_buffers(model)
     confusion = Confusion(len(classes), precision.device)

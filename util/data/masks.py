@@ -137,7 +137,7 @@ class LabelRule(NamedTuple):
         """Values (H, W) of a mask -> labels int16 (H, W), UNLABELED where a pixel does not count.
 
         Raises:
-            InputError: a value is no class.
+            InputError: a value is not a class.
         """
         first = self.first_label
         ignored = values == self.ignore_index

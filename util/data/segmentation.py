@@ -246,7 +246,7 @@ class SegmentationImages(Dataset):
         """Read an image uint8 (3, h, w) and its labels (h, w).
 
         Raises:
-            InputError: the mask has colors, or a label that is no class.
+            InputError: the mask has colors, or a label that is not a class.
             Exception: one of the files is broken, or their sizes differ.
         """
         pair = self.pairs[index]
@@ -267,7 +267,7 @@ class SegmentationImages(Dataset):
         """Return the pair at (epoch, index).
 
         Raises:
-            InputError: a label is no class, or too many pairs in a row are broken.
+            InputError: a label is not a class, or too many pairs in a row are broken.
         """
         epoch, index = key
         broken = []
@@ -452,7 +452,7 @@ def check_masks(
         several: they need at least two classes.
 
     Raises:
-        InputError: a mask has colors, a label that is no class, or all have the same class.
+        InputError: a mask has colors, a label that is not a class, or all have the same class.
     """
     count = min(len(images), CHECKED_MASKS)
     pixels = torch.zeros(len(classes) + 1, dtype=torch.long)  # unlabeled ones first
