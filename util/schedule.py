@@ -45,10 +45,8 @@ def cosine_lr(step: int, *, lr: float, min_lr: float, warmup_steps: int, total_s
         min_lr: the floor, reached at total_steps.
         warmup_steps: 0 starts at the peak.
     """
-    if step < warmup_steps:
-        return lr * step / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    rates, steps = (lr, min_lr), (warmup_steps, total_steps)
+    return _warm_up_and_fall(step, rates, steps, lambda done: 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def linear_lr(step: int, *, lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> float:
@@ -57,10 +55,21 @@ def linear_lr(step: int, *, lr: float, min_lr: float, warmup_steps: int, total_s
     Args:
         step, lr, min_lr, warmup_steps, total_steps: see `cosine_lr`.
     """
+    return _warm_up_and_fall(step, (lr, min_lr), (warmup_steps, total_steps), lambda done: 1 - done)
+
+
+def _warm_up_and_fall(
+    step: int,
+    rates: tuple[float, float],
+    steps: tuple[int, int],
+    fall: Callable[[float], float],
+) -> float:
+    """`fall` maps the fraction of the steps after warm-up that are done to what is left of lr."""
+    (lr, min_lr), (warmup_steps, total_steps) = rates, steps
     if step < warmup_steps:
         return lr * step / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return min_lr + (lr - min_lr) * (1 - min(1.0, progress))
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return min_lr + (lr - min_lr) * fall(min(1.0, done))
 
 
 def lr_schedule(
