@@ -23,7 +23,7 @@ from scripts.benchmark.step import describe_machine
 from util.runs.run import versions, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
-STOPPED, SECONDS_TO_SAVE = 143, "6"
+STOPPED, KILLED, SECONDS_TO_SAVE = 143, -9, "18"
 ALWAYS = ["--epochs", "1000", "--save_every", "1000", "--visualize_every", "1000"]
 
 
@@ -66,10 +66,10 @@ def main() -> int:
                 if match := re.search(r"the largest batch that fits is (\d+)", line):
                     found["largest_batch"] = int(match[1])
                     record(Path(path), name, found)
-        if process.returncode in (0, STOPPED):
+        if process.returncode in (0, STOPPED, KILLED):
             found |= read_speed(Path(folder) / "tensorboard")
             record(Path(path), name, found)
-    if process.returncode not in (0, STOPPED):
+    if process.returncode not in (0, STOPPED, KILLED):
         print(f"main_pretrain.py exited with code {process.returncode}")
         return 1
     if not (found["steps"] or "largest_batch" in found):

@@ -55,4 +55,5 @@ def end_loaders() -> None:
     """Kill the remaining loader processes: Python would wait for them, and they ignore SIGTERM."""
     for process in _processes:
         process.kill()
+    for process in _processes:  # each may take a while to release its memory
         process.join()
