@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -19,8 +18,7 @@ from util.data.loaders import StepLoader
 from util.data.mixing import mix_images
 from util.data.streams import StreamedImages
 from util.errors import counted
-from util.runs.checkpoint import BEST_NAME, TrainState, last_checkpoint
-from util.runs.run_log import read_log
+from util.runs.checkpoint import TrainState
 from util.runs.training import training_steps
 from util.seeding import seed_everything
 from util.weights.encoder import StartingPoint
@@ -125,23 +123,6 @@ def describe(stats: dict[str, float]) -> str:
         f"top-1 {stats['val_top1']:.2f}%, top-5 {stats['val_top5']:.2f}%, "
         f"loss {stats['val_loss']:.4f} over {counted(stats['val_images'], 'image')}"
     )
-
-
-def report(output_dir: Path, title: str) -> None:
-    """Log the last and best results of a finished run and the paths of its checkpoints.
-
-    Raises:
-        RunError: the last checkpoint could not be written.
-    """
-    log = read_log(output_dir)
-    last = log[-1]
-    path = last_checkpoint(output_dir, last["epoch"])
-    if "val_top1" in last:
-        best = max((line for line in log if "val_top1" in line), key=lambda line: line["val_top1"])
-        _logger.info("%s, last epoch (%d): %s", title, last["epoch"], describe(last))
-        _logger.info("%s, best epoch (%d): %s", title, best["epoch"], describe(best))
-        _logger.info("checkpoint of the best epoch: %s", output_dir / BEST_NAME)
-    _logger.info("checkpoint: %s", path)
 
 
 def describe_classifier(

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,10 +16,10 @@ from util.data.loaders import StepLoader
 from util.data.masks import UNLABELED
 from util.data.segmentation import SegmentationBatch, SegmentationImages
 from util.errors import InputError
-from util.eval.miou import Confusion, Scores, Windows, describe, predict, resize_logits
+from util.eval.miou import Confusion, Scores, Windows, predict, resize_logits
 from util.eval.overlays import comparison
-from util.runs.checkpoint import BEST_NAME, TrainState, last_checkpoint
-from util.runs.run_log import RunLog, read_log
+from util.runs.checkpoint import TrainState
+from util.runs.run_log import RunLog
 from util.runs.training import training_steps
 from util.seeding import seed_everything
 
@@ -185,20 +184,3 @@ def show(
     picture = draw_predictions(model, images, classes, **how)
     if picture is not None:
         run_log.log_image("segmentation", picture, step)
-
-
-def report(output_dir: Path, title: str) -> None:
-    """Log the last and best results of a finished run and the paths of its checkpoints.
-
-    Raises:
-        RunError: the last checkpoint could not be written.
-    """
-    log = read_log(output_dir)
-    last = log[-1]
-    path = last_checkpoint(output_dir, last["epoch"])
-    if "val_miou" in last:
-        best = max((line for line in log if "val_miou" in line), key=lambda line: line["val_miou"])
-        _logger.info("%s, after %d steps: %s", title, last["step"], describe(last))
-        _logger.info("%s, best, after %d steps: %s", title, best["step"], describe(best))
-        _logger.info("checkpoint of the best: %s", output_dir / BEST_NAME)
-    _logger.info("checkpoint: %s", path)

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from timm.utils import ModelEmaV3
 
-from engine_finetune import describe, describe_classifier, evaluate, report, train_one_epoch
+from engine_finetune import describe, describe_classifier, evaluate, train_one_epoch
 from models import EncoderSettings, add_encoder_args, build_classifier, starting_point
 from models_vit import make_linear_probe
-from util.arguments import Parser, fraction, given_options, take
+from util.arguments import Parser, given_options, take
 from util.compute.batch_size import plan_batches
 from util.compute.compiling import compile_model
 from util.compute.distributed import data_parallel, is_main_process
@@ -40,8 +40,15 @@ from util.data.transforms import (
     finetune_transform,
 )
 from util.errors import InputError
-from util.optim import OptimSettings, add_optim_args, build_layer_decay_adamw
+from util.optim import (
+    FineTuneSettings,
+    OptimSettings,
+    add_finetune_args,
+    add_optim_args,
+    build_layer_decay_adamw,
+)
 from util.runs.checkpoint import TrainState
+from util.runs.report import report
 from util.runs.resume import (
     EFFECTIVE_BATCH,
     RunRecord,
@@ -55,7 +62,7 @@ from util.schedule import plan_learning_rate
 from util.weights.encoder import load_encoder
 
 SETTINGS = (RunSettings, DataSettings, OptimSettings, ComputeSettings)
-SETTINGS += (EncoderSettings, AugmentSettings, MixSettings)
+SETTINGS += (EncoderSettings, FineTuneSettings, AugmentSettings, MixSettings)
 MEMORY_ADVICE = (
     "use a lower --batch_size with the same --effective_batch_size, or --memory medium or low"
 )
@@ -106,24 +113,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_precision_args(parser)
     add_memory_args(parser)
-    group = parser.add_argument_group("fine-tuning")
-    group.add_argument(
-        "--layer_decay",
-        type=fraction,
-        help="decay of the learning rate from layer to layer (depends on the model's size)",
-    )
-    group.add_argument(
-        "--drop_path",
-        type=fraction,
-        help="drop-path rate of the last block; the rates rise linearly from 0 (depends on the "
-        "model's size)",
-    )
-    group.add_argument(
-        "--ema",
-        type=fraction,
-        metavar="DECAY",
-        help="keep and evaluate a moving average of the weights; a decay such as 0.9999 (off)",
-    )
+    group = add_finetune_args(parser)
     group.add_argument(
         "--eval",
         action="store_true",
@@ -137,10 +127,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         take(settings, args)
     if args.fsdp and args.ema is not None:
         raise InputError("--ema cannot be combined with --fsdp: leave one of them out")
-    if args.ema == 1:
-        raise InputError("--ema 1 would never update the average: lower it")
-    if args.drop_path == 1:
-        raise InputError("--drop_path 1 would skip the last block entirely: lower it")
     return args
 
 
@@ -202,7 +188,9 @@ def evaluate_only(
 def main(argv: Sequence[str] | None = None) -> None:
     """Fine-tune from the beginning, or continue a stopped run."""
     args = parse_args(argv)
-    run, data, optim, compute, encoder, augment, mix = (take(group, args) for group in SETTINGS)
+    run, data, optim, compute, encoder, tuning, augment, mix = (
+        take(settings, args) for settings in SETTINGS
+    )
     device = start_run(device=run.device, seed=run.seed, timeout_minutes=run.timeout_minutes)
     if args.eval:
         path = checkpoint_to_evaluate(run, encoder.finetune, "finetune")
@@ -242,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         load_encoder(model, start.weights, head=False)
     example = blank_images(start.img_size, device)
     precision = place_model(model, compute, device, example, optim)
-    ema = None if args.ema is None else ModelEmaV3(model, decay=args.ema)
+    ema = None if tuning.ema is None else ModelEmaV3(model, decay=tuning.ema)
     compile_model(model, compute.compile, device=device)
 
     # How it is trained
@@ -262,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--drop_path": recipe.drop_path,
         "--weight_decay": optim.weight_decay,
         **{f"--{name}": value for name, value in {**vars(augment), **vars(mix)}.items()},
-        "--ema": args.ema,
+        "--ema": tuning.ema,
         "--seed": run.seed,
         EFFECTIVE_BATCH: loader.effective_batch_size,
     }
@@ -298,7 +286,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             checkpoints.end_epoch(is_last=progress.epoch == optim.epochs)
 
     if is_main_process():
-        report(run.folder, "fine-tuning" if start.weights else "training from scratch")
+        title = "fine-tuning" if start.weights else "training from scratch"
+        report(run.folder, title, by="val_top1", describe=describe)
 
 
 if __name__ == "__main__":

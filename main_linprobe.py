@@ -7,7 +7,7 @@ torchrun --standalone --nproc_per_node 8 main_linprobe.py --finetune PRETRAINED 
 import argparse
 from collections.abc import Sequence
 
-from engine_finetune import describe_classifier, evaluate, report, train_one_epoch
+from engine_finetune import describe, describe_classifier, evaluate, train_one_epoch
 from models import EncoderSettings, add_encoder_args, build_classifier, starting_point
 from models_vit import make_linear_probe
 from util.arguments import Parser, given_options, take
@@ -23,6 +23,7 @@ from util.data.settings import DataSettings, add_data_args
 from util.data.transforms import default_crop_pct, eval_transform, probe_transform
 from util.optim import OptimSettings, add_optim_args, build_lars
 from util.runs.checkpoint import TrainState
+from util.runs.report import report
 from util.runs.resume import EFFECTIVE_BATCH, RunRecord, changeable_settings, log_settings, open_run
 from util.runs.run import RunSettings, add_run_args, run_main, start_run
 from util.schedule import plan_learning_rate
@@ -135,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             checkpoints.end_epoch(is_last=progress.epoch == optim.epochs)
 
     if is_main_process():
-        report(run.folder, f"linear probe, pool {pool}")
+        report(run.folder, f"linear probe, pool {pool}", by="val_top1", describe=describe)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 from timm.utils import ModelEmaV3
 
-from engine_segmentation import evaluate, report, show, train_one_epoch
+from engine_segmentation import evaluate, show, train_one_epoch
 from models import (
     EncoderSettings,
     HeadSettings,
@@ -27,7 +27,7 @@ from models import (
     load_segmenter,
     starting_point,
 )
-from util.arguments import Parser, check_output_folders, fraction, given_options, take
+from util.arguments import Parser, check_output_folders, given_options, take
 from util.compute.batch_size import plan_batches
 from util.compute.compiling import compile_model
 from util.compute.distributed import data_parallel, is_main_process, world_size
@@ -48,8 +48,15 @@ from util.data.segmentation import (
 )
 from util.errors import InputError
 from util.eval.miou import WindowSettings, add_window_args, describe
-from util.optim import IterationSettings, add_iteration_args, build_layer_decay_adamw
+from util.optim import (
+    FineTuneSettings,
+    IterationSettings,
+    add_finetune_args,
+    add_iteration_args,
+    build_layer_decay_adamw,
+)
 from util.runs.checkpoint import TrainState
+from util.runs.report import report
 from util.runs.resume import (
     EFFECTIVE_BATCH,
     RunRecord,
@@ -61,11 +68,12 @@ from util.runs.resume import (
 from util.runs.run import RunSettings, add_run_args, run_main, start_run, write_json
 from util.schedule import linear_lr, plan_learning_rate
 from util.weights.encoder import load_encoder
-from util.weights.files import unknown_content, write_new
+from util.weights.files import check_new, unknown_content, write_new
 
 SETTINGS = (RunSettings, SegmentationSettings, IterationSettings, ComputeSettings)
-SETTINGS += (EncoderSettings, HeadSettings, WindowSettings)
+SETTINGS += (EncoderSettings, HeadSettings, WindowSettings, FineTuneSettings)
 OF_THE_CHECKPOINT = {"--mean", "--std", *(f"--{field.name}" for field in fields(HeadSettings))}
+WARMUP_ITERS = 1500
 MEMORY_ADVICE = (
     "use a lower --batch_size with the same --effective_batch_size, or --memory medium or low; in "
     "an evaluation, a lower --window_batch"
@@ -85,28 +93,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_encoder_args(parser, pool=None)
     add_head_args(parser)
     add_window_args(parser)
-    add_iteration_args(parser, batch_size=16, max_iters=160_000, lr=1e-4, weight_decay=0.05)
+    add_iteration_args(
+        parser,
+        batch_size=16,
+        max_iters=160_000,
+        warmup_iters=WARMUP_ITERS,
+        lr=1e-4,
+        weight_decay=0.05,
+    )
     add_precision_args(parser)
     add_memory_args(parser, fsdp=False)
-    group = parser.add_argument_group("fine-tuning")
-    group.add_argument(
-        "--layer_decay",
-        type=fraction,
-        default=0.65,
-        help="decay of the learning rate from layer to layer (%(default)s)",
-    )
-    group.add_argument(
-        "--drop_path",
-        type=fraction,
-        default=0.1,
-        help="drop-path rate of the last block; the rates rise linearly from 0 (%(default)s)",
-    )
-    group.add_argument(
-        "--ema",
-        type=fraction,
-        metavar="DECAY",
-        help="keep and evaluate a moving average of the weights; a decay such as 0.9999 (off)",
-    )
+    group = add_finetune_args(parser, layer_decay=0.65, drop_path=0.1)
     group.add_argument(
         "--eval",
         action="store_true",
@@ -122,10 +119,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for settings in SETTINGS:
         take(settings, args)
-    if args.ema == 1:
-        raise InputError("--ema 1 would never update the average: lower it")
-    if args.drop_path == 1:
-        raise InputError("--drop_path 1 would skip the last block entirely: lower it")
     ignored = sorted(given_options(args, parser.parse_args([])) & OF_THE_CHECKPOINT)
     if args.eval and ignored:
         raise InputError(f"--eval takes {', '.join(ignored)} from the checkpoint: leave it out")
@@ -173,10 +166,14 @@ def evaluate_only(
 def main(argv: Sequence[str] | None = None) -> None:
     """Fine-tune from the beginning, or continue a stopped run."""
     args = parse_args(argv)
-    run, data, iterations, compute, encoder, head, window = (take(s, args) for s in SETTINGS)
+    run, data, iterations, compute, encoder, head, window, tuning = (
+        take(settings, args) for settings in SETTINGS
+    )
     device = start_run(device=run.device, seed=run.seed, timeout_minutes=run.timeout_minutes)
     if args.eval:
         check_output_folders(args.dump_json)
+        if args.dump_json:
+            check_new(args.dump_json, flag="--dump_json")
         path = checkpoint_to_evaluate(run, encoder.finetune, "segmentation")
         results = evaluate_only(path, data, compute, window, device)
         if args.dump_json and is_main_process():
@@ -191,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = open_segmentation(
         data, crop_size=head.crop, mean=start.mean, std=start.std, seed=run.seed
     )
-    optim = iterations.optim()
+    optim = iterations.optim(warmup_iters=WARMUP_ITERS)
     batches = plan_batches(optim)
     head.check_batch_size(batches.batch_size * (world_size() if device.type == "cuda" else 1))
     workers = {"num_workers": data.num_workers, "device": device}
@@ -207,20 +204,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         val_loader = build_eval_loader(images.val, batch_size=1, **workers)
 
     # The model
-    options = head.options(num_classes=len(images.classes), drop_path=args.drop_path)
+    options = head.options(num_classes=len(images.classes), drop_path=tuning.drop_path)
     model = build_segmenter(start.size, **options)
     if start.weights is not None:
         load_encoder(model, start.weights, head=False)
     if device.type == "cuda" and world_size() > 1:  # does not exist on CPUs
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     precision = place_model(model, compute, device, blank_pairs(head.crop, device), optim)
-    ema = None if args.ema is None else ModelEmaV3(model, decay=args.ema)
+    ema = None if tuning.ema is None else ModelEmaV3(model, decay=tuning.ema)
     compile_model(model, compute.compile, device=device)
 
     # How it is trained
     lr = plan_learning_rate(optim, loader, curve=linear_lr)
     optimizer = build_layer_decay_adamw(
-        model, weight_decay=optim.weight_decay, layer_decay=args.layer_decay, betas=(0.9, 0.999)
+        model, weight_decay=optim.weight_decay, layer_decay=tuning.layer_decay, betas=(0.9, 0.999)
     )
     broken = BrokenImages(len(images.train), data.max_broken)
     state = TrainState(model, optimizer, precision, broken, ema=ema)
@@ -237,9 +234,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "hash of the names of classes": names_hash(images.classes),
         **images.train.identity(),
         **data.recipe(),
-        "--layer_decay": args.layer_decay,
+        "--layer_decay": tuning.layer_decay,
         "--weight_decay": optim.weight_decay,
-        "--ema": args.ema,
+        "--ema": tuning.ema,
         "--eval_every": iterations.steps_per_epoch,
         "--seed": run.seed,
         EFFECTIVE_BATCH: loader.effective_batch_size,
@@ -289,7 +286,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             checkpoints.end_epoch(is_last=progress.epoch == optim.epochs)
 
     if is_main_process():
-        report(run.folder, "fine-tuning" if start.weights else "training from scratch")
+        title = "fine-tuning" if start.weights else "training from scratch"
+        report(run.folder, title, by="val_miou", describe=describe, in_steps=True)
 
 
 if __name__ == "__main__":

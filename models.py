@@ -13,6 +13,7 @@ from models_crossmae import IBA_INITS, MaskedAutoencoder, build_crossmae
 from models_mae import build_mae
 from models_upernet import HEADS, SegmentationViT
 from models_vit import POOLS, SIZES, VisionTransformer, build_vit
+from models_vitdet import DetectionViT
 from util.arguments import fraction, natural_float, natural_int, positive_int
 from util.errors import InputError, as_input_error
 from util.kernels import use_fast_kernels
@@ -148,6 +149,35 @@ class HeadSettings:
         return options
 
 
+@dataclass(frozen=True)
+class DetectorSettings:
+    """The windows, the pyramid and the heads of a detector; see the flags."""
+
+    input_size: int = 1024
+    window_size: int = 14
+    global_blocks: list[int] | None = None
+    rel_pos: bool = True
+    fpn_dim: int = 256
+    box_convs: int = 4
+    roi_batch: int = 512
+    masks: bool = True
+
+    def options(self, **others: object) -> dict[str, object]:
+        """Arguments of DetectionViT, as plain values that a checkpoint can hold."""
+        return {**vars(self), **others}
+
+    @staticmethod
+    def recipe(options: dict[str, object]) -> dict[str, object]:
+        """Name `options` as the flags are."""
+        names = {
+            "img_size": "size of the positions",
+            "num_classes": "number of classes",
+            "rel_pos": "relative positions",
+            "masks": "masks",
+        }
+        return {names.get(name, f"--{name}"): value for name, value in options.items()}
+
+
 def starting_point(
     path: str | Path | None,
     model: str | None = None,
@@ -256,11 +286,39 @@ def build_segmenter(size: str, **options: object) -> SegmentationViT:
     return model
 
 
-def load_segmenter(path: str | Path) -> tuple[SegmentationViT, dict]:
-    """Load a segmentation model on the CPU, in evaluation mode; moving averages if there are any.
+def build_detector(size: str, **options: object) -> DetectionViT:
+    """Build a detector of a size in SIZES.
 
     Args:
-        path: a checkpoint of main_segmentation.py.
+        options: arguments of DetectionViT besides those of the size.
+
+    Raises:
+        InputError: the sizes are incompatible.
+    """
+    with as_input_error(f"vit_{size} cannot be built"):
+        model = DetectionViT(**{**SIZES[size]._asdict(), **options})
+    use_fast_kernels(model.blocks)
+    return model
+
+
+def load_segmenter(path: str | Path) -> tuple[SegmentationViT, dict]:
+    """Load a segmentation model, a checkpoint of main_segmentation.py, see `_load_trained`."""
+    return _load_trained(path, "segmentation", build_segmenter)
+
+
+def load_detector(path: str | Path) -> tuple[DetectionViT, dict]:
+    """Load a detector, a checkpoint of main_detection.py, see `_load_trained`."""
+    return _load_trained(path, "detection", build_detector)
+
+
+def _load_trained(
+    path: str | Path, kind: str, build: Callable[..., torch.nn.Module]
+) -> tuple[torch.nn.Module, dict]:
+    """Load a model on the CPU, in evaluation mode; moving averages if there are any.
+
+    Args:
+        kind: one of KINDS.
+        build: size and options -> model.
 
     Returns:
         The model, and the checkpoint's other content: `classes`, `mean`, `std` and the like.
@@ -268,11 +326,11 @@ def load_segmenter(path: str | Path) -> tuple[SegmentationViT, dict]:
     Raises:
         InputError: the file is missing, damaged or not such a checkpoint.
     """
-    content = check_format(read_weights_file(path), path, "segmentation")
+    content = check_format(read_weights_file(path), path, kind)
     with unknown_content(path):
         size, options = content["model_name"].removeprefix("vit_"), content["model_options"]
         with torch.device("meta"):  # a file may claim a model larger than memory
-            expected = build_segmenter(size, **options).state_dict()
+            expected = build(size, **options).state_dict()
         state = content.get("ema") or content["model"]
         if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in expected.items()}:
             raise InputError(
@@ -280,7 +338,7 @@ def load_segmenter(path: str | Path) -> tuple[SegmentationViT, dict]:
             )
         if None in check_mean_std(content["mean"], content["std"]):
             raise ValueError("mean and std are missing")
-        model = build_segmenter(size, **options)
+        model = build(size, **options)
         model.load_state_dict(state)
     return model.eval(), content
 
@@ -464,4 +522,60 @@ def add_head_args(parser: argparse.ArgumentParser) -> None:
         "--rel_pos_bias",
         action=argparse.BooleanOptionalAction,
         help="learn a bias of attention for every relative position (on for upernet)",
+    )
+
+
+def add_detector_args(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of DetectorSettings."""
+    group = parser.add_argument_group("detector")
+    group.add_argument(
+        "--input_size",
+        type=positive_int,
+        default=DetectorSettings.input_size,
+        metavar="PX",
+        help="side of the square that images are fitted into (%(default)s)",
+    )
+    group.add_argument(
+        "--window_size",
+        type=positive_int,
+        default=DetectorSettings.window_size,
+        metavar="PATCHES",
+        help="side of a window of attention (%(default)s)",
+    )
+    group.add_argument(
+        "--global_blocks",
+        type=natural_int,
+        nargs="+",
+        metavar="BLOCK",
+        help="blocks that attend to the whole image, from 0 (the last of every quarter)",
+    )
+    group.add_argument(
+        "--no_rel_pos",
+        dest="rel_pos",
+        action="store_false",
+        help="attention without relative positions (learned)",
+    )
+    group.add_argument(
+        "--no_masks",
+        dest="masks",
+        action="store_false",
+        help="predict boxes only, for annotations without segmentation (boxes and masks)",
+    )
+    group.add_argument(
+        "--fpn_dim",
+        type=positive_int,
+        default=DetectorSettings.fpn_dim,
+        help="width of the pyramid and the heads (%(default)s)",
+    )
+    group.add_argument(
+        "--box_convs",
+        type=natural_int,
+        default=DetectorSettings.box_convs,
+        help="convolutions of the box head (%(default)s)",
+    )
+    group.add_argument(
+        "--roi_batch",
+        type=positive_int,
+        default=DetectorSettings.roi_batch,
+        help="proposals of an image that the heads are trained on (%(default)s)",
     )

@@ -9,7 +9,7 @@ from timm.layers import RelPosBias, resample_abs_pos_embed
 from timm.layers.pos_embed_rel import gen_relative_position_index
 from torch import Tensor
 
-from models_vit import Block, SelfAttention, ViT, attend, split_heads
+from models_vit import GridBlock, SelfAttention, ViT, attend, split_heads
 from util.patches import patchify
 
 HEADS = ("linear", "upernet")
@@ -53,7 +53,7 @@ class BiasedAttention(SelfAttention):
         return self.proj(attend(q, k, v, bias=self.bias(grid_size).to(q.dtype)))
 
 
-class BiasedBlock(Block):
+class BiasedBlock(GridBlock):
     """Transformer block with BiasedAttention."""
 
     def __init__(
@@ -61,11 +61,6 @@ class BiasedBlock(Block):
     ) -> None:
         super().__init__(dim, num_heads, **options)
         self.attn = BiasedAttention(dim, num_heads, grid_size)
-
-    def forward(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
-        """(B, 1+L, D) -> (B, 1+L, D)."""
-        x = x + self.drop_path(self.attn(self.norm1(x), grid_size))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class LinearHead(nn.Module):
@@ -246,7 +241,3 @@ class SegmentationViT(ViT):
         In training, UperNet's auxiliary logits follow.
         """
         return self.head(self.feature_maps(images))
-
-    def group_matcher(self, coarse: bool = False) -> dict:
-        """Layers for `timm.optim.param_groups_layer_decay`, as in VisionTransformer."""
-        return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": [(r"^blocks\.(\d+)", None)]}

@@ -73,7 +73,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     """Attend and join the heads: q (B, h, N, d), k and v (B, h, M, d) -> (B, N, h*d).
 
     Args:
-        bias: (1, h, N, M), added to the scores.
+        bias: (1 or B, h, N, M), added to the scores.
     """
     return scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)
 
@@ -156,6 +156,15 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class GridBlock(Block):
+    """Transformer block whose attention also takes the (rows, columns) of the patches."""
+
+    def forward(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        x = x + self.drop_path(self.attn(self.norm1(x), grid_size))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -260,6 +269,13 @@ class ViT(nn.Module):
         x = self.encode(images)[:, 1:].mean(dim=1)  # (B, D)
         return F.layer_norm(x, (self.embed_dim,), eps=NORM_EPS)
 
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Layers for `timm.optim.param_groups_layer_decay`, by MAE's rule.
+
+        The embeddings are one layer, every block is one, norm and head are one together.
+        """
+        return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": [(r"^blocks\.(\d+)", None)]}
+
 
 class VisionTransformer(ViT):
     """Classifier: a ViT with pooling, a final norm and a linear head (App. A.6).
@@ -309,13 +325,6 @@ class VisionTransformer(ViT):
     def forward(self, images: Tensor) -> Tensor:
         """Normalized images (B, C, H, W) -> logits (B, num_classes)."""
         return self.head(self.features(images))
-
-    def group_matcher(self, coarse: bool = False) -> dict:
-        """Layers for `timm.optim.param_groups_layer_decay`, by MAE's rule.
-
-        The embeddings are one layer, every block is one, norm and head are one together.
-        """
-        return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": [(r"^blocks\.(\d+)", None)]}
 
 
 def build_vit(

@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.plot_runs import series_of
 from util.arguments import Parser, check_output_folders
 from util.errors import InputError
 from util.runs.run import run_main, start_logging
@@ -46,11 +47,7 @@ def group_runs(folders: Sequence[Path]) -> dict[str, list[dict[str, dict]]]:
     Raises:
         InputError: the runs have different classes.
     """
-    series: dict[str, list[dict[str, dict]]] = {}
-    for folder in folders:
-        series.setdefault(folder.name.rpartition("-")[0] or folder.name, []).append(
-            read_scores(folder)
-        )
+    series = {name: list(map(read_scores, own)) for name, own in series_of(folders).items()}
     classes = {tuple(scores) for runs in series.values() for scores in runs}
     if len(classes) > 1:
         raise InputError("the runs have different classes: plot them separately")

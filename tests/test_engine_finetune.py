@@ -16,7 +16,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 
 import engine_finetune
-from engine_finetune import describe, evaluate, report, train_one_epoch
+from engine_finetune import describe, evaluate, train_one_epoch
 from models_vit import build_vit, make_linear_probe
 from tests.helpers.models import NANO
 from tests.helpers.runs import assert_identical
@@ -40,6 +40,7 @@ from util.runs.checkpoint import (
     read_checkpoint,
 )
 from util.runs.meters import EpochMeters
+from util.runs.report import report
 from util.runs.resume import RunRecord, continue_run, newest_good_checkpoint
 from util.runs.run_log import LOG_NAME
 from util.seeding import seed_everything
@@ -509,7 +510,7 @@ def write_run(folder, *top1s):
 def test_a_finished_run_says_what_it_reached(tmp_path, caplog):
     lines = write_run(tmp_path, 50.0, 70.0, 70.0, 60.0)
     with caplog.at_level("INFO"):
-        report(tmp_path, "fine-tuning")
+        report(tmp_path, "fine-tuning", by="val_top1", describe=describe)
     assert [record.getMessage() for record in caplog.records] == [
         f"fine-tuning, last epoch (4): {describe(lines[3])}",
         f"fine-tuning, best epoch (2): {describe(lines[1])}",
@@ -522,7 +523,7 @@ def test_a_finished_run_says_what_it_reached(tmp_path, caplog):
 def test_a_finished_run_without_validation_images_names_its_checkpoint_alone(tmp_path, caplog):
     write_run(tmp_path, None, None)
     with caplog.at_level("INFO"):
-        report(tmp_path, "fine-tuning")
+        report(tmp_path, "fine-tuning", by="val_top1", describe=describe)
     (record,) = caplog.records
     assert record.getMessage() == f"checkpoint: {tmp_path / 'checkpoint-e0002-s000000.pth'}"
 
@@ -531,7 +532,7 @@ def test_a_finished_run_without_its_last_checkpoint_fails(tmp_path):
     write_run(tmp_path, 50.0, 60.0)
     (tmp_path / "checkpoint-e0002-s000000.pth").rename(tmp_path / "checkpoint-e0001-s000000.pth")
     with pytest.raises(RunError, match="the last checkpoint could not be written"):
-        report(tmp_path, "fine-tuning")
+        report(tmp_path, "fine-tuning", by="val_top1", describe=describe)
 
 
 def test_a_best_epoch_that_could_not_be_written_is_not_taken_for_kept(tmp_path, monkeypatch):

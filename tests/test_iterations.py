@@ -5,10 +5,11 @@ import itertools
 import pytest
 
 from util.errors import InputError
-from util.optim import WARMUP_ITERS, IterationSettings
-from util.schedule import cosine_lr, linear_lr, lr_schedule
+from util.optim import IterationSettings
+from util.schedule import cosine_lr, linear_lr, lr_schedule, step_lr
 
-RUN = {"lr": 1e-4, "min_lr": 0.0, "warmup_steps": 1500, "total_steps": 160_000}  # MAE's
+WARMUP_ITERS = 1500  # MAE's for segmentation
+RUN = {"lr": 1e-4, "min_lr": 0.0, "warmup_steps": WARMUP_ITERS, "total_steps": 160_000}
 
 
 def poly_lr(step, *, lr, min_lr, warmup_steps, total_steps, power=1.0):
@@ -103,7 +104,7 @@ def test_evaluations_and_warm_up_follow_the_length_of_the_run(
 ):
     settings = IterationSettings(16, max_iters, 1e-4)
     assert settings.steps_per_epoch == steps_per_epoch
-    optim = settings.optim()
+    optim = settings.optim(warmup_iters=WARMUP_ITERS)
     assert optim.epochs * steps_per_epoch == max_iters
     assert optim.warmup_epochs * steps_per_epoch == pytest.approx(warmup_iters)
 
@@ -118,21 +119,89 @@ def test_other_settings_are_kept():
 
 @pytest.mark.parametrize("eval_every", [3, 7, 101, 200])
 def test_evaluations_that_do_not_divide_the_run_are_refused(eval_every):
-    with pytest.raises(InputError, match=f"100 is not a multiple of --eval_every {eval_every}:"):
+    with pytest.raises(
+        InputError, match=f"the run's 100 steps are not a multiple of --eval_every {eval_every}: "
+    ):
         IterationSettings(16, 100, 1e-4, eval_every=eval_every)
 
 
 @pytest.mark.parametrize("warmup_iters", [100, 101, 5000])
 def test_a_warm_up_as_long_as_the_run_is_refused_in_steps(warmup_iters):
-    with pytest.raises(InputError, match=f"--warmup_iters {warmup_iters} must be below") as caught:
+    with pytest.raises(
+        InputError, match=f"{warmup_iters} must be below the run's 100 steps: "
+    ) as caught:
         IterationSettings(16, 100, 1e-4, eval_every=10, warmup_iters=warmup_iters)
     assert "epochs" not in str(caught.value)
 
 
-def test_the_longest_possible_warm_up_is_taken():
-    assert IterationSettings(16, 100, 1e-4, warmup_iters=99).optim().warmup_epochs == 9.9
+def test_a_warm_up_that_is_given_replaces_the_default():
+    settings = IterationSettings(16, 100, 1e-4, warmup_iters=99)
+    assert settings.optim(warmup_iters=WARMUP_ITERS).warmup_epochs == 9.9
+    assert IterationSettings(16, 100, 1e-4).optim().warmup_epochs == 0
 
 
 def test_accumulation_and_effective_batch_size_exclude_each_other():
     with pytest.raises(InputError, match="give only one of them"):
         IterationSettings(16, 100, 1e-4, accum_iter=2, effective_batch_size=64)
+
+
+# Lengths in passes over the images
+
+
+@pytest.mark.parametrize(
+    ("options", "max_iters", "steps_per_epoch"),
+    [
+        ({}, 100 * 1849, 1849),  # ViTDet's 100 epochs of COCO: 118,287 images in batches of 64
+        ({"epochs": 3}, 3 * 1849, 1849),
+        ({"epochs": 10, "eval_every": 18_490}, 18_490, 18_490),
+        ({"eval_every": 1000}, 184_900, None),  # does not divide the run
+        ({"max_iters": 500}, 500, 50),
+        ({"max_iters": 500, "eval_every": 250}, 500, 250),
+    ],
+)
+def test_without_a_number_of_steps_the_run_is_whole_passes(options, max_iters, steps_per_epoch):
+    settings = IterationSettings(**{"batch_size": 64, "max_iters": None, "lr": 1e-4, **options})
+    if steps_per_epoch is None:
+        with pytest.raises(
+            InputError, match="184900 steps are not a multiple of --eval_every 1000"
+        ):
+            settings.with_passes(100, 118_287, 64)
+        return
+    found = settings.with_passes(100, 118_287, 64)
+    assert (found.max_iters, found.steps_per_epoch) == (max_iters, steps_per_epoch)
+    assert found.optim().epochs * steps_per_epoch == max_iters
+    assert found.epochs is None
+
+
+def test_a_length_given_twice_is_refused():
+    with pytest.raises(InputError, match="--max_iters and --epochs both set the length"):
+        IterationSettings(16, 100, 1e-4, epochs=2)
+
+
+# Learning rate in steps
+
+
+@pytest.mark.parametrize(
+    ("step", "lr"),
+    [
+        (0, 0),
+        (125, 5e-5),
+        (250, 1e-4),
+        (163_888, 1e-4),
+        (163_889, 1e-5),
+        (177_545, 1e-5),
+        (177_546, 1e-6),
+        (184_375, 1e-6),
+    ],
+)
+def test_the_rate_falls_twice_where_vitdets_does(step, lr):
+    run = {"lr": 1e-4, "min_lr": 0.0, "warmup_steps": 250, "total_steps": 184_375}
+    assert step_lr(step, **run) == pytest.approx(lr, rel=1e-9)
+
+
+def test_the_rate_in_steps_stays_above_its_floor():
+    run = {"lr": 1.0, "min_lr": 0.05, "warmup_steps": 10, "total_steps": 270}
+    rates = [step_lr(step, **run) for step in range(271)]
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert set(rates[10:]) == {1.0, 0.1, 0.05}
+    assert rates[:10] == [cosine_lr(step, **run) for step in range(10)]

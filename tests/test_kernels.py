@@ -13,10 +13,12 @@ from tests.helpers.runs import TINY, assert_identical, refusal, run
 from util import kernels
 from util.kernels import (
     FastLinear,
+    grid_attention,
     linear,
     linear_combinations,
     scaled_dot_product_attention,
     use_fast_kernels,
+    with_bias_dimensions,
 )
 from util.masking import TokenCounts, random_split
 
@@ -250,3 +252,19 @@ def test_a_forced_attention_kernel_is_used(backend):
         got = scaled_dot_product_attention(q, k, v)
         assert torch.equal(got, F.scaled_dot_product_attention(q, k, v))
     assert not torch.equal(scaled_dot_product_attention(q, k, v), got)
+
+
+# Attention on a grid
+
+
+@pytest.mark.parametrize("size", [(3, 4), (7, 7), (1, 5)])
+def test_a_bias_as_dimensions_of_queries_and_keys_gives_the_same(size):
+    rows, columns = size
+    q, k, v = (torch.randn(2, 3, rows * columns, 20, dtype=torch.float64) for _ in range(3))
+    biases = [torch.randn(2, 3, rows * columns, own, dtype=torch.float64) for own in size]
+    expected = grid_attention(q, k, v, *biases)
+    wide_q, wide_k, wide_v = with_bias_dimensions(q, k, v, *biases)
+    assert wide_q.shape[-1] == wide_v.shape[-1] and wide_q.shape[-1] % 8 == 0  # for FlashAttention
+    found = F.scaled_dot_product_attention(wide_q, wide_k, wide_v, scale=1.0)
+    torch.testing.assert_close(found[..., :20], expected)
+    assert not found[..., 20:].any()

@@ -306,8 +306,8 @@ REFUSED = {
     "--head_dim 8": "--head_dim is for --head upernet: leave it out",
     "--scale 2 1": "--scale takes the smaller factor first",
     "--stride 17": "--stride 17 would leave gaps between windows of 16 px: lower it",
-    "--eval_every 4": "--max_iters 6 is not a multiple of --eval_every 4",
-    "--warmup_iters 6": "--warmup_iters 6 must be below --max_iters 6",
+    "--eval_every 4": "the run's 6 steps are not a multiple of --eval_every 4",
+    "--warmup_iters 6": "--warmup_iters 6 must be below the run's 6 steps",
     "--dump_json x.json": "--dump_json needs --eval",
     "--ema 1": "--ema 1 would never update the average",
     "--attention_backend cudnn": "--attention_backend cudnn cannot run this model",
@@ -333,6 +333,15 @@ def test_wrong_input_is_refused_in_one_sentence_and_nothing_is_written(
     assert reason in refused(capsys, *argv)
     assert files_in(tmp_path) == before
     assert not (tmp_path / "run").exists()
+
+
+def test_scores_are_never_written_over_a_file(tmp_path, data, finished, capsys, monkeypatch):
+    (tmp_path / "mine.json").write_text("mine")
+    monkeypatch.setattr(main_segmentation, "evaluate_only", pytest.fail)
+    argv = ["--eval", "--finetune", finished / BEST_NAME, "--data_path", data, "--dump_json"]
+    sentence = refused(capsys, *argv, tmp_path / "mine.json")
+    assert f"{tmp_path / 'mine.json'} already exists" in sentence
+    assert (tmp_path / "mine.json").read_text() == "mine"
 
 
 def test_a_label_out_of_range_ends_the_run_with_the_name_of_its_mask(tmp_path, data, capsys):

@@ -61,6 +61,7 @@ EFFECTIVE = {
     "main_finetune.py": 1024,
     "main_linprobe.py": 16384,
     "main_segmentation.py": 16,
+    "main_detection.py": 64,
 }
 
 
@@ -201,7 +202,8 @@ def known_flags():
     """The flags of all programs here."""
     parsed = [main.parse_args(["--finetune", "x"]) for main in list(MAINS.values())[1:]]
     parsed += [parse_args([]), launch_slurm.parse_args(["--main", "pretrain", "--"])[0]]
-    sources = [*(ROOT / "util").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")]
+    folders = ("util", "scripts")
+    sources = [*ROOT.glob("*.py"), *(p for f in folders for p in (ROOT / f).rglob("*.py"))]
     written = (re.findall(r'"--([a-z]\w*)"', path.read_text()) for path in sources)
     return set().union(*map(vars, parsed), *written) | {"help", "no", "slurm_X"}
 

@@ -143,6 +143,8 @@ def given_options(args: argparse.Namespace, defaults: argparse.Namespace) -> set
 def check_output_folders(*paths: Path | None) -> None:
     """Check that output files can be written, before hours of measuring; None is skipped."""
     for path in filter(None, paths):
+        if path.is_dir():
+            raise InputError(f"{path} is a folder: give the path of a file")
         if not path.parent.is_dir():
             raise InputError(
                 f"{path.parent} does not exist: create it, or choose another path for {path.name}"

@@ -5,6 +5,7 @@ docs/performance.md lists each rule and the processors on which it was measured.
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -150,7 +151,7 @@ def scaled_dot_product_attention(
     precision, PyTorch's flash kernel takes six times as long as plain matrix products.
 
     Args:
-        bias: (1, h, N, M), added to the scores. FlashAttention cannot add one.
+        bias: (1 or B, h, N, M), added to the scores. FlashAttention cannot add one.
     """
     if is_forced():
         return F.scaled_dot_product_attention(q, k, v, bias)
@@ -162,6 +163,58 @@ def scaled_dot_product_attention(
         scores = scores if bias is None else scores + bias
         return scores.softmax(dim=-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, bias)
+
+
+def grid_attention(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+    """Attention on a grid of N = rows * columns tokens, with a bias for the key's row and column.
+
+    A GPU in reduced precision gets the bias as further dimensions of queries and keys, in which a
+    key is 1 for its row and its column: no (N, N) tensor is made, and FlashAttention can be used.
+
+    Args:
+        q, k, v: (B, h, N, d).
+        by_row: (B, h, N, rows), added to a query's scores of the keys in each row.
+        by_column: (B, h, N, columns).
+
+    Returns:
+        (B, h, N, d).
+    """
+    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
+        q, k, wide_v = with_bias_dimensions(q, k, v, by_row, by_column)
+        kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        with nullcontext() if is_forced() else sdpa_kernel(kernels):
+            x = F.scaled_dot_product_attention(q, k, wide_v, scale=1.0)
+        return x[..., : v.shape[-1]]
+    bias = by_row.unsqueeze(-1) + by_column.unsqueeze(-2)  # (B, h, N, rows, columns)
+    return scaled_dot_product_attention(q, k, v, bias.flatten(3).to(q.dtype))
+
+
+def with_bias_dimensions(
+    q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scaled queries and keys whose products contain a bias, and values as wide, with zeros.
+
+    Args:
+        q, k, v, by_row, by_column: see `grid_attention`.
+
+    Returns:
+        Three of (B, h, N, D), D being d + rows + columns or a little more.
+    """
+    rows, columns = by_row.shape[-1], by_column.shape[-1]
+    one_hot = {"dtype": q.dtype, "device": q.device}
+    row = torch.eye(rows, **one_hot).repeat_interleave(columns, dim=0)  # (N, rows)
+    column = torch.eye(columns, **one_hot).repeat(rows, 1)  # (N, columns)
+    place = torch.cat((row, column), dim=1).expand(*k.shape[:2], -1, -1)
+    q = torch.cat((q * q.shape[-1] ** -0.5, by_row.to(q.dtype), by_column.to(q.dtype)), dim=-1)
+    k = torch.cat((k, place), dim=-1)
+    missing = -q.shape[-1] % ALIGNED
+    q, k = (F.pad(x, (0, missing)) for x in (q, k))
+    return q, k, F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+
+
+def full_precision(x: Tensor) -> AbstractContextManager:
+    """Context without autocast on a tensor's device, for what needs float32."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 @torch.compiler.assume_constant_result

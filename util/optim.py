@@ -1,19 +1,17 @@
 """Optimizers and their parameter groups (Tables 10 and 11, App. B.1)."""
 
 import argparse
+import math
 from dataclasses import dataclass, replace
 
 import torch.nn as nn
 from timm.optim import Lars, param_groups_layer_decay, param_groups_weight_decay
 from torch.optim import AdamW, Optimizer
 
-from util.arguments import natural_float, natural_int, positive_float, positive_int
+from util.arguments import fraction, natural_float, natural_int, positive_float, positive_int
 from util.errors import InputError
 
 Group = argparse._ArgumentGroup
-
-
-WARMUP_ITERS = 1500  # of segmentation, as in MAE
 
 
 @dataclass(frozen=True)
@@ -61,34 +59,52 @@ class IterationSettings:
     """Optimization settings of runs whose length is a number of steps; an epoch is `eval_every`.
 
     Raises:
-        InputError: `eval_every` does not divide the length, or see OptimSettings.
+        InputError: the length is given twice, `eval_every` does not divide it, or see
+            OptimSettings.
     """
 
     batch_size: int
-    max_iters: int
+    max_iters: int | None
+    """None: see `with_passes`."""
     lr: float
+    epochs: int | None = None
+    """Passes over the images, instead of `max_iters`."""
     accum_iter: int = 1
     effective_batch_size: int | None = None
     eval_every: int | None = None
-    """None: a tenth of the run if that is a whole number, else the run."""
+    """None: a tenth of the run if that is a whole number, else the run; or one pass."""
     warmup_iters: int | None = None
-    """None: WARMUP_ITERS, at most a tenth of the run."""
     min_lr: float = 0.0
     weight_decay: float = 0.0
     clip_grad: float | None = None
 
     def __post_init__(self) -> None:
+        if self.max_iters is None:
+            return
+        if self.epochs is not None:
+            raise InputError("--max_iters and --epochs both set the length: give only one of them")
         if self.max_iters % self.steps_per_epoch:
             raise InputError(
-                f"--max_iters {self.max_iters} is not a multiple of --eval_every "
-                f"{self.steps_per_epoch}: change one of them"
+                f"the run's {self.max_iters} steps are not a multiple of --eval_every "
+                f"{self.steps_per_epoch}: change the length or --eval_every"
             )
         if self.warmup_iters is not None and self.warmup_iters >= self.max_iters:
             raise InputError(
-                f"--warmup_iters {self.warmup_iters} must be below --max_iters {self.max_iters}: "
-                "otherwise, the learning rate never reaches its peak"
+                f"--warmup_iters {self.warmup_iters} must be below the run's {self.max_iters} "
+                "steps: otherwise, the learning rate never reaches its peak"
             )
         self.optim()
+
+    def with_passes(
+        self, passes: int, num_images: int, effective_batch_size: int
+    ) -> "IterationSettings":
+        """Copy whose length is set: `epochs`, else `passes`, unless `max_iters` is."""
+        if self.max_iters is not None:
+            return self
+        steps = math.ceil(num_images / effective_batch_size)
+        max_iters = (self.epochs or passes) * steps
+        eval_every = self.eval_every or steps
+        return replace(self, max_iters=max_iters, epochs=None, eval_every=eval_every)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -96,11 +112,15 @@ class IterationSettings:
         tenth, rest = divmod(self.max_iters, 10)
         return self.eval_every or (self.max_iters if rest else tenth)
 
-    def optim(self) -> OptimSettings:
-        """Return the same in epochs."""
-        warmup_iters = self.warmup_iters
-        if warmup_iters is None:
-            warmup_iters = min(WARMUP_ITERS, self.max_iters // 10)
+    def optim(self, *, warmup_iters: int = 0) -> OptimSettings:
+        """Return the same in epochs.
+
+        Args:
+            warmup_iters: default of the setting, at most a tenth of the run.
+        """
+        warmup_iters = min(warmup_iters, self.max_iters // 10)
+        if self.warmup_iters is not None:
+            warmup_iters = self.warmup_iters
         names = ("batch_size", "accum_iter", "effective_batch_size")
         names += ("lr", "min_lr", "weight_decay", "clip_grad")
         return OptimSettings(
@@ -108,6 +128,26 @@ class IterationSettings:
             warmup_epochs=warmup_iters / self.steps_per_epoch,
             **{name: getattr(self, name) for name in names},
         )
+
+
+@dataclass(frozen=True)
+class FineTuneSettings:
+    """How fine-tuning treats a pre-trained encoder; None depends on the model's size.
+
+    Raises:
+        InputError: a setting would have no effect, or no end.
+    """
+
+    layer_decay: float | None = None
+    drop_path: float | None = None
+    ema: float | None = None
+    """Decay of the moving average of the weights; None keeps none."""
+
+    def __post_init__(self) -> None:
+        if self.ema == 1:
+            raise InputError("--ema 1 would never update the average: lower it")
+        if self.drop_path == 1:
+            raise InputError("--drop_path 1 would skip the last block entirely: lower it")
 
 
 def build_adamw(model: nn.Module, *, weight_decay: float, betas: tuple[float, float]) -> AdamW:
@@ -129,7 +169,7 @@ def build_layer_decay_adamw(
     One-dimensional parameters, class token and position embeddings have no weight decay.
 
     Args:
-        model: a VisionTransformer, whose `group_matcher` defines the layers.
+        model: its `group_matcher` defines the layers.
         layer_decay: 1 gives every layer the same rate.
     """
     groups = param_groups_layer_decay(
@@ -214,27 +254,39 @@ def add_iteration_args(
     parser: argparse.ArgumentParser,
     *,
     batch_size: int,
-    max_iters: int,
+    max_iters: int | None,
+    warmup_iters: int,
     lr: float,
     weight_decay: float,
 ) -> None:
-    """Add the flags of IterationSettings."""
+    """Add the flags of IterationSettings; without `max_iters`, also one for epochs."""
     group = parser.add_argument_group("optimization")
     _add_batch_args(group, batch_size, auto_batch_size=False)
     group.add_argument(
-        "--max_iters", type=positive_int, default=max_iters, help="steps of the run (%(default)s)"
+        "--max_iters",
+        type=positive_int,
+        default=max_iters,
+        help=f"steps of the run ({max_iters or 'EPOCHS over all images'})",
     )
+    every = "MAX_ITERS / 10 if that is a whole number, else MAX_ITERS"
+    if max_iters is None:
+        every += "; with EPOCHS, each"
+        group.add_argument(
+            "--epochs",
+            type=positive_int,
+            help="length of the run in passes over the training images (depends on the model's "
+            "size)",
+        )
     group.add_argument(
         "--eval_every",
         type=positive_int,
         metavar="STEPS",
-        help="steps between evaluations, which are the log's epochs (MAX_ITERS / 10 if that is a "
-        "whole number, else MAX_ITERS)",
+        help=f"steps between evaluations, which are the log's epochs ({every})",
     )
     group.add_argument(
         "--warmup_iters",
         type=natural_int,
-        help=f"steps of learning-rate warm-up ({WARMUP_ITERS}, at most MAX_ITERS / 10)",
+        help=f"steps of learning-rate warm-up ({warmup_iters}, at most MAX_ITERS / 10)",
     )
     group.add_argument(
         "--lr",
@@ -243,6 +295,37 @@ def add_iteration_args(
         help="peak learning rate, for the batch size as it is (%(default)s)",
     )
     _add_step_args(group, min_lr=0.0, weight_decay=weight_decay)
+
+
+def add_finetune_args(
+    parser: argparse.ArgumentParser,
+    *,
+    layer_decay: float | None = None,
+    drop_path: float | None = None,
+) -> Group:
+    """Add the flags of FineTuneSettings, and return their group for further ones."""
+    by_size = "depends on the model's size"
+    group = parser.add_argument_group("fine-tuning")
+    group.add_argument(
+        "--layer_decay",
+        type=fraction,
+        default=layer_decay,
+        help=f"decay of the learning rate from layer to layer ({layer_decay or by_size})",
+    )
+    group.add_argument(
+        "--drop_path",
+        type=fraction,
+        default=drop_path,
+        help="drop-path rate of the last block; the rates rise linearly from 0 "
+        f"({drop_path or by_size})",
+    )
+    group.add_argument(
+        "--ema",
+        type=fraction,
+        metavar="DECAY",
+        help="keep and evaluate a moving average of the weights; a decay such as 0.9999 (off)",
+    )
+    return group
 
 
 def _add_batch_args(group: Group, batch_size: int, *, auto_batch_size: bool) -> None:
@@ -271,7 +354,7 @@ def _add_step_args(group: Group, *, min_lr: float, weight_decay: float) -> None:
         "--min_lr",
         type=natural_float,
         default=min_lr,
-        help="final learning rate (%(default)s)",
+        help="lowest learning rate after the warm-up (%(default)s)",
     )
     group.add_argument(
         "--weight_decay", type=natural_float, default=weight_decay, help="(%(default)s)"

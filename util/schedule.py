@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 
 from util.optim import OptimSettings
 
+LR_FALLS = (8 / 9, 26 / 27)  # of a run, in `step_lr`
+
 _logger = logging.getLogger(__name__)
 
 
@@ -58,6 +60,18 @@ def linear_lr(step: int, *, lr: float, min_lr: float, warmup_steps: int, total_s
     return _warm_up_and_fall(step, (lr, min_lr), (warmup_steps, total_steps), lambda done: 1 - done)
 
 
+def step_lr(step: int, *, lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> float:
+    """Linear warm-up from 0 to lr, then a tenth of it twice, as in ViTDet.
+
+    Args:
+        step, lr, min_lr, warmup_steps, total_steps: see `cosine_lr`.
+    """
+    if step < warmup_steps:
+        return lr * step / warmup_steps
+    falls = sum(step >= round(fraction * total_steps) for fraction in LR_FALLS)
+    return max(min_lr, lr * 0.1**falls)
+
+
 def _warm_up_and_fall(
     step: int,
     rates: tuple[float, float],
@@ -81,7 +95,7 @@ def lr_schedule(
     steps_per_epoch: int,
     curve: Callable[..., float] = cosine_lr,
 ) -> Callable[[int], float]:
-    """Function from a step to its learning rate; `curve` is `cosine_lr` or `linear_lr`."""
+    """Function from a step to its learning rate; `curve` is, for example, `cosine_lr`."""
     return partial(
         curve,
         lr=lr,

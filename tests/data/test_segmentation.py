@@ -338,8 +338,9 @@ def test_a_mask_that_is_turned_by_exif_fits_its_image(tmp_path):
         turned.save(path, exif=exif)
     sample = opened(tmp_path)[0, 0]
     assert not sample.broken
-    assert sample.labels.tolist() == np.rot90(upright, -1).tolist()
-    assert torch.equal(sample.image[0], 40 * sample.labels.byte())
+    image, labels = sample.content
+    assert labels.tolist() == np.rot90(upright, -1).tolist()
+    assert torch.equal(image[0], 40 * labels.byte())
 
 
 # Broken pairs
@@ -353,13 +354,13 @@ def test_a_mask_of_another_size_counts_as_broken(tmp_path):
     pairs = three_pairs(tmp_path)
     write_mask(pairs[1][1], np.ones((8, 6)))
     sample = opened(tmp_path)[0, 1]
-    assert sample.labels.unique().tolist() == [2]  # the next pair
+    assert sample.content[1].unique().tolist() == [2]  # the next pair
     ((name, reason),) = sample.broken
     assert name == str(pairs[1][0])
     assert "its mask has 6 x 8 px, the image 8 x 6 px" in reason
 
     left_out = opened(tmp_path, replace_broken=False)[0, 1]
-    assert left_out.image is None and left_out.labels is None
+    assert left_out.content is None
     assert left_out.broken == sample.broken
 
 
@@ -615,10 +616,12 @@ def test_an_image_depends_on_seed_epoch_and_index_only(tmp_path):
     expected = {key: first[key] for key in order}
     for key in reversed(order):
         found = second[key]
-        assert torch.equal(found.image, expected[key].image)
-        assert torch.equal(found.labels, expected[key].labels)
-    assert not torch.equal(expected[0, 0].image, expected[1, 0].image)
-    assert not torch.equal(opened(tmp_path, transform, seed=1)[0, 0].image, first[0, 0].image)
+        assert torch.equal(found.content[0], expected[key].content[0])
+        assert torch.equal(found.content[1], expected[key].content[1])
+    assert not torch.equal(expected[0, 0].content[0], expected[1, 0].content[0])
+    assert not torch.equal(
+        opened(tmp_path, transform, seed=1)[0, 0].content[0], first[0, 0].content[0]
+    )
 
 
 def test_a_batch_is_normalized_on_its_device(tmp_path):
@@ -660,8 +663,8 @@ def test_a_dataset_opens_with_its_own_names(tmp_path, caplog):
     data = open_segmentation(settings, crop_size=(16, 16), mean=MEAN, std=STD, seed=0)
     assert data.classes == tuple("abcdef")
     assert (len(data.train), len(data.val)) == (3, 1)
-    assert data.train[0, 0].image.shape == (3, 16, 16)
-    assert data.val[0, 0].image.shape == (3, 24, 32)
+    assert data.train[0, 0].content[0].shape == (3, 16, 16)
+    assert data.val[0, 0].content[0].shape == (3, 24, 32)
     assert "3 masks looked at: 5 of 6 classes, without f; 0.0% of the pixels" in caplog.text
     assert "3 images, 1 validation image" in caplog.text
 
@@ -675,7 +678,7 @@ def test_ade20k_opens_as_published(tmp_path):
     data = open_segmentation(settings, crop_size=(16, 16), mean=MEAN, std=STD, seed=0)
     assert len(data.classes) == 150
     assert data.classes[0] == "class 1, other name"
-    image, labels, _ = data.val[0, 0]
+    image, labels = data.val[0, 0].content
     assert image.shape == (3, 512, 683)
     values = class_blocks()
     assert labels.tolist() == np.where(values == 0, UNLABELED, values - 1).tolist()

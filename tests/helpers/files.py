@@ -1,11 +1,13 @@
-"""Small folders of images, and helpers to compare files."""
+"""Small folders of images and annotations, and helpers to compare files."""
 
+import json
 import os
 import random
 import shutil
 from pathlib import Path
 
 import numpy as np
+from faster_coco_eval.core import mask as rle
 from PIL import Image
 
 
@@ -78,3 +80,71 @@ def write_masked_images(folder, num_train=9, num_val=3, size=(20, 24)):
             mask.save(folder / "annotations" / split / f"{number:03d}.png")
     (folder / "classes.txt").write_text("0 ground\n1 red\n2 green\n255 nothing\n")
     return folder
+
+
+COLORS = {3: (220, 40, 40), 7: (40, 180, 60)}  # of the objects of a category
+CATEGORIES = [{"id": 7, "name": "disc"}, {"id": 3, "name": "box"}]  # not in order, with a gap
+
+
+def write_coco(folder, num_train=6, num_val=4, size=(48, 64)):
+    """Write images of red boxes and green discs on noise, and their annotations as COCO does.
+
+    The first image of a split also has a crowd of discs along its top, the last has no objects.
+    Every second image is upright.
+    """
+    (folder / "annotations").mkdir(parents=True)
+    for split, count in (("train", num_train), ("val", num_val)):
+        (folder / split).mkdir()
+        rng, images, objects = np.random.default_rng(count), [], []
+        for number in range(count):
+            height, width = size if number % 2 == 0 else size[::-1]
+            pixels = rng.integers(0, 110, (height, width, 3), np.uint8)
+            name = f"{number:03d}.png"
+            images.append({"id": 10 + number, "file_name": name, "height": height, "width": width})
+            for category, first_column in ((3, 0), (7, width // 2)):
+                if number < count - 1:
+                    polygon = _random_polygon(rng, category, first_column, (height, width))
+                    objects.append(_coco_object(category, images[-1], polygon))
+                    masks = rle.frPyObjects(objects[-1]["segmentation"], height, width)
+                    pixels[rle.decode(rle.merge(masks)) > 0] = COLORS[category]
+            if number == 0:
+                pixels[:6] = COLORS[7]
+                crowd = {"size": [height, width], "counts": [0, *[6, height - 6] * width]}
+                objects.append(_coco_object(7, images[-1], [(0, 0), (width, 6)]))
+                objects[-1] |= {"iscrowd": 1, "segmentation": crowd, "area": 6 * width}
+            Image.fromarray(pixels).save(folder / split / name)
+        numbered = [{"id": n, **own} for n, own in enumerate(objects)]
+        content = {"images": images, "annotations": numbered, "categories": CATEGORIES}
+        write_json(folder / "annotations" / f"instances_{split}.json", content)
+    return folder
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content))
+    return path
+
+
+def _random_polygon(rng, category, first_column, size):
+    """Corners of a box or of a disc, in the lower part of one half of an image."""
+    side = int(rng.integers(12, 20))
+    left = int(rng.integers(first_column, first_column + size[1] // 2 - side))
+    top = int(rng.integers(10, size[0] - side))
+    if category == 3:
+        corners = ((0, 0), (1, 0), (1, 1), (0, 1))
+        return [(left + side * x, top + side * y) for x, y in corners]
+    angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
+    return [(left + side / 2 * (1 + np.cos(a)), top + side / 2 * (1 + np.sin(a))) for a in angles]
+
+
+def _coco_object(category, image, polygon):
+    x, y = np.array(polygon, dtype=float).T
+    box = [x.min(), y.min(), np.ptp(x), np.ptp(y)]
+    area = abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2
+    return {
+        "image_id": image["id"],
+        "category_id": category,
+        "bbox": box,
+        "segmentation": [np.array(polygon, dtype=float).ravel().tolist()],
+        "area": area,
+        "iscrowd": 0,
+    }

@@ -9,6 +9,7 @@ import subprocess
 import pytest
 import torch
 
+import main_detection
 import main_finetune
 import main_pretrain
 from main_finetune import Recipe
@@ -31,6 +32,7 @@ EXPECTED = {  # in the paper, in percent
     "table16_inat2019": [79.8, 79.4, 80.1],
     "table16_places365": [57.9, 57.9, 57.8],
     "table17_ade20k": [47.7, 48.15],
+    "table2_coco": [51.2, 45.5, 52.1, 46.3, 54.6, 48.6, 54.9, 48.8],
 }
 TABLE1 = {  # kind of model and pred_ratio, which MAE does not have
     "table1_mae": ("mae", None),
@@ -49,6 +51,7 @@ EFFECTIVE = {
     "main_finetune": 1024,
     "main_linprobe": 16384,
     "main_segmentation": 16,
+    "main_detection": 64,
 }
 MAINS = {main.__name__: main for main in runs.MAINS.values()}
 PRETRAINED = "weights/vit.pth"
@@ -58,7 +61,10 @@ ROWS = [
     *((script, size) for script in TABLE1 for size in FINE_TUNING),
     *((script, size) for script in PROBES for size in ("small", "base")),
     *(("table14_seeds", str(seed)) for seed in (1, 2, 3, 4)),
-    *((script, PRETRAINED) for script in ("table11_finetune", *TRANSFERS, "table17_ade20k")),
+    *(
+        (script, PRETRAINED)
+        for script in ("table11_finetune", *TRANSFERS, "table17_ade20k", "table2_coco")
+    ),
 ]
 
 
@@ -184,6 +190,16 @@ def test_table_17_segments_with_upernet(commands, place):
     assert args.finetune == str(place / PRETRAINED)
     assert (args.dataset, args.head, args.max_iters) == ("ade20k", "upernet", 160_000)
     assert (args.lr, args.layer_decay, args.drop_path, args.crop_size) == (1e-4, 0.65, 0.1, (512,))
+
+
+def test_table_2_detects_with_vitdet(commands, place):
+    ((_, main, args),) = commands("table2_coco", PRETRAINED)
+    assert main == "main_detection"
+    assert args.finetune == str(place / PRETRAINED)
+    assert (args.input_size, args.window_size, args.rel_pos, args.fpn_dim) == (1024, 14, True, 256)
+    assert (args.lr, args.weight_decay, args.lsj_scale) == (1e-4, 0.1, (0.1, 2.0))
+    assert main_detection.SMALL_RECIPE == (100, 0.7, 0.1)  # epochs, layer decay, drop path
+    assert main_detection.RECIPES["large_patch16"] == (100, 0.8, 0.4)
 
 
 @pytest.mark.parametrize("size", ["small", "base"])

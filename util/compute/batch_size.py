@@ -10,7 +10,7 @@ import torch.nn as nn
 from util.compute.distributed import all_gather_objects, world_size
 from util.compute.precision import Precision
 from util.errors import InputError, is_out_of_memory
-from util.optim import OptimSettings
+from util.optim import IterationSettings, OptimSettings
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class BatchPlan(NamedTuple):
 
 
 def plan_batches(
-    optim: OptimSettings,
+    optim: OptimSettings | IterationSettings,
     model: nn.Module | None = None,
     *,
     example: Callable[[int], tuple] | None = None,

@@ -88,7 +88,11 @@ class Precision:
             yield
 
     def check_attention_backend(
-        self, model: nn.Module, example: Callable[[int], tuple], batch_size: int = 1
+        self,
+        model: nn.Module,
+        example: Callable[[int], tuple],
+        batch_size: int = 1,
+        forward: Callable[..., Tensor] | None = None,
     ) -> None:
         """Try the forced attention kernel on a model, forward and backward.
 
@@ -97,6 +101,7 @@ class Precision:
             example: number of images -> inputs of the model.
             batch_size: images per micro-step in training; a GPU is tried with as many, because
                 cuDNN plans each batch size separately.
+            forward: the part of the model to try; None is all of it.
 
         Raises:
             InputError: the kernel cannot run.
@@ -105,7 +110,8 @@ class Precision:
             return
         try:
             with self.autocast():
-                output = model(*example(batch_size if self.device.type == "cuda" else 1))
+                inputs = example(batch_size if self.device.type == "cuda" else 1)
+                output = (forward or model)(*inputs)
             outputs = output if isinstance(output, list) else [output]
             self.backward(sum(tensor.sum() for tensor in outputs))
         except RuntimeError as error:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 
 from util.compute.precision import AMP_DTYPES, ATTENTION_BACKENDS, Precision
 from util.compute.recompute import MEMORY_MODES, set_memory
@@ -41,6 +42,7 @@ def place_model(
     device: torch.device,
     example: Callable[[int], tuple],
     optim: OptimSettings | None = None,
+    forward: Callable[..., Tensor] | None = None,
 ) -> Precision:
     """Move or shard a model to its device, set its memory mode, and build its Precision.
 
@@ -49,6 +51,7 @@ def place_model(
         example: number of images -> inputs of the model.
         optim: settings of the training, if any; the attention kernel is tried with its batch size
             unless that is "auto".
+        forward: the part of the model that `example` is for; None is all of it.
 
     Raises:
         InputError: there is only one process to shard over, or the chosen attention kernel cannot
@@ -66,14 +69,14 @@ def place_model(
         attention_backend=compute.attention_backend,
     )
     batch_size = 1 if optim is None or optim.batch_size == "auto" else optim.batch_size
-    precision.check_attention_backend(model, example, batch_size)
+    precision.check_attention_backend(model, example, batch_size, forward)
     return precision
 
 
 def add_precision_args(
     parser: argparse.ArgumentParser, *, compile_modes: Sequence[str] = ("whole",)
 ) -> None:
-    """Add the flags for precision and kernels."""
+    """Add the flags for precision and kernels; without `compile_modes`, none for compilation."""
     group = parser.add_argument_group("precision and kernels")
     group.add_argument(
         "--amp", choices=AMP_DTYPES, help="precision (bf16 if the device supports it, else fp32)"
@@ -84,13 +87,15 @@ def add_precision_args(
         default=ComputeSettings.attention_backend,
         help="PyTorch's attention kernel; any but auto is forced, with no fallback (%(default)s)",
     )
-    by_blocks = ", or block by block, which compiles faster" if "blocks" in compile_modes else ""
+    if not compile_modes:
+        return
+    how = ", or block by block, which compiles faster" if "blocks" in compile_modes else ""
     group.add_argument(
         "--compile",
         nargs="?",
         const="whole",
         choices=compile_modes,
-        help=f"torch.compile the model as a whole{by_blocks} (off)",
+        help=f"torch.compile the model as a whole{how} (off)",
     )
 
 

@@ -90,6 +90,11 @@ class IndexedImages(Dataset):
     def __len__(self) -> int:
         return self.num_samples
 
+    @property
+    def num_crops(self) -> int:
+        """Crops per image."""
+        return self.transform.num_crops
+
     def with_transform(self, transform: Transform) -> "IndexedImages":
         """Return the same images with another transform."""
         images = copy.copy(self)

@@ -3,7 +3,6 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 from torchvision import tv_tensors
@@ -33,7 +32,6 @@ class JointAugmentation:
     short_side: int | None = None
     scale: tuple[float, float] = (0.5, 2.0)
     photometric: bool = True
-    num_crops: ClassVar[int] = 1
 
     def __call__(
         self, image: Tensor, labels: Tensor, *seed_parts: int | str
@@ -76,7 +74,6 @@ class WholeImage:
     """The whole image, resized to a short side; its labels keep their size."""
 
     short_side: int | None = None
-    num_crops: ClassVar[int] = 1
 
     def __call__(self, image: Tensor, labels: Tensor, *_: int | str) -> tuple[Tensor, Tensor]:
         """Image uint8 (3, h, w) and labels (H, W) -> (3, h', w') and the same labels."""

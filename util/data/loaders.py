@@ -68,7 +68,7 @@ class StepLoader:
         self.sampler = sampler
         self.workers = workers
         self.steps_per_epoch = sampler.steps_per_epoch
-        self.num_crops = dataset.transform.num_crops
+        self.num_crops = dataset.num_crops
         self.effective_batch_size = sampler.effective_batch_size * self.num_crops
 
     @cached_property
@@ -137,7 +137,7 @@ def build_train_loader(
     Raises:
         InputError: a stream is too short for one step, or an image's crops would be separated.
     """
-    num_crops = dataset.transform.num_crops
+    num_crops = dataset.num_crops
     if batch_size % num_crops:
         raise InputError(
             f"--batch_size {batch_size} must be a multiple of --repeated_aug {num_crops}, "

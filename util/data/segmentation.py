@@ -9,13 +9,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from util.arguments import integer, positive_float, positive_int
+from util.data.annotated import AnnotatedImages
 from util.data.batch import Normalization
-from util.data.broken_images import reason_of, too_many_broken
+from util.data.broken_images import reason_of
 from util.data.decode import read_pixels
-from util.data.images import MAX_BROKEN_IN_A_ROW, names_hash
 from util.data.joint_transforms import JointAugmentation, WholeImage
 from util.data.masks import ADE20K_NAMES, LabelRule, Pair, list_pairs, read_class_names, read_mask
 from util.data.settings import add_color_args, add_reading_args
@@ -205,20 +204,12 @@ class SegmentationBatch(NamedTuple):
         return self.normalization(images), labels.long()
 
 
-class SegmentationSample(NamedTuple):
-    """An image and its labels, and the broken pairs that were skipped to reach them."""
-
-    image: Tensor | None
-    labels: Tensor | None
-    broken: list[tuple[str, str]]
-
-
-class SegmentationImages(Dataset):
-    """Pairs of images and masks read by `[epoch, index]`, which with the seed decide everything.
+class SegmentationImages(AnnotatedImages):
+    """Pairs of images and masks.
 
     Args:
         transform: JointAugmentation or WholeImage.
-        replace_broken: read the next pair instead of a broken one, for training; else leave it out.
+        options: seed and replace_broken, see AnnotatedImages.
     """
 
     def __init__(
@@ -227,20 +218,15 @@ class SegmentationImages(Dataset):
         rule: LabelRule,
         transform: Callable[..., tuple[Tensor, Tensor]],
         normalization: Normalization,
-        *,
-        seed: int,
-        replace_broken: bool,
+        **options: object,
     ) -> None:
+        super().__init__([pair.name for pair in pairs], **options)
         self.pairs, self.rule, self.transform = list(pairs), rule, transform
-        self.normalization, self.seed, self.replace_broken = normalization, seed, replace_broken
+        self.normalization = normalization
 
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def identity(self) -> dict[str, object]:
-        """Return what distinguishes these images from others: their number and a hash of names."""
-        names = [pair.name for pair in self.pairs]
-        return {"number of training images": len(names), "hash of their names": names_hash(names)}
+    def path(self, index: int) -> str:
+        """Return the path of an image."""
+        return str(self.pairs[index].image)
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         """Read an image uint8 (3, h, w) and its labels (h, w).
@@ -263,50 +249,19 @@ class SegmentationImages(Dataset):
             raise ValueError(f"its mask has {sizes[0]}, the image {sizes[1]}")
         return image, self.rule(values, pair.mask)
 
-    def __getitem__(self, key: tuple[int, int]) -> SegmentationSample:
-        """Return the pair at (epoch, index).
+    def transformed(
+        self, index: int, content: tuple[Tensor, Tensor], *seed_parts: int | str
+    ) -> tuple[Tensor, Tensor]:
+        """Transform an image and its labels."""
+        return self.transform(*content, *seed_parts)
 
-        Raises:
-            InputError: a label is not a class, or too many pairs in a row are broken.
-        """
-        epoch, index = key
-        broken = []
-        for offset in range(min(len(self), MAX_BROKEN_IN_A_ROW) if self.replace_broken else 1):
-            candidate = (index + offset) % len(self)
-            try:
-                image, labels = self.read(candidate)
-            except InputError:
-                raise
-            except Exception as error:  # decoders raise anything on broken files
-                broken.append((str(self.pairs[candidate].image), reason_of(error)))
-                continue
-            seed_parts = ("augment", self.seed, epoch, index)
-            return SegmentationSample(*self.transform(image, labels, *seed_parts), broken)
-        if self.replace_broken:
-            raise too_many_broken(broken)
-        return SegmentationSample(None, None, broken)
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[SegmentationSample | InputError]:
-        """Return a micro-batch; errors are values, see IndexedImages."""
-        try:
-            return [self[key] for key in keys]
-        except InputError as error:
-            return [error]
-
-    def collate(
-        self, samples: list[SegmentationSample | InputError]
-    ) -> SegmentationBatch | InputError:
-        """Combine samples into a batch; if one of them is an error, return the error instead."""
-        for sample in samples:
-            if isinstance(sample, InputError):
-                return sample
-        read = [sample for sample in samples if sample.image is not None]
-        return SegmentationBatch(
-            torch.stack([s.image for s in read]) if read else torch.empty(0),
-            torch.stack([s.labels for s in read]) if read else torch.empty(0),
-            [entry for sample in samples for entry in sample.broken],
-            self.normalization,
-        )
+    def batch(
+        self, contents: Sequence[tuple[Tensor, Tensor]], broken: list[tuple[str, str]]
+    ) -> SegmentationBatch:
+        """Stack images and labels."""
+        images, labels = map(list, zip(*contents, strict=True)) if contents else ([], [])
+        stacked = (torch.stack(x) if x else torch.empty(0) for x in (images, labels))
+        return SegmentationBatch(*stacked, broken, self.normalization)
 
 
 class SegmentationData(NamedTuple):

@@ -42,6 +42,11 @@ class StreamedImages(IterableDataset):
         self.num_classes = len(self.classes) if self.classes else None
         self.epoch, self.rank, self.world_size = 0, 0, 1
 
+    @property
+    def num_crops(self) -> int:
+        """Crops per image."""
+        return self.transform.num_crops
+
     def identity(self) -> dict[str, object]:
         """Return what distinguishes these images from others: their number, in a stream."""
         return {"number of training images": self.num_samples, "hash of their names": None}

@@ -1,8 +1,10 @@
-"""Pictures of segmentations: class colors over an image, next to the labels, with a legend."""
+"""Pictures of predictions beside the truth: of classes of pixels, and of objects."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+from faster_coco_eval.core import mask as rle
 from PIL import Image, ImageDraw, ImageFont
 
 COLUMNS = ("image", "labels", "prediction")
@@ -50,32 +52,41 @@ def comparison(
         uint8 (height, width, 3).
     """
     cells = [[_fit(c) for c in (i, overlay(i, t), overlay(i, p))] for i, t, p in rows]
-    column = max(cell.width for row in cells for cell in row)
-    heights = [row[0].height for row in cells]
+    grid = Image.fromarray(_grid(cells, COLUMNS))
     font = ImageFont.load_default(size=12)
     shown = sorted({int(n) for _, *maps in rows for m in maps for n in np.unique(m) if n >= 0})
     entries = [(classes[n], class_colors(n + 1)[n]) for n in shown[:MAX_IN_LEGEND]]
     if len(shown) > MAX_IN_LEGEND:
         entries.append((f"and {len(shown) - MAX_IN_LEGEND} more", None))
-    width = len(COLUMNS) * (column + GAP) - GAP
-    lines = _wrap(entries, width, font)
-    top = TEXT_HEIGHT + sum(heights) + GAP * len(heights)
-    figure = Image.new("RGB", (width, top + TEXT_HEIGHT * len(lines)), "white")
+    lines = _wrap(entries, grid.width, font)
+    figure = Image.new("RGB", (grid.width, grid.height + TEXT_HEIGHT * len(lines)), "white")
+    figure.paste(grid, (0, 0))
     draw = ImageDraw.Draw(figure)
-    for number, name in enumerate(COLUMNS):
-        draw.text((number * (column + GAP), 3), name, fill="black", font=font)
+    for number, line in enumerate(lines):
+        for x, name, color in line:
+            y = grid.height + number * TEXT_HEIGHT
+            if color is not None:
+                box = (x, y + 3, x + SWATCH, y + 3 + SWATCH)
+                draw.rectangle(box, fill=tuple(map(int, color)), outline="black")
+            draw.text((x + SWATCH + GAP, y + 2), name, fill="black", font=font)
+    return np.asarray(figure)
+
+
+def _grid(cells: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> np.ndarray:
+    """Arrange pictures in rows and columns with titles: uint8 (height, width, 3)."""
+    column = max(cell.width for row in cells for cell in row)
+    heights = [max(cell.height for cell in row) for row in cells]
+    width = len(titles) * (column + GAP) - GAP
+    figure = Image.new("RGB", (width, TEXT_HEIGHT + sum(heights) + GAP * len(heights)), "white")
+    draw = ImageDraw.Draw(figure)
+    font = ImageFont.load_default(size=12)
+    for number, title in enumerate(titles):
+        draw.text((number * (column + GAP), 3), title, fill="black", font=font)
     y = TEXT_HEIGHT
     for row, height in zip(cells, heights, strict=True):
         for number, cell in enumerate(row):
             figure.paste(cell, (number * (column + GAP), y))
         y += height + GAP
-    for number, line in enumerate(lines):
-        for x, name, color in line:
-            y = top + number * TEXT_HEIGHT
-            if color is not None:
-                box = (x, y + 3, x + SWATCH, y + 3 + SWATCH)
-                draw.rectangle(box, fill=tuple(map(int, color)), outline="black")
-            draw.text((x + SWATCH + GAP, y + 2), name, fill="black", font=font)
     return np.asarray(figure)
 
 
@@ -100,3 +111,56 @@ def _wrap(
         lines[-1].append((x, name, color))
         x += needed
     return lines
+
+
+class DrawnObject(NamedTuple):
+    """An object to draw on an image."""
+
+    name: str
+    box: tuple[float, float, float, float]
+    """Left, top, right, bottom, in pixels."""
+    mask: dict | None = None
+    """COCO's run lengths, decoded only while they are drawn."""
+    score: float | None = None
+
+    @property
+    def text(self) -> str:
+        """Its name, and its score in percent."""
+        return self.name if self.score is None else f"{self.name} {100 * self.score:.0f}%"
+
+
+def draw_objects(image: np.ndarray, objects: Sequence[DrawnObject]) -> np.ndarray:
+    """Draw objects on an image uint8 (H, W, 3), each in its own color, the first on top."""
+    colors = class_colors(max(1, len(objects)))
+    labels = np.full(image.shape[:2], -1, dtype=np.int16)
+    for number, own in reversed(list(enumerate(objects))):
+        if own.mask is not None:
+            labels[rle.decode(own.mask) != 0] = number
+    picture = Image.fromarray(overlay(image, labels))
+    draw = ImageDraw.Draw(picture)
+    size = max(10, round(max(image.shape[:2]) / 50))
+    font = ImageFont.load_default(size=size)
+    for own, color in reversed(list(zip(objects, colors.tolist(), strict=False))):
+        draw.rectangle(own.box, outline=tuple(color), width=max(1, size // 6))
+        left = max(0, min(own.box[0], image.shape[1] - font.getlength(own.text)))
+        top = max(0, own.box[1] - size - 3)
+        background = draw.textbbox((left, top), own.text, font=font)
+        draw.rectangle(background, fill=tuple(color))
+        text_color = "black" if sum(color) > 3 * 128 else "white"
+        draw.text((left, top), own.text, fill=text_color, font=font)
+    return np.asarray(picture)
+
+
+def side_by_side(
+    rows: Sequence[tuple[np.ndarray, Sequence[DrawnObject], Sequence[DrawnObject]]],
+) -> np.ndarray:
+    """Draw the truth on the left and predictions on the right, one row per image.
+
+    Args:
+        rows: image uint8 (H, W, 3), true objects, predicted objects.
+
+    Returns:
+        uint8 (height, width, 3).
+    """
+    cells = [[_fit(draw_objects(image, own)) for own in both] for image, *both in rows]
+    return _grid(cells, ("annotations", "predictions"))

@@ -35,6 +35,8 @@ from util.weights.names import (
     WeightNames,
 )
 
+MAX_LISTED = 20  # names in the log
+
 _logger = logging.getLogger(__name__)
 
 # Keys of the weights in a file, moving averages first; without one, the file is the state dict.
@@ -398,7 +400,15 @@ def load_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> No
         _logger.info("position embeddings resampled from %d x %d patches to %d x %d", *grids)
     new = [name for name in model.state_dict() if name not in state]
     if new:
-        _logger.info("not in the file, so newly initialized: %s", ", ".join(new))
+        listed = new
+        if len(new) > MAX_LISTED:  # those of all blocks, and whole parts, by one name
+            listed = dict.fromkeys(
+                re.sub(r"\.\d+\.", ".*.", name)
+                if name.startswith("blocks.")
+                else name.split(".")[0]
+                for name in new
+            )
+        _logger.info("not in the file, so newly initialized: %s", ", ".join(listed))
     left_out = [name for name in weights.head_state if name not in state]
     if left_out:
         _logger.info("in the file, but not used here: %s", ", ".join(left_out))

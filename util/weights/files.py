@@ -26,6 +26,7 @@ KINDS = {
     "finetune": "fine-tuning",
     "linprobe": "linear-probing",
     "segmentation": "segmentation",
+    "detection": "detection",
 }
 
 
@@ -195,6 +196,12 @@ def save_safetensors(state: Mapping[str, Tensor], path: Path, metadata: dict[str
     path.write_bytes(safetensors.torch.save(tensors, metadata))
 
 
+def check_new(path: Path, *, flag: str) -> None:
+    """Raise InputError if something exists at a path that the user gave as `flag`."""
+    if path.exists() or path.is_symlink():
+        raise InputError(f"{path} already exists: delete it first, or choose another {flag}")
+
+
 def write_new(path: Path, write: Callable[[Path], None], *, flag: str = "--output") -> None:
     """Let `write` create a file or folder atomically.
 
@@ -204,8 +211,7 @@ def write_new(path: Path, write: Callable[[Path], None], *, flag: str = "--outpu
     Raises:
         InputError: it already exists, or cannot be written.
     """
-    if path.exists() or path.is_symlink():
-        raise InputError(f"{path} already exists: delete it first, or choose another {flag}")
+    check_new(path, flag=flag)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             unfinished = Path(folder) / path.name

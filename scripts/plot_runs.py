@@ -1,0 +1,84 @@
+"""Plot metrics of runs over their steps.
+
+    python scripts/plot_runs.py --metrics val_box_ap val_mask_ap --output figure.png \
+        --runs output/balloon-*
+
+Metrics are those of log.jsonl. Runs whose folders differ only in what follows the last hyphen, such
+as a seed, are one series: a line through their mean, and an area from the lowest to the highest. It
+needs matplotlib.
+"""
+
+import logging
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from util.arguments import Parser, check_output_folders
+from util.errors import InputError
+from util.runs.run import run_main, start_logging
+from util.runs.run_log import read_log
+
+_logger = logging.getLogger(__name__)
+
+
+def read_curve(folder: Path, metric: str) -> dict[int, float]:
+    """Read a metric from a run's log: step -> value.
+
+    Raises:
+        InputError: the log does not have it.
+    """
+    curve = {line["step"]: line[metric] for line in read_log(folder) if metric in line}
+    if not curve:
+        raise InputError(f"the log in {folder} has no {metric}: correct --metrics or --runs")
+    return curve
+
+
+def series_of(folders: Sequence[Path]) -> dict[str, list[Path]]:
+    """Group folders by what their names have in common."""
+    series: dict[str, list[Path]] = {}
+    for folder in folders:
+        series.setdefault(folder.name.rpartition("-")[0] or folder.name, []).append(folder)
+    return series
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw the plot."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="folders of runs")
+    parser.add_argument("--metrics", nargs="+", required=True, help="such as val_box_ap")
+    parser.add_argument("--output", type=Path, required=True, help="such as figure.png")
+    args = parser.parse_args(argv)
+    start_logging()
+    check_output_folders(args.output)
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise InputError("matplotlib is missing: install it (pip install matplotlib)") from error
+
+    size = (4.5 * len(args.metrics), 3.2)
+    figure, all_axes = plt.subplots(1, len(args.metrics), figsize=size, squeeze=False)
+    for metric, axes in zip(args.metrics, all_axes[0], strict=True):
+        for name, folders in series_of(args.runs).items():
+            curves = [read_curve(folder, metric) for folder in folders]
+            steps = sorted(set.intersection(*map(set, curves)))
+            values = [[curve[step] for curve in curves] for step in steps]
+            label = f"{name} ({len(curves)})"
+            (line,) = axes.plot(steps, list(map(statistics.mean, values)), ".-", label=label)
+            low, high = ([choose(own) for own in values] for choose in (min, max))
+            axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        axes.set(xlabel="step", title=metric)
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+        axes.legend(fontsize=8)
+    figure.tight_layout()
+    try:
+        figure.savefig(args.output, dpi=130)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write --output {args.output}: {error}") from error
+    _logger.info("wrote %s", args.output)
+
+
+if __name__ == "__main__":
+    run_main(main)

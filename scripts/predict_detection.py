@@ -1,0 +1,125 @@
+"""Find objects in a folder of images with a checkpoint of main_detection.py.
+
+    python scripts/predict_detection.py --checkpoint C --images DIR --output_dir O
+
+O/NAME.png shows the objects in DIR/NAME.jpg: masks, boxes, names and scores. O/detections.json has
+all of them in COCO's result format, with file_name beside image_id, and O/categories.json the names
+of their categories.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from engine_detection import MIN_SCORE, found_objects
+from models import load_detector
+from util.arguments import Parser, fraction, take
+from util.compute.precision import blank_images
+from util.compute.setup import ComputeSettings, add_precision_args, place_model
+from util.data.batch import Normalization
+from util.data.broken_images import reason_of
+from util.data.decode import read_pixels
+from util.data.jitter import WholeImage
+from util.data.masks import list_images
+from util.errors import InputError, counted
+from util.eval.coco_ap import as_results, scale_to_image
+from util.eval.overlays import draw_objects
+from util.runs.run import run_main, start_run
+from util.weights.files import unknown_content
+
+RESULTS, CATEGORIES = "detections.json", "categories.json"
+
+_logger = logging.getLogger(__name__)
+
+
+def new_folder(path: str) -> Path:
+    """Create the output folder.
+
+    Raises:
+        InputError: it has content, or cannot be created.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to --output_dir {folder}: {error}") from error
+    if any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty: choose another --output_dir")
+    return folder
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Predict every image, and write pictures and results."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", required=True, help="checkpoint of main_detection.py")
+    parser.add_argument("--images", required=True, help="folder of images")
+    parser.add_argument("--output_dir", required=True, help="new folder for pictures and results")
+    parser.add_argument(
+        "--min_score",
+        type=fraction,
+        default=MIN_SCORE,
+        help="lowest score of an object that is drawn (%(default)s)",
+    )
+    parser.add_argument("--device", help="cuda, cuda:N or cpu (cuda if available)")
+    add_precision_args(parser, compile_modes=())
+    args = parser.parse_args(argv)
+    device = start_run(device=args.device, seed=0)
+
+    files = list_images(Path(args.images))
+    model, content = load_detector(args.checkpoint)
+    with unknown_content(args.checkpoint):
+        classes = tuple(content["classes"])
+        normalization = Normalization(tuple(content["mean"]), tuple(content["std"]))
+    example = blank_images((model.input_size,) * 2, device)
+    precision = place_model(
+        model, take(ComputeSettings, args), device, example, forward=model.feature_map
+    )
+    output = new_folder(args.output_dir)
+
+    results, broken = [], 0
+    names = dict(enumerate(classes, start=1))
+    for number, (name, path) in enumerate(tqdm(files.items(), disable=None, leave=False)):
+        try:
+            with path.open("rb") as file:
+                image = read_pixels(file)  # (3, H, W)
+        except Exception as error:  # decoders raise anything on broken files
+            broken += 1
+            _logger.warning("Broken image, left out: %s (%s)", path, reason_of(error))
+            continue
+        size = tuple(image.shape[1:])
+        view = WholeImage(model.input_size).view(size)
+        pixels = view.image(image, normalization.mean).unsqueeze(0).to(device)
+        with torch.no_grad(), precision.autocast():
+            (found,) = model(normalization(pixels), [view.size])
+        found = scale_to_image(found, view.size, size)
+        file_name = path.relative_to(args.images).as_posix()
+        own = as_results(found, size, number, list(names))
+        results += [{"file_name": file_name, **result} for result in own]
+        objects = found_objects(own, names, args.min_score)
+        picture = output / f"{name}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw_objects(image.permute(1, 2, 0).numpy(), objects)).save(picture)
+    if broken == len(files):
+        raise InputError(f"none of the images in {args.images} can be read, see above")
+    categories = [{"id": number, "name": name} for number, name in names.items()]
+    for file, written in ((RESULTS, results), (CATEGORIES, categories)):
+        (output / file).write_text(json.dumps(written), encoding="utf-8")
+    drawn = sum(result["score"] >= args.min_score for result in results)
+    left_out = f", {counted(broken, 'broken image')} left out" if broken else ""
+    _logger.info(
+        "drew %s with a score of at least %g in %s, wrote %s to %s%s",
+        *(counted(drawn, "object"), args.min_score, counted(len(files) - broken, "image")),
+        *(counted(len(results), "detection"), output / RESULTS, left_out),
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,104 @@
+"""Images with annotations: read by index, broken ones replaced or left out."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch.utils.data import Dataset
+
+from util.data.broken_images import reason_of, too_many_broken
+from util.data.images import MAX_BROKEN_IN_A_ROW, names_hash
+from util.errors import InputError
+
+
+class AnnotatedSample(NamedTuple):
+    """An image with its annotations, and the broken ones that were skipped to reach it."""
+
+    content: object | None
+    """What `AnnotatedImages.transformed` returns; None if the image is broken and left out."""
+    broken: list[tuple[str, str]]
+
+
+class AnnotatedImages(Dataset):
+    """Images read by `[epoch, index]`, which with the seed decide everything.
+
+    Subclasses define `path`, `read`, `transformed` and `batch`.
+
+    Args:
+        names: of the images, the same wherever the files are.
+        replace_broken: read the next image instead of a broken one, for training; else leave it
+            out.
+    """
+
+    num_crops = 1  # of an image, for StepLoader
+
+    def __init__(self, names: Sequence[str], *, seed: int, replace_broken: bool) -> None:
+        self.names, self.seed, self.replace_broken = list(names), seed, replace_broken
+
+    def path(self, index: int) -> str:
+        """Return the path of an image, for messages."""
+        raise NotImplementedError
+
+    def read(self, index: int) -> object:
+        """Read an image with its annotations.
+
+        Raises:
+            InputError: the annotations have an error that concerns more than this image.
+            Exception: the image or its annotations are broken.
+        """
+        raise NotImplementedError
+
+    def transformed(self, index: int, content: object, *seed_parts: int | str) -> object:
+        """Transform what `read` returns; all randomness comes from the seed, see `fold_seed`."""
+        raise NotImplementedError
+
+    def batch(self, contents: Sequence[object], broken: list[tuple[str, str]]) -> object:
+        """Combine what `transformed` returns into a micro-batch."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def identity(self) -> dict[str, object]:
+        """Return what distinguishes these images from others: their number and a hash of names."""
+        return {
+            "number of training images": len(self.names),
+            "hash of their names": names_hash(self.names),
+        }
+
+    def __getitem__(self, key: tuple[int, int]) -> AnnotatedSample:
+        """Return the image at (epoch, index).
+
+        Raises:
+            InputError: see `read`, or too many images in a row are broken.
+        """
+        epoch, index = key
+        broken = []
+        for offset in range(min(len(self), MAX_BROKEN_IN_A_ROW) if self.replace_broken else 1):
+            candidate = (index + offset) % len(self)
+            try:
+                content = self.read(candidate)
+            except InputError:
+                raise
+            except Exception as error:  # decoders raise anything on broken files
+                broken.append((self.path(candidate), reason_of(error)))
+                continue
+            seed_parts = ("augment", self.seed, epoch, index)
+            return AnnotatedSample(self.transformed(candidate, content, *seed_parts), broken)
+        if self.replace_broken:
+            raise too_many_broken(broken)
+        return AnnotatedSample(None, broken)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[AnnotatedSample | InputError]:
+        """Return a micro-batch; errors are values, see IndexedImages."""
+        try:
+            return [self[key] for key in keys]
+        except InputError as error:
+            return [error]
+
+    def collate(self, samples: list[AnnotatedSample | InputError]) -> object | InputError:
+        """Combine samples into a batch; if one of them is an error, return the error instead."""
+        for sample in samples:
+            if isinstance(sample, InputError):
+                return sample
+        broken = [entry for sample in samples for entry in sample.broken]
+        return self.batch([s.content for s in samples if s.content is not None], broken)

@@ -1,0 +1,407 @@
+"""Images with annotated objects: settings, datasets and batches."""
+
+import argparse
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.ops import masks_to_boxes
+
+from util.arguments import positive_float, positive_int
+from util.data.annotated import AnnotatedImages
+from util.data.batch import Normalization
+from util.data.coco import CocoFile, CocoImage, read_coco
+from util.data.decode import read_pixels
+from util.data.images import names_hash
+from util.data.jitter import LargeScaleJitter, View, WholeImage
+from util.data.settings import add_color_args, add_reading_args
+from util.errors import InputError, counted
+
+SPLITS = {"train": ("train2017", "train"), "val": ("val2017", "val")}
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DetectionSettings:
+    """Which images and annotations to read, and how; see the flags.
+
+    Raises:
+        InputError: the normalization or the scales are invalid.
+    """
+
+    data_path: str | None = None
+    train_ann: str | None = None
+    train_images: str | None = None
+    val_ann: str | None = None
+    val_images: str | None = None
+    limit_images: int | None = None
+    lsj_scale: tuple[float, float] = (0.1, 2.0)
+    aug: bool = True
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    max_broken: float = 0.01
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.std and min(self.std) <= 0:
+            raise InputError(f"--std must be above 0 in every channel, not {self.std}")
+        if self.lsj_scale[0] > self.lsj_scale[1]:
+            raise InputError(f"--lsj_scale takes the smaller factor first, not {self.lsj_scale}")
+        for split in SPLITS:
+            if getattr(self, f"{split}_images") and not getattr(self, f"{split}_ann"):
+                raise InputError(f"--{split}_images needs --{split}_ann")
+
+    def recipe(self) -> dict[str, object]:
+        """What has to stay the same within a run, besides the images."""
+        return {"augmentation": self.aug, "--lsj_scale": list(self.lsj_scale) if self.aug else None}
+
+    def find(self, split: str) -> tuple[Path, Path] | None:
+        """Annotation file and folder of images of "train" or "val"; None if there is no such split.
+
+        Raises:
+            InputError: a path that is given does not exist, or no data is given.
+        """
+        annotations, images = (getattr(self, f"{split}_{kind}") for kind in ("ann", "images"))
+        if annotations:
+            found = Path(annotations), Path(images) if images else Path(annotations).parent
+        elif self.data_path is None:
+            if split == "train" or not self.train_ann:
+                raise InputError(
+                    "--data_path is missing: give a folder in COCO's layout, or --train_ann and "
+                    "--train_images, --val_ann and --val_images"
+                )
+            return None
+        else:
+            root = Path(self.data_path)
+            if not root.is_dir():
+                raise InputError(f"{root} does not exist: give a folder in COCO's layout")
+            pairs = [
+                (root / "annotations" / f"instances_{name}.json", root / name)
+                for name in SPLITS[split]
+            ]
+            found = next((pair for pair in pairs if pair[0].is_file()), None)
+            if found is None:
+                return None
+        kinds = ((Path.is_file, "an existing file"), (Path.is_dir, "an existing folder"))
+        for path, (is_right, what) in zip(found, kinds, strict=True):
+            if not is_right(path):
+                raise InputError(f"{path} is not {what}: correct the path")
+        return found
+
+
+def add_detection_data_args(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of DetectionSettings."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data_path",
+        help="folder with annotations/instances_train2017.json, instances_val2017.json, train2017 "
+        "and val2017, with or without the 2017",
+    )
+    for split, what in (("train", "training"), ("val", "validation")):
+        group.add_argument(
+            f"--{split}_ann",
+            metavar="FILE",
+            help=f"annotations of {what} images in COCO's format (in DATA_PATH)",
+        )
+        group.add_argument(
+            f"--{split}_images",
+            metavar="FOLDER",
+            help=f"{what} images (in DATA_PATH, else the folder of --{split}_ann)",
+        )
+    group.add_argument(
+        "--limit_images",
+        type=positive_int,
+        metavar="N",
+        help="use only the first N training images (all)",
+    )
+    group.add_argument(
+        "--lsj_scale",
+        type=positive_float,
+        nargs=2,
+        default=DetectionSettings.lsj_scale,
+        metavar=("MIN", "MAX"),
+        help="large-scale jitter: range of an image's longer side over INPUT_SIZE (0.1 2)",
+    )
+    group.add_argument(
+        "--no_aug",
+        dest="aug",
+        action="store_false",
+        help="neither jitter nor flip training images, but fit them into INPUT_SIZE (jitter)",
+    )
+    add_color_args(group, inherited="from --finetune's file, else ")
+    add_reading_args(group)
+
+
+class DetectionBatch(NamedTuple):
+    """A micro-batch from a worker."""
+
+    images: Tensor  # (B, 3, S, S), uint8
+    sizes: list[tuple[int, int]]  # (height, width) of what is not padding
+    targets: list[dict[str, Tensor]]  # see models_vitdet; of evaluation, empty
+    ids: list[int]  # positions in the dataset
+    broken: list[tuple[str, str]]  # (file name, reason), each time a broken image was read
+    normalization: Normalization
+
+    @property
+    def num_images(self) -> int:
+        """Batch size B."""
+        return len(self.ids)
+
+    def to(
+        self, device: torch.device
+    ) -> tuple[Tensor, list[tuple[int, int]], list[dict[str, Tensor]]]:
+        """Return normalized float32 images, sizes and targets on the device."""
+        images = self.images.to(device, non_blocking=True)
+        targets = [
+            {name: value.to(device, non_blocking=True) for name, value in target.items()}
+            for target in self.targets
+        ]
+        return self.normalization(images), self.sizes, targets
+
+
+class DetectionImages(AnnotatedImages):
+    """Images of an annotation file.
+
+    Args:
+        file: where they come from.
+        images: those to read.
+        transform: LargeScaleJitter or WholeImage.
+        train: whether targets are returned, which leave out crowds.
+        options: seed and replace_broken, see AnnotatedImages.
+    """
+
+    def __init__(
+        self,
+        file: CocoFile,
+        images: Sequence[CocoImage],
+        folder: Path,
+        transform: LargeScaleJitter | WholeImage,
+        normalization: Normalization,
+        *,
+        train: bool,
+        masks: bool,
+        **options: object,
+    ) -> None:
+        super().__init__([image.name for image in images], **options)
+        self.file, self.images, self.folder, self.transform = file, list(images), folder, transform
+        self.normalization, self.train, self.masks = normalization, train, masks
+
+    def identity(self) -> dict[str, object]:
+        """Return what distinguishes these images from others, with their objects."""
+        objects = [
+            f"{image.id} {own.label} {own.box} {own.is_crowd}"
+            for image in self.images
+            for own in image.objects
+        ]
+        return {**super().identity(), "hash of their objects": names_hash(objects)}
+
+    def path(self, index: int) -> str:
+        """Return the path of an image."""
+        return str(self.folder / self.images[index].name)
+
+    def read(self, index: int) -> Tensor:
+        """Read an image uint8 (3, h, w).
+
+        Raises:
+            Exception: the file is missing or broken, or its size is not the annotations'.
+        """
+        with Path(self.path(index)).open("rb") as file:
+            image = read_pixels(file)
+        height, width = self.images[index].size
+        if image.shape[1:] != (height, width):
+            own = f"{image.shape[2]} x {image.shape[1]} px"
+            raise ValueError(f"it has {own}, but its annotations are for {width} x {height}")
+        return image
+
+    def transformed(
+        self, index: int, content: Tensor, *seed_parts: int | str
+    ) -> tuple[Tensor, tuple[int, int], dict[str, Tensor], int]:
+        """Transform an image: (3, S, S), its size without padding, its target and its index."""
+        view = self.transform.view(content.shape[1:], *seed_parts)
+        target = make_target(self.images[index], view, masks=self.masks) if self.train else {}
+        return view.image(content, self.normalization.mean), view.size, target, index
+
+    def batch(self, contents: Sequence[tuple], broken: list[tuple[str, str]]) -> DetectionBatch:
+        """Stack images; sizes and targets stay lists."""
+        images, *others = map(list, zip(*contents, strict=True)) if contents else ([],) * 4
+        stacked = torch.stack(images) if images else torch.empty(0)
+        return DetectionBatch(stacked, *others, broken, self.normalization)
+
+
+def make_target(image: CocoImage, view: View, *, masks: bool) -> dict[str, Tensor]:
+    """Objects of an image that a view shows, without crowds.
+
+    Args:
+        masks: take boxes from the masks, and return both; else boxes are those of the file.
+    """
+    objects = [own for own in image.objects if not own.is_crowd]
+    labels = torch.tensor([own.label for own in objects], dtype=torch.long)
+    if not masks:
+        boxes = torch.tensor([own.box for own in objects], dtype=torch.float32).view(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        boxes = view.boxes(boxes)
+        shown = (boxes[:, 2:] - boxes[:, :2]).amin(dim=1) > 0
+        return {"boxes": boxes[shown], "labels": labels[shown]}
+    side = view.side
+    drawn = [view.mask(own.mask(image.size)) for own in objects]
+    stacked = torch.stack(drawn) if drawn else torch.zeros(0, side, side, dtype=torch.uint8)
+    shown = (stacked != 0).flatten(1).any(dim=1)
+    boxes = masks_to_boxes(stacked[shown])
+    boxes[:, 2:] += 1  # a box ends after its last pixel
+    return {"boxes": boxes, "labels": labels[shown], "masks": stacked[shown]}
+
+
+class DetectionData(NamedTuple):
+    """Training and validation images, and their classes."""
+
+    train: DetectionImages
+    val: DetectionImages | None
+    classes: tuple[str, ...]
+
+
+def open_detection(
+    settings: DetectionSettings,
+    *,
+    side: int,
+    masks: bool,
+    mean: Sequence[float],
+    std: Sequence[float],
+    seed: int,
+) -> DetectionData:
+    """Open the training and validation images.
+
+    Args:
+        side: of the square input, in pixels.
+        masks: whether objects have masks besides boxes.
+
+    Raises:
+        InputError: see `read_coco`, `check_files`, `check_objects` and `check_classes`.
+    """
+    found = settings.find("train")
+    if found is None:
+        raise InputError(
+            f"{settings.data_path} has neither annotations/instances_train2017.json nor "
+            "annotations/instances_train.json: give --train_ann and --train_images"
+        )
+    path, folder = found
+    file = read_coco(path, masks=masks, max_broken=settings.max_broken)
+    transform = LargeScaleJitter(side, tuple(settings.lsj_scale))
+    if not settings.aug:
+        transform = WholeImage(side)
+    images = file.images[: settings.limit_images]
+    check_files(images, folder, settings.max_broken)
+    check_objects(images, path)
+    train = DetectionImages(
+        file,
+        images,
+        folder,
+        transform,
+        Normalization(tuple(mean), tuple(std)),
+        train=True,
+        masks=masks,
+        seed=seed,
+        replace_broken=True,
+    )
+    val = open_validation(settings, side=side, masks=masks, mean=mean, std=std)
+    if val is not None:
+        check_classes(val.file, file.classes, f"those of {path}")
+    for name, own in (("training", train), ("validation", val)):
+        _log_content(name, own)
+    return DetectionData(train, val, file.classes)
+
+
+def open_validation(
+    settings: DetectionSettings,
+    *,
+    side: int,
+    masks: bool,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> DetectionImages | None:
+    """Open the validation images; None if there are none.
+
+    Raises:
+        InputError: see `read_coco`, `check_files` and `check_objects`.
+    """
+    found = settings.find("val")
+    if found is None:
+        return None
+    path, folder = found
+    file = read_coco(path, masks=masks, max_broken=settings.max_broken)
+    check_files(file.images, folder, settings.max_broken)
+    check_objects(file.images, path)
+    return DetectionImages(
+        file,
+        file.images,
+        folder,
+        WholeImage(side),
+        Normalization(tuple(mean), tuple(std)),
+        train=False,
+        masks=masks,
+        seed=0,
+        replace_broken=False,
+    )
+
+
+def check_files(images: Sequence[CocoImage], folder: Path, max_broken: float) -> None:
+    """Look whether the images are there; single missing ones count as broken when they are read.
+
+    Raises:
+        InputError: all are missing, or too many.
+    """
+    folders = {(folder / image.name).parent for image in images}
+    listed = {
+        parent / entry.name for parent in folders if parent.is_dir() for entry in os.scandir(parent)
+    }
+    missing = [image.name for image in images if folder / image.name not in listed]
+    if len(missing) > max_broken * len(images):
+        raise InputError(
+            f"{len(missing)} of {counted(len(images), 'image')} listed are not in {folder}, such "
+            f"as {missing[0]}: correct the folder, add them, or raise --max_broken"
+        )
+
+
+def check_objects(images: Sequence[CocoImage], path: Path) -> None:
+    """Raise InputError if no image has an object that is not a crowd."""
+    if not any(not own.is_crowd for image in images for own in image.objects):
+        raise InputError(
+            f"the {counted(len(images), 'image')} used from {path} have no objects, except for "
+            "crowds: annotate some, or use other images"
+        )
+
+
+def check_classes(file: CocoFile, classes: Sequence[str], theirs: str) -> None:
+    """Raise InputError if a file's classes differ from `theirs`."""
+    if file.classes == tuple(classes):
+        return
+    if len(file.classes) != len(classes):
+        difference = f"{len(file.classes)} instead of {len(classes)}"
+    else:
+        pairs = zip(file.classes, classes, strict=True)
+        own, other = next((a, b) for a, b in pairs if a != b)
+        difference = f"{own} instead of {other}"
+    raise InputError(
+        f"the categories of {file.path} differ from {theirs} ({difference}): they must have the "
+        "same names in the same order"
+    )
+
+
+def _log_content(what: str, images: DetectionImages | None) -> None:
+    if images is None:
+        _logger.info("no validation images")
+        return
+    objects = [own for image in images.images for own in image.objects]
+    crowds = sum(own.is_crowd for own in objects)
+    empty = sum(not image.objects for image in images.images)
+    _logger.info(
+        "%s: %s, %d of them without objects; %s and %s of %s",
+        *(images.folder, counted(len(images), f"{what} image"), empty),
+        *(counted(len(objects) - crowds, "object"), counted(crowds, "crowd")),
+        "1 class" if len(images.file.classes) == 1 else f"{len(images.file.classes)} classes",
+    )

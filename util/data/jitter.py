@@ -1,0 +1,104 @@
+"""Transforms of an image together with the masks of its objects."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from faster_coco_eval.core import mask as rle
+from torch import Tensor
+from torchvision.transforms.v2 import functional as v2f
+
+from util.data.batch import Box
+from util.seeding import fold_seed
+
+
+class View(NamedTuple):
+    """A part of an image, resized, perhaps mirrored, and put into a corner of a square."""
+
+    box: Box
+    """The part, in pixels of the image."""
+    size: tuple[int, int]
+    """(height, width) that it is resized to."""
+    flip: bool
+    side: int
+    """Of the square, in pixels."""
+
+    def image(self, image: Tensor, fill: Sequence[float]) -> Tensor:
+        """Image uint8 (3, h, w) -> (3, side, side), with `fill` in [0, 1] outside."""
+        image = v2f.resized_crop(image, *self.box, list(self.size), antialias=True)
+        return self._place(image, [round(255 * value) for value in fill])
+
+    def mask(self, mask: dict) -> Tensor:
+        """Compressed run lengths of an object -> its mask uint8 (side, side)."""
+        top, left, height, width = self.box
+        mask = torch.from_numpy(rle.decode(mask))[top : top + height, left : left + width]
+        # Of a pixel's center, as for the image; "nearest" would take its corner.
+        mask = F.interpolate(mask[None, None].contiguous(), self.size, mode="nearest-exact")
+        return self._place(mask[0], [0])[0]
+
+    def boxes(self, boxes: Tensor) -> Tensor:
+        """Boxes (n, 4) of the image, left, top, right, bottom -> those of what is shown of them."""
+        top, left, rows, columns = self.box
+        height, width = self.size
+        scale = torch.tensor([width / columns, height / rows]).repeat(2)
+        limit = torch.tensor([width, height], dtype=boxes.dtype).repeat(2)
+        boxes = (boxes - torch.tensor([left, top, left, top])) * scale
+        boxes = boxes.clamp(min=0).minimum(limit)
+        if self.flip:
+            left, top, right, bottom = boxes.unbind(dim=1)
+            boxes = torch.stack((width - right, top, width - left, bottom), dim=1)
+        return boxes
+
+    def _place(self, image: Tensor, fill: Sequence[int]) -> Tensor:
+        if self.flip:
+            image = image.flip(-1)
+        height, width = self.size
+        return v2f.pad(image, [0, 0, self.side - width, self.side - height], fill=list(fill))
+
+
+@dataclass(frozen=True)
+class LargeScaleJitter:
+    """Draws views for training as ViTDet does: resize, crop what does not fit, and flip.
+
+    Args:
+        side: of the square, in pixels.
+        scale: range of the image's longer side after resizing, over the square's.
+    """
+
+    side: int
+    scale: tuple[float, float] = (0.1, 2.0)
+
+    def view(self, size: Sequence[int], *seed_parts: int | str) -> View:
+        """Draw a view of an image of (height, width), by the seed.
+
+        The part is cropped before it is resized, which gives the same region for less work.
+        """
+        rng = random.Random(fold_seed(*seed_parts))
+        factor = self.side / max(size) * rng.uniform(*self.scale)
+        shown = [min(side, max(1, round(self.side / factor))) for side in size]
+        top, left = (rng.randint(0, side - own) for side, own in zip(size, shown, strict=True))
+        flip = rng.random() < 0.5
+        return View(Box(top, left, *shown), _resized(shown, factor, self.side), flip, self.side)
+
+
+@dataclass(frozen=True)
+class WholeImage:
+    """The whole image, as large as fits into the square; for evaluation and without augmentation.
+
+    Args:
+        side: of the square, in pixels.
+    """
+
+    side: int
+
+    def view(self, size: Sequence[int], *_: int | str) -> View:
+        """Return the view of an image of (height, width)."""
+        scaled = _resized(size, self.side / max(size), self.side)
+        return View(Box(0, 0, *size), scaled, flip=False, side=self.side)
+
+
+def _resized(size: Sequence[int], factor: float, limit: int) -> tuple[int, int]:
+    return tuple(min(limit, max(1, round(factor * side))) for side in size)

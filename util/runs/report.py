@@ -1,0 +1,39 @@
+"""The end of a run's output: its results and its files."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from util.runs.checkpoint import BEST_NAME, last_checkpoint
+from util.runs.run_log import read_log
+
+_logger = logging.getLogger(__name__)
+
+
+def report(
+    folder: Path, title: str, *, by: str, describe: Callable[[dict], str], in_steps: bool = False
+) -> None:
+    """Log the last and best results of a finished run and the paths of its checkpoints.
+
+    Args:
+        folder: of the run.
+        title: what the results are of.
+        by: the metric by which the best is chosen, the highest; without it there are no
+            validation images.
+        describe: line of the log -> text.
+        in_steps: whether the run is measured in steps, not in epochs.
+
+    Raises:
+        RunError: the last checkpoint could not be written.
+    """
+    log = read_log(folder)
+    last = log[-1]
+    path = last_checkpoint(folder, last["epoch"])
+    if by in last:
+        best = max((line for line in log if by in line), key=lambda line: line[by])
+        what, unit, key = ("evaluation", "step ", "step") if in_steps else ("epoch", "", "epoch")
+        for kind, line in (("last", last), ("best", best)):
+            place = f"{kind} {what} ({unit}{line[key]})"
+            _logger.info("%s, %s: %s", title, place, describe(line))
+        _logger.info("checkpoint of the best %s: %s", what, folder / BEST_NAME)
+    _logger.info("checkpoint: %s", path)
