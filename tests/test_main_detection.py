@@ -125,15 +125,13 @@ def test_arguments_that_contradict_the_checkpoint_are_refused_with_the_differenc
 
 @pytest.mark.slow
 @pytest.mark.faults
-@pytest.mark.parametrize("num_val", [2, 5])
-def test_two_processes_train_and_score_every_image_once(tmp_path, num_val):
-    """With two images, one of which has no objects, and with a number that two does not divide."""
-    data = write_coco(tmp_path / "data", num_val=num_val)
+def test_two_processes_train_and_score_every_image_once(tmp_path):
+    data = write_coco(tmp_path / "data", num_val=5)  # which two does not divide
     argv = [*TINY, "--data_path", data, "--batch_size", 1, "--output_dir", tmp_path / "two"]
     code, _, err = finish(start(command(NANO_MAIN, KIND, *argv, processes=2)))
     assert code == 0, err
     own = json.loads((tmp_path / "two" / "detection.json").read_text())
-    assert own["val_images"] == num_val
+    assert own["val_images"] == 5
     path = tmp_path / "one.json"
     run(*EVAL, "--resume", list_checkpoints(tmp_path / "two")[-1], "--data_path", data,
         "--dump_json", path)  # fmt: skip
