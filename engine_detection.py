@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 import torch.nn as nn
-from torch import Tensor
 
 from util.compute.distributed import (
     all_gather_objects,
@@ -69,25 +68,27 @@ def train_one_epoch(
 @torch.no_grad()
 def detect(
     model: nn.Module, batch: DetectionBatch, images: DetectionImages, *, precision: Precision
-) -> list[tuple[CocoImage, dict[str, Tensor]]]:
-    """Detections of a batch on the CPU, in pixels of the original images.
+) -> list[tuple[CocoImage, list[dict]]]:
+    """Detect objects in a batch.
 
     Args:
         model: images, sizes -> detections, not wrapped in DDP.
         images: where the batch is from.
 
     Returns:
-        Each image with its detections, see `scale_to_image`.
+        Each image with its detections in COCO's result format, in pixels of the original.
     """
     model.eval()
     pixels, sizes, _ = batch.to(precision.device)
     with precision.autocast():
         detections = model(pixels, sizes)
-    listed = [images.images[number] for number in batch.ids]
-    return [
-        (image, scale_to_image(found, shown, image.size))
-        for image, found, shown in zip(listed, detections, sizes, strict=True)
-    ]
+    detected = []
+    for number, found, shown in zip(batch.ids, detections, sizes, strict=True):
+        image = images.images[number]
+        found = scale_to_image(found, shown, image.size)
+        results = as_results(found, image.size, image.id, images.file.category_ids)
+        detected.append((image, results))
+    return detected
 
 
 def evaluate(
@@ -117,9 +118,7 @@ def evaluate(
         broken.add(batch.broken)
         if batch.num_images:
             detected = detect(model, batch, images, precision=precision)
-            for number, (image, found) in zip(batch.ids, detected, strict=True):
-                ids = images.file.category_ids
-                results.append((number, as_results(found, image.size, image.id, ids)))
+            results += [(n, own) for n, (_, own) in zip(batch.ids, detected, strict=True)]
     broken.check()
     results = sorted(all_gather_objects(results), key=lambda entry: entry[0])
     scored = [images.images[number] for number, _ in results]
@@ -174,16 +173,14 @@ def draw_detections(
         uint8 (height, width, 3); None if all of these images are broken.
     """
     rows = []
-    count = min(count, len(images))
+    file, count = images.file, min(count, len(images))
+    names = dict(zip(file.category_ids, file.classes, strict=True))
     for number in range(count):
         index = number * len(images) // count
         batch = images.collate([images[0, index]])
         if batch.num_images:
-            ((image, found),) = detect(model, batch, images, precision=precision)
+            ((image, results),) = detect(model, batch, images, precision=precision)
             pixels = images.read(index).permute(1, 2, 0).numpy()
-            file = images.file
-            names = dict(zip(file.category_ids, file.classes, strict=True))
-            results = as_results(found, image.size, image.id, file.category_ids)
             true = true_objects(image, file.classes, masks=images.masks)
             rows.append((pixels, true, found_objects(results, names)))
     return side_by_side(rows) if rows else None

@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from util.compute.distributed import is_main_process, rank, sync_buffers
+from util.compute.distributed import broadcast_buffers, is_main_process, rank
 from util.compute.precision import Precision
 from util.data.broken_images import BrokenImages
 from util.data.loaders import StepLoader
@@ -109,7 +109,7 @@ def evaluate(
     Raises:
         InputError: too many images cannot be read, a label is not a class, or no pixel counts.
     """
-    sync_buffers(model)
+    broadcast_buffers(model)
     confusion = Confusion(len(classes), precision.device)
     for batch in loader:
         broken.add(batch.broken)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import RelPosBias, resample_abs_pos_embed
+from timm.layers import RelPosBias
 from timm.layers.pos_embed_rel import gen_relative_position_index
 from torch import Tensor
 
@@ -222,10 +222,7 @@ class SegmentationViT(ViT):
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"a patch size of {self.patch_size} does not divide {height}x{width}")
         grid_size = (height // self.patch_size, width // self.patch_size)
-        positions = self.pos_embed
-        if grid_size != self.grid_size:
-            sizes = {"new_size": list(grid_size), "old_size": list(self.grid_size)}
-            positions = resample_abs_pos_embed(positions, **sizes)
+        positions = self.positions_for(grid_size)
         x = self.embed(patchify(images, self.patch_size), positions[:, 1:])  # (B, 1+L, D)
         context = (grid_size,) if self.rel_pos_bias else ()
         maps = []

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d, resample_abs_pos_embed
+from timm.layers import LayerNorm2d
 from timm.models.vision_transformer_sam import window_partition, window_unpartition
 from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -357,7 +357,7 @@ class DetectionViT(ViT):
     """A ViT that finds objects: their boxes, classes and masks.
 
     The positions are those of pre-training, trained, and resampled to the grid of the input in
-    every step. There is no class token in the blocks, and no final norm.
+    every step. The blocks see no class token, and no norm follows them.
 
     Args:
         num_classes: K, without the background.
@@ -463,10 +463,7 @@ class DetectionViT(ViT):
     def feature_map(self, images: Tensor) -> Tensor:
         """Output of the last block: (B, C, S, S) -> (B, D, S/p, S/p)."""
         size = tuple(side // self.patch_size for side in images.shape[2:])
-        positions = self.pos_embed
-        if size != self.grid_size:
-            sizes = {"new_size": list(size), "old_size": list(self.grid_size)}
-            positions = resample_abs_pos_embed(positions, antialias=False, **sizes)
+        positions = self.positions_for(size, antialias=False)
         x = self.patch_embed(patchify(images, self.patch_size)) + positions[:, 1:]  # (B, L, D)
         for block in self.blocks:
             x = block(x, size)

@@ -8,7 +8,6 @@ matplotlib.
 """
 
 import json
-import logging
 import statistics
 import sys
 from collections.abc import Sequence
@@ -16,14 +15,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.plot_runs import series_of
+from scripts.plot_runs import pyplot, save, series_of
 from util.arguments import Parser, check_output_folders
 from util.errors import InputError
 from util.runs.run import run_main, start_logging
 
 MEAN = "mean"
-
-_logger = logging.getLogger(__name__)
 
 
 def read_scores(folder: Path) -> dict[str, dict]:
@@ -62,10 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     start_logging()
     check_output_folders(args.output)
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise InputError("matplotlib is missing: install it (pip install matplotlib)") from error
+    plt = pyplot()
 
     series = group_runs(args.runs)
     first = next(iter(series.values()))[0]
@@ -86,12 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     axes.set_xticks(range(len(classes) + 1), [MEAN, *labels], fontsize=7)
     axes.set_ylabel("IoU in percent")
     axes.legend(fontsize=7)
-    figure.tight_layout()
-    try:
-        figure.savefig(args.output, dpi=130)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot write --output {args.output}: {error}") from error
-    _logger.info("wrote %s", args.output)
+    save(figure, args.output)
 
 
 if __name__ == "__main__":

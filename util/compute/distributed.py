@@ -209,13 +209,6 @@ def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
-def sync_buffers(model: nn.Module) -> None:
-    """Give a model's buffers, such as batch norms' statistics, the main process's values."""
-    if world_size() > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
-
-
 def gradient_sync(model: nn.Module, *, enabled: bool) -> AbstractContextManager:
     """Context that enables or postpones the reduction of gradients over processes.
 

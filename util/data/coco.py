@@ -35,11 +35,16 @@ class CocoObject(NamedTuple):
 
     def mask(self, size: tuple[int, int]) -> dict:
         """Compressed run lengths of the object in an image of (height, width)."""
-        if isinstance(self.segmentation, dict):
-            if isinstance(self.segmentation["counts"], list):
-                return rle.frPyObjects(self.segmentation, *size)
-            return self.segmentation
-        return rle.merge(rle.frPyObjects(self.segmentation, *size))
+        return run_lengths(self.segmentation, size)
+
+
+def run_lengths(segmentation: list[np.ndarray] | dict, size: tuple[int, int]) -> dict:
+    """Compressed run lengths of a segmentation in an image of (height, width)."""
+    if isinstance(segmentation, list):
+        return rle.merge(rle.frPyObjects(segmentation, *size))
+    if isinstance(segmentation["counts"], list):
+        return rle.frPyObjects(segmentation, *size)
+    return segmentation
 
 
 class CocoImage(NamedTuple):
@@ -204,8 +209,7 @@ def _read_object(
     elif segmentation is None:
         raise ValueError("it has no bbox")
     else:
-        whole = CocoObject(label, segmentation, (0, 0, 0, 0), is_crowd=False, area=None)
-        box = tuple(rle.toBbox(whole.mask(size)).tolist())
+        box = tuple(rle.toBbox(run_lengths(segmentation, size)).tolist())
     if isinstance(entry.get("bbox"), str) or len(box) != 4 or not all(map(math.isfinite, box)):
         raise ValueError(f"its bbox is not left, top, width and height: {list(box)}")
     left, top, width, height = box
@@ -231,9 +235,8 @@ def _read_segmentation(found: object, size: tuple[int, int]) -> list[np.ndarray]
                 f"its run lengths are of {found['size'][1]} x {found['size'][0]} px, the image has "
                 f"{size[1]} x {size[0]}"
             )
-        whole = CocoObject(1, found, (0, 0, 0, 0), is_crowd=False, area=None)
         try:
-            pixels = rle.decode(whole.mask(size)).any()
+            pixels = rle.decode(run_lengths(found, size)).any()
         except (RuntimeError, ValueError) as error:
             raise ValueError("its run lengths are not those of a mask of its size") from error
         if not pixels:
@@ -251,7 +254,7 @@ def _read_segmentation(found: object, size: tuple[int, int]) -> list[np.ndarray]
     _check_inside(*((own.min(), own.max()) for own in (points[::2], points[1::2])), size)
     if np.abs(points.reshape(-1, 2) / size[::-1] - 0.5).max() > MAX_REACH:
         raise ValueError("a polygon reaches far outside the image")  # drawing it takes its length
-    if _area(polygons) < MIN_AREA and not rle.area(rle.merge(rle.frPyObjects(polygons, *size))):
+    if _area(polygons) < MIN_AREA and not rle.area(run_lengths(polygons, size)):
         raise ValueError("its mask has no pixel")
     return polygons
 

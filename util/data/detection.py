@@ -19,7 +19,7 @@ from util.data.coco import CocoFile, CocoImage, read_coco
 from util.data.decode import read_pixels
 from util.data.images import names_hash
 from util.data.jitter import LargeScaleJitter, View, WholeImage
-from util.data.settings import add_color_args, add_reading_args
+from util.data.settings import add_color_args, add_reading_args, check_std
 from util.errors import InputError, counted
 
 SPLITS = {"train": ("train2017", "train"), "val": ("val2017", "val")}
@@ -49,8 +49,7 @@ class DetectionSettings:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
-        if self.std and min(self.std) <= 0:
-            raise InputError(f"--std must be above 0 in every channel, not {self.std}")
+        check_std(self.std)
         if self.lsj_scale[0] > self.lsj_scale[1]:
             raise InputError(f"--lsj_scale takes the smaller factor first, not {self.lsj_scale}")
         for split in SPLITS:

@@ -17,7 +17,7 @@ from util.data.broken_images import reason_of
 from util.data.decode import read_pixels
 from util.data.joint_transforms import JointAugmentation, WholeImage
 from util.data.masks import ADE20K_NAMES, LabelRule, Pair, list_pairs, read_class_names, read_mask
-from util.data.settings import add_color_args, add_reading_args
+from util.data.settings import add_color_args, add_reading_args, check_std
 from util.errors import InputError, counted
 
 MAX_CLASSES = 2**15 - 1  # labels are int16
@@ -81,8 +81,7 @@ class SegmentationSettings:
     """Of the layout; None: those of `dataset`."""
 
     def __post_init__(self) -> None:
-        if self.std and min(self.std) <= 0:
-            raise InputError(f"--std must be above 0 in every channel, not {self.std}")
+        check_std(self.std)
         if self.scale[0] > self.scale[1]:
             raise InputError(f"--scale takes the smaller factor first, not {self.scale}")
 

@@ -1,6 +1,7 @@
 """Settings and flags for which images a run reads, and how."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,14 +42,19 @@ class DataSettings:
     def __post_init__(self) -> None:
         if self.input_size and len(self.input_size) > 2:
             raise InputError("--input_size takes one side, or a height and a width")
-        if self.std and min(self.std) <= 0:
-            raise InputError(f"--std must be above 0 in every channel, not {self.std}")
+        check_std(self.std)
 
     @property
     def name(self) -> str:
         """The dataset's name: as given, else inferred from a path, else the digits."""
         path = self.data_path or self.val_path
         return self.dataset or (kind_of(path) if path else "digits")
+
+
+def check_std(std: Sequence[float] | None) -> None:
+    """Raise InputError if a channel's --std is not above 0."""
+    if std and min(std) <= 0:
+        raise InputError(f"--std must be above 0 in every channel, not {std}")
 
 
 def check_decoder(decode: str, device: torch.device) -> None:
