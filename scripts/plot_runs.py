@@ -8,25 +8,18 @@ as a seed, are one series: a line through their mean, and an area from the lowes
 needs matplotlib.
 """
 
-import logging
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from util.arguments import Parser, check_output_folders
 from util.errors import InputError
+from util.eval.plots import new_figure, save_figure
 from util.runs.run import run_main, start_logging
 from util.runs.run_log import read_log
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-_logger = logging.getLogger(__name__)
 
 
 def read_curve(folder: Path, metric: str) -> dict[int, float]:
@@ -49,33 +42,6 @@ def series_of(folders: Sequence[Path]) -> dict[str, list[Path]]:
     return series
 
 
-def pyplot() -> ModuleType:
-    """Import matplotlib.pyplot, which is not among the requirements.
-
-    Raises:
-        InputError: it is missing.
-    """
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise InputError("matplotlib is missing: install it (pip install matplotlib)") from error
-    return plt
-
-
-def save(figure: "Figure", path: Path) -> None:
-    """Write a figure that the user wants at --output.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    figure.tight_layout()
-    try:
-        figure.savefig(path, dpi=130)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot write --output {path}: {error}") from error
-    _logger.info("wrote %s", path)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw the plot."""
     parser = Parser(description=__doc__.splitlines()[0])
@@ -85,10 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     start_logging()
     check_output_folders(args.output)
-    plt = pyplot()
 
-    size = (4.5 * len(args.metrics), 3.2)
-    figure, all_axes = plt.subplots(1, len(args.metrics), figsize=size, squeeze=False)
+    figure = new_figure(4.5 * len(args.metrics), 3.2)
+    all_axes = figure.subplots(1, len(args.metrics), squeeze=False)
     for metric, axes in zip(args.metrics, all_axes[0], strict=True):
         for name, folders in series_of(args.runs).items():
             curves = [read_curve(folder, metric) for folder in folders]
@@ -101,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         axes.set(xlabel="step", title=metric)
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
         axes.legend(fontsize=8)
-    save(figure, args.output)
+    save_figure(figure, args.output)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.plot_runs import pyplot, save, series_of
+from scripts.plot_runs import series_of
 from util.arguments import Parser, check_output_folders
 from util.errors import InputError
+from util.eval.plots import new_figure, save_figure
 from util.runs.run import run_main, start_logging
 
 MEAN = "mean"
@@ -59,12 +60,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     start_logging()
     check_output_folders(args.output)
-    plt = pyplot()
+    figure = new_figure(9, 3.6)
 
     series = group_runs(args.runs)
     first = next(iter(series.values()))[0]
     classes = sorted((n for n in first if n != MEAN), key=lambda n: -(first[n]["pixels"] or 0))
-    figure, axes = plt.subplots(figsize=(9, 3.6))
+    axes = figure.subplots()
     width = 0.8 / len(series)
     for number, (name, runs) in enumerate(series.items()):
         for place, class_name in enumerate([MEAN, *classes]):
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     axes.set_xticks(range(len(classes) + 1), [MEAN, *labels], fontsize=7)
     axes.set_ylabel("IoU in percent")
     axes.legend(fontsize=7)
-    save(figure, args.output)
+    save_figure(figure, args.output)
 
 
 if __name__ == "__main__":

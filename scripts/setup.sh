@@ -11,7 +11,7 @@ install_into_venv() {
     local python=.venv/bin/python
     local stamp=.venv/installed-${requirements%.txt}
     local wanted
-    wanted=$(cat requirements.txt requirements-pinned.txt "$requirements")
+    wanted=$(cat requirements*.txt)
 
     if [ ! -x "$python" ]; then
         local base=${PYTHON:-python3}

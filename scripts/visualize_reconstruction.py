@@ -12,15 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import load_model
+from scripts.analysis.inputs import list_images, read_image
 from util.arguments import Parser, positive_int, ratio, seed_number
 from util.compute.precision import Precision
 from util.data.batch import Sample, collate
-from util.data.decode import read_pixels
 from util.data.transforms import eval_transform
 from util.errors import InputError, counted
 from util.eval.figures import draw_reconstructions
@@ -29,37 +28,6 @@ from util.masking import Masking, MaskSettings
 from util.runs.run import run_main, start_run
 
 _logger = logging.getLogger(__name__)
-
-
-def list_images(paths: Sequence[str], limit: int) -> list[Path]:
-    """List the given files and the images in the given folders; above a limit, choose evenly.
-
-    Raises:
-        InputError: a path is missing, or there are no images.
-    """
-    files = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise InputError(f"--images {path} does not exist")
-        known = Image.registered_extensions()
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in known)
-        files += inside if path.is_dir() else [path]
-    if not files:
-        raise InputError(f"no images found in --images {' '.join(paths)}")
-    count = min(limit, len(files))
-    return [files[i * len(files) // count] for i in range(count)]
-
-
-def read_image(path: Path) -> Tensor:
-    """Read an image file's pixels: uint8 (3, h, w).
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    try:
-        return read_pixels(path.open("rb"))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"cannot read image {path}: {error}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:

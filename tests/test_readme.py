@@ -190,7 +190,7 @@ def test_no_two_different_runs_share_an_output_folder():
     assert all(len(settings) == 1 for settings in folders.values()), folders
 
 
-ABLATIONS = PAGES["docs/pretraining.md"].partition("ablations\n")[2]
+ABLATIONS = PAGES["docs/pretraining.md"].partition("ablations\n")[2].partition("\n## ")[0]
 
 
 @pytest.mark.parametrize("options", re.findall(r"`(--.*?)`", ABLATIONS))
@@ -212,8 +212,8 @@ OTHER_FLAGS = {  # of torchrun, scancel and scripts/test.sh; of MAE; of an examp
     "docs/clusters.md": {"standalone"},
     "docs/reliability.md": {"signal", "nnodes", "max"},
     "docs/experiments.md": {"max"},
-    "README.md": set(
-        re.findall(r"--(\w+)", README.partition("| MAE | here |")[2].partition("##")[0])
+    "docs/pretraining.md": set(
+        re.findall(r"--(\w+)", PAGES["docs/pretraining.md"].partition("| MAE | here |")[2])
     ),
     EXTENDING: {"loss"},
 }

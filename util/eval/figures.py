@@ -10,8 +10,9 @@ from torch import Tensor
 
 from util.compute.precision import Precision
 from util.data.batch import denormalize
+from util.eval.reconstructions import predicted_pixels
 from util.masking import TokenSplit, is_masked
-from util.patches import denormalize_patches, scatter_patches, unpatchify
+from util.patches import scatter_patches, unpatchify
 
 COLUMNS = ("original", "masked", "reconstruction", "+ visible patches")
 MOMENTS_NOTE = "Trained on normalized pixels: each patch's mean and deviation are the true ones."
@@ -42,11 +43,13 @@ def reconstruction_panels(
     return [images, masked, reconstruction, with_visible]
 
 
-def draw_figure(panels: list[Tensor], *, note: str = "") -> np.ndarray:
+def draw_figure(
+    panels: list[Tensor], titles: Sequence[str] = COLUMNS, *, note: str = ""
+) -> np.ndarray:
     """Arrange panels (B, 3, H, W) in [0, 1] as titled columns, with one row per image.
 
     Args:
-        panels: one for each of COLUMNS.
+        titles: one for each panel; a longer one is cut off.
         note: a line of text below.
 
     Returns:
@@ -63,8 +66,10 @@ def draw_figure(panels: list[Tensor], *, note: str = "") -> np.ndarray:
     figure = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(figure)
     font = ImageFont.load_default(size=12)
-    for x, (name, column) in enumerate(zip(COLUMNS, columns, strict=True)):
+    for x, (name, column) in enumerate(zip(titles, columns, strict=True)):
         left = x * (width + GAP)
+        while font.getlength(name) > width:
+            name = name[:-1]
         draw.text((left, 3), name, fill="black", font=font)
         for y, array in enumerate(column.cpu().numpy()):
             cell = Image.fromarray(array).resize((width, height), Image.Resampling.NEAREST)
@@ -96,7 +101,7 @@ def draw_reconstructions(
     model.eval()
     with precision.autocast():
         pred = model.predict(images, split)
-    pixels = denormalize_patches(model.pixels(pred.float(), images, split), mean, std)
+    pixels = predicted_pixels(model, pred.float(), images, split, (mean, std))
     originals = denormalize(images, mean, std)
     panels = reconstruction_panels(originals, pixels, split, model.encoder.patch_size)
     return draw_figure(panels, note=MOMENTS_NOTE if model.norm_pix_loss else "")

@@ -1,7 +1,7 @@
 """Evaluation and figures during pre-training."""
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,20 +21,46 @@ from util.data.settings import DataSettings
 from util.data.streams import StreamedImages
 from util.eval.figures import draw_reconstructions
 from util.eval.knn import build_knn_loaders, measure_knn
+from util.eval.reconstructions import original_pixels, predicted_pixels, psnr
 from util.masking import Masking, TokenSplit
-from util.patches import denormalize_patches
 from util.seeding import generator_for
 
 KNN_EVERY = 20  # epochs
 NUM_SHOWN = 8  # images in the figure of reconstructions
 
 
-def val_split(masking: Masking, ids: Sequence[int], device: torch.device) -> TokenSplit:
-    """Draw masks of validation images, which depend only on the seed and the images' indices."""
+def val_split(
+    masking: Masking, ids: Sequence[int], device: torch.device, *, masked: Sequence[int] = ()
+) -> TokenSplit:
+    """Draw masks of validation images, which depend only on the seed and the images' indices.
+
+    Args:
+        masked: patches to mask in any case, at most as many as are masked anyway. A grid's visible
+            patches stay visible.
+    """
     # "held-out" is part of the seed: another word would change every mask.
     generators = [generator_for("mask", masking.seed, "held-out", i) for i in ids]
     noise = torch.stack([torch.rand(masking.num_patches, generator=g) for g in generators])
+    noise[:, list(masked)] = 1.0  # the highest, and the lowest are visible
     return masking.full_split(noise.to(device))
+
+
+def masked_batches(
+    loader: Iterable[Batch], masking: Masking, device: torch.device, broken: BrokenImages
+) -> Iterator[tuple[Tensor, TokenSplit]]:
+    """Yield this process's validation images, normalized, and splits that predict all masked ones.
+
+    Args:
+        loader: yields every image once; process r gets images r, r + world size, ...
+        broken: counts unreadable images.
+    """
+    first = rank()
+    for batch in loader:
+        broken.add(batch.broken)
+        images, _ = batch.to(device)  # (B, C, H, W)
+        ids = range(first, first + len(images) * world_size(), world_size())
+        first = ids.stop
+        yield images, val_split(masking, ids, device)
 
 
 @torch.no_grad()
@@ -51,7 +77,7 @@ def evaluate(
 
     Args:
         model: a MaskedAutoencoder, not wrapped in DistributedDataParallel.
-        loader: yields every validation image once; process r gets images r, r + world size, ...
+        loader: see `masked_batches`.
         mean, std: of the channel normalization.
 
     Returns:
@@ -60,28 +86,20 @@ def evaluate(
         normalized pixels; and `val_images`, their number.
     """
     model.eval()
-    device = precision.device
+    device, colors = precision.device, (mean, std)
     sums = torch.zeros(3, device=device)  # loss, PSNR, images
-    first, broken = rank(), BrokenImages(0, 1.0)
-    for batch in loader:
-        broken.add(batch.broken)
-        images, _ = batch.to(device)  # (B, C, H, W)
-        ids = range(first, first + len(images) * world_size(), world_size())
-        first = ids.stop
-        split = val_split(masking, ids, device)
+    for images, split in masked_batches(loader, masking, device, BrokenImages(0, 1.0)):
         with precision.autocast():
             pred = model.predict(images, split)
         pred = pred.float()  # (B, P, p*p*C)
         loss = (pred - model.target(images, split)).square().mean(dim=(1, 2))  # (B,)
-        originals = model.predicted_patches(images, split)
-        pixels = denormalize_patches(model.pixels(pred, images, split), mean, std).clamp(0, 1)
-        error = (pixels - denormalize_patches(originals, mean, std)).square().mean(dim=(1, 2))
-        psnr = -10 * error.clamp(min=1e-10).log10()  # (B,), at most 100 dB
-        sums += torch.stack((loss.sum(), psnr.sum(), torch.full_like(loss[0], len(images))))
-    loss, psnr, num_images = all_gather(sums).sum(dim=0).tolist()
+        pixels = predicted_pixels(model, pred, images, split, colors)
+        quality = psnr(pixels, original_pixels(model, images, split, colors))  # (B,)
+        sums += torch.stack((loss.sum(), quality.sum(), torch.full_like(loss[0], len(images))))
+    loss, quality, num_images = all_gather(sums).sum(dim=0).tolist()
     return {
         "val_loss": loss / num_images,
-        "val_psnr": psnr / num_images,
+        "val_psnr": quality / num_images,
         "val_images": int(num_images),
     }
 

@@ -244,10 +244,16 @@ def write_json(path: Path, content: dict, *, keep_earlier: bool = True) -> None:
     """
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
-    if keep_earlier and path.exists():
+    if keep_earlier:
+        set_aside(path)
+    temporary.replace(path)
+
+
+def set_aside(path: Path) -> None:
+    """Rename a file that exists to include its time."""
+    if path.exists():
         when = time.strftime(TIME_FORMAT, time.localtime(path.stat().st_mtime))
         path.rename(path.with_name(f"{path.stem}-{when}{path.suffix}"))
-    temporary.replace(path)
 
 
 def run_main(

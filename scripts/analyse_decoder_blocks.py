@@ -1,0 +1,152 @@
+"""Split reconstructions into what each decoder block adds (Fig. 5a-b, App. D).
+
+    python scripts/analyse_decoder_blocks.py --checkpoint C --data_path D --output_dir O
+
+O/decoder_blocks.json and O/decoder_blocks.png have each block's share of the reconstruction, its
+energy by spatial frequency, and the PSNR after it; O/decoder_blocks_pictures.png shows the parts of
+a few images and their running sums. It needs matplotlib.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.analysis.inputs import (
+    ImageSettings,
+    Subject,
+    analysis_parser,
+    open_images,
+)
+from scripts.analysis.outputs import log_table, open_output, write_report
+from util.arguments import take
+from util.data.batch import denormalize
+from util.errors import counted
+from util.eval.decoder_blocks import BlockShares, block_levels, level_pixels, measure_blocks
+from util.eval.figures import GRAY, MOMENTS_NOTE, reconstruction_panels
+from util.eval.plots import SEQUENTIAL, new_figure, picture_grid, show_picture
+from util.masking import TokenSplit
+from util.runs.run import run_main, start_run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INPUT = "positions and mask token"  # level 0
+STRONGEST = 0.99  # quantile of a level's pixels that is drawn black or white
+
+_logger = logging.getLogger(__name__)
+
+
+def log_results(found: BlockShares) -> list[dict[str, object]]:
+    """Log the table of levels; return its rows, with energies, as plain values."""
+    columns = {
+        "share": found.share,
+        "low_share": found.low_share,
+        "high_share": found.high_share,
+        "detail": found.detail,
+        "psnr": found.psnr,
+    }
+    rows = [
+        {"block": level, **{name: own[level].item() for name, own in columns.items()}}
+        for level in range(len(found.psnr))
+    ]
+    _logger.info("shares of the reconstruction, of its coarse and its fine half of frequencies,")
+    _logger.info("the fine half of each block's own energy, and PSNR after the block")
+    names = [INPUT, *(f"block {level}" for level in range(1, len(rows)))]
+    header = ["", "share", "coarse", "fine", "own fine", "PSNR, dB"]
+    log_table(
+        header, [[name, *list(row.values())[1:]] for name, row in zip(names, rows, strict=True)]
+    )
+    energy = found.energy.tolist()
+    return [{**row, "energy": own} for row, own in zip(rows, energy, strict=True)]
+
+
+def plot(found: BlockShares) -> "Figure":
+    """Spectra of the levels, their shares, and PSNR of the running sums."""
+    from matplotlib import colormaps
+
+    figure = new_figure(9, 2.8)
+    spectra, shares, quality = figure.subplots(1, 3)
+    levels = range(len(found.psnr))
+    cycles = torch.arange(found.energy.shape[1]) / 2
+    for level in levels:
+        color = colormaps[SEQUENTIAL](level / max(1, levels[-1]))
+        label = level if level in (0, levels[-1] // 2, levels[-1]) else None
+        spectra.semilogy(cycles, found.energy[level], color=color, label=label)
+    spectra.set(xlabel="cycles per patch", ylabel="energy")
+    spectra.legend(title="block", fontsize=7, title_fontsize=7)
+    for name, own, color in (
+        ("coarse half", found.low_share, "#0072B2"),
+        ("fine half", found.high_share, "#D55E00"),
+    ):
+        shares.plot(levels, own, "o-", color=color, label=name, markersize=4)
+    shares.axhline(0, color="black", linewidth=0.8)
+    shares.set(xlabel="decoder block (0: its input)", ylabel="share of the reconstruction")
+    shares.legend(title="frequencies", fontsize=7, title_fontsize=7)
+    quality.plot(levels, found.psnr, "o-", color="black", markersize=4)
+    quality.set(xlabel="decoder block (0: its input)", ylabel="PSNR of the sum so far, dB")
+    return figure
+
+
+@torch.no_grad()
+def draw_stack(subject: Subject, images: Tensor, split: TokenSplit) -> "Figure":
+    """Draw the image stack: for each image a row of levels and one of their running sums."""
+    model = subject.model
+    levels = block_levels(model, images, split)
+    levels, offset = level_pixels(model, levels, images, split, subject.colors)
+    strength = levels[1:].abs().flatten(2).transpose(0, 1).flatten(1)  # (B, J*P*p*p*C)
+    strength = strength.sort(dim=1).values[:, int(STRONGEST * (strength.shape[1] - 1))]
+    gain = GRAY / strength.clamp(min=1e-6).view(-1, 1, 1)
+    originals = denormalize(images, *subject.colors).clamp(0, 1)
+
+    def panels(pixels: Tensor) -> list[Tensor]:
+        found = reconstruction_panels(originals, pixels, split, model.encoder.patch_size)
+        return [panel.permute(0, 2, 3, 1).cpu() for panel in found]
+
+    alone = [panels(GRAY + gain * level)[2] for level in levels]
+    sums = [panels(offset + x)[3] for x in levels.cumsum(dim=0)]
+    original, masked = panels(offset)[:2]
+    num_columns = 1 + len(levels)
+    figure, all_axes = picture_grid(2 * len(images), num_columns, images.shape[2:])
+    for image in range(len(images)):
+        for row, cells in enumerate(([original, *alone], [masked, *sums])):
+            for column, (axes, cell) in enumerate(
+                zip(all_axes[2 * image + row], cells, strict=True)
+            ):
+                title = "" if image or row else "image" if not column else f"block {column - 1}"
+                title = "input" if title == "block 0" else title
+                show_picture(axes, cell[image].numpy(), title)
+    notes = ["Upper rows: each part alone, its contrast raised. Lower rows: their sum so far."]
+    notes += [MOMENTS_NOTE] * model.norm_pix_loss
+    figure.supxlabel("\n".join(notes), fontsize=8)
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and draw the parts of reconstructions."""
+    parser = analysis_parser(__doc__)
+    args = parser.parse_args(argv)
+    settings = take(ImageSettings, args)
+    device = start_run(device=args.device, seed=args.seed)
+
+    subject = Subject.load(
+        args.checkpoint, device=device, seed=args.seed, mask_ratio=args.mask_ratio
+    )
+    images = open_images(settings, subject.transform, seed=args.seed, device=device)
+    output = open_output(args.output_dir)
+    pictures = draw_stack(subject, *subject.shown(images))
+    _logger.info("measuring %s", counted(images.num_measured, "image"))
+    found = measure_blocks(subject.model, subject.batches(images), subject.colors)
+    report = {"num_images": images.num_measured, "blocks": log_results(found)}
+    figures = {"plot": plot(found), "pictures": pictures}
+    write_report(output, "decoder_blocks", vars(args), report, **figures)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,239 @@
+"""Show what the features of every encoder block know: k-NN accuracy, colors, class token.
+
+    python scripts/analyse_features.py --checkpoint C --data_path D --output_dir O
+
+O/features.json and O/features.png have the k-NN accuracy of the features of every block, as
+main_knn.py measures that of the last one. O/features_pictures.png has, for a few images and every
+block, the first three principal components of the patches' features as colors, after the mean of
+each place is subtracted, and where the class token attends. It needs matplotlib.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from models import build_classifier, starting_point
+from scripts.analysis.inputs import (
+    MAX_SHOWN,
+    add_device_args,
+    add_loader_args,
+    list_images,
+    read_image,
+)
+from scripts.analysis.outputs import log_table, open_output, write_report
+from util.arguments import Parser, positive_int, take
+from util.compute.precision import Precision
+from util.data.batch import Batch, Sample, collate, denormalize
+from util.data.broken_images import BrokenImages
+from util.data.classes import check_labels
+from util.data.datasets import open_train_val
+from util.data.images import IndexedImages
+from util.data.loaders import build_eval_loader
+from util.data.settings import DataSettings, crop_pct
+from util.data.transforms import default_crop_pct, eval_transform
+from util.errors import InputError, counted
+from util.eval.block_features import (
+    block_features,
+    class_attention,
+    feature_maps,
+    mean_maps,
+    principal_colors,
+)
+from util.eval.frozen_features import check_measurable
+from util.eval.knn import extract_features, knn_accuracy
+from util.eval.plots import SEQUENTIAL, new_figure, picture_grid, show_picture
+from util.runs.run import run_main, start_run
+from util.weights.encoder import load_encoder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NEIGHBORS = (10, 20, 100)
+NUM_FOR_MEAN = 500
+NUM_IMAGES = 10_000  # the features of all blocks are kept, 40 kB an image for ViT-B
+
+_logger = logging.getLogger(__name__)
+
+
+def block_accuracies(
+    train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], num_maps: int, device: torch.device
+) -> list[dict[int, float]]:
+    """k-NN accuracy in percent of every feature map, by k.
+
+    Args:
+        train, val: features (N, K*D) and labels (N,).
+    """
+    pairs = zip(train[0].chunk(num_maps, dim=1), val[0].chunk(num_maps, dim=1), strict=True)
+    return [
+        knn_accuracy(own, train[1], other, val[1], ks=NEIGHBORS, device=device)
+        for own, other in pairs
+    ]
+
+
+def plot(results: list[dict[int, float]]) -> "Figure":
+    """Accuracy over the blocks, a line for each k."""
+    figure = new_figure(4.5, 3.2)
+    axes = figure.subplots()
+    for k, color, style in zip(NEIGHBORS, ("#0072B2", "#D55E00", "#009E73"), "os^", strict=True):
+        values = [result[k] for result in results]
+        axes.plot(values, f"{style}-", color=color, label=f"{k}-NN", markersize=4)
+    axes.set(xlabel="encoder block (0: its input)", ylabel="accuracy in percent")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def draw_blocks(
+    model: nn.Module, images: Tensor, pictures: Tensor, means: list[Tensor]
+) -> "Figure":
+    """Draw two rows for each image, with a column for each block: colors, attention.
+
+    Args:
+        images: (B, C, H, W), normalized.
+        pictures: the same in [0, 1].
+        means: see `mean_maps`; most of a feature is its place, which is the same in all images.
+    """
+    grid_size = model.grid_size
+    maps = [x - mean for x, mean in zip(feature_maps(model, images), means, strict=True)]
+    colors = [principal_colors(x[:, 1:].cpu()).view(-1, *grid_size, 3).numpy() for x in maps]
+    attention = class_attention(model, images).view(-1, len(images), *grid_size).cpu().numpy()
+    figure, all_axes = picture_grid(2 * len(images), 1 + len(maps), images.shape[2:])
+    for image, (upper, lower) in enumerate(zip(all_axes[::2], all_axes[1::2], strict=True)):
+        show_picture(upper[0], pictures[image].permute(1, 2, 0).cpu().numpy())
+        for block, own in enumerate(colors):
+            show_picture(upper[1 + block], own[image])
+        for axes in lower[:2]:
+            axes.set_axis_off()
+        for block, own in enumerate(attention):
+            show_picture(lower[2 + block], own[image], cmap=SEQUENTIAL, vmin=0)
+    titles = ["image", "input", *(f"block {number}" for number in range(1, len(maps)))]
+    for axes, title in zip(all_axes[0], titles, strict=True):
+        axes.set_title(title, fontsize=8)
+    note = "Upper rows: principal components of what differs from the mean image in each place."
+    figure.supxlabel(f"{note}\nLower rows: attention of the class token in the block.", fontsize=8)
+    return figure
+
+
+def some_images(
+    images: IndexedImages, limit: int, settings: dict[str, int], device: torch.device
+) -> Iterator[Tensor]:
+    """Yield batches of normalized images, at most this many, evenly spaced."""
+    for batch in build_eval_loader(images, limit=limit, device=device, **settings):
+        yield batch.to(device)[0]
+
+
+def shown_images(paths: list[str] | None, val_set: IndexedImages) -> Batch:
+    """Images to draw: from these files and folders, or some validation images."""
+    if paths:
+        files = list_images(paths, MAX_SHOWN)
+        samples = [Sample(val_set.transform(read_image(f)), label=-1, broken=[]) for f in files]
+        return collate(samples)
+    count = min(4, len(val_set))
+    shown = collate(val_set.__getitems__([(0, i * len(val_set) // count) for i in range(count)]))
+    if isinstance(shown, InputError):
+        raise shown
+    return shown
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and draw the features of every block."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="any file that main_knn.py --finetune reads: a checkpoint of this project or of the "
+        "released CrossMAE or MAE code, or a timm or Hugging Face ViT",
+    )
+    parser.add_argument("--output_dir", required=True, help="folder for results")
+    add_device_args(parser)
+    group = parser.add_argument_group("images")
+    group.add_argument("--data_path", help="folder of labeled images, with train/ and val/")
+    group.add_argument("--dataset", help="kind of --data_path, see main_pretrain.py (folder)")
+    group.add_argument("--val_path", help="folder of validation images (val/ in --data_path)")
+    group.add_argument(
+        "--images",
+        nargs="+",
+        help=f"files or folders of images to draw, at most {MAX_SHOWN} (some of val/)",
+    )
+    group.add_argument(
+        "--num_images",
+        type=positive_int,
+        default=NUM_IMAGES,
+        help="limit on the training images that vote, and on validation images, evenly spaced "
+        "(%(default)s)",
+    )
+    group.add_argument(
+        "--crop_pct",
+        type=crop_pct,
+        help="side of the center crop over the side of a resized image (224 / 256 up to 224 px, "
+        "1 above)",
+    )
+    add_loader_args(group)
+    args = parser.parse_args(argv)
+    data = take(DataSettings, args)
+    if not (data.data_path or data.dataset):
+        raise InputError("no images: give --data_path")
+    device = start_run(device=args.device, seed=args.seed)
+
+    start = starting_point(args.checkpoint, img_size=None, mean=None, std=None)
+    crop = args.crop_pct or default_crop_pct(start.img_size)
+    transform = eval_transform(*start.input_format, crop)
+    train_set, val_set = open_train_val(data, transform, transform, seed=args.seed)
+    num_classes = check_measurable(data.name, train_set, val_set, None)
+    shown = shown_images(args.images, val_set)
+    model = build_classifier(start.size, img_size=start.img_size, num_classes=0, pool="avg")
+    load_encoder(model, start.weights, head=False)
+    model.eval().to(device)
+    output = open_output(args.output_dir)
+
+    loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
+
+    def features_of(images: IndexedImages) -> tuple[Tensor, Tensor]:
+        loader = build_eval_loader(images, limit=args.num_images, device=device, **loading)
+        broken = BrokenImages(len(images), data.max_broken)
+        features, labels = extract_features(
+            partial(block_features, model),
+            tqdm(loader, unit="batch", disable=None, leave=False),
+            device=device,
+            precision=Precision("fp32", device),
+            broken=broken,
+        )
+        check_labels(labels, num_classes)
+        return features, labels
+
+    images, _ = shown.to(device)
+    pictures = denormalize(images, start.mean, start.std).clamp(0, 1)
+    means = mean_maps(model, some_images(val_set, NUM_FOR_MEAN, loading, device))
+    drawn = draw_blocks(model, images, pictures, means)
+    train, val = features_of(train_set), features_of(val_set)
+    num_maps = 1 + len(model.blocks)
+    results = block_accuracies(train, val, num_maps, device)
+    _logger.info(
+        "accuracy in %% on %s, with %s",
+        counted(len(val[1]), "validation image"),
+        counted(len(train[1]), "labeled training image"),
+    )
+    header = ["block", *(f"{k}-NN" for k in NEIGHBORS)]
+    log_table(header, [[str(block), *own.values()] for block, own in enumerate(results)])
+    report = {
+        "num_images": {"training": len(train[1]), "validation": len(val[1])},
+        "crop_pct": crop,
+        "blocks": [
+            {"block": block, **{f"knn{k}": percent for k, percent in own.items()}}
+            for block, own in enumerate(results)
+        ],
+    }
+    write_report(output, "features", vars(args), report, plot=plot(results), pictures=drawn)
+
+
+if __name__ == "__main__":
+    run_main(main)

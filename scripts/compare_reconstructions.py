@@ -1,0 +1,158 @@
+"""Compare the reconstructions of several checkpoints on the same masks (Fig. 2, Table 13).
+
+    python scripts/compare_reconstructions.py --checkpoints A B C --images DIR|FILES --output F.png
+    python scripts/compare_reconstructions.py --checkpoints A B C --table --data_path D \\
+        --images DIR|FILES --output F.png
+
+Columns: original, masked, and each checkpoint's reconstruction with the visible patches. F.json has
+PSNR and SSIM of the drawn images or, with --table, of all images in --data_path.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.analysis.inputs import (
+    CHECKPOINT_HELP,
+    AnalysisImages,
+    ImageSettings,
+    Subject,
+    add_image_args,
+    add_mask_args,
+    open_images,
+)
+from scripts.analysis.outputs import log_table
+from util.arguments import Parser, check_output_folders, take
+from util.data.batch import denormalize
+from util.errors import InputError, counted
+from util.eval.figures import COLUMNS, MOMENTS_NOTE, draw_figure, reconstruction_panels
+from util.eval.reconstructions import predicted_pixels, reconstruction_scores
+from util.runs.run import run_main, start_run, versions, write_json
+
+SSIM_SIDE = 11  # pixels of its window
+
+_logger = logging.getLogger(__name__)
+
+
+def label_checkpoints(paths: Sequence[str]) -> list[str]:
+    """Short names of checkpoints: their folders', or their own if these are the same."""
+    folders = [Path(path).resolve().parent.name for path in paths]
+    for names in (folders, [Path(path).stem for path in paths]):
+        if len(set(names)) == len(names):
+            return names
+    return list(paths)
+
+
+def check_comparable(subjects: Sequence[Subject], paths: Sequence[str]) -> None:
+    """Check that all checkpoints can have the same masks.
+
+    Raises:
+        InputError: image size, patch size or masking differ.
+    """
+    first = subjects[0]
+    for other, path in zip(subjects[1:], paths[1:], strict=True):
+        sizes = [(*s.model.encoder.img_size, s.model.encoder.patch_size) for s in (first, other)]
+        if sizes[0] != sizes[1]:
+            (h, w, p), (h2, w2, p2) = sizes
+            raise InputError(
+                f"{path} is for {h2} x {w2} px with patches of {p2}, {paths[0]} for {h} x {w} with "
+                f"patches of {p}: compare checkpoints of one size"
+            )
+        if first.masking != other.masking:
+            raise InputError(
+                f"{path} and {paths[0]} were trained with different masks: set --mask_ratio, or "
+                "compare checkpoints with the same --mask_sampling"
+            )
+
+
+def measure(subject: Subject, images: AnalysisImages) -> dict[str, float]:
+    """Mean PSNR and SSIM of a checkpoint's reconstructions."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    for batch, split in subject.batches(images):
+        scores = reconstruction_scores(subject.model, batch, split, subject.colors)
+        sums += torch.stack([score.sum() for score in scores]).cpu().double()
+    psnr, ssim = (sums / images.num_measured).tolist()
+    return {"psnr": psnr, "ssim": ssim}
+
+
+@torch.no_grad()
+def draw(subject: Subject, images: AnalysisImages) -> list[Tensor]:
+    """Panels of `reconstruction_panels` for a checkpoint."""
+    batch, split = subject.shown(images)
+    model = subject.model
+    pred = model.predict(batch, split)
+    pixels = predicted_pixels(model, pred, batch, split, subject.colors)
+    originals = denormalize(batch, *subject.colors)
+    panels = reconstruction_panels(originals, pixels, split, model.encoder.patch_size)
+    return [panel.cpu() for panel in panels]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compare checkpoints."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoints", required=True, nargs="+", help=CHECKPOINT_HELP)
+    add_mask_args(parser)
+    parser.add_argument("--output", type=Path, required=True, help="such as figure.png")
+    parser.add_argument(
+        "--table",
+        action="store_true",
+        help="measure the images in --data_path, not only those that are drawn (off)",
+    )
+    add_image_args(parser)
+    args = parser.parse_args(argv)
+    settings = take(ImageSettings, args)
+    check_output_folders(args.output)
+    if args.table and not (settings.data_path or settings.dataset):
+        raise InputError("--table needs images to measure: give --data_path")
+    device = start_run(device=args.device, seed=args.seed)
+
+    options = {"device": device, "seed": args.seed, "mask_ratio": args.mask_ratio}
+    subjects = [Subject.load(path, **options) for path in args.checkpoints]
+    check_comparable(subjects, args.checkpoints)
+    if min(subjects[0].model.encoder.img_size) < SSIM_SIDE:
+        raise InputError(f"SSIM needs images of at least {SSIM_SIDE} px: use other checkpoints")
+
+    names = label_checkpoints(args.checkpoints)
+    opened = [
+        open_images(settings, subject.transform, seed=args.seed, device=device)
+        for subject in subjects
+    ]
+    panels = [draw(subject, images) for subject, images in zip(subjects, opened, strict=True)]
+    columns = [*panels[0][:2], *(own[3] for own in panels)]
+    note = MOMENTS_NOTE if any(subject.model.norm_pix_loss for subject in subjects) else ""
+    figure = draw_figure(columns, [*COLUMNS[:2], *names], note=note)
+    try:
+        Image.fromarray(figure).save(args.output)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write --output {args.output}: {error}") from error
+
+    if not args.table:
+        opened = [images.only_shown() for images in opened]
+    results = {
+        name: {"checkpoint": path, **measure(subject, images)}
+        for name, path, subject, images in zip(
+            names, args.checkpoints, subjects, opened, strict=True
+        )
+    }
+    num_images = opened[0].num_measured
+    _logger.info(
+        "PSNR of the masked patches and SSIM of the image, mean of %s",
+        counted(num_images, "image"),
+    )
+    log_table(["", "PSNR, dB", "SSIM"], [[n, r["psnr"], r["ssim"]] for n, r in results.items()])
+    arguments = {**vars(args), "output": str(args.output)}
+    report = {"num_images": num_images, "checkpoints": results}
+    path = args.output.with_suffix(".json")
+    write_json(path, {"args": arguments, "versions": versions(), **report})
+    _logger.info("wrote %s and %s", args.output, path)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,112 @@
+"""Features of every encoder block: for k-NN, as pictures, and where the class token attends."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from util.eval.attention import watch_scores
+
+EPS = 1e-6  # of the norm, as in the encoder's
+OUTLIERS = 0.02  # fraction of patches at either end of a component that saturate its color
+
+
+@contextmanager
+def watch_blocks(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
+    """Context with a list that gets the first block's input and every block's output.
+
+    The list grows with each forward pass.
+    """
+    seen: list[Tensor] = []
+    handles = [blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))]
+    handles += [b.register_forward_hook(lambda *call: seen.append(call[-1])) for b in blocks]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def feature_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Encode images (B, C, H, W) -> K = 1 + depth maps (B, 1+L, D), class token first.
+
+    Args:
+        model: a ViT.
+    """
+    with watch_blocks(model.blocks) as maps:
+        model.encode(images)
+    return maps
+
+
+def block_features(model: nn.Module, images: Tensor) -> Tensor:
+    """Normalized mean of the patch tokens in every feature map, (B, C, H, W) -> (B, K*D).
+
+    The norm has no scale or shift, as in `ViT.features`.
+    """
+    means = [x[:, 1:].mean(dim=1) for x in feature_maps(model, images)]  # K of (B, D)
+    return torch.cat([F.layer_norm(x, x.shape[-1:], eps=EPS) for x in means], dim=1)
+
+
+def mean_maps(model: nn.Module, batches: Iterable[Tensor]) -> list[Tensor]:
+    """Mean over images of every feature map, K of (1+L, D): what a place looks like in general.
+
+    Args:
+        batches: images (B, C, H, W).
+    """
+    sums, number = [], 0
+    for images in batches:
+        own = [x.sum(dim=0) for x in feature_maps(model, images)]
+        sums = [a + b for a, b in zip(sums, own, strict=True)] if sums else own
+        number += len(images)
+    return [total / number for total in sums]
+
+
+def principal_colors(tokens: Tensor) -> Tensor:
+    """Color patches by the first three principal components of their features.
+
+    The components are those of all patches together, so equal colors mean similar features in all
+    of the pictures. Each is scaled so that all but a few outliers fall into [0, 1].
+
+    Args:
+        tokens: (B, L, D), without class tokens.
+
+    Returns:
+        (B, L, 3) in [0, 1]; components that the features do not have are 0.5.
+    """
+    flat = tokens.double().flatten(0, 1)  # (B*L, D)
+    rounding = 10 * torch.finfo(tokens.dtype).eps * torch.linalg.norm(flat)
+    flat = flat - flat.mean(dim=0)
+    left, values, _ = torch.linalg.svd(flat, full_matrices=False)
+    values = torch.where(values > rounding, values, 0.0)
+    components = F.pad(left * values, (0, max(0, 3 - len(values))))[:, :3]  # (B*L, 3)
+    # The sign of a component is arbitrary: make the skew positive, whatever the library returns.
+    components = torch.where(components.pow(3).sum(dim=0) < 0, -components, components)
+    low, high = torch.quantile(
+        components, torch.tensor([OUTLIERS, 1 - OUTLIERS]).to(components), dim=0
+    )
+    scaled = (components - low) / (high - low).clamp(min=torch.finfo(torch.float64).tiny)
+    colors = torch.where(high > low, scaled, 0.5).clamp(0, 1)
+    return colors.view(*tokens.shape[:2], 3).float()
+
+
+@torch.no_grad()
+def class_attention(model: nn.Module, images: Tensor) -> Tensor:
+    """Attention of the class token to the patches, (B, C, H, W) -> (depth, B, L).
+
+    The mean over heads; what the class token pays to itself is left out, so a map sums to less
+    than 1.
+    """
+    maps: list[Tensor] = []
+
+    def keep(scores: Tensor) -> None:
+        maps.append(scores[:, :, :1].softmax(dim=-1)[:, :, 0, 1:].mean(dim=1))  # (B, L)
+
+    with ExitStack() as watching:
+        for block in model.blocks:
+            watching.enter_context(watch_scores(block.attn, keep))
+        model.encode(images)
+    return torch.stack(maps)
