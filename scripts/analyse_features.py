@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def features_of(images: IndexedImages) -> tuple[Tensor, Tensor]:
         loader = build_eval_loader(images, limit=args.num_images, device=device, **loading)
-        broken = BrokenImages(len(images), data.max_broken)
+        broken = BrokenImages(min(len(images), args.num_images), data.max_broken)
         features, labels = extract_features(
             partial(block_features, model),
             tqdm(loader, unit="batch", disable=None, leave=False),

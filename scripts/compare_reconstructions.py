@@ -34,7 +34,7 @@ from util.data.batch import denormalize
 from util.errors import InputError, counted
 from util.eval.figures import COLUMNS, MOMENTS_NOTE, draw_figure, reconstruction_panels
 from util.eval.reconstructions import predicted_pixels, reconstruction_scores
-from util.runs.run import run_main, start_run, versions, write_json
+from util.runs.run import run_main, set_aside, start_run, versions, write_json
 
 SSIM_SIDE = 11  # pixels of its window
 
@@ -42,11 +42,17 @@ _logger = logging.getLogger(__name__)
 
 
 def label_checkpoints(paths: Sequence[str]) -> list[str]:
-    """Short names of checkpoints: their folders', or their own if these are the same."""
+    """Short names of checkpoints: their folders', or their own if these are the same.
+
+    Raises:
+        InputError: a checkpoint is named twice.
+    """
     folders = [Path(path).resolve().parent.name for path in paths]
     for names in (folders, [Path(path).stem for path in paths]):
         if len(set(names)) == len(names):
             return names
+    if len(set(paths)) < len(paths):
+        raise InputError("--checkpoints names a file twice: leave one out")
     return list(paths)
 
 
@@ -111,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_output_folders(args.output)
     if args.table and not (settings.data_path or settings.dataset):
         raise InputError("--table needs images to measure: give --data_path")
+    names = label_checkpoints(args.checkpoints)
     device = start_run(device=args.device, seed=args.seed)
 
     options = {"device": device, "seed": args.seed, "mask_ratio": args.mask_ratio}
@@ -119,7 +126,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if min(subjects[0].model.encoder.img_size) < SSIM_SIDE:
         raise InputError(f"SSIM needs images of at least {SSIM_SIDE} px: use other checkpoints")
 
-    names = label_checkpoints(args.checkpoints)
     opened = [
         open_images(settings, subject.transform, seed=args.seed, device=device)
         for subject in subjects
@@ -129,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     note = MOMENTS_NOTE if any(subject.model.norm_pix_loss for subject in subjects) else ""
     figure = draw_figure(columns, [*COLUMNS[:2], *names], note=note)
     try:
+        set_aside(args.output)
         Image.fromarray(figure).save(args.output)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot write --output {args.output}: {error}") from error

@@ -238,7 +238,12 @@ def add_mask_args(parser: Parser) -> None:
 def add_device_args(parser: Parser) -> None:
     """Add the flags of device and seed."""
     parser.add_argument("--device", help="cuda, cuda:N or cpu (cuda if available)")
-    parser.add_argument("--seed", type=seed_number, default=0, help="of the masks (%(default)s)")
+    parser.add_argument(
+        "--seed",
+        type=seed_number,
+        default=0,
+        help="of the masks, where an analysis has any (%(default)s)",
+    )
 
 
 def add_image_args(parser: Parser, *, draws: bool = True) -> None:
