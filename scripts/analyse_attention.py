@@ -20,10 +20,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.analysis.inputs import (
+    MEMORY_ADVICE,
     ImageSettings,
     Subject,
     analysis_parser,
     open_images,
+    start_analysis,
 )
 from scripts.analysis.outputs import log_table, open_output, write_report
 from util.arguments import natural_int, take
@@ -31,6 +33,7 @@ from util.data.batch import denormalize
 from util.errors import InputError, counted
 from util.eval.attention import (
     KEYS,
+    READINGS,
     LayerAttention,
     attention_maps,
     compare_keys,
@@ -39,12 +42,13 @@ from util.eval.attention import (
 from util.eval.figures import GRAY
 from util.eval.plots import SEQUENTIAL, new_figure, picture_grid, show_picture
 from util.masking import TokenSplit, is_masked
-from util.runs.run import run_main, start_run
+from util.runs.run import run_main
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAPER = "visible 1.42, masked 0.39, ratio 3.64"  # Fig. 1b
+MAX_PATCHES = 8  # in each image
 COLORS = {"class": "#E69F00", "visible": "#0072B2", "masked": "#999999", "itself": "#555555"}
 
 _logger = logging.getLogger(__name__)
@@ -52,50 +56,44 @@ _logger = logging.getLogger(__name__)
 
 def as_json(layer: LayerAttention) -> dict[str, object]:
     """A layer's numbers as plain values, for the mean of its heads and each head."""
-
-    def numbers(mass: Tensor, per_key: Tensor, logits: Tensor) -> dict[str, object]:
-        parts = {"per_key": per_key, "logits": logits}
-        own = {
-            name: dict(zip(KEYS, map(_plain, v.tolist()), strict=True)) for name, v in parts.items()
-        }
-        return {**dict(zip(KEYS, mass.tolist(), strict=True)), **own}
-
-    values = (layer.mass, layer.per_key, layer.logits)
-    heads = [numbers(*own) for own in zip(*values, strict=True)]
+    heads = [_numbers(layer, [head]) for head in range(len(layer.mass))]
     return {
         "block": layer.block,
         "attention": layer.kind,
         "num_keys": dict(zip(KEYS, layer.num_keys, strict=True)),
-        **numbers(*(value.mean(dim=0) for value in values)),
+        **_numbers(layer, list(range(len(heads)))),
         "heads": [{"head": number, **own} for number, own in enumerate(heads, start=1)],
     }
 
 
-def _plain(value: float) -> float | None:
-    return None if value != value else value
+def _numbers(layer: LayerAttention, heads: list[int]) -> dict[str, object]:
+    """Mean of some heads: the sums by kind of key, and every reading; None without keys."""
+
+    def by_kind(values: Tensor) -> dict[str, float | None]:
+        means = values[heads].mean(dim=0).tolist()
+        return {kind: None if m != m else m for kind, m in zip(KEYS, means, strict=True)}
+
+    return by_kind(layer.mass) | {name: by_kind(getattr(layer, name)) for name in READINGS}
 
 
 def log_results(layers: Sequence[LayerAttention]) -> dict[str, object]:
     """Log the table of blocks and the paper's comparison; return the comparison."""
-    header = ["block", *KEYS, "", *(f"{name}/key" for name in KEYS[:3]), "visible : masked"]
-    rows = []
-    for layer in layers:
-        mass, per_key = (x.mean(dim=0).tolist() for x in (layer.mass, layer.per_key))
-        ratio = per_key[1] / per_key[2]
-        rows.append([f"{layer.block} {layer.kind}", *mass, None, *per_key[:3], ratio])
-    _logger.info(
-        "attention of masked tokens: sums, and means per key relative to uniform attention"
-    )
-    log_table(header, rows)
+    tables = {"mass": "sum of a masked token's attention to all keys of a kind", **READINGS}
+    for name, title in tables.items():
+        _logger.info("%s:", title)
+        values = [getattr(layer, name).mean(dim=0).tolist() for layer in layers]
+        names = [f"{layer.block} {layer.kind}" for layer in layers]
+        log_table(["block", *KEYS], [[n, *v] for n, v in zip(names, values, strict=True)])
     result: dict[str, object] = {}
     joint = [layer for layer in layers if layer.num_keys[1] and layer.num_keys[2]]
     if not joint:
-        _logger.info("no layer has visible and masked keys, so there is nothing to compare")
+        _logger.info("no layer attends to both visible and masked tokens: nothing to compare")
         return result
     for name, means in compare_keys(joint).items():
         result[name] = {**means._asdict(), "ratio": means.ratio}
         ratio = "" if means.ratio is None else f", ratio {means.ratio:.2f}"
-        _logger.info("%s: visible %.3f, masked %.3f%s", name, means.visible, means.masked, ratio)
+        values = (READINGS[name], means.visible, means.masked, ratio)
+        _logger.info("%s: visible %.3f, masked %.3f%s", *values)
     _logger.info("the paper's MAE, ViT-B: %s", PAPER)
     per_key = torch.stack([layer.per_key.mean(dim=0) for layer in joint])  # (J, 4)
     more = int((per_key[:, 1] > per_key[:, 2]).sum())
@@ -105,8 +103,8 @@ def log_results(layers: Sequence[LayerAttention]) -> dict[str, object]:
         slope = float(np.polyfit(range(len(joint)), per_key[:, 2].numpy(), 1)[0])
         result["slope_of_masked"] = slope
         _logger.info(
-            "a visible key gets more than a masked one in %d of %s; attention to a masked key "
-            "changes by %+.4f from block to block",
+            "a visible key gets more than a masked one in %d of %s; attention to a masked key, "
+            "relative to uniform, changes by %+.4f from block to block",
             *(more, counted(len(joint), "block"), slope),
         )
     return result
@@ -220,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     settings = take(ImageSettings, args)
-    device = start_run(device=args.device, seed=args.seed)
+    device = start_analysis(args)
 
     subject = Subject.load(
         args.checkpoint, device=device, seed=args.seed, mask_ratio=args.mask_ratio
@@ -228,8 +226,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts, grid_size = subject.masking.counts, subject.model.encoder.grid_size
     for patch in (p for p in args.patches or () if p >= counts.patches):
         raise InputError(f"--patches {patch} does not exist: the last one is {counts.patches - 1}")
-    if len(args.patches or ()) > counts.masked:
-        raise InputError(f"--patches names more than the {counts.masked} masked ones: name fewer")
+    if len(args.patches or ()) > min(MAX_PATCHES, counts.masked):
+        limit = min(MAX_PATCHES, counts.masked)
+        raise InputError(f"--patches can name at most {limit} patches: name fewer")
     images = open_images(settings, subject.transform, seed=args.seed, device=device)
     shown, split = subject.shown(images, masked=args.patches or ())
     chosen = choose_patches(args.patches, split, grid_size)
@@ -248,4 +247,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, memory_advice=MEMORY_ADVICE)

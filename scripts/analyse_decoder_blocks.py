@@ -19,10 +19,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.analysis.inputs import (
+    MEMORY_ADVICE,
     ImageSettings,
     Subject,
     analysis_parser,
     open_images,
+    start_analysis,
 )
 from scripts.analysis.outputs import log_table, open_output, write_report
 from util.arguments import take
@@ -32,7 +34,7 @@ from util.eval.decoder_blocks import BlockShares, block_levels, level_pixels, me
 from util.eval.figures import GRAY, MOMENTS_NOTE, reconstruction_panels
 from util.eval.plots import SEQUENTIAL, new_figure, picture_grid, show_picture
 from util.masking import TokenSplit
-from util.runs.run import run_main, start_run
+from util.runs.run import run_main
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,19 +54,22 @@ def log_results(found: BlockShares) -> list[dict[str, object]]:
         "detail": found.detail,
         "psnr": found.psnr,
     }
-    rows = [
+    rows: list[dict[str, object]] = [
         {"block": level, **{name: own[level].item() for name, own in columns.items()}}
         for level in range(len(found.psnr))
     ]
-    _logger.info("shares of the reconstruction, of its coarse and its fine half of frequencies,")
-    _logger.info("the fine half of each block's own energy, and PSNR after the block")
+    _logger.info(
+        "share of the reconstruction: of all frequencies, of the coarse and of the fine half; the "
+        "fine half's part of the block's own energy; PSNR of the sum up to the block"
+    )
     names = [INPUT, *(f"block {level}" for level in range(1, len(rows)))]
     header = ["", "share", "coarse", "fine", "own fine", "PSNR, dB"]
     log_table(
         header, [[name, *list(row.values())[1:]] for name, row in zip(names, rows, strict=True)]
     )
-    energy = found.energy.tolist()
-    return [{**row, "energy": own} for row, own in zip(rows, energy, strict=True)]
+    for row, total, energy in zip(rows, found.share.cumsum(0), found.energy, strict=True):
+        row |= {"cumulative_share": total.item(), "energy": energy.tolist()}
+    return rows
 
 
 def plot(found: BlockShares) -> "Figure":
@@ -133,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = analysis_parser(__doc__)
     args = parser.parse_args(argv)
     settings = take(ImageSettings, args)
-    device = start_run(device=args.device, seed=args.seed)
+    device = start_analysis(args)
 
     subject = Subject.load(
         args.checkpoint, device=device, seed=args.seed, mask_ratio=args.mask_ratio
@@ -149,4 +154,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, memory_advice=MEMORY_ADVICE)

@@ -2,8 +2,9 @@
 
     python scripts/analyse_features.py --checkpoint C --data_path D --output_dir O
 
-O/features.json and O/features.png have the k-NN accuracy of the features of every block, as
-main_knn.py measures that of the last one. O/features_pictures.png has, for a few images and every
+O/features.json and O/features.png have the k-NN accuracy of the features of every block, measured
+as main_knn.py does for the last one, but without the norm of a fine-tuned encoder and in float32.
+O/features_pictures.png has, for a few images and every
 block, the first three principal components of the patches' features as colors, after the mean of
 each place is subtracted, and where the class token attends. It needs matplotlib.
 """
@@ -25,15 +26,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models import build_classifier, starting_point
 from scripts.analysis.inputs import (
     MAX_SHOWN,
+    MEMORY_ADVICE,
     add_device_args,
     add_loader_args,
     list_images,
-    read_image,
+    read_images,
+    start_analysis,
 )
 from scripts.analysis.outputs import log_table, open_output, write_report
 from util.arguments import Parser, positive_int, take
 from util.compute.precision import Precision
-from util.data.batch import Batch, Sample, collate, denormalize
+from util.data.batch import Batch, collate, denormalize
 from util.data.broken_images import BrokenImages
 from util.data.classes import check_labels
 from util.data.datasets import open_train_val
@@ -52,7 +55,7 @@ from util.eval.block_features import (
 from util.eval.frozen_features import check_measurable
 from util.eval.knn import extract_features, knn_accuracy
 from util.eval.plots import SEQUENTIAL, new_figure, picture_grid, show_picture
-from util.runs.run import run_main, start_run
+from util.runs.run import run_main
 from util.weights.encoder import load_encoder
 
 if TYPE_CHECKING:
@@ -118,8 +121,11 @@ def draw_blocks(
     titles = ["image", "input", *(f"block {number}" for number in range(1, len(maps)))]
     for axes, title in zip(all_axes[0], titles, strict=True):
         axes.set_title(title, fontsize=8)
-    note = "Upper rows: principal components of what differs from the mean image in each place."
-    figure.supxlabel(f"{note}\nLower rows: attention of the class token in the block.", fontsize=8)
+    notes = (
+        "Upper rows: principal components of features minus their mean over images in each place.",
+        "Lower rows: attention of the class token in the block, each on a scale of its own.",
+    )
+    figure.supxlabel("\n".join(notes), fontsize=8)
     return figure
 
 
@@ -127,17 +133,16 @@ def some_images(
     images: IndexedImages, limit: int, settings: dict[str, int], device: torch.device
 ) -> Iterator[Tensor]:
     """Yield batches of normalized images, at most this many, evenly spaced."""
-    for batch in build_eval_loader(images, limit=limit, device=device, **settings):
+    loader = build_eval_loader(images, limit=limit, device=device, **settings)
+    for batch in tqdm(loader, unit="batch", disable=None, leave=False):
         yield batch.to(device)[0]
 
 
 def shown_images(paths: list[str] | None, val_set: IndexedImages) -> Batch:
     """Images to draw: from these files and folders, or some validation images."""
     if paths:
-        files = list_images(paths, MAX_SHOWN)
-        samples = [Sample(val_set.transform(read_image(f)), label=-1, broken=[]) for f in files]
-        return collate(samples)
-    count = min(4, len(val_set))
+        return read_images(list_images(paths, MAX_SHOWN), val_set.transform)
+    count = min(MAX_SHOWN // 2, len(val_set))  # two rows for each
     shown = collate(val_set.__getitems__([(0, i * len(val_set) // count) for i in range(count)]))
     if isinstance(shown, InputError):
         raise shown
@@ -181,8 +186,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     data = take(DataSettings, args)
     if not (data.data_path or data.dataset):
-        raise InputError("no images: give --data_path")
-    device = start_run(device=args.device, seed=args.seed)
+        raise InputError("k-NN accuracy needs labeled images: give --data_path")
+    device = start_analysis(args)
 
     start = starting_point(args.checkpoint, img_size=None, mean=None, std=None)
     crop = args.crop_pct or default_crop_pct(start.img_size)
@@ -212,7 +217,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     images, _ = shown.to(device)
     pictures = denormalize(images, start.mean, start.std).clamp(0, 1)
-    means = mean_maps(model, some_images(val_set, NUM_FOR_MEAN, loading, device))
+    few = some_images(val_set, min(NUM_FOR_MEAN, args.num_images), loading, device)
+    means = mean_maps(model, few)
     drawn = draw_blocks(model, images, pictures, means)
     train, val = features_of(train_set), features_of(val_set)
     num_maps = 1 + len(model.blocks)
@@ -236,4 +242,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, memory_advice=MEMORY_ADVICE)

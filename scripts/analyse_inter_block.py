@@ -4,8 +4,9 @@
     python scripts/analyse_inter_block.py --checkpoint C --data_path D --output_dir O
 
 O/inter_block.json and O/inter_block.png have the weights, their shares in each mix, and whether
-later decoder blocks read earlier feature maps, compared with random starts. With images, the shares
-are also those of weights times the size of their maps. It needs matplotlib.
+later decoder blocks read earlier feature maps, with the probability of that trend in a random
+start. With images, the shares are also those of weights times the size of their maps. It needs
+matplotlib.
 """
 
 import logging
@@ -20,10 +21,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.analysis.inputs import (
+    MEMORY_ADVICE,
     ImageSettings,
     Subject,
     analysis_parser,
     open_images,
+    start_analysis,
 )
 from scripts.analysis.outputs import log_table, open_output, write_report
 from util.arguments import take
@@ -38,10 +41,12 @@ from util.eval.inter_block import (
     shares,
 )
 from util.eval.plots import DIVERGING, SEQUENTIAL, heat_map, new_figure
-from util.runs.run import run_main, start_run
+from util.runs.run import run_main
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+LABELS = {"weight": "|weight|", "weight_times_size": "|weight| x size of the map"}
 
 _logger = logging.getLogger(__name__)
 
@@ -70,14 +75,17 @@ class Reading(NamedTuple):
 def log_reading(name: str, reading: Reading, map_ids: Sequence[int]) -> None:
     """Log the table of shares and the trend."""
     own, middle = shares(reading.weights), centers(reading.weights, map_ids)
-    _logger.info("share of each feature map in the mix of a decoder block by %s, and center", name)
+    _logger.info(
+        "mix of each decoder block: share of every feature map by %s, and the center of mass",
+        LABELS[name],
+    )
     rows = enumerate(zip(own.tolist(), middle.tolist(), strict=True), start=1)
     log_table(["block", *map(str, map_ids), "center"], [[str(j), *row, c] for j, (row, c) in rows])
     if reading.trend is None:
         _logger.info("no trend: this needs at least two decoder blocks with a mix of their own")
         return
     _logger.info(
-        "rank correlation of decoder block and center %.3f, p = %.4g against random starts",
+        "rank correlation of decoder block and center %.3f, p = %.4g for a random start",
         *reading.trend,
     )
 
@@ -97,11 +105,12 @@ def plot(readings: dict[str, Reading], map_ids: Sequence[int]) -> "Figure":
         own = shares(reading.weights).numpy()
         image = heat_map(axes, own, map_ids, rows, cmap=SEQUENTIAL, vmin=0)
         figure.colorbar(image, ax=axes)
-        places = own @ np.arange(len(map_ids))
+        middle = centers(reading.weights, map_ids)
+        places = np.interp(middle, np.sort(map_ids), np.argsort(map_ids))
         axes.plot(places, range(len(own)), "o-", color="white", markersize=3, linewidth=1)
         trend = reading.trend
         found = f"\nrank correlation {trend.rho:.2f}, p = {trend.p_value:.2g}" if trend else ""
-        axes.set_title(f"share of {name}{found}", fontsize=9)
+        axes.set_title(f"share of {LABELS[name]}{found}", fontsize=9)
     figure.supxlabel("feature map (0: the encoder's input); white: center of the row", fontsize=9)
     return figure
 
@@ -110,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Draw and test the weights of inter-block attention."""
     parser = analysis_parser(__doc__, draws=False)
     args = parser.parse_args(argv)
-    device = start_run(device=args.device, seed=args.seed)
+    device = start_analysis(args)
 
     subject = Subject.load(
         args.checkpoint, device=device, seed=args.seed, mask_ratio=args.mask_ratio
@@ -123,16 +132,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     weights, map_ids = mixing_weights(mixer), list(mixer.map_ids)
     output = open_output(args.output_dir)
-    readings = {"|weight|": Reading.of(weights, map_ids, args.seed)}
+    readings = {"weight": Reading.of(weights, map_ids, args.seed)}
     report = {"map_ids": map_ids, "num_images": 0}
-    if args.data_path or args.dataset:
+    if args.data_path or args.dataset or args.images:
         settings = take(ImageSettings, args)
         images = open_images(settings, subject.transform, seed=args.seed, device=device)
         report["num_images"] = images.num_measured
         _logger.info("measuring the feature maps of %s", counted(images.num_measured, "image"))
         sizes = map_sizes(subject.model, subject.batches(images))
         report["map_sizes"] = sizes.tolist()
-        readings["|weight| x size of the map"] = Reading.of(weights * sizes, map_ids, args.seed)
+        readings["weight_times_size"] = Reading.of(weights * sizes, map_ids, args.seed)
     for name, reading in readings.items():
         log_reading(name, reading, map_ids)
     report["readings"] = {name: own.as_json(map_ids) for name, own in readings.items()}
@@ -141,4 +150,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, memory_advice=MEMORY_ADVICE)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -21,12 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.analysis.inputs import (
     CHECKPOINT_HELP,
+    MEMORY_ADVICE,
     AnalysisImages,
     ImageSettings,
     Subject,
     add_image_args,
     add_mask_args,
     open_images,
+    start_analysis,
 )
 from scripts.analysis.outputs import log_table
 from util.arguments import Parser, check_output_folders, take
@@ -34,7 +37,7 @@ from util.data.batch import denormalize
 from util.errors import InputError, counted
 from util.eval.figures import COLUMNS, MOMENTS_NOTE, draw_figure, reconstruction_panels
 from util.eval.reconstructions import predicted_pixels, reconstruction_scores
-from util.runs.run import run_main, set_aside, start_run, versions, write_json
+from util.runs.run import run_main, set_aside, versions, write_json
 
 SSIM_SIDE = 11  # pixels of its window
 
@@ -100,6 +103,30 @@ def draw(subject: Subject, images: AnalysisImages) -> list[Tensor]:
     return [panel.cpu() for panel in panels]
 
 
+def save_picture(figure: np.ndarray, path: Path) -> None:
+    """Write the figure; an earlier one is renamed to include its time.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}")
+    try:
+        Image.fromarray(figure).save(temporary)
+        set_aside(path)
+        temporary.replace(path)
+    except (OSError, ValueError) as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"cannot write --output {path}: {error}") from error
+
+
+def moments_note(subjects: dict[str, Subject]) -> str:
+    """Say which columns have the originals' patch moments."""
+    normalized = [name for name, subject in subjects.items() if subject.model.norm_pix_loss]
+    if len(normalized) == len(subjects):
+        return MOMENTS_NOTE
+    return f"{', '.join(normalized)}: {MOMENTS_NOTE}" if normalized else ""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare checkpoints."""
     parser = Parser(description=__doc__.splitlines()[0])
@@ -115,51 +142,50 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     settings = take(ImageSettings, args)
     check_output_folders(args.output)
+    if args.output.suffix.lower() not in Image.registered_extensions():
+        raise InputError(f"--output {args.output} is not a picture: call it figure.png, say")
     if args.table and not (settings.data_path or settings.dataset):
         raise InputError("--table needs images to measure: give --data_path")
     names = label_checkpoints(args.checkpoints)
-    device = start_run(device=args.device, seed=args.seed)
+    device = start_analysis(args)
 
     options = {"device": device, "seed": args.seed, "mask_ratio": args.mask_ratio}
-    subjects = [Subject.load(path, **options) for path in args.checkpoints]
-    check_comparable(subjects, args.checkpoints)
-    if min(subjects[0].model.encoder.img_size) < SSIM_SIDE:
-        raise InputError(f"SSIM needs images of at least {SSIM_SIDE} px: use other checkpoints")
-
-    opened = [
-        open_images(settings, subject.transform, seed=args.seed, device=device)
-        for subject in subjects
-    ]
-    panels = [draw(subject, images) for subject, images in zip(subjects, opened, strict=True)]
-    columns = [*panels[0][:2], *(own[3] for own in panels)]
-    note = MOMENTS_NOTE if any(subject.model.norm_pix_loss for subject in subjects) else ""
-    figure = draw_figure(columns, [*COLUMNS[:2], *names], note=note)
-    try:
-        set_aside(args.output)
-        Image.fromarray(figure).save(args.output)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot write --output {args.output}: {error}") from error
-
-    if not args.table:
-        opened = [images.only_shown() for images in opened]
-    results = {
-        name: {"checkpoint": path, **measure(subject, images)}
-        for name, path, subject, images in zip(
-            names, args.checkpoints, subjects, opened, strict=True
-        )
+    subjects = {
+        name: Subject.load(path, **options)
+        for name, path in zip(names, args.checkpoints, strict=True)
     }
-    num_images = opened[0].num_measured
+    check_comparable(list(subjects.values()), args.checkpoints)
+    if min(next(iter(subjects.values())).model.encoder.img_size) < SSIM_SIDE:
+        raise InputError(f"SSIM needs images of at least {SSIM_SIDE} px: use other checkpoints")
+    opened = {
+        name: open_images(settings, subject.transform, seed=args.seed, device=device)
+        for name, subject in subjects.items()
+    }
+    panels = [draw(subject, opened[name]) for name, subject in subjects.items()]
+    columns = [*panels[0][:2], *(own[3] for own in panels)]
+    note = moments_note(subjects)
+    save_picture(draw_figure(columns, [*COLUMNS[:2], *names], note=note), args.output)
+
+    results = {}
+    for (name, subject), path in zip(subjects.items(), args.checkpoints, strict=True):
+        images = opened[name] if args.table else opened[name].only_shown()
+        moments = "original" if subject.model.norm_pix_loss else "predicted"
+        found = measure(subject, images)
+        results[name] = {"checkpoint": path, "patch_moments": moments, **found}
     _logger.info(
         "PSNR of the masked patches and SSIM of the image, mean of %s",
-        counted(num_images, "image"),
+        counted(images.num_measured, "image"),
     )
-    log_table(["", "PSNR, dB", "SSIM"], [[n, r["psnr"], r["ssim"]] for n, r in results.items()])
+    header = ["", "PSNR, dB", "SSIM", "patch mean and deviation"]
+    log_table(header, [[n, r["psnr"], r["ssim"], r["patch_moments"]] for n, r in results.items()])
+    if len({result["patch_moments"] for result in results.values()}) > 1:
+        _logger.warning("not comparable: some were given the patches' mean and deviation")
     arguments = {**vars(args), "output": str(args.output)}
-    report = {"num_images": num_images, "checkpoints": results}
+    report = {"num_images": images.num_measured, "checkpoints": results}
     path = args.output.with_suffix(".json")
     write_json(path, {"args": arguments, "versions": versions(), **report})
     _logger.info("wrote %s and %s", args.output, path)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, memory_advice=MEMORY_ADVICE)

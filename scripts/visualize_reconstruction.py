@@ -15,16 +15,12 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models import load_model
-from scripts.analysis.inputs import list_images, read_image
+from scripts.analysis.inputs import CHECKPOINT_HELP, Subject, list_images, read_images
 from util.arguments import Parser, positive_int, ratio, seed_number
 from util.compute.precision import Precision
-from util.data.batch import Sample, collate
-from util.data.transforms import eval_transform
 from util.errors import InputError, counted
 from util.eval.figures import draw_reconstructions
 from util.eval.monitor import val_split
-from util.masking import Masking, MaskSettings
 from util.runs.run import run_main, start_run
 
 _logger = logging.getLogger(__name__)
@@ -33,9 +29,7 @@ _logger = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw the figure."""
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--checkpoint", required=True, help="checkpoint of main_pretrain.py, or a released one"
-    )
+    parser.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
     parser.add_argument("--images", required=True, nargs="+", help="image files or folders")
     parser.add_argument("--output", required=True, help="output file, such as figure.png")
     parser.add_argument(
@@ -50,18 +44,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = start_run(device=args.device, seed=args.seed)
 
     files = list_images(args.images, args.num_images)
-    model, training = load_model(args.checkpoint)
-    model.to(device)
-    mean, std, encoder = training["mean"], training["std"], model.encoder
-    transform = eval_transform(encoder.img_size, mean, std)
-    samples = [Sample(transform(read_image(path)), label=-1, broken=[]) for path in files]
-    images, _ = collate(samples).to(device)  # (B, 3, H, W)
-    mask_ratio = args.mask_ratio or training["mask_ratio"]
-    masks = MaskSettings(mask_ratio, mask_sampling=training["mask_sampling"])
-    masking = Masking.of(masks, encoder.grid_size, seed=args.seed, all_masked=True)
-    split = val_split(masking, range(len(images)), device)
+    subject = Subject.load(
+        args.checkpoint, device=device, seed=args.seed, mask_ratio=args.mask_ratio
+    )
+    images, _ = read_images(files, subject.transform).to(device)  # (B, 3, H, W)
+    split = val_split(subject.masking, range(len(images)), device)
+    mean, std = subject.colors
     figure = draw_reconstructions(
-        model, images, split, mean=mean, std=std, precision=Precision("fp32", device)
+        subject.model, images, split, mean=mean, std=std, precision=Precision("fp32", device)
     )
     try:
         Image.fromarray(figure).save(args.output)

@@ -9,17 +9,17 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from models import load_model
 from util.arguments import Parser, positive_int, ratio, seed_number
+from util.compute.distributed import world_size
 from util.data.batch import Batch, Sample, collate
-from util.data.broken_images import BrokenImages
+from util.data.broken_images import BrokenImages, reason_of
 from util.data.datasets import build_dataset, open_val
 from util.data.decode import read_pixels
-from util.data.images import IndexedImages, Transform
+from util.data.images import IMAGE_SUFFIXES, IndexedImages, Transform
 from util.data.loaders import build_eval_loader
 from util.data.settings import DataSettings, add_reading_args
 from util.data.transforms import eval_transform
@@ -27,14 +27,18 @@ from util.errors import InputError
 from util.eval.monitor import masked_batches, val_split
 from util.eval.reconstructions import Colors
 from util.masking import Masking, MaskSettings, TokenSplit
+from util.runs.run import start_run
 
 MAX_SHOWN = 8  # images in a figure
-CHECKPOINT_HELP = "of main_pretrain.py, or of the released CrossMAE or MAE code with its decoder"
+CHECKPOINT_HELP = (
+    "checkpoint of main_pretrain.py, or a released CrossMAE or MAE checkpoint that has its decoder"
+)
+MEMORY_ADVICE = "lower --batch_size"
 
 _logger = logging.getLogger(__name__)
 
 
-def list_images(paths: Sequence[str], limit: int) -> list[Path]:
+def list_images(paths: Sequence[str], limit: int | None = None) -> list[Path]:
     """List the given files and the images in the given folders; above a limit, choose evenly.
 
     Raises:
@@ -44,25 +48,47 @@ def list_images(paths: Sequence[str], limit: int) -> list[Path]:
     for path in map(Path, paths):
         if not path.exists():
             raise InputError(f"--images {path} does not exist")
-        known = Image.registered_extensions()
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in known)
-        files += inside if path.is_dir() else [path]
+        found = (p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        files += sorted(found) if path.is_dir() else [path]
     if not files:
         raise InputError(f"no images found in --images {' '.join(paths)}")
-    count = min(limit, len(files))
+    return evenly(files, limit)
+
+
+def evenly(files: list[Path], limit: int | None) -> list[Path]:
+    """Choose at most `limit` files, evenly spaced."""
+    count = min(limit or len(files), len(files))
     return [files[i * len(files) // count] for i in range(count)]
 
 
-def read_image(path: Path) -> Tensor:
-    """Read an image file's pixels: uint8 (3, h, w).
+def read_images(files: Sequence[Path], transform: Transform) -> Batch:
+    """Read image files.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: one cannot be read.
     """
-    try:
-        return read_pixels(path.open("rb"))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"cannot read image {path}: {error}") from error
+    samples = []
+    for path in files:
+        try:
+            pixels = read_pixels(path.open("rb"))  # (3, h, w)
+        except Exception as error:  # decoders raise anything on broken files
+            raise InputError(f"cannot read image {path}: {reason_of(error)}") from error
+        samples.append(Sample(transform(pixels), label=-1, broken=[]))
+    return collate(samples)
+
+
+class FileBatches:
+    """Batches of image files, read as they are needed."""
+
+    def __init__(self, files: Sequence[Path], transform: Transform, batch_size: int) -> None:
+        self.parts = [files[i : i + batch_size] for i in range(0, len(files), batch_size)]
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (read_images(part, self.transform) for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -122,8 +148,7 @@ class AnalysisImages(NamedTuple):
 
     def only_shown(self) -> "AnalysisImages":
         """The images to draw, to be measured as well."""
-        count = self.shown.num_images
-        return AnalysisImages([self.shown], count, self.shown, max_broken=0.0)
+        return self._replace(measured=[self.shown], num_measured=self.shown.num_images)
 
 
 def open_images(
@@ -134,24 +159,36 @@ def open_images(
     Raises:
         InputError: an image to draw cannot be read; see also `ImageSettings.open_measured`.
     """
-    limit = min(MAX_SHOWN, settings.num_images or MAX_SHOWN)
-    drawn = []
-    if settings.images:
-        files = list_images(settings.images, limit)
-        drawn = [Sample(transform(read_image(path)), label=-1, broken=[]) for path in files]
+    num_shown = min(MAX_SHOWN, settings.num_images or MAX_SHOWN)
+    files = list_images(settings.images) if settings.images else []
+    shown = read_images(evenly(files, num_shown), transform) if files else None
     if not (settings.data_path or settings.dataset):
-        return AnalysisImages([], 0, collate(drawn), max_broken=0.0).only_shown()
+        files = evenly(files, settings.num_images)
+        measured = FileBatches(files, transform, settings.batch_size)
+        return AnalysisImages(measured, len(files), shown, settings.max_broken)
     source = settings.open_measured(transform, seed)
-    if not drawn:
-        count = min(limit, len(source))
-        drawn = source.__getitems__([(0, i * len(source) // count) for i in range(count)])
-    shown = collate(drawn)
-    if isinstance(shown, InputError):
-        raise shown
+    if shown is None:
+        count = min(num_shown, len(source))
+        shown = collate(source.__getitems__([(0, i * len(source) // count) for i in range(count)]))
+        if isinstance(shown, InputError):
+            raise shown
     sizes = {"batch_size": settings.batch_size, "num_workers": settings.num_workers}
     loader = build_eval_loader(source, **sizes, device=device, limit=settings.num_images)
     number = min(len(source), settings.num_images or len(source))
     return AnalysisImages(loader, number, shown, settings.max_broken)
+
+
+def start_analysis(args: argparse.Namespace) -> torch.device:
+    """Start the program on its device, with float32 products as exact as they can be.
+
+    Raises:
+        InputError: there are several processes; see also `start_run`.
+    """
+    device = start_run(device=args.device, seed=args.seed)
+    if world_size() > 1:
+        raise InputError("analyses run in one process: start them with python, not torchrun")
+    torch.set_float32_matmul_precision("highest")  # start_run allows TF32
+    return device
 
 
 @dataclass(frozen=True)
@@ -177,6 +214,10 @@ class Subject:
             InputError: see `load_model`; or no patch would be masked or visible.
         """
         model, training = load_model(path)
+        if mask_ratio and training["mask_sampling"] != "random":
+            raise InputError(
+                f"{path} was trained with {training['mask_sampling']} masks: leave out --mask_ratio"
+            )
         masks = MaskSettings(
             mask_ratio or training["mask_ratio"], mask_sampling=training["mask_sampling"]
         )
@@ -228,7 +269,7 @@ def analysis_parser(doc: str, *, draws: bool = True) -> Parser:
 
 
 def add_mask_args(parser: Parser) -> None:
-    """Add the flags of masks and device."""
+    """Add the flags of masks, device and seed."""
     parser.add_argument(
         "--mask_ratio", type=ratio, help="fraction of patches that is masked (as trained)"
     )
@@ -242,31 +283,29 @@ def add_device_args(parser: Parser) -> None:
         "--seed",
         type=seed_number,
         default=0,
-        help="of the masks, where an analysis has any (%(default)s)",
+        help="seed of what is random, such as masks (%(default)s)",
     )
 
 
 def add_image_args(parser: Parser, *, draws: bool = True) -> None:
     """Add the flags of ImageSettings; `draws` says whether the analysis draws images."""
     group = parser.add_argument_group("images")
-    add = group.add_argument
-    others = " (those that are drawn)" if draws else ""
-    add(
+    group.add_argument(
         "--data_path",
         help="folder or .tar file of the images to measure: its validation images, or all if it "
-        f"has no val/{others}",
+        "has no val/ (--images)",
     )
-    add("--dataset", help="kind of --data_path, see main_pretrain.py (folder)")
-    if draws:
-        add(
-            "--images",
-            nargs="+",
-            help=f"files or folders of images to draw, at most {MAX_SHOWN} (some of --data_path)",
-        )
-    add(
+    group.add_argument("--dataset", help="kind of --data_path, see main_pretrain.py (folder)")
+    drawn = f"draw, at most {MAX_SHOWN} (some of --data_path)"
+    group.add_argument(
+        "--images",
+        nargs="+",
+        help=f"files or folders of images to {drawn if draws else 'measure without --data_path'}",
+    )
+    group.add_argument(
         "--num_images",
         type=positive_int,
-        help="limit on the number of images, evenly spaced (all)",
+        help="measure and draw at most this many images, evenly spaced (all)",
     )
     add_loader_args(group)
 

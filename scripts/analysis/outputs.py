@@ -1,6 +1,7 @@
 """The table, the JSON file and the figure of an analysis."""
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,8 @@ def open_output(folder: str) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make {path} ({error}): choose another --output_dir") from error
+    if not os.access(path, os.W_OK):
+        raise InputError(f"cannot write to {path}: choose another --output_dir")
     return path
 
 

@@ -114,7 +114,8 @@ def read_strictly(path):
 def numbers_in(lines, start):
     """Numbers of the table rows that start with a pattern."""
     rows = [(re.match(start, line), line) for line in lines]
-    return [list(map(float, line[found.end() :].split())) for found, line in rows if found]
+    words = [line[found.end() :].split() for found, line in rows if found]
+    return [[float(word) for word in own if not word.isalpha()] for own in words]
 
 
 def pictures_in(folder):

@@ -28,7 +28,7 @@ from tests.helpers.checkpoints import CPU
 from tests.helpers.files import write_images
 from tests.helpers.processes import command, finish, start
 from tests.helpers.weights import pretrained, stored
-from util.eval.attention import KEYS
+from util.eval.attention import KEYS, READINGS
 from util.eval.monitor import val_split
 from util.masking import Masking, MaskSettings
 
@@ -138,8 +138,7 @@ def test_uniform_attention_is_one_per_key(tmp_path, images):
 
 def test_an_mae_is_compared_as_in_the_paper(found):
     report = found["mae"][1]
-    readings = {name: r for name, r in report["comparison"].items() if "(" in name}
-    assert [name[-4:].strip(" ()") for name in readings] == ["i", "ii", "iii"]
+    readings = {name: report["comparison"][name] for name in READINGS}
     for means in readings.values():
         assert means.keys() == {"visible", "masked", "ratio"}
         positive = min(means["visible"], means["masked"]) > 0
@@ -149,6 +148,7 @@ def test_an_mae_is_compared_as_in_the_paper(found):
     for kind in ("visible", "masked"):
         relative, logits = ([b[part][kind] for b in blocks] for part in ("per_key", "logits"))
         received = [block[kind] / block["num_keys"][kind] * 12 for block in blocks]
+        assert [block["received"][kind] for block in blocks] == close(received)
         for means, values in zip(readings.values(), (received, relative, logits), strict=True):
             assert means[kind] == close(sum(values) / 2)
     per_key = [block["per_key"] for block in blocks]
@@ -161,7 +161,7 @@ def test_an_mae_is_compared_as_in_the_paper(found):
 def test_cross_attention_has_nothing_to_compare(found):
     _, report, lines, _ = found["crossmae"]
     assert report["comparison"] == {}
-    assert "no layer has visible and masked keys, so there is nothing to compare" in lines
+    assert "no layer attends to both visible and masked tokens: nothing to compare" in lines
 
 
 def test_an_mae_of_one_block_has_no_slope(tmp_path, images):
@@ -179,7 +179,7 @@ def test_self_attention_of_crossmae_is_measured_beside_its_cross_attention(tmp_p
         counts = [0, 0, 12, 1] if block["attention"] == "self" else [1, 4, 0, 0]
         assert block["num_keys"] == dict(zip(KEYS, counts, strict=True))
         assert block["masked"] == close(1.0 if counts[2] else 0.0)
-    assert len(numbers_in(lines, r"\d (self|cross) ")) == 4
+    assert len(numbers_in(lines, r"\d (self|cross) ")) == 4 * 4  # a table for each reading
     assert report["comparison"] == {}
 
 
@@ -187,16 +187,16 @@ def test_self_attention_of_crossmae_is_measured_beside_its_cross_attention(tmp_p
 
 
 @both
-def test_the_table_has_one_line_a_block(found, method):
+def test_every_table_has_one_line_a_block(found, method):
     _, report, lines, _ = found[method]
     kind = report["blocks"][0]["attention"]
-    rows = numbers_in(lines, rf"\d {kind} ")
-    for block, row in zip(report["blocks"], rows, strict=True):
-        kinds = [k for k in KEYS[:3] if block["per_key"][k] is not None]
-        expected = [block[k] for k in KEYS] + [block["per_key"][k] for k in kinds]
-        if method == "mae":
-            expected.append(block["per_key"]["visible"] / block["per_key"]["masked"])
-        assert row == pytest.approx(expected, abs=6e-4)
+    rows = iter(numbers_in(lines, rf"\d {kind} "))
+    for part in (None, *READINGS):
+        for block in report["blocks"]:
+            values = block[part] if part else {key: block[key] for key in KEYS}
+            expected = [value for value in values.values() if value is not None]
+            assert next(rows) == pytest.approx(expected, abs=6e-4)
+    assert next(rows, None) is None
 
 
 @both
@@ -301,7 +301,7 @@ def test_only_what_is_drawn_has_chosen_patches(checkpoints, images):
     [
         ([16], "--patches 16 does not exist: the last one is 15"),
         ([3, 99], "--patches 99 does not exist"),
-        ([*range(13)], "--patches names more than the 12 masked ones"),
+        ([*range(9)], "--patches can name at most 8 patches"),
         ([-1], "must be at least 0, not -1"),
         (["center"], "must be a whole number, not center"),
     ],
@@ -326,6 +326,15 @@ def test_images_alone_are_measured_too(tmp_path, checkpoints, images, found):
     assert report["num_images"] == 3
     # These are three of the twelve validation images, evenly spaced.
     assert_same_numbers(report["blocks"], found["mae"][1]["blocks"])
+
+
+def test_all_images_are_measured_if_there_are_no_others(tmp_path, checkpoints, images, drawn):
+    argv = ["--images", images / "val", "--batch_size", 5]
+    report, *_ = analyse(tmp_path / "a", checkpoints["mae"], *argv)
+    assert report["num_images"] == 12
+    assert len(drawn[0][1]) == 8
+    by_loader, *_ = analyse(tmp_path / "b", checkpoints["mae"], "--data_path", images)
+    assert_same_numbers(report["blocks"], by_loader["blocks"])
 
 
 def test_images_to_draw_are_not_measured_if_there_are_others(

@@ -24,7 +24,7 @@ from tests.helpers.analyses import (
 
 main = analyse_inter_block.main
 pytestmark = [pytest.mark.usefixtures("nano"), pytest.mark.xdist_group("analyse_inter_block")]
-PLAIN, SCALED = "|weight|", "|weight| x size of the map"
+PLAIN, SCALED = "weight", "weight_times_size"
 WEIGHT = "decoder.inter_block_attention.weight"
 MODELS = {
     "crossmae": {"decoder_depth": 4},
@@ -94,6 +94,13 @@ def test_images_add_a_reading_by_the_sizes_of_the_maps(tmp_path, checkpoints, im
     torch.testing.assert_close(scaled, weights * sizes)
     plain, *_ = analyse(tmp_path, checkpoints[name])
     assert plain["readings"][PLAIN] == report["readings"][PLAIN]
+
+
+def test_images_are_measured_without_data(tmp_path, checkpoints, images):
+    path = checkpoints["crossmae"]
+    report, *_ = analyse(tmp_path, path, "--images", images / "val")
+    by_loader, *_ = analyse(tmp_path, path, "--data_path", images)
+    assert report["map_sizes"] == pytest.approx(by_loader["map_sizes"])
 
 
 def test_the_trend_is_the_rank_correlation_of_blocks_and_centers(tmp_path, checkpoints, images):
@@ -207,7 +214,7 @@ def test_a_released_mae_is_refused(tmp_path, checkpoints, argv, capsys):
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [*WRONG_INPUT, *WRONG_MASKS, *WRONG_FOLDER, ({"--images": "DAMAGED"}, "--images")],
+    [*WRONG_INPUT, *WRONG_MASKS, *WRONG_FOLDER],
     ids=flags_of,
 )
 def test_wrong_input_is_refused_in_one_sentence(tmp_path, argv, capsys, changes, reason):

@@ -94,8 +94,8 @@ def cell(figure, row, column):
     return figure[top : top + 128 : 8, left : left + 128 : 8].astype(int)
 
 
-def shape(rows, columns, note):
-    height = TEXT_HEIGHT * (1 + note) + rows * (128 + GAP)
+def shape(rows, columns, note_lines):
+    height = TEXT_HEIGHT * (1 + note_lines) + rows * (128 + GAP)
     return height, columns * (128 + GAP) - GAP, 3
 
 
@@ -104,9 +104,18 @@ def shape(rows, columns, note):
 
 def test_columns_are_the_original_the_masked_and_each_checkpoint(tmp_path, trained, photos):
     normalized, plain = trained
-    for chosen, note in (([plain, normalized], True), ([normalized], True), ([plain], False)):
+    for chosen, note_lines in (([plain, normalized], 1), ([normalized], 2), ([plain], 0)):
         _, _, figure = compare(tmp_path / "f.png", chosen, "--images", photos)
-        assert figure.shape == shape(3, 2 + len(chosen), note)
+        assert figure.shape == shape(3, 2 + len(chosen), note_lines)
+
+
+def test_it_is_said_which_checkpoints_had_the_moments_of_patches(tmp_path, trained, photos):
+    report, lines, _ = compare(tmp_path / "f.png", trained, "--images", photos)
+    moments = [result["patch_moments"] for result in report["checkpoints"].values()]
+    assert sorted(moments) == ["original", "predicted"]
+    assert sum("not comparable" in line for line in lines) == 1
+    _, lines, _ = compare(tmp_path / "f.png", trained[:1], "--images", photos)
+    assert not any("not comparable" in line for line in lines)
 
 
 def test_visible_patches_are_the_originals_and_masks_the_same_in_every_column(
@@ -145,13 +154,13 @@ def test_images_of_the_data_are_drawn_if_none_are_given(tmp_path, saved, images)
     draw = partial(compare, tmp_path / "f.png", [saved["usual"]], "--data_path", images)
     for more, rows in (([], 8), (["--num_images", 3], 3)):
         report, _, figure = draw(*more)
-        assert figure.shape == shape(rows, 3, True)
+        assert figure.shape == shape(rows, 3, 2)
         assert report["num_images"] == rows
 
 
 def test_the_figure_may_have_another_format(tmp_path, saved, photos):
     _, _, figure = compare(tmp_path / "f.jpg", [saved["usual"]], "--images", photos)
-    assert figure.shape == shape(3, 3, True)
+    assert figure.shape == shape(3, 3, 2)
 
 
 # The table
@@ -303,13 +312,21 @@ def test_damaged_images_of_the_data_are_refused_by_name(tmp_path, argv, capsys, 
         ("nowhere/f.png", "nowhere does not exist"),
         ("photos/gray.png/f.png", "gray.png"),
         ("photos", "is a folder"),
-        ("f.xyz", "cannot write --output"),
-        ("f", "cannot write --output"),
+        ("f.xyz", "f.xyz is not a picture"),
+        ("f", "is not a picture"),
+        ("f.json", "f.json is not a picture"),
     ],
 )
 def test_an_output_that_cannot_be_written_is_refused(tmp_path, argv, capsys, name, reason):
     changes = {"--output": tmp_path / name}
     assert reason in refuse(tmp_path, capsys, main, argv, changes)
+
+
+def test_a_file_that_is_no_picture_is_left_alone(tmp_path, argv, capsys, saved):
+    content = saved["usual"].read_bytes()
+    argv["--output"] = saved["usual"]
+    assert "is not a picture" in refusal(capsys, *flat(argv), *QUICK, main=main)
+    assert saved["usual"].read_bytes() == content
 
 
 def test_no_images_are_refused(tmp_path, argv, capsys):

@@ -17,6 +17,12 @@ from util.masking import TokenSplit
 
 KEYS = ("class", "visible", "masked", "itself")
 """Kinds of keys: the class token, visible tokens, masked ones, and of these the query itself."""
+READINGS = {
+    "received": "sum over the masked tokens, per key (i)",
+    "per_key": "mean per key, relative to uniform attention (ii)",
+    "logits": "mean score before the softmax (iii)",
+}
+"""Readings of the paper's numbers, properties of LayerAttention."""
 LAYERS = {"attn": "self", "self_attn": "self", "cross_attn": "cross"}  # attribute of a block: kind
 
 
@@ -116,7 +122,8 @@ class _Totals:
     def __init__(self, layer: AttentionLayer) -> None:
         self.layer = layer
         self.mass = self.logits = 0.0
-        self.num_images = 0
+        self.num_images = self.num_queries = 0
+        self.num_keys = (0, 0, 0, 0)
 
     def add(self, split: TokenSplit, scores: Tensor) -> None:
         """Add the scores (B, h, N, M) of a batch; the masked tokens are the last of N and M."""
@@ -133,9 +140,8 @@ class _Totals:
         keys = torch.tensor(self.num_keys).double()
         logits = self.logits / number / keys.where(keys > 0, torch.nan)
         mass = self.mass / number
-        return LayerAttention(
-            *(self.layer.block, self.layer.kind, mass, logits, self.num_keys, self.num_queries)
-        )
+        block, kind, _ = self.layer
+        return LayerAttention(block, kind, mass, logits, self.num_keys, self.num_queries)
 
 
 def _key_counts(kind: str, split: TokenSplit, num_keys: int) -> tuple[int, int, int]:
@@ -162,8 +168,11 @@ def measure_attention(
 
     Args:
         model: a MaskedAutoencoder, in evaluation mode.
-        batches: images (B, C, H, W) and a split that predicts every masked patch, with the same
-            numbers of tokens in all batches.
+        batches: at least one, of images (B, C, H, W) and a split that predicts every masked patch,
+            with the same numbers of tokens in all batches.
+
+    Returns:
+        One for each layer of `attention_layers`.
     """
     totals = [_Totals(layer) for layer in attention_layers(model.decoder)]
     for images, split in batches:
@@ -228,12 +237,10 @@ def compare_keys(layers: Sequence[LayerAttention]) -> dict[str, Comparison]:
     The paper prints 1.42 and 0.39 without a normalization; two readings of probabilities fit, and
     the scores before the softmax may have any mean.
     """
-    readings = {
-        "sum over the masked tokens, per key (i)": [layer.received for layer in layers],
-        "mean per key, relative to uniform (ii)": [layer.per_key for layer in layers],
-        "score before the softmax (iii)": [layer.logits for layer in layers],
+    means = {
+        name: torch.stack([getattr(layer, name) for layer in layers]).mean(dim=(0, 1))
+        for name in READINGS
     }
-    means = {name: torch.stack(values).mean(dim=(0, 1)) for name, values in readings.items()}
     return {
         name: Comparison(mean[KEYS.index("visible")].item(), mean[KEYS.index("masked")].item())
         for name, mean in means.items()

@@ -11,6 +11,7 @@ from torch import Tensor
 from util.eval.attention import watch_scores
 
 EPS = 1e-6  # of the norm, as in the encoder's
+ROUNDING = 2e-6  # of float32 features, relative to their norm
 OUTLIERS = 0.02  # fraction of patches at either end of a component that saturate its color
 
 
@@ -52,7 +53,7 @@ def block_features(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def mean_maps(model: nn.Module, batches: Iterable[Tensor]) -> list[Tensor]:
-    """Mean over images of every feature map, K of (1+L, D): what a place looks like in general.
+    """Mean over images of every feature map, K of (1+L, D): what a token's place explains.
 
     Args:
         batches: images (B, C, H, W).
@@ -78,11 +79,12 @@ def principal_colors(tokens: Tensor) -> Tensor:
         (B, L, 3) in [0, 1]; components that the features do not have are 0.5.
     """
     flat = tokens.double().flatten(0, 1)  # (B*L, D)
-    rounding = 10 * torch.finfo(tokens.dtype).eps * torch.linalg.norm(flat)
+    rounding = ROUNDING * torch.linalg.norm(flat)
     flat = flat - flat.mean(dim=0)
-    left, values, _ = torch.linalg.svd(flat, full_matrices=False)
-    values = torch.where(values > rounding, values, 0.0)
-    components = F.pad(left * values, (0, max(0, 3 - len(values))))[:, :3]  # (B*L, 3)
+    directions = torch.linalg.eigh(flat.T @ flat).eigenvectors.flip(1)[:, :3]  # largest first
+    components = flat @ directions  # (B*L, 3)
+    components = torch.where(components.norm(dim=0) > rounding, components, 0.0)
+    components = F.pad(components, (0, 3 - components.shape[1]))
     # The sign of a component is arbitrary: make the skew positive, whatever the library returns.
     components = torch.where(components.pow(3).sum(dim=0) < 0, -components, components)
     low, high = torch.quantile(

@@ -49,8 +49,8 @@ def draw_figure(
     """Arrange panels (B, 3, H, W) in [0, 1] as titled columns, with one row per image.
 
     Args:
-        titles: one for each panel; a longer one is cut off.
-        note: a line of text below.
+        titles: one for each panel; of a longer one, the end is shown.
+        note: text below.
 
     Returns:
         uint8 (height, width, 3).
@@ -59,24 +59,35 @@ def draw_figure(
     num_rows, height, width = columns[0].shape[:3]
     factor = max(1, -(-SMALLEST_CELL // width))
     height, width = height * factor, width * factor
-    size = (
-        len(columns) * (width + GAP) - GAP,
-        TEXT_HEIGHT + num_rows * (height + GAP) + (TEXT_HEIGHT if note else 0),
-    )
-    figure = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(figure)
     font = ImageFont.load_default(size=12)
+    total_width = len(columns) * (width + GAP) - GAP
+    top = TEXT_HEIGHT + num_rows * (height + GAP)  # of the note
+    lines = _wrap(note, total_width, font)
+    figure = Image.new("RGB", (total_width, top + TEXT_HEIGHT * len(lines)), "white")
+    draw = ImageDraw.Draw(figure)
     for x, (name, column) in enumerate(zip(titles, columns, strict=True)):
         left = x * (width + GAP)
         while font.getlength(name) > width:
-            name = name[:-1]
+            name = name[1:]
         draw.text((left, 3), name, fill="black", font=font)
         for y, array in enumerate(column.cpu().numpy()):
             cell = Image.fromarray(array).resize((width, height), Image.Resampling.NEAREST)
             figure.paste(cell, (left, TEXT_HEIGHT + y * (height + GAP)))
-    if note:
-        draw.text((0, size[1] - TEXT_HEIGHT + 3), note, fill="black", font=font)
+    for number, line in enumerate(lines):
+        draw.text((0, top + TEXT_HEIGHT * number + 3), line, fill="black", font=font)
     return np.asarray(figure)
+
+
+def _wrap(text: str, width: int, font: ImageFont.ImageFont) -> list[str]:
+    """Break text into lines of at most this many pixels, between words."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 @torch.no_grad()

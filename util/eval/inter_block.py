@@ -12,6 +12,7 @@ from torch import Tensor
 from util.masking import TokenSplit
 
 NUM_ORDERS = 10_000
+TINY = 1e-30
 
 
 def mixing_weights(mixer: nn.Module) -> Tensor:
@@ -21,8 +22,8 @@ def mixing_weights(mixer: nn.Module) -> Tensor:
 
 
 def shares(weights: Tensor) -> Tensor:
-    """Absolute weights (J, K), each row divided by its sum."""
-    return weights.abs() / weights.abs().sum(dim=1, keepdim=True)
+    """Absolute weights (J, K), each row divided by its sum; a row of zeros stays."""
+    return weights.abs() / weights.abs().sum(dim=1, keepdim=True).clamp(min=TINY)
 
 
 def scaled_rows(weights: Tensor) -> Tensor:
@@ -30,7 +31,7 @@ def scaled_rows(weights: Tensor) -> Tensor:
 
     A mix is normalized before it is read, so the scale of its row means nothing.
     """
-    return weights / weights.abs().amax(dim=1, keepdim=True)
+    return weights / weights.abs().amax(dim=1, keepdim=True).clamp(min=TINY)
 
 
 @torch.no_grad()
@@ -54,7 +55,7 @@ def map_sizes(model: nn.Module, batches: Iterable[tuple[Tensor, TokenSplit]]) ->
     handle = model.mixer.register_forward_pre_hook(add)
     try:
         for images, split in batches:
-            model.predict(images, split)
+            model.mixer(model.encoder(images, split))
     finally:
         handle.remove()
     return (sums / number).sqrt().float()
@@ -75,10 +76,11 @@ class Trend(NamedTuple):
 
 
 def depth_trend(weights: Tensor, map_ids: Sequence[int], *, seed: int) -> Trend | None:
-    """Compare the trend of weights (J, K) with that of random starts.
+    """Compare the trend of weights (J, K) with what a random start gives.
 
-    The rows of a random start are drawn independently from one distribution, whichever it is, so
-    their centers come in every order with the same probability: it is estimated by NUM_ORDERS.
+    The rows of a random start are drawn independently from one distribution, so their centers come
+    in every order with equal probability. The p-value is estimated from NUM_ORDERS random orders;
+    with J blocks it cannot be below 1 / J!.
 
     Args:
         seed: of the orders.
