@@ -93,7 +93,8 @@ def plot(found: BlockShares) -> "Figure":
         shares.plot(levels, own, "o-", color=color, label=name, markersize=4)
     shares.axhline(0, color="black", linewidth=0.8)
     shares.set(xlabel="decoder block (0: its input)", ylabel="share of the reconstruction")
-    shares.legend(title="frequencies", fontsize=7, title_fontsize=7)
+    shares.set_ylim(top=1.45 * shares.get_ylim()[1])  # room for the legend
+    shares.legend(title="frequencies", loc="upper right", fontsize=7, title_fontsize=7)
     quality.plot(levels, found.psnr, "o-", color="black", markersize=4)
     quality.set(xlabel="decoder block (0: its input)", ylabel="PSNR of the sum so far, dB")
     return figure
