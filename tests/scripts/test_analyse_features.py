@@ -206,7 +206,7 @@ def test_wrong_input_is_refused_in_one_sentence(tmp_path, argv, capsys, changes,
 
 def test_no_images_are_refused(tmp_path, argv, capsys):
     del argv["--data_path"]
-    assert refuse(tmp_path, capsys, main, argv, {}).startswith("no images: give --data_path")
+    assert refuse(tmp_path, capsys, main, argv, {}).endswith("give --data_path")
 
 
 def test_images_without_labels_are_refused(tmp_path, argv, capsys):
