@@ -12,11 +12,6 @@ from scripts import analyse_attention
 from scripts.analysis.inputs import ImageSettings, Subject, open_images
 from tests.helpers import analyses
 from tests.helpers.analyses import (
-    WRONG_FOLDER,
-    WRONG_INPUT,
-    WRONG_MASKS,
-    WRONG_PICTURES,
-    flags_of,
     grid_of,
     numbers_in,
     pictures_in,
@@ -398,26 +393,6 @@ def test_a_released_checkpoint_gives_the_same_numbers(tmp_path, checkpoints, ima
 
 
 # Wrong input and the output
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    WRONG_INPUT + WRONG_MASKS + WRONG_PICTURES + WRONG_FOLDER,
-    ids=flags_of,
-)
-def test_wrong_input_is_refused_in_one_sentence(tmp_path, argv, capsys, changes, reason):
-    assert reason in refuse(tmp_path, capsys, main, argv, changes)
-
-
-def test_without_matplotlib_nothing_is_measured(monkeypatch, capsys, argv):
-    analyses.assert_needs_matplotlib(monkeypatch, capsys, main, argv)
-
-
-def test_earlier_results_are_kept(tmp_path, checkpoints, images):
-    argv = ["--images", images / "val" / "apple" / "000.png", "--seed"]
-    draw = partial(analyse, tmp_path, checkpoints["crossmae"], *argv, save=True)
-    draw(0)
-    analyses.assert_earlier_kept(tmp_path, lambda: draw(1))
 
 
 def test_it_runs_as_a_script(tmp_path, images):

@@ -1,7 +1,6 @@
 """The script that shows what the features of every encoder block know."""
 
 import json
-from functools import partial
 
 import pytest
 from PIL import Image
@@ -11,10 +10,6 @@ from scripts import analyse_features, export_encoder
 from tests.helpers import analyses
 from tests.helpers.analyses import (
     QUICK,
-    WRONG_FOLDER,
-    WRONG_INPUT,
-    WRONG_PICTURES,
-    flags_of,
     grid_of,
     numbers_in,
     pictures_in,
@@ -193,17 +188,6 @@ def test_images_need_not_be_square(tmp_path, images):
 # Wrong input and the output
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [case for case in WRONG_INPUT if case[0] != {"--data_path": "DAMAGED"}]  # it has no val/
-    + WRONG_PICTURES
-    + WRONG_FOLDER,
-    ids=flags_of,
-)
-def test_wrong_input_is_refused_in_one_sentence(tmp_path, argv, capsys, changes, reason):
-    assert reason in refuse(tmp_path, capsys, main, argv, changes)
-
-
 def test_no_images_are_refused(tmp_path, argv, capsys):
     del argv["--data_path"]
     assert refuse(tmp_path, capsys, main, argv, {}).endswith("give --data_path")
@@ -237,14 +221,3 @@ def test_damaged_images_are_refused_by_name(tmp_path, argv, capsys):
     damaged.write_bytes(damaged.read_bytes()[:-200])
     changes = {"--data_path": tmp_path / "images"}
     assert str(damaged) in refuse(tmp_path, capsys, main, argv, changes)
-
-
-def test_without_matplotlib_nothing_is_measured(monkeypatch, capsys, argv):
-    analyses.assert_needs_matplotlib(monkeypatch, capsys, main, argv)
-
-
-def test_earlier_results_are_kept(tmp_path, checkpoints, images):
-    argv = ["--data_path", images, "--images", images / "val" / "apple" / "000.png"]
-    draw = partial(analyse, tmp_path, save=True)
-    draw(checkpoints["crossmae"], *argv)
-    analyses.assert_earlier_kept(tmp_path, lambda: draw(checkpoints["mae"], *argv))

@@ -1,7 +1,5 @@
 """The script that shows what inter-block attention reads."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
@@ -10,10 +8,6 @@ from scipy.stats import spearmanr
 from scripts import analyse_inter_block
 from tests.helpers import analyses
 from tests.helpers.analyses import (
-    WRONG_FOLDER,
-    WRONG_INPUT,
-    WRONG_MASKS,
-    flags_of,
     grid_of,
     numbers_in,
     pictures_in,
@@ -210,22 +204,3 @@ def test_a_released_mae_is_refused(tmp_path, checkpoints, argv, capsys):
     path = save_released(tmp_path / "released.pth", checkpoints["plain_mae"])
     sentence = refuse(tmp_path, capsys, main, argv, {"--checkpoint": path})
     assert f"the decoder in {path} has no inter-block attention" in sentence
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [*WRONG_INPUT, *WRONG_MASKS, *WRONG_FOLDER],
-    ids=flags_of,
-)
-def test_wrong_input_is_refused_in_one_sentence(tmp_path, argv, capsys, changes, reason):
-    assert reason in refuse(tmp_path, capsys, main, argv, changes)
-
-
-def test_without_matplotlib_nothing_is_measured(monkeypatch, capsys, argv):
-    analyses.assert_needs_matplotlib(monkeypatch, capsys, main, argv)
-
-
-def test_earlier_results_are_kept(tmp_path, checkpoints):
-    draw = partial(analyse, tmp_path, save=True)
-    draw(checkpoints["crossmae"])
-    analyses.assert_earlier_kept(tmp_path, lambda: draw(checkpoints["softmax"]))
