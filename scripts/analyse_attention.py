@@ -226,8 +226,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts, grid_size = subject.masking.counts, subject.model.encoder.grid_size
     for patch in (p for p in args.patches or () if p >= counts.patches):
         raise InputError(f"--patches {patch} does not exist: the last one is {counts.patches - 1}")
-    if len(args.patches or ()) > min(MAX_PATCHES, counts.masked):
-        limit = min(MAX_PATCHES, counts.masked)
+    limit = min(MAX_PATCHES, counts.masked)
+    if len(args.patches or ()) > limit:
         raise InputError(f"--patches can name at most {limit} patches: name fewer")
     images = open_images(settings, subject.transform, seed=args.seed, device=device)
     shown, split = subject.shown(images, masked=args.patches or ())

@@ -31,12 +31,13 @@ from scripts.analysis.inputs import (
     add_loader_args,
     list_images,
     read_images,
+    sample_images,
     start_analysis,
 )
 from scripts.analysis.outputs import log_table, open_output, write_report
 from util.arguments import Parser, positive_int, take
 from util.compute.precision import Precision
-from util.data.batch import Batch, collate, denormalize
+from util.data.batch import Batch, denormalize
 from util.data.broken_images import BrokenImages
 from util.data.classes import check_labels
 from util.data.datasets import open_train_val
@@ -142,11 +143,7 @@ def shown_images(paths: list[str] | None, val_set: IndexedImages) -> Batch:
     """Images to draw: from these files and folders, or some validation images."""
     if paths:
         return read_images(list_images(paths, MAX_SHOWN), val_set.transform)
-    count = min(MAX_SHOWN // 2, len(val_set))  # two rows for each
-    shown = collate(val_set.__getitems__([(0, i * len(val_set) // count) for i in range(count)]))
-    if isinstance(shown, InputError):
-        raise shown
-    return shown
+    return sample_images(val_set, MAX_SHOWN // 2)  # two rows for each
 
 
 def main(argv: Sequence[str] | None = None) -> None:

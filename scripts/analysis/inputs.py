@@ -77,6 +77,16 @@ def read_images(files: Sequence[Path], transform: Transform) -> Batch:
     return collate(samples)
 
 
+def sample_images(source: IndexedImages, limit: int) -> Batch:
+    """Read at most this many images, evenly spaced.
+
+    Raises:
+        InputError: too many of them cannot be read.
+    """
+    count = min(limit, len(source))
+    return collate([source[0, i * len(source) // count] for i in range(count)])
+
+
 class FileBatches:
     """Batches of image files, read as they are needed."""
 
@@ -168,10 +178,7 @@ def open_images(
         return AnalysisImages(measured, len(files), shown, settings.max_broken)
     source = settings.open_measured(transform, seed)
     if shown is None:
-        count = min(num_shown, len(source))
-        shown = collate(source.__getitems__([(0, i * len(source) // count) for i in range(count)]))
-        if isinstance(shown, InputError):
-            raise shown
+        shown = sample_images(source, num_shown)
     sizes = {"batch_size": settings.batch_size, "num_workers": settings.num_workers}
     loader = build_eval_loader(source, **sizes, device=device, limit=settings.num_images)
     number = min(len(source), settings.num_images or len(source))

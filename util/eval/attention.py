@@ -78,6 +78,15 @@ def watch_scores(layer: nn.Module, use: Callable[[Tensor], None]) -> Iterator[No
             handle.remove()
 
 
+@contextmanager
+def watch_layers(uses: Iterable[tuple[nn.Module, Callable[[Tensor], None]]]) -> Iterator[None]:
+    """Context of `watch_scores` for several layers, each with its own function."""
+    with ExitStack() as watching:
+        for layer, use in uses:
+            watching.enter_context(watch_scores(layer, use))
+        yield
+
+
 def _heads(x: Tensor, num_heads: int) -> Tensor:
     """(B, N, h*d) -> (B, h, N, d), in at least float32."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -176,10 +185,7 @@ def measure_attention(
     """
     totals = [_Totals(layer) for layer in attention_layers(model.decoder)]
     for images, split in batches:
-        with ExitStack() as watching:
-            for total in totals:
-                add = partial(total.add, split)
-                watching.enter_context(watch_scores(total.layer.module, add))
+        with watch_layers((total.layer.module, partial(total.add, split)) for total in totals):
             model.predict(images, split)
     return [total.result() for total in totals]
 
@@ -209,9 +215,7 @@ def attention_maps(model: nn.Module, images: Tensor, split: TokenSplit) -> Tenso
         maps[..., :1] += to_class.sum(dim=-1, keepdim=True)
 
     layers = attention_layers(model.decoder)
-    with ExitStack() as watching:
-        for layer in layers:
-            watching.enter_context(watch_scores(layer.module, partial(add, layer.kind)))
+    with watch_layers((layer.module, partial(add, layer.kind)) for layer in layers):
         model.predict(images, split)
     return maps / len(layers)
 

@@ -1,14 +1,14 @@
 """Features of every encoder block: for k-NN, as pictures, and where the class token attends."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from util.eval.attention import watch_scores
+from util.eval.attention import watch_layers
 
 EPS = 1e-6  # of the norm, as in the encoder's
 ROUNDING = 2e-6  # of float32 features, relative to their norm
@@ -107,8 +107,6 @@ def class_attention(model: nn.Module, images: Tensor) -> Tensor:
     def keep(scores: Tensor) -> None:
         maps.append(scores[:, :, :1].softmax(dim=-1)[:, :, 0, 1:].mean(dim=1))  # (B, L)
 
-    with ExitStack() as watching:
-        for block in model.blocks:
-            watching.enter_context(watch_scores(block.attn, keep))
+    with watch_layers((block.attn, keep) for block in model.blocks):
         model.encode(images)
     return torch.stack(maps)
