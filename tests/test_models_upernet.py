@@ -386,11 +386,11 @@ def test_the_encoder_equals_timms_beit(tables, img_size):
             block.attn.qkv.bias[32:64] = 0  # BEiT's keys have none
             table = block.attn.rel_pos.relative_position_bias_table
             table.zero_() if tables == "zero" else table.normal_()
-    beit = beit_with(model.state_dict(), img_size)
-    images = torch.randn(2, 3, *img_size)
-    (found,) = model.feature_maps(images)
+    beit = beit_with(model.state_dict(), img_size).double()
+    images = torch.randn(2, 3, *img_size, dtype=torch.float64)
+    (found,) = model.double().feature_maps(images)
     theirs = beit.forward_features(images)[:, 1:]
-    torch.testing.assert_close(found.flatten(2).mT, theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.flatten(2).mT, theirs, rtol=1e-9, atol=1e-9)
 
 
 def random_attention(grid_size=(4, 6)):
