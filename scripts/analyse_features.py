@@ -4,9 +4,9 @@
 
 O/features.json and O/features.png have the k-NN accuracy of the features of every block, measured
 as main_knn.py does for the last one, but without the norm of a fine-tuned encoder and in float32.
-O/features_pictures.png has, for a few images and every
-block, the first three principal components of the patches' features as colors, after the mean of
-each place is subtracted, and where the class token attends. It needs matplotlib.
+O/features_pictures.png has, for a few images and every block, the first three principal components
+of the patches' features as colors, after the mean of each place is subtracted, and where the class
+token attends. It needs matplotlib.
 """
 
 import logging
