@@ -97,6 +97,12 @@ def analyse(main, report, *argv, save=False):
     return read_strictly(report), [line[9:] for line in out.getvalue().splitlines()], figures
 
 
+def analyse_checkpoint(main, name, folder, checkpoint, *argv, **options):
+    """Run the analysis that writes NAME.json into a folder; see `analyse`."""
+    argv = ["--checkpoint", checkpoint, "--output_dir", folder, *argv]
+    return analyse(main, folder / f"{name}.json", *argv, **options)
+
+
 def grid_of(figure):
     """Rows and columns of a figure."""
     return figure.axes[0].get_gridspec().get_geometry()

@@ -28,6 +28,7 @@ from util.eval.monitor import val_split
 from util.masking import Masking, MaskSettings
 
 main = analyse_attention.main
+analyse = partial(analyses.analyse_checkpoint, main, "attention")
 TINY_PATCH4 = SIZES["tiny_patch4"]
 pytestmark = [pytest.mark.usefixtures("nano"), pytest.mark.xdist_group("analyse_attention")]
 both = pytest.mark.parametrize("method", ["crossmae", "mae"])
@@ -38,11 +39,6 @@ close = partial(pytest.approx, rel=1e-5, abs=1e-6)
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     return {method: save_model(folder / f"{method}.pth", method) for method in ("crossmae", "mae")}
-
-
-def analyse(folder, checkpoint, *argv, **options):
-    argv = ["--checkpoint", checkpoint, "--output_dir", folder, *argv]
-    return analyses.analyse(main, folder / "attention.json", *argv, **options)
 
 
 @pytest.fixture(scope="module")

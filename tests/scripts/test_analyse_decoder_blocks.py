@@ -24,6 +24,7 @@ from tests.helpers.runs import run
 from tests.helpers.weights import stored
 
 main = analyse_decoder_blocks.main
+analyse = partial(analyses.analyse_checkpoint, main, "decoder_blocks")
 pytestmark = [pytest.mark.usefixtures("nano"), pytest.mark.xdist_group("analyse_decoder_blocks")]
 close = partial(pytest.approx, rel=1e-5, abs=1e-6)
 MODELS = {
@@ -41,11 +42,6 @@ PARTS = ("block 1", "block 2")
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     return {name: save_model(folder / f"{name}.pth", **own) for name, own in MODELS.items()}
-
-
-def analyse(folder, checkpoint, *argv, **options):
-    argv = ["--checkpoint", checkpoint, "--output_dir", folder, *argv]
-    return analyses.analyse(main, folder / "decoder_blocks.json", *argv, **options)
 
 
 @pytest.fixture(scope="module")

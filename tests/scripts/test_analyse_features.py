@@ -1,6 +1,7 @@
 """The script that shows what the features of every encoder block know."""
 
 import json
+from functools import partial
 
 import pytest
 from PIL import Image
@@ -22,6 +23,7 @@ from tests.helpers.runs import run
 from tests.helpers.weights import stored, timm_nano
 
 main = analyse_features.main
+analyse = partial(analyses.analyse_checkpoint, main, "features")
 pytestmark = [pytest.mark.usefixtures("nano"), pytest.mark.xdist_group("analyse_features")]
 both = pytest.mark.parametrize("method", ["crossmae", "mae"])
 NEIGHBORS = (10, 20, 100)
@@ -31,11 +33,6 @@ NEIGHBORS = (10, 20, 100)
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     return {method: save_model(folder / f"{method}.pth", method) for method in ("crossmae", "mae")}
-
-
-def analyse(folder, checkpoint, *argv, **options):
-    argv = ["--checkpoint", checkpoint, "--output_dir", folder, *argv]
-    return analyses.analyse(main, folder / "features.json", *argv, **options)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """The script that shows what inter-block attention reads."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from tests.helpers.analyses import (
 )
 
 main = analyse_inter_block.main
+analyse = partial(analyses.analyse_checkpoint, main, "inter_block")
 pytestmark = [pytest.mark.usefixtures("nano"), pytest.mark.xdist_group("analyse_inter_block")]
 PLAIN, SCALED = "weight", "weight_times_size"
 WEIGHT = "decoder.inter_block_attention.weight"
@@ -37,11 +40,6 @@ with_mixes = pytest.mark.parametrize("name", [*MODELS][:-2])
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     return {name: save_model(folder / f"{name}.pth", **own) for name, own in MODELS.items()}
-
-
-def analyse(folder, checkpoint, *argv, **options):
-    argv = ["--checkpoint", checkpoint, "--output_dir", folder, *argv]
-    return analyses.analyse(main, folder / "inter_block.json", *argv, **options)
 
 
 def weights_in(checkpoint):
