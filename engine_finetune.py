@@ -13,7 +13,7 @@ from util.compute.precision import Precision
 from util.data.batch import Batch
 from util.data.broken_images import BrokenImages
 from util.data.classes import check_labels
-from util.data.images import IndexedImages, names_hash
+from util.data.images import IndexedImages
 from util.data.loaders import StepLoader
 from util.data.mixing import mix_images
 from util.data.streams import StreamedImages
@@ -146,7 +146,6 @@ def describe_classifier(
         "--input_size": options["img_size"],
         "--pool": options["pool"],
         "number of classes": options["num_classes"],
-        "hash of the names of classes": names_hash(train_set.classes),
         "--dataset": dataset,
         **{f"--{name}": value for name, value in form.items()},
         **train_set.identity(),

@@ -43,6 +43,7 @@ from util.data.detection import (
 )
 from util.data.images import names_hash
 from util.data.loaders import build_eval_loader, build_iteration_loader
+from util.data.report import report_images
 from util.errors import InputError
 from util.eval.coco_ap import describe
 from util.optim import (
@@ -62,7 +63,7 @@ from util.runs.resume import (
     log_settings,
     open_run,
 )
-from util.runs.run import RunSettings, add_run_args, run_main, start_run
+from util.runs.run import RunSettings, add_run_args, log_lines, run_main, start_run
 from util.schedule import plan_learning_rate, step_lr
 from util.weights.encoder import load_encoder
 from util.weights.files import check_new, unknown_content, write_new
@@ -162,6 +163,7 @@ def evaluate_only(
     images = open_validation(data, side=model.input_size, masks=model.has_masks, **colors)
     if images is None:
         raise InputError("there are no validation images: give --val_ann and --val_images")
+    report_images(None, images, classes)
     check_classes(images.file, classes, "the checkpoint's")
     example = blank_images((model.input_size,) * 2, device)
     precision = place_model(model, compute, device, example, forward=model.feature_map)
@@ -169,7 +171,7 @@ def evaluate_only(
     loader = build_eval_loader(images, **sizes, device=device)
     broken = BrokenImages(len(images), data.max_broken)
     scores, results = evaluate(model, loader, images, precision=precision, broken=broken)
-    _logger.info("AP of each class:\n%s", scores.table(classes))
+    log_lines(f"AP of each class:\n{scores.table(classes)}")
     _logger.info("%s: %s", path, describe(scores.stats()))
     return results
 
@@ -207,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         std=start.std,
         seed=run.seed,
     )
+    found = report_images(images.train, images.val, images.classes)
     batches = plan_batches(iterations)
     effective_batch_size = batches.batch_size * batches.accum_iter * world_size()
     iterations = iterations.with_passes(recipe.epochs, len(images.train), effective_batch_size)
@@ -276,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     length = ("--max_iters", iterations.steps_per_epoch)
     given = given_options(args, parse_args([]))
-    record = RunRecord("detection", fixed, may_change, header, vars(args), given, length)
+    record = RunRecord("detection", fixed, may_change, header, vars(args), given, length, found)
     with open_run(state, loader, run, record) as (checkpoints, run_log):
         progress, parallel_model = state.progress, data_parallel(model, device)
         while progress.epoch < optim.epochs:
@@ -299,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 stats |= scores.stats()
                 show(scores, measured, images.val, run_log, step=progress.step, **how)
                 if progress.epoch == optim.epochs:
-                    _logger.info("AP of each class:\n%s", scores.table(images.classes))
+                    log_lines(f"AP of each class:\n{scores.table(images.classes)}")
             run_log.end_epoch(stats, epoch=progress.epoch, step=progress.step)
             checkpoints.save_if_best(stats, by="val_box_ap")
             checkpoints.end_epoch(is_last=progress.epoch == optim.epochs)

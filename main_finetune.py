@@ -27,10 +27,11 @@ from util.compute.precision import blank_images
 from util.compute.setup import ComputeSettings, add_memory_args, add_precision_args, place_model
 from util.compute.sharding import unsharded
 from util.data.broken_images import BrokenImages
-from util.data.classes import check_classes
-from util.data.datasets import open_labeled, open_val
+from util.data.classes import check_classes, check_output_order
+from util.data.datasets import open_train_val, open_val
 from util.data.loaders import build_eval_loader, build_loaders
 from util.data.mixing import MixSettings, add_mix_args, build_mixup
+from util.data.report import report_images
 from util.data.settings import DataSettings, add_data_args
 from util.data.transforms import (
     AugmentSettings,
@@ -50,6 +51,7 @@ from util.optim import (
 from util.runs.checkpoint import TrainState
 from util.runs.report import report
 from util.runs.resume import (
+    CONTENT,
     EFFECTIVE_BATCH,
     RunRecord,
     changeable_settings,
@@ -166,7 +168,10 @@ def evaluate_only(
     val_set = open_val(data, transform, seed=run.seed)
     if val_set is None:
         raise InputError(f"{data.name} has no validation images: set --val_path")
+    report_images(None, val_set)
     num_classes = check_classes(None, val_set, weights.num_classes, weights.classes)
+    if weights.classes is None and data.dataset is None:
+        check_output_order(path, val_set, data.name)
     pool = encoder.pool or weights.pool
     model = build_classifier(
         start.size, img_size=start.img_size, num_classes=num_classes, pool=pool
@@ -209,8 +214,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         finetune_transform(*start.input_format, augment),
         eval_transform(*start.input_format, crop_pct),
     )
-    sizes = {"batch_size": optim.batch_size, "num_classes": encoder.num_classes}
-    train_set, val_set, num_classes = open_labeled(data, *transforms, seed=run.seed, **sizes)
+    train_set, val_set = open_train_val(
+        data, *transforms, seed=run.seed, batch_size=optim.batch_size
+    )
+    found = report_images(train_set, val_set)
+    num_classes = check_classes(train_set, val_set, encoder.num_classes)
     batches = plan_batches(optim)
     loader, val_loader = build_loaders(
         train_set, val_set, data, batches, seed=run.seed, device=device
@@ -255,9 +263,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         EFFECTIVE_BATCH: loader.effective_batch_size,
     }
     may_change = changeable_settings(optim, data, lr=lr.peak, amp=precision.amp, fsdp=compute.fsdp)
+    may_change[CONTENT] = train_set.content_hash()
     log_settings({**fixed, **may_change})
     given = given_options(args, parse_args([]))
-    record = RunRecord("finetune", fixed, may_change, header, vars(args), given)
+    record = RunRecord("finetune", fixed, may_change, header, vars(args), given, data=found)
     with open_run(state, loader, run, record) as (checkpoints, run_log):
         progress, parallel_model = state.progress, data_parallel(model, device)
         mixup = build_mixup(mix, num_classes)

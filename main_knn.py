@@ -22,6 +22,7 @@ from util.data.classes import check_labels
 from util.data.datasets import open_train_val
 from util.data.images import IndexedImages
 from util.data.loaders import build_eval_loader
+from util.data.report import report_images
 from util.data.settings import DataSettings, add_data_args
 from util.data.transforms import default_crop_pct, eval_transform
 from util.errors import counted
@@ -135,13 +136,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     train_set, val_set = open_train_val(
         data, transform, transform, seed=args.seed, batch_size=args.batch_size
     )
+    found = report_images(train_set, val_set)
     num_classes = check_measurable(data.name, train_set, val_set, args.num_classes)
 
     model = build_classifier(start.size, img_size=start.img_size, num_classes=0, pool=args.pool)
     example = blank_images(start.img_size, device)
     precision = place_model(model.eval(), compute, device, example)
     compile_model(model, compute.compile, device=device)
-    versions = write_args(output_dir, vars(args))
+    versions = write_args(output_dir, vars(args), found)
 
     def features_of(images: IndexedImages) -> LabeledFeatures:
         _logger.info("computing the features of %s", counted(len(images), "image"))

@@ -17,20 +17,30 @@ from util.compute.distributed import broadcast_buffers, data_parallel, is_main_p
 from util.compute.precision import blank_images
 from util.compute.setup import ComputeSettings, add_precision_args, place_model
 from util.data.broken_images import BrokenImages
-from util.data.datasets import open_labeled
+from util.data.classes import check_classes
+from util.data.datasets import open_train_val
 from util.data.loaders import build_loaders
+from util.data.report import report_images
 from util.data.settings import DataSettings, add_data_args
 from util.data.transforms import default_crop_pct, eval_transform, probe_transform
 from util.optim import OptimSettings, add_optim_args, build_lars
 from util.runs.checkpoint import TrainState
 from util.runs.report import report
-from util.runs.resume import EFFECTIVE_BATCH, RunRecord, changeable_settings, log_settings, open_run
+from util.runs.resume import (
+    CONTENT,
+    EFFECTIVE_BATCH,
+    RunRecord,
+    changeable_settings,
+    log_settings,
+    open_run,
+)
 from util.runs.run import RunSettings, add_run_args, run_main, start_run
 from util.schedule import plan_learning_rate
 from util.weights.encoder import load_encoder
 
 SETTINGS = (RunSettings, DataSettings, OptimSettings, ComputeSettings, EncoderSettings)
 WARMUP_FRACTION = 1 / 9  # of the epochs: 10 of 90
+CROPS = "random crops"  # key in the settings that may change
 MEMORY_ADVICE = "use a lower --batch_size with the same --effective_batch_size"
 
 
@@ -68,14 +78,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         encoder.finetune, encoder.model, img_size=data.input_size, mean=data.mean, std=data.std
     )
     crop_pct = data.crop_pct or default_crop_pct(start.img_size)
-    train_set, val_set, num_classes = open_labeled(
+    train_set, val_set = open_train_val(
         data,
         probe_transform(*start.input_format),
         eval_transform(*start.input_format, crop_pct),
         seed=run.seed,
         batch_size=optim.batch_size,
-        num_classes=encoder.num_classes,
     )
+    found = report_images(train_set, val_set)
+    num_classes = check_classes(train_set, val_set, encoder.num_classes)
     batches = plan_batches(optim)
     loader, val_loader = build_loaders(
         train_set, val_set, data, batches, seed=run.seed, device=device
@@ -109,9 +120,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         EFFECTIVE_BATCH: loader.effective_batch_size,
     }
     may_change = changeable_settings(optim, data, lr=lr.peak, amp=precision.amp)
+    may_change[CONTENT] = train_set.content_hash()
+    may_change[CROPS] = "drawn once and clipped"
     log_settings({**fixed, **may_change})
-    given = given_options(args, parse_args([]))
-    record = RunRecord("linprobe", fixed, may_change, header, vars(args), given)
+    # Counted as given, because checkpoints without it are of a version that cropped differently.
+    given = given_options(args, parse_args([])) | {CROPS}
+    record = RunRecord("linprobe", fixed, may_change, header, vars(args), given, data=found)
     with open_run(state, loader, run, record) as (checkpoints, run_log):
         progress, parallel_model = state.progress, data_parallel(model, device)
         while progress.epoch < optim.epochs:

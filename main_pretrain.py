@@ -20,6 +20,7 @@ from util.compute.sharding import unsharded
 from util.data.broken_images import BrokenImages
 from util.data.datasets import open_train_val
 from util.data.loaders import build_loaders
+from util.data.report import report_images
 from util.data.settings import DataSettings, add_crop_args, add_data_args, check_decoder
 from util.data.transforms import eval_transform, pretrain_transform
 from util.errors import InputError
@@ -28,7 +29,7 @@ from util.eval.monitor import MonitorSettings, add_monitor_args, draw, measure, 
 from util.masking import Masking, MaskSettings, add_masking_args
 from util.optim import OptimSettings, add_optim_args, build_adamw
 from util.runs.checkpoint import TrainState
-from util.runs.resume import EFFECTIVE_BATCH, RunRecord, changeable_settings, open_run
+from util.runs.resume import CONTENT, EFFECTIVE_BATCH, RunRecord, changeable_settings, open_run
 from util.runs.run import RunSettings, add_run_args, run_main, start_run
 from util.schedule import plan_learning_rate
 
@@ -96,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=run.seed,
         batch_size=known_batch_size,
     )
+    found = report_images(train_set, val_set)
 
     # The model, and the batch size that fits its device
     build = partial(build_model, network.model, options)
@@ -140,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     may_change = changeable_settings(
         optim, data, lr=lr.peak, amp=precision.amp, fsdp=compute.fsdp
-    ) | {"--decode": args.decode}
+    ) | {"--decode": args.decode, CONTENT: train_set.content_hash()}
     header = {
         "model_name": network.model,
         "model_options": options,
@@ -161,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     # Settings that an older version's checkpoint lacks count as changed only if they were given.
     given = given_options(args, parse_args([]))
-    record = RunRecord("pretrain", fixed, may_change, header, vars(args), given)
+    record = RunRecord("pretrain", fixed, may_change, header, vars(args), given, data=found)
     with open_run(state, loader, run, record) as (checkpoints, run_log):
         progress, parallel_model = state.progress, data_parallel(model, device)
         if monitor.knn_loaders and progress.step == 0:

@@ -37,6 +37,7 @@ from util.data.batch import Normalization
 from util.data.broken_images import BrokenImages
 from util.data.images import names_hash
 from util.data.loaders import build_eval_loader, build_iteration_loader
+from util.data.report import report_images
 from util.data.segmentation import (
     TRAINED,
     SegmentationSettings,
@@ -65,7 +66,14 @@ from util.runs.resume import (
     log_settings,
     open_run,
 )
-from util.runs.run import RunSettings, add_run_args, run_main, start_run, write_json
+from util.runs.run import (
+    RunSettings,
+    add_run_args,
+    log_lines,
+    run_main,
+    start_run,
+    write_json,
+)
 from util.schedule import linear_lr, plan_learning_rate
 from util.weights.encoder import load_encoder
 from util.weights.files import check_new, unknown_content, write_new
@@ -147,6 +155,7 @@ def evaluate_only(
     _logger.info("images and masks are read with %s", labels)
     normalization = Normalization(tuple(content["mean"]), tuple(content["std"]))
     val_set = open_validation(data, label_rule(data, classes), normalization=normalization)
+    report_images(None, val_set, classes)
     precision = place_model(model, compute, device, blank_images(model.img_size, device))
     windows = window.windows(model.img_size, model.patch_size)
     sizes = {"batch_size": 1, "num_workers": data.num_workers}
@@ -158,7 +167,7 @@ def evaluate_only(
         precision=precision,
         broken=BrokenImages(len(val_set), data.max_broken),
     )
-    _logger.info("IoU and accuracy of each class:\n%s", scores.table(classes))
+    log_lines(f"IoU and accuracy of each class:\n{scores.table(classes)}")
     _logger.info("%s: %s", path, describe(scores.stats()))
     return {"checkpoint": str(path), "windows": asdict(windows), **scores.as_json(classes)}
 
@@ -188,6 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = open_segmentation(
         data, crop_size=head.crop, mean=start.mean, std=start.std, seed=run.seed
     )
+    found = report_images(images.train, images.val, images.classes)
     optim = iterations.optim(warmup_iters=WARMUP_ITERS)
     batches = plan_batches(optim)
     head.check_batch_size(batches.batch_size * (world_size() if device.type == "cuda" else 1))
@@ -253,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     length = ("--max_iters", iterations.steps_per_epoch)
     given = given_options(args, parse_args([]))
-    record = RunRecord("segmentation", fixed, may_change, header, vars(args), given, length)
+    record = RunRecord("segmentation", fixed, may_change, header, vars(args), given, length, found)
     windows = window.windows(model.img_size, model.patch_size)
     how = {"classes": images.classes, "windows": windows, "precision": precision}
     with open_run(state, loader, run, record) as (checkpoints, run_log):
@@ -278,9 +288,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 stats |= scores.stats()
                 show(scores, measured, images.val, run_log, step=progress.step, **how)
                 if progress.epoch == optim.epochs:
-                    _logger.info(
-                        "IoU and accuracy of each class:\n%s", scores.table(images.classes)
-                    )
+                    log_lines(f"IoU and accuracy of each class:\n{scores.table(images.classes)}")
             run_log.end_epoch(stats, epoch=progress.epoch, step=progress.step)
             checkpoints.save_if_best(stats, by="val_miou")
             checkpoints.end_epoch(is_last=progress.epoch == optim.epochs)

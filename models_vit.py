@@ -248,12 +248,12 @@ class ViT(nn.Module):
         cls_token = (self.cls_token + self.pos_embed[:, :1]).flatten()  # (D,)
         return torch.cat((cls_token.expand(x.shape[0], 1, -1), x), dim=1)  # (B, 1+N, D)
 
-    def positions_for(self, grid_size: tuple[int, int], *, antialias: bool = True) -> Tensor:
-        """Positions (1, 1+L, D) for a grid of patches, resampled if it is not `grid_size`."""
+    def positions_for(self, grid_size: tuple[int, int]) -> Tensor:
+        """Positions (1, 1+L, D) for a grid of patches, resampled as in MAE if not `grid_size`."""
         if grid_size == self.grid_size:
             return self.pos_embed
         sizes = {"new_size": list(grid_size), "old_size": list(self.grid_size)}
-        return resample_abs_pos_embed(self.pos_embed, antialias=antialias, **sizes)
+        return resample_abs_pos_embed(self.pos_embed, antialias=False, **sizes)
 
     def tokens(self, images: Tensor) -> Tensor:
         """Embed every patch, (B, C, H, W) -> (B, 1+L, D)."""

@@ -463,7 +463,7 @@ class DetectionViT(ViT):
     def feature_map(self, images: Tensor) -> Tensor:
         """Output of the last block: (B, C, S, S) -> (B, D, S/p, S/p)."""
         size = tuple(side // self.patch_size for side in images.shape[2:])
-        positions = self.positions_for(size, antialias=False)
+        positions = self.positions_for(size)
         x = self.patch_embed(patchify(images, self.patch_size)) + positions[:, 1:]  # (B, L, D)
         for block in self.blocks:
             x = block(x, size)

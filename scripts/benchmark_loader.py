@@ -7,7 +7,7 @@ rounds that measure every loader once: the median, and the median ratio to the f
 measurement ends with a batch on the host. The reference's batch is normalized; this project leaves
 flips and normalization to the device, where they cost a GPU next to nothing.
 
-Also checks that both produce the same pixels from the same crops.
+Also checks that the pixels of the same crops differ only by rounding, 0.1 of 255 on average.
 """
 
 import argparse
@@ -117,7 +117,7 @@ def own_epochs(args: argparse.Namespace, images: IndexedImages) -> Iterator[int]
     )
     epoch = 0
     while True:
-        yield from (len(batch.labels) for step in loader.steps(epoch) for batch in step)
+        yield from (batch.num_images for step in loader.steps(epoch) for batch in step)
         yield 0
         epoch += 1
 
@@ -155,7 +155,7 @@ def pixel_difference(images: IndexedImages, size: tuple[int, int]) -> float:
         crop = functional.resized_crop(image, *box, size, v1.InterpolationMode.BICUBIC)
         theirs = functional.to_tensor(functional.hflip(crop) if flip else crop)
         crops = images.transform(images.transform.read(images.reader[index][0]), *seed)
-        ours, _ = collate([Sample(crops, label=-1, broken=[])]).to(torch.device("cpu"))
+        ours, _ = collate([Sample(crops, label=None, broken=[])]).to(torch.device("cpu"))
         difference = denormalize(ours, *NORMALIZATION)[0] - theirs
         differences.append(255 * difference.abs().mean().item())
     return statistics.mean(differences)
@@ -263,8 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not difference < MAX_DIFFERENCE:
         raise RunError(
             f"the mean difference of the same crops is {difference:.3f} of 255, not below "
-            f"{MAX_DIFFERENCE}: this project does not read the same pixels as Pillow and "
-            "torchvision v1"
+            f"{MAX_DIFFERENCE}: this project reads other pixels than Pillow and torchvision v1"
         )
     content = {
         "machine": describe_machine(torch.device("cpu")),

@@ -23,7 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
@@ -33,9 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from util.arguments import Parser, integer, natural_float, positive_int, process_count
 from util.data.broken_images import BrokenImages, reason_of
 from util.data.datasets import build_dataset
-from util.data.decode import to_rgb
+from util.data.decode import read_rgb
 from util.data.images import IndexedImages, class_names
 from util.data.packed import write_packed
+from util.data.report import report_images
+from util.data.settings import add_class_folder_arg
 from util.errors import InputError, RunError, counted
 from util.runs.run import run_main, start_run
 from util.weights.files import write_new
@@ -78,9 +79,8 @@ class PreparedImages(Dataset):
             file, label = self.reader[index]
             with file:
                 content = file.read()
-            with Image.open(io.BytesIO(content)) as original:
-                is_jpeg = original.format == "JPEG"
-                image = to_rgb(original)
+            is_jpeg = content.startswith(b"\xff\xd8")
+            image = read_rgb(io.BytesIO(content))
             is_small = min(image.size) <= self.short_side
             if not is_small:
                 image = v2.functional.resize(
@@ -251,6 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--output_dir", help="new folder for the prepared images")
     side = "size to which the short side of larger images is resized (%(default)s)"
     add("--short_side", type=positive_int, default=256, metavar="PX", help=side)
+    add_class_folder_arg(parser)
     kinds = "JPEG files or raw pixels (%(default)s)"
     add("--format", choices=("jpeg", "uint8"), default="jpeg", help=kinds)
     add("--quality", type=jpeg_quality, default=95, help="of JPEG files, 1 to 100 (%(default)s)")
@@ -271,10 +272,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (args.data_path and args.output_dir):
         raise InputError("give --data_path and --output_dir, or only --verify")
 
+    options = {"transform": None, "seed": 0, "class_folder": args.class_folder}
     splits = {
-        name: build_dataset("folder", args.data_path, split=split, transform=None, seed=0)
+        name: build_dataset("folder", args.data_path, split=split, **options)
         for name, split in SPLITS.items()
     }
+    report_images(splits["train"], splits["val"])
+    ambiguity = splits["train"].listed.ambiguity
+    if ambiguity and args.format == "uint8":
+        raise InputError(f"the classes of the images are not clear: {ambiguity}")
     write = partial(
         prepare,
         {name: images for name, images in splits.items() if images is not None},

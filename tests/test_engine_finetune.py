@@ -557,9 +557,11 @@ def test_resuming_from_the_best_epoch_is_refused(tmp_path):
         continue_run(state, path, read_checkpoint(path, "finetune"), record)
 
 
-@pytest.mark.parametrize(("label", "words"), [(3, "label 3"), (-1, "an image has no label")])
-def test_a_val_label_that_is_no_class_is_refused(label, words):
+@pytest.mark.parametrize(
+    ("labels", "words"), [(torch.tensor([3, 0, 1]), "label 3"), (None, "an image has no label")]
+)
+def test_a_val_label_that_is_no_class_is_refused(labels, words):
     batches, _, _ = logits_in_batches(8, 3)
-    batches[1].labels[0] = label
+    batches[1] = batches[1]._replace(labels=labels)
     with pytest.raises(InputError, match=words):
         measure(torch.nn.Flatten(), batches)

@@ -250,7 +250,7 @@ def test_an_evaluation_repeats_the_run_s_own_and_writes_coco_results(
     run(*EVAL, "--data_path", data, "--finetune", checkpoint, "--dump_json", path)
     out = capsys.readouterr().out
     assert f"box AP {last['val_box_ap']:.2f} (AP50 {last['val_box_ap50']:.2f})" in out
-    assert re.search(r"^disc +", out, re.MULTILINE)
+    assert re.search(r"^[\d:]{8} disc +", out, re.MULTILINE)
     assert files_in(finished) == before
     with redirect_stdout(StringIO()):
         coco = COCO(data / "annotations" / "instances_val.json")

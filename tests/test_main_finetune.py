@@ -529,6 +529,48 @@ def test_a_classifier_of_timms_is_evaluated(tmp_path, images, capsys):
     assert "top-1 41.67%" in measured(capsys, *argv)[1]  # all five cups, of twelve
 
 
+def test_a_head_without_class_names_is_not_evaluated_in_an_order_that_is_not_clear(
+    tmp_path, capsys
+):
+    for number in range(12):
+        write_images(tmp_path / "data" / "val" / str(number), 6 if number == 10 else 1)
+    sizes = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 16}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=12, **sizes)
+    state = model.state_dict()
+    state["head.weight"].zero_()
+    state["head.bias"].zero_()[2] = 10  # the class 10 in torchvision's order, 2 in the natural one
+    torch.save(state, tmp_path / "timm.pth")
+    argv = [*QUICK, "--finetune", tmp_path / "timm.pth", "--data_path", tmp_path / "data"]
+    message = refused(capsys, "--eval", *argv)
+    assert "sort these folders as 0, 1, 10, 11, 2 and so on" in message
+    assert "this code as 0, 1, 2, 3, 4 and so on" in message
+    for dataset, percent in (("torch/folder", "35.29"), ("folder", "5.88")):
+        assert f"--dataset {dataset}" in message
+        assert f"top-1 {percent}%" in measured(capsys, *argv, "--dataset", dataset)[1]
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "reasons"),
+    [
+        (
+            ["train2017", "val2017", "test2017"],
+            [],
+            ["{0}/train2017 has no class folders", "by --data_path", "by --val_path"],
+        ),
+        (["cars_train", "cars_test"], [], ["{0}/cars_train has no class folders"]),
+        (["images", "annotations/trimaps"], [], ["{0}/images has no class folders"]),
+        (["p1/a", "p1/b", "p2/a"], [], ["--class_folder last", "--class_folder first"]),
+    ],
+)
+def test_splits_and_masks_are_not_classes(tmp_path, capsys, layout, options, reasons):
+    for name in layout:
+        write_images(tmp_path / "data" / name, 2)
+    argv = [*SCRATCH, "--data_path", tmp_path / "data", "--output_dir", tmp_path / "run", *options]
+    message = refused(capsys, *argv)
+    assert [r for r in reasons if r.format(tmp_path / "data") not in message] == []
+    assert not (tmp_path / "run").exists()
+
+
 UNFIT = {
     "--finetune PRETRAINED": "has no head to evaluate",
     "--output_dir EMPTY": "--eval found no checkpoint in",

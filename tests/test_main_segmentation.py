@@ -224,7 +224,7 @@ def test_an_evaluation_repeats_the_run_s_own(tmp_path, data, finished, capsys, h
     miou = float(re.search(r"mIoU ([\d.]+) %", out)[1])
     if mode == "slide":
         assert miou == pytest.approx(read_log(finished)[-1]["val_miou"], abs=0.005)
-    assert re.search(r"^green +", out, re.MULTILINE)
+    assert re.search(r"^[\d:]{8} green +", out, re.MULTILINE)
     assert not (tmp_path / "none").exists()
     assert files_in(finished) == before
     run(*argv, "--output_dir", finished)

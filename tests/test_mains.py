@@ -3,6 +3,7 @@
 What only one of them does is in its own file.
 """
 
+import json
 import re
 
 import pytest
@@ -164,6 +165,42 @@ def test_data_may_move(tmp_path, images, finished, capsys, name):
     moved = copied(images, tmp_path / "images")
     run(*argv, "--data_path", moved, "--output_dir", folder, main=MAINS[name].main)
     assert "continuing with a change: --data_path" in capsys.readouterr().out
+
+
+@every_training
+def test_renamed_classes_are_not_continued(tmp_path, images, finished, capsys, name):
+    before, argv = finished
+    folder = copied(before, tmp_path / "run")
+    renamed = copied(images, tmp_path / "images")
+    for split in ("train", "val"):
+        (renamed / split / "bear").rename(renamed / split / "bull")
+    argv = [*argv, "--data_path", renamed, "--output_dir", folder]
+    message = refusal(capsys, *argv, main=MAINS[name].main)
+    assert "hash of the names of classes was" in message
+
+
+@every_training
+def test_other_images_of_the_same_names_are_told(tmp_path, images, finished, capsys, name):
+    before, argv = finished
+    folder = copied(before, tmp_path / "run")
+    swapped = copied(images, tmp_path / "images")
+    write_images(swapped / "train" / "bear", 12, size=24)  # as if class folders had been swapped
+    run(*argv, "--data_path", swapped, "--output_dir", folder, main=MAINS[name].main)
+    assert "continuing with a change: hash of the content of 100" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", MAINS)
+def test_the_images_are_described_in_the_log_and_in_args_json(
+    tmp_path, images, finished, capsys, name
+):
+    _, argv = finished
+    run(*argv, "--output_dir", tmp_path, main=MAINS[name].main)
+    out = capsys.readouterr().out
+    assert f"37 training images from {images}/train: apple 12, bear 12, cup 13" in out
+    assert f"12 validation images from {images}/val: apple 3, bear 4, cup 5" in out
+    data = json.loads((tmp_path / "args.json").read_text())["data"]
+    assert data["training"]["classes"]["largest"] == {"name": "cup", "images": 13}
+    assert data["validation"]["from"] == str(images / "val")
 
 
 @every_training

@@ -291,13 +291,17 @@ def test_other_image_sizes(head, rel_pos_bias, height, width):
     assert logits.isfinite().all()
 
 
-def test_positions_at_other_sizes_are_those_of_timm():
-    model, images = random_model(), torch.randn(2, 3, 16, 24)
-    wide = random_model(img_size=(16, 24))
+@pytest.mark.parametrize("grid_size", [(4, 6), (3, 2)])
+def test_positions_at_other_sizes_are_resampled_as_in_mae(grid_size):
+    height, width = (4 * side for side in grid_size)
+    model, images = random_model(), torch.randn(2, 3, height, width)
+    other = random_model(img_size=(height, width))
     state = model.state_dict()
-    positions = timm.layers.resample_abs_pos_embed(state["pos_embed"], [4, 6], [4, 4])
-    wide.load_state_dict({**state, "pos_embed": positions})
-    torch.testing.assert_close(model(images), wide(images))
+    maps = state["pos_embed"][:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)  # (1, D, 4, 4)
+    maps = F.interpolate(maps, grid_size, mode="bicubic", align_corners=False, antialias=False)
+    positions = torch.cat([state["pos_embed"][:, :1], maps.flatten(2).mT], dim=1)
+    other.load_state_dict({**state, "pos_embed": positions})
+    torch.testing.assert_close(model(images), other(images))
 
 
 def test_positions_start_from_the_table_and_are_trained():

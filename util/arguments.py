@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from util.errors import InputError, one_line
+from util.errors import InputError, escaped
 
 MAX_COUNT = 10**9  # the product of two larger counts would overflow
 MAX_WORKERS = 1000  # processes
@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with code 2."""
-        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
+        self.exit(2, f"{self.prog}: error: {escaped(message)}\n")
 
 
 def number(text: str) -> float:

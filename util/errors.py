@@ -1,7 +1,8 @@
 """Exceptions that end a run early, with the exit codes the mains give them."""
 
+import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +15,11 @@ OUT_OF_MEMORY = (
     "CUDNN_STATUS_ALLOC_FAILED",
     "ALLOCATION_FAILED",  # cuDNN 9
     "DefaultCPUAllocator",  # a CPU
+)
+# Control characters, line separators, marks of the direction of text, and surrogates, which stand
+# for bytes of a file name that are not UTF-8.
+UNPRINTABLE = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
@@ -70,14 +76,23 @@ def out_of_memory_message(error: BaseException, advice: str) -> str:
     return f"the device ran out of memory{requested}: {advice}"
 
 
-def one_line(message: str) -> str:
-    """Remove the line breaks and undecodable characters that names in a message may contain."""
-    return " ".join(message.splitlines()).encode(errors="backslashreplace").decode()
+def escaped(text: str) -> str:
+    r"""Write line breaks, control characters and undecodable bytes as escapes, such as \n or \x1b.
+
+    File names may contain them, and could otherwise move the cursor or forge a line of a log.
+    """
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def counted(number: int, noun: str) -> str:
-    """Return "1 epoch", "2 epochs" and so on, for a noun whose plural ends in s."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """Return "1 epoch", "2 epochs" and so on; a plural is needed if it is not the noun plus s."""
+    return f"{number} {noun}" if number == 1 else f"{number} {plural or noun + 's'}"
+
+
+def first_few(names: Collection[str], limit: int = 3) -> str:
+    """List names, with "..." after the first few."""
+    listed = ", ".join(itertools.islice(names, limit))
+    return f"{listed}, ..." if len(names) > limit else listed
 
 
 @contextmanager

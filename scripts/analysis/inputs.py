@@ -19,7 +19,8 @@ from util.data.batch import Batch, Sample, collate
 from util.data.broken_images import BrokenImages, reason_of
 from util.data.datasets import build_dataset, open_val
 from util.data.decode import read_pixels
-from util.data.images import IMAGE_SUFFIXES, IndexedImages, Transform
+from util.data.images import IndexedImages, Transform
+from util.data.layout import images_below
 from util.data.loaders import build_eval_loader
 from util.data.settings import DataSettings, add_reading_args
 from util.data.transforms import eval_transform
@@ -48,8 +49,7 @@ def list_images(paths: Sequence[str], limit: int | None = None) -> list[Path]:
     for path in map(Path, paths):
         if not path.exists():
             raise InputError(f"--images {path} does not exist")
-        found = (p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-        files += sorted(found) if path.is_dir() else [path]
+        files += images_below(path) if path.is_dir() else [path]
     if not files:
         raise InputError(f"no images found in --images {' '.join(paths)}")
     return evenly(files, limit)
@@ -73,7 +73,7 @@ def read_images(files: Sequence[Path], transform: Transform) -> Batch:
             pixels = read_pixels(path.open("rb"))  # (3, h, w)
         except Exception as error:  # decoders raise anything on broken files
             raise InputError(f"cannot read image {path}: {reason_of(error)}") from error
-        samples.append(Sample(transform(pixels), label=-1, broken=[]))
+        samples.append(Sample(transform(pixels), label=None, broken=[]))
     return collate(samples)
 
 

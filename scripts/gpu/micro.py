@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts.benchmark.step import describe_machine, time_calls
 from scripts.benchmark.tables import markdown
 from util.compute.precision import ATTENTION_BACKENDS
-from util.errors import one_line
 from util.runs.run import versions, write_json
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -133,7 +132,7 @@ def measure(case: Case) -> dict[str, object]:
     try:
         seconds = statistics.median(time_calls(call, 13, DEVICE)[3:])
     except RuntimeError as error:
-        return {**row, "ms": None, "refused": one_line(str(error))}
+        return {**row, "ms": None, "refused": " ".join(str(error).split())}
     rates = {"tflops": flops / seconds / 1e12, "gb_per_s": num_bytes / seconds / 1e9}
     return {**row, "ms": 1000 * seconds, **rates}
 

@@ -87,6 +87,20 @@ def test_decoding_on_the_device_gives_the_batch_that_workers_decode(num_crops):
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("decode", ["cpu", "gpu"])
+def test_a_batch_in_which_an_image_has_no_label_has_none(decode):
+    transform = pretrain_transform((24, 32), MEAN, STD, num_crops=2, decode=decode)
+    crops = transform(transform.read(JPEGS["usual"]()), "test")
+    labeled, partly = (collate([Sample(crops, n, []) for n in ns]) for ns in ((1, 0), (1, None)))
+    assert labeled.labels.tolist() == [1, 1, 0, 0]
+    assert labeled.num_images == partly.num_images == 4
+    images, labels = partly.to(CPU)
+    assert labels is partly.labels is None
+    assert torch.equal(images, labeled.to(CPU)[0])
+    assert partly.copied(CPU).labels is None
+    assert torch.equal(partly.raw(CPU).pixels, labeled.raw(CPU).pixels)
+
+
 @pytest.mark.parametrize("case", ["usual", "CMYK"])
 def test_a_batch_of_one_kind_is_decoded_too(case):
     transform = pretrain_transform((24, 32), MEAN, STD, decode="gpu")

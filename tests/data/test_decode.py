@@ -1,15 +1,18 @@
 """Images are read as upright 8-bit RGB, JPEGs as Pillow reads them, and broken ones detected."""
 
 import io
+import zipfile
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from tests.helpers.data import IDENTITY
-from tests.helpers.jpegs import JPEGS, ORIENTATION, UPRIGHT, file_of, photo
+from tests.helpers.jpegs import JPEGS, UPRIGHT, XMP, exif, file_of, photo
+from tests.helpers.tiffs import packed_12_bit, shape_of, tiff
 from util.data import decode
+from util.data.damage import BrokenImageError
 from util.data.decode import read_pixels, read_rgb, to_rgb
 from util.data.transforms import pretrain_transform
 
@@ -109,10 +112,8 @@ def test_16_bit_is_rounded_not_clipped():
 @pytest.mark.parametrize(("file_format", "is_16_bit"), [("PNG", 0), ("PNG", 1), ("TIFF", 0)])
 def test_exif_orientation_is_applied(orientation, file_format, is_16_bit):
     stored = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
-    exif = Image.Exif()
-    exif[ORIENTATION] = orientation
     image = Image.fromarray(stored.astype(np.uint16) * 257 if is_16_bit else stored)
-    rgb = to_rgb(in_file(image, file_format, exif=exif))
+    rgb = to_rgb(in_file(image, file_format, exif=exif(orientation)))
     expected = UPRIGHT[orientation](stored)
     np.testing.assert_array_equal(np.asarray(rgb), np.stack([expected] * 3, axis=-1))
 
@@ -128,7 +129,7 @@ def test_an_animation_reads_as_its_first_frame():
     [np.ones((2, 2), np.float32), np.full((2, 2), 70000, np.int32), -np.eye(2, dtype="i4")],
 )
 def test_pixels_of_unknown_range_are_refused(pixels):
-    with pytest.raises(ValueError, match=r"floating-point|outside 0\.\.65535"):
+    with pytest.raises(BrokenImageError, match=r"floating-point|outside 0\.\.65535"):
         to_rgb(in_file(Image.fromarray(pixels), "TIFF"))
 
 
@@ -138,6 +139,122 @@ def test_read_rgb_closes_the_file(tmp_path):
     image = read_rgb(file)
     assert file.closed
     np.testing.assert_array_equal(np.asarray(image), COLORS)
+
+
+def ramp(bits):
+    """An image of all levels of 8-bit gray, in this many bits."""
+    return np.round(np.arange(256).reshape(16, 16) * (2**bits - 1) / 255).astype(
+        np.uint8 if bits == 8 else np.uint16
+    )
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("photometric", [0, 1])
+def test_a_tiff_has_the_same_pixels_in_8_and_16_bits_wherever_white_is(order, photometric):
+    expected = ramp(8) if photometric else 255 - ramp(8)
+    for bits in (8, 16):
+        data = tiff((ramp(bits), {262: photometric}), order=order)
+        for record in (io.BytesIO(data), {"bytes": data, "path": None}):
+            np.testing.assert_array_equal(read_pixels(record)[0], expected)
+
+
+@pytest.mark.parametrize("photometric", [0, 1])
+def test_12_bit_gray_uses_the_whole_range(photometric):
+    tags = shape_of(ramp(8)) | {258: 12, 262: photometric}
+    pixels = read_pixels(io.BytesIO(tiff((packed_12_bit(ramp(12)), tags))))
+    np.testing.assert_array_equal(pixels[0], ramp(8) if photometric else 255 - ramp(8))
+
+
+def test_compressed_16_bit_gray_is_inverted_where_white_is_zero():
+    pixels = Image.fromarray(ramp(16))
+    file = file_of(pixels, "TIFF", compression="tiff_adobe_deflate", tiffinfo={262: 0})
+    assert Image.open(io.BytesIO(file.getvalue())).tag_v2[262] == 0
+    np.testing.assert_array_equal(read_pixels(file)[0], 255 - ramp(8))
+
+
+@pytest.mark.parametrize("tags", [{254: 1}, {254: 4}, {255: 2}])
+def test_the_first_full_page_of_a_tiff_is_read(tags):
+    data = tiff((ramp(8)[:4, :4], tags), (ramp(8), {254: 2}), (255 - ramp(8), {}))
+    for record in (io.BytesIO(data), Image.open(io.BytesIO(data))):
+        np.testing.assert_array_equal(read_pixels(record)[0], ramp(8))
+
+
+def test_a_tiff_of_reduced_pages_only_is_read_as_its_first():
+    data = tiff((ramp(8), {254: 1}), (255 - ramp(8), {254: 1}))
+    np.testing.assert_array_equal(read_pixels(io.BytesIO(data))[0], ramp(8))
+
+
+# Metadata
+
+
+# Orientation 6, and an exposure bias of -2/0, which Pillow reads but cannot write.
+ODD_EXIF = (
+    b"Exif\0\0II*\0\10\0\0\0\2\0\x12\1\3\0\1\0\0\0\6\0\0\0i\x87\4\0\1\0\0\0&\0\0\0\0\0\0\0"
+    b"\1\0\4\x92\n\0\1\0\0\x008\0\0\0\0\0\0\0\xfe\xff\xff\xff\0\0\0\0"
+)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+def test_an_image_is_turned_although_its_exif_cannot_be_written(file_format):
+    lossless = {"lossless": True} if file_format == "WEBP" else {}
+    plain = read_pixels(file_of(photo(), file_format, **lossless))
+    file = file_of(photo(), file_format, exif=ODD_EXIF, **lossless)
+    for record in (Image.open(io.BytesIO(file.getvalue())), file):
+        np.testing.assert_array_equal(
+            read_pixels(record).permute(1, 2, 0), UPRIGHT[6](plain.permute(1, 2, 0).numpy())
+        )
+
+
+@pytest.mark.parametrize("metadata", [{"exif": ODD_EXIF}, {"xmp": XMP}])
+def test_a_turned_image_is_not_turned_again(metadata):
+    once = to_rgb(in_file(photo(), "JPEG", **metadata))
+    assert once.size == photo().size[::-1]
+    assert to_rgb(once).size == once.size
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_damaged_exif_warns_of_nothing_and_leaves_the_pixels(orientation):
+    plain = read_pixels(file_of(photo(), "JPEG"))
+    both = [plain, read_pixels(file_of(photo(), "JPEG", exif=exif(6)))]
+    tags = exif(orientation)
+    tags[ExifTags.Base.Make] = "a name that needs a place of its own"
+    data = file_of(photo(), "JPEG", exif=tags).getvalue()
+    start, end = data.index(b"Exif") + 6, data.index(b"\xff\xdb")
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        damaged = bytearray(data)
+        damaged[rng.integers(start, end)] = rng.integers(256)
+        pixels = read_pixels(io.BytesIO(damaged))
+        assert any(torch.equal(pixels, expected) for expected in both[: 1 + (orientation == 6)])
+
+
+def test_a_device_gets_jpegs_without_metadata():
+    plain = file_of(photo(), "JPEG").getvalue()
+    for metadata in ({"exif": exif(1)}, {"comment": b"no"}, {"icc_profile": b"i" * 99}):
+        image = decode.read_for_device(file_of(photo(), "JPEG", **metadata))
+        assert image.data.numpy().tobytes() == plain
+        assert image.shape == (3, 45, 67)
+
+
+# Records
+
+
+@pytest.mark.parametrize("read", [read_pixels, read_rgb, decode.read_for_device])
+@pytest.mark.parametrize("record", [None, {"bytes": None, "path": None}])
+def test_a_null_is_a_broken_image(read, record):
+    with pytest.raises(BrokenImageError, match=r"^no image \(null\)$"):
+        read(record)
+
+
+def test_a_record_with_a_path_is_read_even_inside_an_archive(tmp_path):
+    content = file_of(photo(), "JPEG", exif=ODD_EXIF).getvalue()
+    (tmp_path / "a.jpg").write_bytes(content)
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.writestr("a.jpg", content)
+    expected = read_pixels(io.BytesIO(content))
+    for path in (f"{tmp_path}/a.jpg", f"zip://a.jpg::{tmp_path}/all.zip"):
+        assert torch.equal(read_pixels({"bytes": None, "path": path}), expected)
 
 
 # Reading pixels

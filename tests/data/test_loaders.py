@@ -53,7 +53,7 @@ def test_the_loader_counts_crops(images, batch_size, accum_iter, world_size):
     for step in range(ranks[0].steps_per_epoch):
         size = min(effective, 21 - step * effective)  # the last one is smaller
         assert {loader.images_in_step(step) for loader in ranks} == {size}
-        sizes = [len(batch.labels) for epoch in epochs for batch in epoch[step]]
+        sizes = [batch.num_images for epoch in epochs for batch in epoch[step]]
         stand_ins = 3 * max(0, world_size - size // 3)
         assert sum(sizes) == size + stand_ins
         assert max(sizes) <= batch_size

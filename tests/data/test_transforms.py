@@ -5,16 +5,18 @@ import pytest
 import torch
 from PIL import Image
 from scipy.stats import ks_2samp
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms as v1
 from torchvision.transforms import InterpolationMode, v2
 
-from util.data.batch import Sample, collate, denormalize
+from util.data.batch import Box, Sample, collate, denormalize, resize_crop
 from util.data.images import IndexedImages
 from util.data.loaders import build_train_loader
 from util.data.transforms import (
     AugmentSettings,
     default_crop_pct,
     draw_box,
+    draw_clipped_box,
     eval_transform,
     finetune_transform,
     pretrain_transform,
@@ -30,19 +32,14 @@ IDENTITY = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 def prepared(transform, image, *place):
     """Return the input (K, 3, H, W) of a model for a Pillow image."""
     crops = transform(transform.read(image.copy()), "test", *place)
-    return collate([Sample(crops, label=-1, broken=[])]).to(CPU)[0]
+    return collate([Sample(crops, label=None, broken=[])]).to(CPU)[0]
 
 
 # Random crops
 
 
-@pytest.mark.parametrize("size", [(375, 500), (500, 333), (64, 64), (100, 180)])
-@pytest.mark.parametrize("min_area", [0.2, 0.08])
-def test_boxes_are_distributed_as_torchvisions(size, min_area):
-    rng, image = random.Random(0), torch.empty(3, *size)
-    ours = np.array([draw_box(rng, *size, min_area) for _ in range(4000)])
-    arguments = image, [min_area, 1.0], [3 / 4, 4 / 3]
-    theirs = np.array([v1.RandomResizedCrop.get_params(*arguments) for _ in range(4000)])
+def assert_same_distribution(ours, theirs, size):
+    """Compare boxes (N, 4), rows of top, left, height and width, in an image of this size."""
     for boxes in (ours, theirs):
         assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] >= 1).all()
         assert (boxes[:, :2] + boxes[:, 2:] <= size).all()
@@ -52,6 +49,38 @@ def test_boxes_are_distributed_as_torchvisions(size, min_area):
         lambda b: b[:, 3] / b[:, 2],
     ):
         assert ks_2samp(measure(ours), measure(theirs)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("size", [(375, 500), (500, 333), (64, 64), (100, 180)])
+@pytest.mark.parametrize("min_area", [0.2, 0.08])
+def test_boxes_are_distributed_as_torchvisions(size, min_area):
+    rng, image = random.Random(0), torch.empty(3, *size)
+    ours = np.array([draw_box(rng, *size, min_area) for _ in range(4000)])
+    arguments = image, [min_area, 1.0], [3 / 4, 4 / 3]
+    theirs = np.array([v1.RandomResizedCrop.get_params(*arguments) for _ in range(4000)])
+    assert_same_distribution(ours, theirs, size)
+
+
+@pytest.mark.parametrize("size", [(375, 500), (500, 333), (64, 64), (10, 1000), (1, 1)])
+def test_a_probes_boxes_are_drawn_once_and_clipped(size):
+    rng, theirs = random.Random(0), np.random.default_rng(0)
+    ours = np.array([draw_clipped_box(rng, *size, 0.08) for _ in range(4000)])
+    area = theirs.uniform(0.08, 1, 4000) * size[0] * size[1]
+    aspect = np.exp(theirs.uniform(np.log(3 / 4), np.log(4 / 3), 4000))
+    sizes = np.stack([np.sqrt(area / aspect), np.sqrt(area * aspect)], axis=1).round()
+    sizes = sizes.clip(1, size)
+    places = np.floor(theirs.uniform(size=(4000, 2)) * (size - sizes + 1))
+    assert_same_distribution(ours, np.concatenate([places, sizes], axis=1), size)
+
+
+def test_only_a_probes_boxes_are_clipped():
+    """A size higher than the image becomes its height, where torchvision draws another."""
+    probe, pretrain = (f((8, 8), *IDENTITY) for f in (probe_transform, pretrain_transform))
+    heights = [
+        [transform.draw(375, 500, seed)[0][0].height for seed in range(200)]
+        for transform in (probe, pretrain)
+    ]
+    assert heights[0].count(375) > 20 > 5 > heights[1].count(375)
 
 
 @pytest.mark.parametrize("size", [(1000, 10), (10, 1000), (1, 7), (7, 1), (1, 1), (3, 200)])
@@ -147,6 +176,51 @@ def test_eval_transform_cuts_the_center_without_padding(image_size):
     (tensor,) = prepared(eval_transform((32, 64), *IDENTITY, crop_pct=0.8), image)
     assert tensor.shape == (3, 32, 64)
     assert (tensor == 1).all()
+
+
+@pytest.mark.parametrize("image_size", [(8, 400), (400, 8), (30, 1700), (3, 55)])
+def test_the_center_of_a_long_image_is_that_of_the_whole_image_resized(image_size):
+    torch.manual_seed(0)
+    noise = torch.randint(256, (3, *image_size), dtype=torch.uint8)
+    transform = eval_transform((20, 28), *IDENTITY, crop_pct=0.8)
+    scale = max(25 / image_size[0], 35 / image_size[1])
+    whole = [int(side * scale) for side in image_size]
+    top, left = (round((a - b) / 2) for a, b in zip(whole, (20, 28), strict=True))
+    resized = resize_crop(noise, Box(0, 0, *image_size), whole)
+    expected = resized[:, top : top + 20, left : left + 28].int()
+    difference = (transform(noise).pixels[0].int() - expected).abs()
+    assert difference.max() <= 2
+    assert difference.float().mean() < 0.1
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the number of values in the largest result of an operation."""
+
+    num_values = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.num_values = max(self.num_values, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("image_size", [(60_000, 1), (1, 60_000)])
+@pytest.mark.parametrize(
+    "build",
+    [
+        pretrain_transform,
+        probe_transform,
+        lambda size, *n: eval_transform(size, *n, 0.875),
+        lambda size, *n: finetune(size, n),
+    ],
+)
+def test_an_image_of_one_row_or_column_costs_no_more_than_its_pixels(build, image_size):
+    image, transform = Image.new("RGB", image_size, "white"), build((32, 48), *IDENTITY)
+    with LargestTensor() as largest:
+        crops = transform(transform.read(image), "test")
+    assert largest.num_values <= 3 * 60_000
+    assert (crops.pixels[0].float() == (1 if crops.normalization is None else 255)).all()
 
 
 def test_eval_transform_keeps_the_aspect_ratio_and_the_middle():

@@ -1,5 +1,6 @@
 """Features of a whole dataset, and k-NN and few-shot regression compared with scikit-learn."""
 
+import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,17 +13,26 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from tests.helpers.files import write_images
 from util.compute.precision import Precision
 from util.data.batch import Batch, collate
 from util.data.broken_images import BrokenImages
+from util.data.datasets import open_train_val
 from util.data.images import IndexedImages
 from util.data.loaders import build_eval_loader
+from util.data.settings import DataSettings
 from util.data.sources import Digits
 from util.data.transforms import eval_transform
 from util.errors import InputError
 from util.eval import frozen_features, knn
 from util.eval.frozen_features import draw_shots, logistic_accuracy
-from util.eval.knn import extract_features, knn_accuracy, knn_predict
+from util.eval.knn import (
+    build_knn_loaders,
+    extract_features,
+    knn_accuracy,
+    knn_predict,
+    measure_knn,
+)
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", CPU)
@@ -205,6 +215,52 @@ def test_features_are_computed_under_autocast_and_without_a_graph():
 def one_batch(num_broken=0):
     broken = [(f"{i}.png", "empty") for i in range(num_broken)]
     return [Batch(torch.zeros(10, 3, 4, 4), torch.zeros(10, dtype=torch.int64), broken)]
+
+
+@pytest.mark.parametrize("labels", [[None, None], [torch.arange(10), None]])
+def test_features_have_no_labels_if_an_image_has_none(labels):
+    images = torch.rand(2, 10, 3, 4, 4)
+    batches = [Batch(own, known, []) for own, known in zip(images, labels, strict=True)]
+    features, found = extract(batches)
+    assert torch.equal(features, encode(images.flatten(0, 1)))
+    assert found is None
+
+
+def folders(tmp_path, *, train_labeled=True, val_labeled=True):
+    for split, is_labeled in (("train", train_labeled), ("val", val_labeled)):
+        for name in ("ant", "bee"):
+            write_images(tmp_path / split / (name if is_labeled else ""), 3)
+    transform = eval_transform((16, 16), [0.5] * 3, [0.25] * 3)
+    return open_train_val(DataSettings(data_path=tmp_path), transform, transform, seed=0)
+
+
+@pytest.mark.parametrize("unlabeled", ["training", "validation"])
+def test_without_labels_it_is_not_measured_and_the_log_says_why(tmp_path, caplog, unlabeled):
+    sets = folders(
+        tmp_path, train_labeled=unlabeled != "training", val_labeled=unlabeled != "validation"
+    )
+    options = {"batch_size": 4, "num_workers": 0, "device": CPU}
+    reason = f"the {unlabeled} images have no labels"
+    with caplog.at_level(logging.INFO):
+        assert build_knn_loaders(*sets, every=None, **options) is None
+    assert f"k-NN is not measured: {reason}" in caplog.text
+    assert build_knn_loaders(*sets, every=0, **options) is None
+    with pytest.raises(InputError, match=f"--knn_every 2: {reason}"):
+        build_knn_loaders(*sets, every=2, **options)
+
+
+class Encoder(torch.nn.Module):
+    features = staticmethod(encode)
+
+
+def test_a_label_that_turns_out_to_be_missing_stops_the_measurement(tmp_path):
+    train_set, val_set = folders(tmp_path)
+    val_set.reader.listed.labels[2] = None
+    loaders = build_knn_loaders(
+        train_set, val_set, every=1, batch_size=4, num_workers=0, device=CPU
+    )
+    with pytest.raises(InputError, match="one of the validation images has none: label it, or use"):
+        measure_knn(Encoder(), *loaders, device=CPU, precision=FP32)
 
 
 def test_broken_images_are_logged_and_limited(caplog):

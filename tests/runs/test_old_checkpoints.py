@@ -6,6 +6,7 @@ optimizers refer to by index, and the settings by which a run is recognized.
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -22,6 +23,7 @@ from tests.helpers.files import write_classes, write_images
 from tests.helpers.processes import ROOT
 from tests.helpers.runs import run
 from tests.helpers.versions import same_bernoulli
+from util.data.transforms import probe_transform
 from util.runs.run_log import read_log
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -65,7 +67,13 @@ def pico(monkeypatch):
     "name",
     [pytest.param(name, marks=same_bernoulli if name == "finetune" else []) for name in RUNS],
 )
-def test_a_run_of_an_old_version_continues_as_it_would_have_there(name, data, pico, tmp_path):
+def test_a_run_of_an_old_version_continues_as_it_would_have_there(
+    name, data, pico, tmp_path, monkeypatch
+):
+    # Its linear probes cropped as pre-training does.
+    monkeypatch.setattr(
+        main_linprobe, "probe_transform", lambda *form: replace(probe_transform(*form), clip=False)
+    )
     shutil.copy(GOLDEN / f"{name}.pth", tmp_path / "checkpoint-e0001-s000000.pth")
     main = MAINS.get(name, main_pretrain)
     images = data["classes" if name in MAINS else "images"]
@@ -73,3 +81,13 @@ def test_a_run_of_an_old_version_continues_as_it_would_have_there(name, data, pi
     (line,) = read_log(tmp_path)
     assert line["epoch"] == 2
     assert line["loss"] == pytest.approx(LOSSES[name][1], rel=1e-3)
+
+
+def test_an_old_probe_that_continues_with_other_crops_says_so(data, pico, tmp_path, capsys):
+    shutil.copy(GOLDEN / "linprobe.pth", tmp_path / "checkpoint-e0001-s000000.pth")
+    argv = ["--data_path", data["classes"], *RUNS["linprobe"], "--output_dir", tmp_path]
+    run(*argv, main=main_linprobe.main)
+    changes = "random crops was None and is now 'drawn once and clipped'"
+    assert f"continuing with a change: {changes}" in capsys.readouterr().out
+    run(*argv, main=main_linprobe.main)
+    assert "random crops was" not in capsys.readouterr().out

@@ -161,14 +161,24 @@ def test_val_path_may_name_prepared_images(images, prepared):
         assert check_classes(train_set, val_set, None) == 3
 
 
-def test_two_folders_of_the_same_name_are_still_refused_as_classes(tmp_path):
+def test_classes_that_are_not_clear_are_not_guessed(tmp_path, capsys):
     for name in ("cats/gray", "dogs/gray", "red"):
         (tmp_path / "images" / name).mkdir(parents=True)
         photo(9, 9).save(tmp_path / "images" / name / "1.png")
-    for form in FORMATS:
-        prepare(tmp_path / "images", tmp_path / form, "--format", form)
-        with pytest.raises(InputError, match="2 folders of the training images are named gray"):
-            check_classes(opened(tmp_path / form), None, None)
+    prepare(tmp_path / "images", tmp_path / "jpeg")
+    with pytest.raises(InputError, match="2 folders are named gray"):
+        check_classes(opened(tmp_path / "jpeg"), None, None)
+    argv = [
+        "--data_path",
+        tmp_path / "images",
+        "--output_dir",
+        tmp_path / "raw",
+        "--format",
+        "uint8",
+    ]
+    assert "2 folders are named gray" in refusal(capsys, *argv, main=main)
+    prepare(tmp_path / "images", tmp_path / "raw", "--format", "uint8", "--class_folder", "first")
+    assert opened(tmp_path / "raw").classes == ("cats", "dogs", "red")
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -218,7 +228,7 @@ def test_broken_images_stop_it_and_nothing_is_left(broken, tmp_path, capsys):
 @pytest.mark.parametrize("form", FORMATS)
 def test_broken_images_below_the_limit_are_left_out_and_listed(broken, tmp_path, capsys, form):
     prepare(broken, tmp_path / "out", "--format", form, "--max_broken", 0.1)
-    assert f"left out: {broken}/b/5.jpg (OSError: " in capsys.readouterr().out
+    assert f"left out: {broken}/b/5.jpg (truncated" in capsys.readouterr().out
     record = json.loads((tmp_path / "out" / "prepared.json").read_text())["splits"]["train"]
     assert record["images"] == 9
     assert list(record["left_out"]) == [f"{broken}/b/5.jpg"]
@@ -278,9 +288,9 @@ def test_an_earlier_result_is_not_overwritten(images, prepared, capsys):
         ([], "give --data_path and --output_dir, or only --verify"),
         (["--data_path", "IMAGES"], "give --data_path and --output_dir"),
         (["--data_path", "nowhere", "--output_dir", "OUT"], "nowhere does not exist"),
-        (["--data_path", "EMPTY", "--output_dir", "OUT"], "that contains images"),
+        (["--data_path", "EMPTY", "--output_dir", "OUT"], "no images found in"),
         (["--data_path", "IMAGES/val", "--output_dir", "OUT/deeper"], "cannot write"),
-        (["--data_path", "PREPARED/uint8", "--output_dir", "OUT"], "that contains images"),
+        (["--data_path", "PREPARED/uint8", "--output_dir", "OUT"], "no images found in"),
         (["--verify", "IMAGES"], "checksums.txt cannot be read"),
     ],
 )

@@ -1,12 +1,15 @@
 """Images with annotations: read by index, broken ones replaced or left out."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from torch.utils.data import Dataset
 
 from util.data.broken_images import reason_of, too_many_broken
+from util.data.folders import DiskTree
 from util.data.images import MAX_BROKEN_IN_A_ROW, names_hash
+from util.data.layout import ImageList, find_images
 from util.errors import InputError
 
 
@@ -25,14 +28,19 @@ class AnnotatedImages(Dataset):
 
     Args:
         names: of the images, the same wherever the files are.
+        folder: of the images.
         replace_broken: read the next image instead of a broken one, for training; else leave it
             out.
     """
 
     num_crops = 1  # of an image, for StepLoader
+    classes = None  # of an image; its objects or pixels have classes
 
-    def __init__(self, names: Sequence[str], *, seed: int, replace_broken: bool) -> None:
-        self.names, self.seed, self.replace_broken = list(names), seed, replace_broken
+    def __init__(
+        self, names: Sequence[str], folder: Path, *, seed: int, replace_broken: bool
+    ) -> None:
+        self.names, self.folder = list(names), folder
+        self.seed, self.replace_broken = seed, replace_broken
 
     def path(self, index: int) -> str:
         """Return the path of an image, for messages."""
@@ -57,6 +65,28 @@ class AnnotatedImages(Dataset):
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def place(self) -> str:
+        """Where the images are from, for the log."""
+        return str(self.folder)
+
+    @property
+    def listed(self) -> ImageList:
+        """What the folder holds, with or without annotations."""
+        return find_images(DiskTree(self.place), "", "last")
+
+    @property
+    def num_samples(self) -> int:
+        """Number of images."""
+        return len(self.names)
+
+    def file_names(self) -> list[str]:
+        """Return the names of all images."""
+        return self.names
+
+    def class_sizes(self) -> None:
+        """Not known: an image has objects or pixels of several classes."""
 
     def identity(self) -> dict[str, object]:
         """Return what distinguishes these images from others: their number and a hash of names."""

@@ -95,7 +95,7 @@ class Sample(NamedTuple):
     """Crops and label of one image, and the broken images that were skipped to reach it."""
 
     crops: Crops
-    label: int
+    label: int | None
     broken: list[tuple[str, str]]
 
 
@@ -129,7 +129,7 @@ class Batch(NamedTuple):
     """A micro-batch from a worker, completed by `to` or `raw`."""
 
     images: Tensor  # (B, 3, H, W): uint8, channels last in memory, or normalized float32
-    labels: Tensor  # (B,), int64; -1 for an image without a label
+    labels: Tensor | None  # (B,), int64; None if an image has none
     broken: list[tuple[str, str]]  # (file name, reason), each time a broken image was read
     flips: Tensor | None = None  # (B,), bool; None if no image is flipped
     normalization: Normalization | None = None  # of uint8 images
@@ -138,9 +138,9 @@ class Batch(NamedTuple):
     @property
     def num_images(self) -> int:
         """Batch size B."""
-        return len(self.labels)
+        return len(self.images if self.encoded is None else self.encoded.is_encoded)
 
-    def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def to(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Return images (B, 3, H, W), normalized float32, and labels (B,) on the device.
 
         The host waits for the device only if the device decodes JPEGs.
@@ -193,10 +193,11 @@ def collate(samples: list[Sample | InputError | RunError]) -> Batch | InputError
         if isinstance(sample, InputError | RunError):
             return sample
     crops = [sample.crops for sample in samples]
+    labels = [sample.label for sample in samples for _ in sample.crops.flips]
     flips = list(itertools.chain.from_iterable(c.flips for c in crops))
     return Batch(
         images=_stack([pixels for c in crops for pixels in c.pixels]),
-        labels=torch.tensor([sample.label for sample in samples for _ in sample.crops.flips]),
+        labels=None if None in labels else torch.tensor(labels),
         broken=[entry for sample in samples for entry in sample.broken],
         flips=torch.tensor(flips) if any(flips) else None,
         normalization=crops[0].normalization,

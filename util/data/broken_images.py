@@ -5,6 +5,7 @@ import logging
 from PIL import Image, UnidentifiedImageError
 
 from util.compute.distributed import all_gather_objects, is_main_process
+from util.data.damage import BrokenImageError
 from util.errors import InputError, counted
 
 logger = logging.getLogger(__name__)
@@ -15,10 +16,13 @@ MAX_LISTED = 20
 def reason_of(error: Exception) -> str:
     """Return why an image is broken, in one line that is the same every time."""
     if isinstance(error, UnidentifiedImageError):  # its own text contains a memory address
-        return "empty, or not an image that Pillow can read"
+        return "not an image that Pillow can read"
+    text = " ".join(str(error).split())
     if isinstance(error, Image.DecompressionBombError):
-        return f"{str(error).partition(', could')[0]}: resize it"
-    return " ".join(f"{type(error).__name__}: {error}".split())
+        return f"{text.partition(', could')[0]}: resize it"
+    if isinstance(error, BrokenImageError | InputError) or type(error) is ValueError:
+        return text
+    return f"{type(error).__name__}: {text}"
 
 
 def too_many_broken(broken: list[tuple[str, str]]) -> InputError:

@@ -1,21 +1,13 @@
 """Checks that a label means the same class in every set of images, checkpoint and head."""
 
-import itertools
-import os
-from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
-from timm.data.readers.reader_image_folder import ReaderImageFolder
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor
 
 from util.data.images import IndexedImages, class_names
-from util.data.packed import PackedImages
 from util.data.streams import StreamedImages
-from util.errors import InputError
-
-MAX_LISTED = 3  # classes
-CLASS_FOLDERS = (ReaderImageFolder, ReaderImageInTar, PackedImages)
+from util.errors import InputError, first_few
 
 
 def check_classes(
@@ -65,19 +57,43 @@ def check_classes(
     if num_classes < found or (num_classes > found and not classes):
         raise InputError(
             f"a head of {num_classes} classes does not match the {found} of the {reference} "
-            f"({_first_few(named[reference])}): correct --num_classes or the path of the images"
+            f"({first_few(named[reference])}): correct --num_classes or the path of the images"
         )
     return num_classes
+
+
+def check_output_order(path: str | Path, images: IndexedImages, dataset: str) -> None:
+    """Refuse class folders whose order depends on the program, for a head without class names.
+
+    Released heads were trained with torchvision's ImageFolder, which sorts names as text.
+
+    Args:
+        path: of the head, for the message.
+        images: of folders, in natural order.
+        dataset: their --dataset.
+
+    Raises:
+        InputError: the orders differ.
+    """
+    names = images.classes or ()
+    by_text = sorted(names)
+    if list(names) != by_text:
+        raise InputError(
+            f"{path} does not name its classes, and the order of its outputs is not clear: "
+            f"torchvision and MAE's code sort these folders as {', '.join(by_text[:5])} and so on, "
+            f"timm and this code as {', '.join(names[:5])} and so on; choose the first with "
+            f"--dataset torch/folder, the second with --dataset {dataset}"
+        )
 
 
 def _checked_class_names(
     role: str, images: IndexedImages | StreamedImages
 ) -> tuple[str, ...] | None:
-    if not getattr(images, "labeled", True):  # a stream shows its labels only when read
-        raise InputError(
-            f"the {role} have no labels: sort them into one folder per class, or name the label "
-            "column of a Hugging Face dataset 'label'"
-        )
+    if images.unlabeled is not None:
+        raise InputError(f"the {role} have no labels: {images.unlabeled}")
+    listed = getattr(images.reader, "listed", None)
+    if listed is not None and listed.ambiguity:
+        raise InputError(f"the classes of the {role} are not clear: {listed.ambiguity}")
     names = class_names(images.reader)
     if names is not None and "" in names:
         raise InputError(
@@ -88,21 +104,7 @@ def _checked_class_names(
         raise InputError(
             f"the {role} have only one class ({names[0]}): use a path that has one folder per class"
         )
-    if isinstance(images.reader, CLASS_FOLDERS):
-        _check_folder_names(role, images)
     return names
-
-
-def _check_folder_names(role: str, images: IndexedImages) -> None:
-    """Refuse two folders of the same name: timm would silently merge them into one class."""
-    folders = {images.name(index).rpartition(os.sep)[0] for index in range(len(images))}
-    counts = Counter(folder.rpartition(os.sep)[2] for folder in folders)
-    name, count = counts.most_common(1)[0]
-    if count > 1:
-        raise InputError(
-            f"{count} folders of the {role} are named {name}, but classes are told apart only "
-            "by their folder's name: give each class a unique name"
-        )
 
 
 def _differing_classes(
@@ -110,8 +112,8 @@ def _differing_classes(
 ) -> InputError:
     missing = [name for name in expected if name not in set(names)]
     extra = [name for name in names if name not in set(expected)]
-    faults = [f"{len(missing)} missing ({_first_few(missing)})"] if missing else []
-    faults += [f"{len(extra)} new ({_first_few(extra)})"] if extra else []
+    faults = [f"{len(missing)} missing ({first_few(missing)})"] if missing else []
+    faults += [f"{len(extra)} new ({first_few(extra)})"] if extra else []
     fault = " and ".join(faults) or "their order differs"
     return InputError(
         f"the classes of the {role} differ from those of the {reference}, so labels would not "
@@ -119,20 +121,15 @@ def _differing_classes(
     )
 
 
-def _first_few(names: Collection[str]) -> str:
-    listed = ", ".join(itertools.islice(names, MAX_LISTED))
-    return f"{listed}, ..." if len(names) > MAX_LISTED else listed
-
-
-def check_labels(labels: Tensor, num_classes: int) -> None:
+def check_labels(labels: Tensor | None, num_classes: int) -> None:
     """Refuse labels (B,), still on the host, outside the range of classes.
 
     Raises:
-        InputError: with the first such label.
+        InputError: with the first such label; or an image has none.
     """
-    wrong = labels[(labels < 0) | (labels >= num_classes)].tolist()
-    if wrong and wrong[0] == -1:  # see Batch
+    if labels is None:
         raise InputError("an image has no label: label every image, or remove those without one")
+    wrong = labels[(labels < 0) | (labels >= num_classes)].tolist()
     if wrong:
         raise InputError(
             f"label {wrong[0]} is not one of the {num_classes} classes, 0 to {num_classes - 1}: "

@@ -7,9 +7,7 @@ so a run resumes at the start of an epoch.
 """
 
 import logging
-import os
 import re
-from collections import Counter
 from importlib import import_module
 from pathlib import Path
 from typing import Literal
@@ -18,29 +16,29 @@ import timm.data
 from torch.utils.data import Dataset
 
 from util.data.broken_images import reason_of
-from util.data.classes import check_classes
-from util.data.images import IMAGE_SUFFIXES, IndexedImages, Transform
+from util.data.files import open_files, split_folder
+from util.data.hub import HubImages, adapt_stream_reader
+from util.data.images import IndexedImages, Transform
+from util.data.layout import ClassFolder
 from util.data.packed import kind_of
 from util.data.settings import DataSettings
-from util.data.sources import OWN_SOURCES, TarImages
-from util.data.streams import StreamedImages, adapt_hub_reader
-from util.errors import InputError, counted
+from util.data.sources import OWN_SOURCES
+from util.data.streams import StreamedImages
+from util.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-TRAIN_FOLDERS = ("train", "training")
-VAL_FOLDERS = ("validation", "val", "valid", "eval", "evaluation")
-VAL_SPLITS = (*VAL_FOLDERS, "test")
+VAL_SPLITS = ("validation", "val", "valid", "eval", "evaluation", "test")  # of Hugging Face's
+IMAGE_FOLDERS = ("torch/folder", "torch/image_folder")  # timm's names of torchvision's
 
 STREAMS = ("hfids", "tfds", "wds")
 FROM_FILES = ("folder", "torch", "wds")
 FROM_FILES += tuple(name for name, source in OWN_SOURCES.items() if source.from_files)
 DATASET_NAME = rf"(folder|tar|{'|'.join(OWN_SOURCES)})?|(torch|hfds|hfids|tfds)/.+|wds/.*"
 ADVICE = {  # by kind, if a source cannot be opened
-    "folder": "give a folder or a .tar file that contains images",
     **{name: source.advice for name, source in OWN_SOURCES.items()},
     "torch": "check the name, and download the files first, because runs never do",
-    "hfds": "check the name and the network, and name the image column 'image'",
+    "hfds": "check the name and the network",
     "hfids": "check the name and the network, and give --num_samples if the length is unknown",
     "tfds": "check the name, and prepare the files first, because runs never do",
     "wds": "name the shards, as in wds/train-{0000..0099}.tar, and give --num_samples",
@@ -57,6 +55,7 @@ def build_dataset(
     num_samples: int | None = None,
     batch_size: int = 1,
     search_split: bool = True,
+    class_folder: ClassFolder = "auto",
 ) -> IndexedImages | StreamedImages | None:
     """Open a dataset by name.
 
@@ -65,12 +64,10 @@ def build_dataset(
             it from `data_path`. `torch/places365` is read in its small version if that exists.
             `wds/` without a pattern takes the training shards of `_info.json` in `data_path`.
         data_path: folder or .tar file, or the cache of Hugging Face datasets.
-        split: in a folder, "train" is `train/` or `train.tar` if there is one, else the folder
-            itself. A folder with only `val/` or `val.tar` is refused: training would read the
-            validation images.
+        split: which of the images, see `open_files`.
         num_samples: images per epoch of a stream of unknown length.
         batch_size: micro-batch size, a hint for timm's streams.
-        search_split: False takes a folder exactly as given, and a .tar file for either split.
+        search_split, class_folder: see `open_files`.
 
     Returns:
         None only for "validation", if the source has no such split. Streams count as having none,
@@ -91,6 +88,12 @@ def build_dataset(
         raise InputError(
             f"--num_samples is for streams, not for --dataset {name or kind}: leave it out"
         )
+    is_image_folder = name.lower() in IMAGE_FOLDERS
+    if class_folder != "auto" and not (kind == "folder" or is_image_folder):
+        raise InputError(
+            f"--class_folder is for folders and .tar files, not for --dataset {name or kind}: "
+            "leave it out"
+        )
     root = _checked_path(data_path, required=kind in FROM_FILES)
     if kind in STREAMS:
         if split == "validation":
@@ -101,16 +104,25 @@ def build_dataset(
         options["input_img_mode"] = "RGB" if kind == "tfds" else ""
         source = _open(name, root, rest if ".tar" in rest else split, seed=seed, **options)
         return StreamedImages(source, transform, seed=seed, name=name)
-    in_folders = kind in ("folder", "packed") or rest.lower() in ("folder", "image_folder")
-    if search_split and in_folders:
-        root = _split_path(root, split, tars=kind == "folder")
+    if kind == "folder" or is_image_folder:
+        options = {"search_split": search_split, "class_folder": class_folder}
+        if is_image_folder:
+            first = "first" if class_folder == "auto" else class_folder
+            options |= {"order": "torchvision", "class_folder": first}
+        source = open_files(root, split, **options)
+        return None if source is None else IndexedImages(source, transform, seed=seed)
+    if kind == "packed" and search_split:
+        root = split_folder(root, split)
         if root is None:
             return None
     splits = VAL_SPLITS if (kind, split) == ("hfds", "validation") else (split,)
     options = _places365_options(root, split) if name.lower() == "torch/places365" else {}
-    sources = (_open(name or kind, root, split, **options) for split in splits)
-    source = next((source for source in sources if source is not None), None)
-    return None if source is None else IndexedImages(source, transform, seed=seed)
+    for found in splits:
+        source = _open(name or kind, root, found, **options)
+        if source is not None:
+            place = f"{name or kind} ({found}{f', {root}' if root else ''})"
+            return IndexedImages(source, transform, seed=seed, place=place)
+    return None
 
 
 def open_val(data: DataSettings, transform: Transform, *, seed: int) -> IndexedImages | None:
@@ -127,8 +139,11 @@ def open_val(data: DataSettings, transform: Transform, *, seed: int) -> IndexedI
         InputError: see `build_dataset`.
     """
     options = {"split": "validation", "transform": transform, "seed": seed}
+    options["class_folder"] = data.class_folder
     if data.val_path:
-        return build_dataset("", data.val_path, search_split=False, **options)
+        # Classes in the order of the training images'.
+        name = data.name if data.name.lower() in IMAGE_FOLDERS else ""
+        return build_dataset(name, data.val_path, search_split=False, **options)
     return build_dataset(data.name, data.data_path, **options)
 
 
@@ -161,31 +176,9 @@ def open_train_val(
         seed=seed,
         num_samples=data.num_samples,
         batch_size=batch_size,
+        class_folder=data.class_folder,
     )
     return train_set, open_val(data, val_transform, seed=seed)
-
-
-def open_labeled(
-    data: DataSettings,
-    train_transform: Transform,
-    val_transform: Transform,
-    *,
-    seed: int,
-    batch_size: int = 1,
-    num_classes: int | None = None,
-) -> tuple[IndexedImages | StreamedImages, IndexedImages | None, int]:
-    """Open both sets with `open_train_val` to train on labels; also return the class count.
-
-    Args:
-        num_classes: None to infer it, see `check_classes`.
-
-    Raises:
-        InputError: see `build_dataset` and `check_classes`.
-    """
-    train_set, val_set = open_train_val(
-        data, train_transform, val_transform, seed=seed, batch_size=batch_size
-    )
-    return train_set, val_set, check_classes(train_set, val_set, num_classes)
 
 
 def _places365_options(root: str, split: str) -> dict[str, bool]:
@@ -216,48 +209,20 @@ def _checked_path(data_path: str | Path | None, *, required: bool) -> str | None
     return str(path)
 
 
-def _split_path(root: str, split: str, *, tars: bool) -> str | None:
-    """Subfolder or .tar file of a split; timm's own search would validate on training images.
-
-    Args:
-        root: parent folder of the splits, or folder of training images only.
-        tars: whether a .tar file named after the split counts if there is no subfolder.
-    """
-
-    def existing(names: tuple[str, ...]) -> str | None:
-        paths = [Path(root, name) for name in names]
-        found = [path for path in paths if path.is_dir()]
-        if tars:
-            found += [tar for tar in (Path(f"{path}.tar") for path in paths) if tar.is_file()]
-        return str(found[0]) if found else None
-
-    train, val = existing(TRAIN_FOLDERS), existing(VAL_FOLDERS)
-    if split == "validation":
-        return val
-    if val and not train:
-        raise InputError(
-            f"{root} has validation images but no train folder: move the training images into "
-            f"{root}/train, or give their folder as --data_path, and {val} as --val_path"
-        )
-    return train or root
-
-
 def _open(name: str, root: str | None, split: str, **options: object) -> Dataset | None:
-    """Open a source through timm; None if a Hugging Face dataset lacks this validation split."""
-    kind = name.partition("/")[0].lower()
-    if kind in ("", "folder", "tar"):
-        name, kind = "", "folder"
-        timm.data.add_img_extensions(IMAGE_SUFFIXES)
-        if Path(root).is_dir():
-            _report_ignored_files(root)
+    """Open a source; None if a Hugging Face dataset lacks this validation split."""
+    kind, _, rest = name.partition("/")
+    kind = kind.lower()
     try:
         if kind in OWN_SOURCES:
             return OWN_SOURCES[kind].open(root, split)
-        if kind == "folder" and Path(root).is_file() and Path(root).suffix == ".tar":
-            return TarImages(root)
         if kind == "wds":
             import_module("webdataset")  # timm would continue without it
+        if kind == "hfds":
+            return HubImages(rest, root, split)
         source = timm.data.create_dataset(name, root, split, search_split=False, **options)
+        if kind == "hfids":
+            adapt_stream_reader(rest, source.reader)
     except InputError:
         raise
     except ImportError as error:
@@ -265,26 +230,8 @@ def _open(name: str, root: str | None, split: str, **options: object) -> Dataset
     except Exception as error:
         if "Unknown split" in str(error) and split in VAL_SPLITS:
             return None
-        # timm's own message about a .tar file without images is misleading.
-        empty_tar = kind == "folder" and isinstance(error, ValueError)
-        reason = "this one has none" if empty_tar else reason_of(error)
         location = f" at {root}" if root else ""
         raise InputError(
-            f"cannot open --dataset {name or kind}{location}: {ADVICE[kind]} ({reason})"
+            f"cannot open --dataset {name or kind}{location}: {ADVICE[kind]} ({reason_of(error)})"
         ) from error
-    if kind in ("hfds", "hfids"):
-        adapt_hub_reader(kind, source.reader)
     return source
-
-
-def _report_ignored_files(folder: str) -> None:
-    suffixes = Counter(
-        Path(file).suffix.lower()
-        for _, _, files in os.walk(folder, followlinks=True)
-        for file in files
-    )
-    ignored = {suffix: n for suffix, n in suffixes.items() if suffix not in IMAGE_SUFFIXES}
-    if ignored:
-        files = counted(sum(ignored.values()), "file")
-        listed = ", ".join(suffix or "no suffix" for suffix in ignored)
-        logger.warning("%s: ignored %s whose suffix is not an image's: %s", folder, files, listed)

@@ -2,6 +2,10 @@
 
 import io
 import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -10,30 +14,92 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from util.data import tiff
+from util.data.damage import BrokenImageError, cause_of, without_metadata
+
 MAX_UNCHECKED_PIXELS = 2**24  # above it, Pillow checks for decompression bombs
+NO_IMAGE = "no image (null)"
+FINAL_ERRORS = (BrokenImageError, Image.DecompressionBombError, MemoryError)  # not of metadata
+
+# Entries of `Image.info` from which Pillow reads the orientation.
+ORIENTING = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+UPRIGHT = {  # how to turn an image by its orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Hide Pillow's warnings, which are about metadata; those about size are of another class."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+@_without_warnings()
+def upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF or XMP says; without them, and if damaged, it is upright.
+
+    Unlike Pillow's `exif_transpose`, this does not write EXIF, which fails for some that is read.
+    """
+    image.load()
+    if image.format == "TIFF":  # Pillow has turned it, and some versions still say how
+        return image
+    method = UPRIGHT.get(_orientation_of(image))
+    if method is None:
+        return image
+    turned = image.transpose(method)
+    turned.info = {key: turned.info[key] for key in turned.info if key not in ORIENTING}
+    return turned
+
+
+def _orientation_of(image: Image.Image) -> int:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF raises anything
+        return 1
+    return orientation if isinstance(orientation, int) else 1
+
+
+@_without_warnings()
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any image to upright 8-bit RGB.
 
-    EXIF orientation is applied. 16-bit gray is scaled by 1/257 (65535 -> 255) and rounded. Alpha
-    is dropped without blending, as in MAE's loader. Only an animation's first frame is read.
+    The orientation of EXIF and XMP is applied. 12- and 16-bit gray is scaled to 8 bits and
+    rounded. Alpha is dropped without blending, as in MAE's loader. Only the first frame of an
+    animation is read, and the first page of a TIFF that is no smaller version of another one.
 
     Raises:
-        OSError: the file is truncated.
-        ValueError: the range of the pixel values is unknown or has no RGB equivalent.
+        BrokenImageError: the range of the pixel values is unknown or has no RGB equivalent.
+        Exception: Pillow cannot read it.
     """
-    image = ImageOps.exif_transpose(image)
+    if image.format == "TIFF" and image.fp and image.tell() == 0:
+        image.seek(tiff.first_full_index(image.fp))
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    image = upright(image)
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range: save them as 8 or 16 bit")
+        raise BrokenImageError("floating-point pixels have no known range: save 8 or 16 bits")
     if image.mode.startswith("I"):  # "I;16", its byte orders, and "I" for signed or 32-bit files
-        gray = np.asarray(image).astype(np.int64)
-        if gray.min() < 0 or gray.max() > 65535:
-            raise ValueError(f"gray values {gray.min()}..{gray.max()} are outside 0..65535")
-        image = Image.fromarray(((gray + 128) // 257).astype(np.uint8))
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # converting straight to RGB makes Pillow warn every time
+        image = _with_8_bits(image, tags)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _with_8_bits(image: Image.Image, tags: dict[int, object]) -> Image.Image:
+    """Scale gray of more bits, and invert it where 0 is white, as Pillow does with 8 bits."""
+    gray = np.asarray(image).astype(np.int64)
+    if gray.min() < 0 or gray.max() > 65535:
+        raise BrokenImageError(f"gray values {gray.min()}..{gray.max()} are outside 0..65535")
+    white = 4095 if tags.get(tiff.BITS) == (12,) else 65535
+    gray = (gray * 255 + white // 2) // white
+    if image.mode == "I;16" and tags and tags.get(tiff.PHOTOMETRIC) == tiff.WHITE_IS_ZERO:
+        gray = 255 - gray
+    return Image.fromarray(gray.astype(np.uint8))
 
 
 class Jpeg(NamedTuple):
@@ -43,23 +109,91 @@ class Jpeg(NamedTuple):
     shape: tuple[int, int, int]  # (3, h, w), of the decoded pixels
 
 
-Record = Image.Image | BinaryIO | np.ndarray | dict[str, object]
-"""A Pillow image, an array uint8 (h, w, 3), an open file, or a record of `datasets`."""
+Record = Image.Image | BinaryIO | np.ndarray | dict[str, object] | None
+"""A Pillow image, an array uint8 (h, w, 3), an open file, or a record or null of `datasets`."""
 
 
 def read_rgb(record: Record) -> Image.Image:
-    """Read a record with `to_rgb`, and close it if it is a file."""
+    """Read a record with `to_rgb`, whatever its metadata, and close it if it is a file.
+
+    Raises:
+        BrokenImageError: there is no image, or it is damaged or of an unknown format.
+        Image.DecompressionBombError: it is too large.
+    """
     if isinstance(record, np.ndarray):
         return Image.fromarray(record)
-    if isinstance(record, dict):
-        if record.get("bytes") is None:
-            from datasets import Image as ImageColumn
-
-            record = ImageColumn().decode_example(record)
-        else:
-            record = io.BytesIO(record["bytes"])
+    if not isinstance(record, Image.Image):
+        return _rgb_of(_bytes_of(record))
     with record:
-        return to_rgb(record if isinstance(record, Image.Image) else Image.open(record))
+        file = getattr(record, "fp", None)  # if it has not been read yet
+        try:
+            return to_rgb(record)
+        except FINAL_ERRORS:
+            raise
+        except Exception:
+            if file is None or file.closed:
+                raise
+            file.seek(0)
+            return _rgb_of(file.read())
+
+
+def _bytes_of(record: BinaryIO | dict[str, object] | None) -> bytes:
+    if record is None:
+        raise BrokenImageError(NO_IMAGE)
+    if not isinstance(record, dict):
+        with record:
+            return record.read()
+    if record.get("bytes") is not None:
+        return record["bytes"]
+    path = record.get("path")
+    if path is None:
+        raise BrokenImageError(NO_IMAGE)
+    if "://" not in path:
+        return Path(path).read_bytes()
+    import fsspec
+
+    with fsspec.open(path, "rb") as file:  # an address, or a member of an archive
+        return file.read()
+
+
+def _rgb_of(data: bytes) -> Image.Image:
+    """Decode a file's bytes with Pillow; if that fails, again without metadata."""
+    try:
+        return _decoded(data)
+    except FINAL_ERRORS:
+        raise
+    except Exception as error:  # decoders raise anything on broken files
+        image = _repaired(data)
+        if image is None:
+            raise BrokenImageError(cause_of(data, error)) from error
+        return image
+
+
+def _repaired(data: bytes) -> Image.Image | None:
+    for keep_orientation in (True, False):
+        bare = without_metadata(data, keep_orientation=keep_orientation)
+        image = bare and _decoded_or_none(bare)
+        if image:
+            return image
+    # Where 0 is white, Pillow reads 16 bits in one byte order only.
+    positive = tiff.with_black_as_zero(data)
+    image = positive and _decoded_or_none(positive)
+    return ImageOps.invert(image) if image else None
+
+
+def _decoded_or_none(data: bytes) -> Image.Image | None:
+    try:
+        return _decoded(data)
+    except FINAL_ERRORS:
+        raise
+    except Exception:
+        return None
+
+
+@_without_warnings()
+def _decoded(data: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(data)) as image:
+        return to_rgb(image)
 
 
 def read_record(record: Record) -> Jpeg | Tensor:
@@ -67,13 +201,16 @@ def read_record(record: Record) -> Jpeg | Tensor:
     if isinstance(record, np.ndarray):
         array = record if record.flags.writeable else record.copy()  # torch lacks read-only tensors
         return torch.from_numpy(array).permute(2, 0, 1)  # (3, h, w)
-    if isinstance(record, dict | Image.Image):
+    if record is None or isinstance(record, dict | Image.Image):
         return _pixels_of(read_rgb(record))
-    with record:
-        data = record.read()
+    data = _bytes_of(record)
     size = _size_of_plain_jpeg(data) or _size_of_upright_jpeg(data)
     if size is None:
-        return _pixels_of(read_rgb(io.BytesIO(data)))
+        return _pixels_of(_rgb_of(data))
+    return _jpeg_of(data, size)
+
+
+def _jpeg_of(data: bytes, size: tuple[int, int]) -> Jpeg:
     return Jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), (3, *size))
 
 
@@ -84,19 +221,24 @@ def read_pixels(record: Record) -> Tensor:
         uint8 (3, h, w), channels last in memory.
 
     Raises:
-        OSError: the file is truncated.
-        ValueError: see `to_rgb`.
+        BrokenImageError, Image.DecompressionBombError: see `read_rgb`.
     """
     image = read_record(record)
     return _decode(image) if isinstance(image, Jpeg) else image
 
 
 def read_for_device(record: Record) -> Jpeg | Tensor:
-    """Read as `read_record` does, but decode a JPEG without an end marker, to find it broken."""
+    """Read as `read_record` does, but a JPEG without its metadata, which a device might heed.
+
+    A JPEG without an end marker is decoded here, to find it broken.
+    """
     image = read_record(record)
-    if isinstance(image, Jpeg) and image.data[-2:].tolist() != [0xFF, 0xD9]:
+    if not isinstance(image, Jpeg):
+        return image
+    if image.data[-2:].tolist() != [0xFF, 0xD9]:
         return _decode(image)
-    return image
+    bare = without_metadata(image.data.numpy().tobytes(), keep_orientation=False)
+    return image if bare is None else _jpeg_of(bare, image.shape[1:])
 
 
 def _pixels_of(image: Image.Image) -> Tensor:
@@ -122,20 +264,21 @@ def _size_of_plain_jpeg(data: bytes) -> tuple[int, int] | None:
     return None
 
 
+@_without_warnings()
 def _size_of_upright_jpeg(data: bytes) -> tuple[int, int] | None:
-    """Like `_size_of_plain_jpeg`, but also for files with EXIF and XMP.
-
-    Raises:
-        OSError: this is not an image.
-    """
-    with Image.open(io.BytesIO(data)) as image:
-        usual = image.format == "JPEG" and image.mode in ("RGB", "L")
-        upright = usual and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-        return (image.height, image.width) if upright else None
+    """Like `_size_of_plain_jpeg`, but also for files with EXIF and XMP."""
+    if not data.startswith(b"\xff\xd8"):
+        return None
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            usual = image.format == "JPEG" and image.mode in ("RGB", "L")
+            return image.size[::-1] if usual and _orientation_of(image) == 1 else None
+    except Exception:  # the file or its metadata are damaged
+        return None
 
 
 def _decode(image: Jpeg) -> Tensor:
     try:
         return decode_jpeg(image.data, mode=ImageReadMode.RGB)  # (3, h, w)
     except RuntimeError:  # Pillow decides what is broken
-        return _pixels_of(read_rgb(io.BytesIO(image.data.numpy())))
+        return _pixels_of(_rgb_of(image.data.numpy().tobytes()))

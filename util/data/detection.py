@@ -187,8 +187,8 @@ class DetectionImages(AnnotatedImages):
         masks: bool,
         **options: object,
     ) -> None:
-        super().__init__([image.name for image in images], **options)
-        self.file, self.images, self.folder, self.transform = file, list(images), folder, transform
+        super().__init__([image.name for image in images], folder, **options)
+        self.file, self.images, self.transform = file, list(images), transform
         self.normalization, self.train, self.masks = normalization, train, masks
 
     def identity(self) -> dict[str, object]:
@@ -400,7 +400,7 @@ def _log_content(what: str, images: DetectionImages | None) -> None:
     empty = sum(not image.objects for image in images.images)
     _logger.info(
         "%s: %s, %d of them without objects; %s and %s of %s",
-        *(images.folder, counted(len(images), f"{what} image"), empty),
+        *(images.file.path, counted(len(images), f"{what} image"), empty),
         *(counted(len(objects) - crowds, "object"), counted(crowds, "crowd")),
         "1 class" if len(images.file.classes) == 1 else f"{len(images.file.classes)} classes",
     )

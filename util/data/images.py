@@ -2,25 +2,24 @@
 
 import copy
 import hashlib
-import numbers
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from PIL import Image
 from torch.utils.data import Dataset
 
 from util.data.batch import Crops, Sample
 from util.data.broken_images import reason_of, too_many_broken
 from util.data.decode import Record
+from util.data.labels import index_of
+from util.data.layout import ImageList
 from util.errors import InputError
 
-# By default timm finds only .png, .jpg and .jpeg, and silently skips the others.
-IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".jp2"),
-    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
-)
 MAX_BROKEN_IN_A_ROW = 100
+HASHED_BYTES = 2**16  # of a file
 
 
 def class_names(reader: object) -> tuple[str, ...] | None:
@@ -68,27 +67,35 @@ class IndexedImages(Dataset):
         source: a dataset of timm, torchvision or `util.data.sources`.
 
     Attributes:
-        labeled: False if no image has a label.
+        place: where the images are from.
+        listed: what was found in their folders; None if they are not from folders.
+        unlabeled: why images have no labels; None if they have.
         classes: names in the order of labels; None if the source has no names or labels.
     """
 
-    def __init__(self, source: Dataset, transform: Transform, *, seed: int) -> None:
+    def __init__(
+        self, source: Dataset, transform: Transform, *, seed: int, place: str = ""
+    ) -> None:
         # By default both libraries convert to RGB themselves and ignore EXIF and 16-bit depth.
         self.reader = getattr(source, "reader", source)
         self.num_samples = len(self.reader)
         if hasattr(source, "loader"):
-            source.loader = Image.open
+            source.loader = partial(open, mode="rb")
         self.transform = transform
         self.seed = seed
-        names = class_names(self.reader)
-        # Without a label column, `adapt_hub_reader` has put the image column in its place.
-        label_key, image_key = (getattr(self.reader, f"{k}_key", k) for k in ("label", "image"))
-        self.labeled = names != ("",) and label_key != image_key
-        self.classes = names if self.labeled else None
+        self.listed: ImageList | None = getattr(self.reader, "listed", None)
+        self.place = place or (self.listed.root if self.listed else type(self.reader).__name__)
+        self.unlabeled: str | None = getattr(self.reader, "unlabeled", None)
+        self.classes = class_names(self.reader) if self.labeled else None
         self.num_classes = len(self.classes) if self.classes else None
 
     def __len__(self) -> int:
         return self.num_samples
+
+    @property
+    def labeled(self) -> bool:
+        """Whether images have labels."""
+        return self.unlabeled is None
 
     @property
     def num_crops(self) -> int:
@@ -110,15 +117,52 @@ class IndexedImages(Dataset):
             name = samples[index][0] if samples else None
         return str(name or f"image {index}")
 
-    def identity(self) -> dict[str, object]:
-        """Return what distinguishes these images from others: their number and a hash of names.
+    def file_names(self) -> list[str]:
+        """Return the names of all files; of a source without files, of at most 1,000 images."""
+        if self.listed is not None:
+            return self.listed.paths
+        return [self.name(index) for index in self._evenly(1000)]
 
-        The hash covers the file names, without folders, of up to 1,000 evenly spaced images: it
-        stays the same when the folder moves.
+    def class_sizes(self) -> Counter[int] | None:
+        """Count the images of each label; None if labels are not known before they are read."""
+        found = (getattr(self.reader, name, None) for name in ("labels", "targets"))
+        labels = next((labels for labels in found if labels is not None), None)
+        if self.listed is not None and labels is None:
+            labels = self.listed.labels
+        return None if labels is None else Counter(map(int, labels))
+
+    def identity(self) -> dict[str, object]:
+        """Return what distinguishes these images from others, in whichever folder they are.
+
+        The hash of names covers up to 1,000 evenly spaced images, below their class folders.
         """
-        count = min(len(self), 1000)
-        names = [Path(self.name(i * len(self) // count)).name for i in range(count)]
-        return {"number of training images": len(self), "hash of their names": names_hash(names)}
+        names = [Path(self.name(index)).name for index in self._evenly(1000)]
+        return {
+            "number of training images": len(self),
+            "hash of their names": names_hash(names),
+            "hash of the names of classes": names_hash(self.classes),
+        }
+
+    def content_hash(self) -> str | None:
+        """Return a digest of the first bytes of up to 100 evenly spaced files.
+
+        It tells apart images that exchanged their names, as when class folders are swapped. None
+        if images are not files.
+        """
+        digest = hashlib.blake2b(digest_size=8)
+        for index in self._evenly(100):
+            with suppress(OSError):  # broken images are found when they are read
+                file, _ = self.reader[index]
+                if not hasattr(file, "read"):
+                    return None
+                with file:
+                    digest.update(file.read(HASHED_BYTES))
+        return digest.hexdigest()
+
+    def _evenly(self, limit: int) -> list[int]:
+        """Return up to this many evenly spaced indices."""
+        count = min(len(self), limit)
+        return [i * len(self) // count for i in range(count)]
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         """Return the image at (epoch, index), or the next readable one if it is broken.
@@ -137,7 +181,7 @@ class IndexedImages(Dataset):
                 broken.append((self.name(candidate), reason_of(error)))
                 continue
             crops = self.transform(image, "augment", self.seed, epoch, index)
-            return Sample(crops, label_of(label) if self.labeled else -1, broken)
+            return Sample(crops, index_of(label) if self.labeled else None, broken)
         raise too_many_broken(broken)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[Sample | InputError]:
@@ -149,8 +193,3 @@ class IndexedImages(Dataset):
             return [self[key] for key in keys]
         except InputError as error:
             return [error]
-
-
-def label_of(label: object) -> int:
-    """Return a reader's label, or -1 for none."""
-    return int(label) if isinstance(label, numbers.Integral) else -1

@@ -1,6 +1,5 @@
 """Images and their masks as files, names of classes, and what the values of a mask mean."""
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,10 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from util.data.images import IMAGE_SUFFIXES
+from util.data.decode import upright
+from util.data.folders import IMAGE_SUFFIXES
+from util.data.layout import images_below
 from util.errors import InputError, counted
 
 UNLABELED = -1  # in labels, whatever marks it in a file
@@ -30,7 +31,7 @@ class Pair(NamedTuple):
 
 
 def list_images(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> dict[str, Path]:
-    """Find a folder's files by their path without suffix, sorted.
+    """Find a folder's images by their path without suffix, sorted.
 
     Raises:
         InputError: the folder is missing or empty, or two files differ only in their suffix.
@@ -38,16 +39,12 @@ def list_images(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> dict[
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give the folder of the images")
     found: dict[str, Path] = {}
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (Path(parent, name) for name in sorted(names)):
-            if path.suffix.lower() in suffixes and not path.name.startswith("."):
-                name = path.relative_to(folder).with_suffix("").as_posix()
-                if name in found:
-                    raise InputError(
-                        f"{found[name]} and {path} have the same name: rename one of them"
-                    )
-                found[name] = path
+    paths = [path for path in images_below(folder) if path.suffix.lower() in suffixes]
+    for path in sorted(paths, key=lambda path: (path.parent.parts, path.name)):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name in found:
+            raise InputError(f"{found[name]} and {path} have the same name: rename one of them")
+        found[name] = path
     if not found:
         raise InputError(f"no images found in {folder}: use {', '.join(suffixes[:5])} and the like")
     return found
@@ -168,4 +165,4 @@ def read_mask(path: Path) -> np.ndarray:
                 f"{path} has mode {image.mode} instead of class indices: save masks as index or "
                 "palette PNG"
             )
-        return np.asarray(ImageOps.exif_transpose(image)).astype(np.int64)
+        return np.asarray(upright(image)).astype(np.int64)

@@ -83,6 +83,7 @@ class PackedImages(Dataset):
 
     Attributes:
         classes: names in the order of labels; only "" if images have no labels.
+        unlabeled: why there are no labels, or None.
 
     Raises:
         InputError: the files are missing, damaged, inconsistent or of a newer version.
@@ -99,6 +100,12 @@ class PackedImages(Dataset):
                     f"reads only up to {VERSION}: update the code"
                 )
             self.classes = tuple(index["classes"])
+            self.unlabeled = None
+            if self.classes == ("",):
+                self.unlabeled = (
+                    f"{root} was prepared from images without class folders: sort them into one "
+                    "folder per class, and prepare them again"
+                )
             sizes = {PIXELS: index["bytes"], RECORDS: index["images"]}
             found = {PIXELS: (self.root / PIXELS).stat().st_size, RECORDS: len(self.records)}
         except FileNotFoundError as error:
@@ -125,6 +132,11 @@ class PackedImages(Dataset):
     def records(self) -> np.ndarray:
         """FIELDS and name of each image, (N,)."""
         return np.load(self.root / RECORDS, mmap_mode="r", allow_pickle=False)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Indices into `classes`, (N,)."""
+        return self.records["label"]
 
     @cached_property
     def pixels(self) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +16,13 @@ from util.data.annotated import AnnotatedImages
 from util.data.batch import Normalization
 from util.data.broken_images import reason_of
 from util.data.decode import read_pixels
-from util.data.joint_transforms import JointAugmentation, WholeImage
+from util.data.joint_transforms import JointAugmentation, WholeImage, scaled_size
 from util.data.masks import ADE20K_NAMES, LabelRule, Pair, list_pairs, read_class_names, read_mask
 from util.data.settings import add_color_args, add_reading_args, check_std
 from util.errors import InputError, counted
 
 MAX_CLASSES = 2**15 - 1  # labels are int16
+MAX_RESIZED = 2**24  # pixels of an image after --short_side: 512 x 32,768
 CHECKED_MASKS = 50  # at the start of a run
 
 _logger = logging.getLogger(__name__)
@@ -219,7 +221,8 @@ class SegmentationImages(AnnotatedImages):
         normalization: Normalization,
         **options: object,
     ) -> None:
-        super().__init__([pair.name for pair in pairs], **options)
+        folder = pairs[0].image.parents[pairs[0].name.count("/")]
+        super().__init__([pair.name for pair in pairs], folder, **options)
         self.pairs, self.rule, self.transform = list(pairs), rule, transform
         self.normalization = normalization
 
@@ -246,6 +249,12 @@ class SegmentationImages(AnnotatedImages):
         sizes = [f"{shape[1]} x {shape[0]} px" for shape in (values.shape, image.shape[1:])]
         if sizes[0] != sizes[1]:
             raise ValueError(f"its mask has {sizes[0]}, the image {sizes[1]}")
+        resized = scaled_size(values.shape, self.transform.short_side)
+        if math.prod(resized) > max(MAX_RESIZED, values.size):
+            raise ValueError(
+                f"{sizes[1]} would become {resized[1]} x {resized[0]} px by --short_side "
+                f"{self.transform.short_side}: cut it into pieces"
+            )
         return image, self.rule(values, pair.mask)
 
     def transformed(
@@ -356,11 +365,6 @@ def open_segmentation(
     if any((root / kind / layout.val).exists() for kind in ("images", "annotations")):
         val = open_validation(settings, rule, **options)
         check_masks(val, classes, several=False)
-    _logger.info(
-        "%s: %s, %s",
-        *(settings.data_path, counted(len(pairs), "image")),
-        f"{counted(len(val), 'validation image')}" if val else "no validation images",
-    )
     return SegmentationData(train, val, classes)
 
 

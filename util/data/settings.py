@@ -9,6 +9,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from util.arguments import finite_float, natural_float, number, positive_int, process_count
 from util.compute.distributed import default_workers
+from util.data.layout import CLASS_FOLDERS, ClassFolder
 from util.data.packed import kind_of
 from util.data.sources import OWN_SOURCES
 from util.errors import InputError
@@ -30,6 +31,8 @@ class DataSettings:
     val_path: str | None = None
     num_samples: int | None = None
     """Images per epoch of a stream."""
+    class_folder: ClassFolder = "auto"
+    """Which folder of an image's path is its class, see `util.data.layout.name_classes`."""
     input_size: list[int] | None = None
     """One side, or height and width. If None, it is that of the weights; so are mean and std."""
     mean: list[float] | None = None
@@ -91,6 +94,7 @@ def add_data_args(parser: argparse.ArgumentParser, *, input_size: int | None) ->
         type=positive_int,
         help="images per epoch of a stream (its own length, if known)",
     )
+    add_class_folder_arg(group)
     group.add_argument(
         "--input_size",
         type=positive_int,
@@ -110,6 +114,18 @@ def add_data_args(parser: argparse.ArgumentParser, *, input_size: int | None) ->
             "(224 / 256 up to 224 px, 1 above)",
         )
     add_reading_args(group)
+
+
+def add_class_folder_arg(group: argparse._ActionsContainer) -> None:
+    """Add the flag for the folder that is an image's class."""
+    group.add_argument(
+        "--class_folder",
+        choices=CLASS_FOLDERS,
+        default="auto",
+        help="where class folders have folders of their own: the first folder below the images' "
+        "is the class, or the last, the one that holds the image (last, unless all of these have "
+        "the same name)",
+    )
 
 
 def add_color_args(group: argparse._ArgumentGroup, *, inherited: str) -> None:

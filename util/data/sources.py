@@ -1,23 +1,18 @@
-"""Sources that timm lacks or reads differently: the digits, iNaturalist 2019 and .tar files."""
+"""Sources that timm lacks or reads differently: the digits, iNaturalist 2019, packed images."""
 
-import io
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset
 
 from util.data.broken_images import reason_of
 from util.data.decode import to_rgb
 from util.data.packed import PackedImages
 from util.errors import InputError
-
-logger = logging.getLogger(__name__)
 
 
 class Digits(Dataset):
@@ -93,40 +88,6 @@ class INat2019(Dataset):
     def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
         path, label = self.samples[index]
         return Path(path).open("rb"), label
-
-
-def _has_tar_end(path: Path) -> bool:
-    """Whether an archive ends with tar's two blocks of zeros."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 1024))
-        return not any(file.read())
-
-
-class TarImages(ReaderImageInTar):
-    """timm's reader of a .tar file, except that it seeks directly to an image.
-
-    timm's own either opens the archive again for every image, or keeps it open, so that forked
-    processes share a file position.
-    """
-
-    def __init__(self, root: str) -> None:
-        super().__init__(root, cache_tarfiles=False)
-        archive = Path(root)
-        if archive.is_file() and not _has_tar_end(archive):
-            logger.warning(
-                "%s does not end like a tar archive: it may be truncated between two images", root
-            )
-
-    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
-        member, _, parent = self.samples[index]
-        if parent is not None:  # an archive within the archive
-            return super().__getitem__(index)
-        with Path(self.root).open("rb") as file:
-            file.seek(member.offset_data)
-            data = file.read(member.size)
-        if len(data) < member.size:
-            raise OSError("the archive ends inside the image")
-        return io.BytesIO(data), self.targets[index]
 
 
 class Source(NamedTuple):

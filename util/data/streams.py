@@ -5,16 +5,17 @@ import itertools
 import logging
 import random
 from collections.abc import Iterator
-from functools import partial
-from types import SimpleNamespace
+from functools import cached_property
 from typing import BinaryIO
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from util.data import hub, shards
 from util.data.batch import Sample
 from util.data.broken_images import reason_of, too_many_broken
-from util.data.images import IMAGE_SUFFIXES, MAX_BROKEN_IN_A_ROW, Transform, class_names, label_of
-from util.errors import InputError, RunError
+from util.data.images import MAX_BROKEN_IN_A_ROW, Transform, class_names, names_hash
+from util.data.labels import index_of
+from util.errors import InputError, RunError, counted
 from util.seeding import fold_seed
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,11 @@ class StreamedImages(IterableDataset):
         self.reader = source.reader
         self.transform = transform
         self.seed = seed
-        self.name = name
+        self.name = self.place = name
+        self.is_sharded = hasattr(self.reader, "sample_shuffle_size")  # a webdataset
+        if self.is_sharded:
+            self.place += f" ({counted(len(self.file_names()), 'shard')})"
+        self.listed = None
         self.num_samples = self.reader.num_samples
         self.classes = class_names(self.reader)
         self.num_classes = len(self.classes) if self.classes else None
@@ -47,9 +52,34 @@ class StreamedImages(IterableDataset):
         """Crops per image."""
         return self.transform.num_crops
 
+    @cached_property
+    def unlabeled(self) -> str | None:
+        """Why there are no labels to learn, as far as the first images show; None if there are."""
+        try:
+            if self.is_sharded:
+                return shards.why_unlabeled(_shards_of(self.reader)[0])
+            return hub.why_unlabeled(self.reader) if hasattr(self.reader, "unlabeled") else None
+        except Exception as error:  # training meets it again, if it lasts
+            logger.warning("the labels of %s cannot be checked: %s", self.name, reason_of(error))
+            return None
+
+    def file_names(self) -> list[str]:
+        """Return the names of a webdataset's shards; none for other streams."""
+        return list(self.reader.split_info.filenames) if self.is_sharded else []
+
+    def class_sizes(self) -> None:
+        """Not known before the images are read."""
+
+    def content_hash(self) -> None:
+        """Not known before the images are read."""
+
     def identity(self) -> dict[str, object]:
         """Return what distinguishes these images from others: their number, in a stream."""
-        return {"number of training images": self.num_samples, "hash of their names": None}
+        return {
+            "number of training images": self.num_samples,
+            "hash of their names": None,
+            "hash of the names of classes": names_hash(self.classes),
+        }
 
     def set_position(self, epoch: int, rank: int, world_size: int, num_workers: int) -> None:
         """Choose the epoch of the next iteration, and split it over ranks and workers."""
@@ -75,7 +105,7 @@ class StreamedImages(IterableDataset):
         broken, num_broken, num_images = [], 0, 0
         for restart in itertools.count():
             num_images_before = num_images
-            if hasattr(self.reader, "sample_shuffle_size"):  # a webdataset
+            if self.is_sharded:
                 parts, num_shares = (self.seed, self.epoch, restart), self.world_size * num_workers
                 source = _read_shards(self.reader, parts, share, num_shares, broken)
             else:
@@ -84,15 +114,13 @@ class StreamedImages(IterableDataset):
                 try:
                     image = self.transform.read(record)
                 except Exception as error:  # decoders raise anything on broken files
-                    if not name:  # a Hugging Face record, which may have a path
-                        name = record.get("path") or f"{self.name}: {fold_seed(repr(record)):x}"
-                    broken.append((name, reason_of(error)))
+                    broken.append((name or self._name_of(record), reason_of(error)))
                     num_broken += 1
                     if num_broken == MAX_BROKEN_IN_A_ROW:
                         raise too_many_broken(broken) from error
                     continue
                 crops = self.transform(image, "augment", self.seed, self.epoch, share, num_images)
-                yield Sample(crops, label_of(label), broken.copy())
+                yield Sample(crops, index_of(label), broken.copy())
                 broken.clear()
                 num_broken, num_images = 0, num_images + 1
             if num_images == num_images_before and broken:
@@ -108,6 +136,11 @@ class StreamedImages(IterableDataset):
                 *(self.name, self.epoch + 1, share, num_images),
             )
 
+    def _name_of(self, record: object) -> str:
+        """Name a record that is not from a shard, by its path if it has one."""
+        path = record.get("path") if isinstance(record, dict) else None
+        return path or f"{self.name}: {fold_seed(repr(record)):x}"
+
 
 def _read_shards(
     reader: object,
@@ -115,48 +148,30 @@ def _read_shards(
     share: int,
     num_shares: int,
     broken: list[tuple[str, str]],
-) -> Iterator[tuple[str, BinaryIO, int]]:
+) -> Iterator[tuple[str, BinaryIO, int | None]]:
     """Yield (name, file, label) of a share of a webdataset, shuffled; errors go to `broken`.
 
     timm's own iteration silently drops unlabeled and broken images.
     """
     import webdataset
 
-    def samples() -> Iterator[dict[str, bytes]]:
-        for shard in shards[share::num_shares]:
+    def samples() -> Iterator[tuple[str, shards.ShardSample]]:
+        for shard in urls[share::num_shares]:
 
             def note_broken(error: Exception, shard: str = shard) -> bool:
                 broken.append((shard, f"cannot be read to its end: {type(error).__name__}"))
                 return True
 
-            yield from webdataset.tarfile_samples([{"url": shard}], handler=note_broken)
+            for sample in shards.read_shard(shard, note_broken):
+                yield f"{shard}/{sample.key}", sample
 
-    shards = [f"{reader.root}/{name}" for name in reader.split_info.filenames]
-    random.Random(fold_seed("shards", *seed_parts)).shuffle(shards)
+    urls = _shards_of(reader)
+    random.Random(fold_seed("shards", *seed_parts)).shuffle(urls)
     sizes = {"bufsize": reader.sample_shuffle_size, "initial": reader.sample_initial_size}
     rng = random.Random(fold_seed("shuffle", *seed_parts, share))
-    image_keys = [suffix[1:] for suffix in IMAGE_SUFFIXES]
-    for sample in webdataset.shuffle(**sizes, rng=rng)(samples()):
-        name = f"{sample['__url__']}/{sample['__key__']}"
-        image = webdataset.getfirst(sample, image_keys, default=b"", missing_is_error=False)
-        label = sample.get("cls", b"").strip()
-        yield name, io.BytesIO(image), int(label) if label.isdigit() else -1
+    for name, sample in webdataset.shuffle(**sizes, rng=rng)(samples()):
+        yield name, io.BytesIO(sample.image), sample.label
 
 
-def adapt_hub_reader(kind: str, reader: object) -> None:
-    """Let timm's readers of Hugging Face datasets tolerate missing labels and broken images."""
-    if kind == "hfds" and "label" not in reader.dataset.column_names:
-        reader.label_key = reader.image_key
-    if kind == "hfids":
-        open_stream = partial(_undecoded_stream, reader, reader.builder)
-        reader.builder = SimpleNamespace(as_streaming_dataset=open_stream)
-
-
-def _undecoded_stream(reader: object, builder: object, split: str) -> IterableDataset:
-    """Return the builder's stream with encoded images: decoding would stop at a broken one."""
-    from datasets import Image as ImageColumn
-
-    stream = builder.as_streaming_dataset(split=split)
-    if "label" not in (stream.column_names or ["label"]):
-        reader.target_key = reader.input_key
-    return stream.cast_column(reader.input_key, ImageColumn(decode=False))
+def _shards_of(reader: object) -> list[str]:
+    return [f"{reader.root}/{name}" for name in reader.split_info.filenames]

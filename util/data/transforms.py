@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import numpy as np
+import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
@@ -25,25 +27,43 @@ AUTO_AUGMENT = (
     r"|(v0r?|originalr?|3a)(-mstd\d+(\.\d+)?)?"
 )
 
+# Largest size of a resized image that is computed whole, as a multiple of the size it covers.
+MAX_COVER = 16
 
-def draw_box(rng: random.Random, height: int, width: int, min_area: float) -> Box:
-    """Draw a random crop, distributed like torchvision's RandomResizedCrop.
+
+def draw_size(rng: random.Random, height: int, width: int, min_area: float) -> tuple[int, int]:
+    """Draw the (height, width) of a crop, which may not fit into the image.
 
     Its area is uniform in [min_area, 1] of the image's, log(width / height) uniform in
-    [log(3/4), log(4/3)]. A box that does not fit into the image is drawn again; after ten tries,
-    it is the largest centered one with these aspect ratios.
+    [log(3/4), log(4/3)].
 
     Args:
         min_area: fraction of the image's area, in (0, 1].
     """
+    area = height * width * rng.uniform(min_area, 1)
+    aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+    return round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+
+
+def draw_box(rng: random.Random, height: int, width: int, min_area: float) -> Box:
+    """Draw a random crop, distributed like torchvision's RandomResizedCrop.
+
+    A size (see `draw_size`) that does not fit into the image is drawn again; after ten tries, the
+    crop is the largest centered one with these aspect ratios.
+    """
     for _ in range(10):
-        area = height * width * rng.uniform(min_area, 1)
-        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        h, w = draw_size(rng, height, width, min_area)
         if 0 < h <= height and 0 < w <= width:
             return Box(rng.randint(0, height - h), rng.randint(0, width - w), h, w)
     h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
     return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def draw_clipped_box(rng: random.Random, height: int, width: int, min_area: float) -> Box:
+    """Draw a random crop whose size (see `draw_size`) is clipped to the image, as MAE's probe."""
+    h, w = draw_size(rng, height, width, min_area)
+    h, w = min(max(h, 1), height), min(max(w, 1), width)
+    return Box(rng.randint(0, height - h), rng.randint(0, width - w), h, w)
 
 
 @dataclass(frozen=True)
@@ -55,6 +75,7 @@ class RandomCrops:
         min_area: smallest area of a crop, as a fraction of the image's.
         num_crops: K, crops per image. The k-th is the same for any larger K.
         decode: where JPEGs are decoded, by the worker (cpu) or on the device (gpu).
+        clip: draw the boxes with `draw_clipped_box` instead of `draw_box`.
     """
 
     size: tuple[int, int]
@@ -62,6 +83,7 @@ class RandomCrops:
     min_area: float
     num_crops: int = 1
     decode: Literal["cpu", "gpu"] = "cpu"
+    clip: bool = False
 
     def read(self, record: Record) -> Jpeg | Tensor:
         """Return the pixels (3, h, w), or a file that the device decodes."""
@@ -70,8 +92,9 @@ class RandomCrops:
     def draw(self, height: int, width: int, *seed_parts: int | str) -> tuple[list[Box], list[bool]]:
         """Draw the crops' boxes in an image of this size, and which of them are flipped."""
         rng, boxes, flips = random.Random(fold_seed(*seed_parts)), [], []
+        draw = draw_clipped_box if self.clip else draw_box
         for _ in range(self.num_crops):
-            boxes.append(draw_box(rng, height, width, self.min_area))
+            boxes.append(draw(rng, height, width, self.min_area))
             flips.append(rng.random() < 0.5)
         return boxes, flips
 
@@ -106,10 +129,27 @@ class CenterCrop:
         # Truncated, so that for square sizes this equals torchvision's Resize of the short side.
         cover = [max(self.cover_size[0], int(height * scale))]
         cover.append(max(self.cover_size[1], int(width * scale)))
-        resized = resize_crop(image, Box(0, 0, height, width), cover)  # (3, *cover)
         top, left = (round((c - s) / 2) for c, s in zip(cover, self.size, strict=True))
-        crop = resized[:, top : top + self.size[0], left : left + self.size[1]]
+        box = Box(top, left, *self.size)
+        if math.prod(cover) > MAX_COVER * math.prod(self.cover_size):
+            crop = crop_of_resized(image, cover, box)
+        else:
+            resized = resize_crop(image, Box(0, 0, height, width), cover)  # (3, *cover)
+            crop = resized[:, top : top + box.height, left : left + box.width]
         return Crops([crop], [False], self.normalization)
+
+
+def crop_of_resized(image: Tensor, size: Sequence[int], box: Box) -> Tensor:
+    """Resize an image (3, h, w) to a size and crop a box, computing only the pixels of the box.
+
+    Pillow resizes, which rounds differently from `resize_crop`.
+    """
+    source = Image.fromarray(image.permute(1, 2, 0).numpy())
+    top, bottom = (y * source.height / size[0] for y in (box.top, box.top + box.height))
+    left, right = (x * source.width / size[1] for x in (box.left, box.left + box.width))
+    edges = (left, top, right, bottom)
+    crop = source.resize((box.width, box.height), Image.Resampling.BICUBIC, box=edges)
+    return torch.from_numpy(np.array(crop)).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -152,8 +192,8 @@ def pretrain_transform(
 def probe_transform(
     img_size: Sequence[int], mean: Sequence[float], std: Sequence[float]
 ) -> RandomCrops:
-    """Build a linear probe's augmentation: that of `pretrain_transform`, from 8% of the area on."""
-    return RandomCrops(tuple(img_size), Normalization(tuple(mean), tuple(std)), 0.08)
+    """Build MAE's augmentation of a linear probe: a clipped crop of 8 to 100%, and a flip."""
+    return RandomCrops(tuple(img_size), Normalization(tuple(mean), tuple(std)), 0.08, clip=True)
 
 
 @dataclass(frozen=True)

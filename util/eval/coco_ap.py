@@ -12,6 +12,8 @@ from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as rle
 from torch import Tensor
 
+from util.errors import escaped
+
 KINDS = {"box": "bbox", "mask": "segm"}  # our names and COCO's
 MASK_THRESHOLD = 0.5
 # Positions in COCO's arrays: of the areas all, small, medium and large, and of at most 1, 10 and
@@ -132,6 +134,7 @@ class DetectionScores(NamedTuple):
 
     def table(self, classes: Sequence[str]) -> str:
         """Lines of text: each class with its AP and the number of its objects."""
+        classes = [escaped(name) for name in classes]
         width = max(map(len, (*classes, "class")))
         kinds = "".join(f"  {kind + ' AP':>7}" for kind in self.kinds)
         lines = [f"{'class':{width}}{kinds}  objects"]

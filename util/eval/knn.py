@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 KNN_IMAGES = {"training": 50_000, "validation": 10_000}  # limits for evaluation during training
 ROWS_AT_ONCE = 4096  # per process, when features are exchanged
 SIMILARITIES_AT_ONCE = 2**26  # 256 MiB
+NO_LABEL = -1  # of an image, between processes
 
 
 @torch.no_grad()
@@ -34,7 +35,7 @@ def extract_features(
     device: torch.device,
     precision: Precision,
     broken: BrokenImages,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Compute the features of a whole dataset, distributed over the processes.
 
     Args:
@@ -44,7 +45,7 @@ def extract_features(
 
     Returns:
         float32 features (N, D) and int64 labels (N,) on the CPU, in the order of the dataset, the
-        same on every process.
+        same on every process; labels are None if an image has none.
 
     Raises:
         InputError: features are not finite, or too many images cannot be read.
@@ -55,7 +56,8 @@ def extract_features(
         images, _ = batch.to(device)  # (B, C, H, W)
         with precision.autocast():
             features.append(encode(images).float().cpu())  # (B, D)
-        labels.append(batch.labels)
+        missing = torch.full((batch.num_images,), NO_LABEL)
+        labels.append(missing if batch.labels is None else batch.labels)
     broken.check()
     # A process without images does not know D and uses the empty first entry.
     features = _interleaved(torch.cat(features[1:] or features), device)  # (N, D)
@@ -64,7 +66,7 @@ def extract_features(
         raise InputError(
             f"features computed in {precision.amp} are not finite: use --amp fp32 or other weights"
         )
-    return features, labels
+    return features, None if (labels == NO_LABEL).any() else labels
 
 
 def _interleaved(rows: Tensor, device: torch.device) -> Tensor:
@@ -210,9 +212,9 @@ def build_knn_loaders(
         check_knn_images(train_set, val_set)
     except InputError as error:
         if every is None:
-            logger.info("not measured: %s", error)
+            logger.info("k-NN is not measured: %s", error)
             return None
-        raise
+        raise InputError(f"--knn_every {every}: {error}") from error
     options = {"batch_size": batch_size, "num_workers": num_workers, "device": device}
     plain_train_set = train_set.with_transform(val_set.transform)
     return (
@@ -237,14 +239,23 @@ def measure_knn(
 
     Returns:
         `knn10`, `knn20`, `knn100`: accuracy in percent with 10, 20 and 100 neighbors.
+
+    Raises:
+        InputError: an image has no label.
     """
     encoder.eval()
     sets = []
-    for loader in (train_loader, val_loader):
+    for role, loader in (("training", train_loader), ("validation", val_loader)):
         broken = BrokenImages(len(loader.dataset), max_fraction=1.0)
-        sets += extract_features(
+        features, labels = extract_features(
             encoder.features, loader, device=device, precision=precision, broken=broken
         )
+        if labels is None:
+            raise InputError(
+                f"k-NN accuracy needs labels, but one of the {role} images has none: label it, or "
+                "use --knn_every 0"
+            )
+        sets += [features, labels]
     accuracy = knn_accuracy(*sets, device=device)
     return {f"knn{k}": percent for k, percent in accuracy.items()}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from util.arguments import positive_int
 from util.compute.distributed import all_gather
 from util.data.masks import UNLABELED
-from util.errors import InputError
+from util.errors import InputError, escaped
 
 MODES = ("slide", "whole")
 
@@ -205,6 +205,7 @@ class Scores(NamedTuple):
 
     def table(self, classes: Sequence[str]) -> str:
         """Lines of text: each class with its IoU, accuracy and fraction of the pixels."""
+        classes = [escaped(name) for name in classes]
         width = max(map(len, (*classes, "class")))
         lines = [f"{'class':{width}}  IoU %  accuracy %  pixels %"]
         for name, *values in zip(classes, self.iou, self.accuracy, self.pixels, strict=True):

@@ -25,6 +25,7 @@ from util.runs.run_log import RunLog
 from util.weights.files import check_format, read_weights_file, unknown_content
 
 EFFECTIVE_BATCH = "effective batch size"  # key in the fixed settings
+CONTENT = "hash of the content of 100 images"  # key in the settings that may change
 
 _logger = logging.getLogger(__name__)
 
@@ -75,6 +76,8 @@ class RunRecord(NamedTuple):
     """Options that differ from their defaults."""
     length: tuple[str, int] = ("--epochs", 1)
     """The option for the length of the run, for messages, and its value per epoch."""
+    data: dict[str, object] | None = None
+    """What was found of the images, see `util.data.report`."""
 
 
 @contextmanager
@@ -108,7 +111,7 @@ def open_run(
                 run.log_folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise InputError(f"cannot write to --log_dir {run.log_folder}: {error}") from error
-        versions = write_args(run.folder, record.args)
+        versions = write_args(run.folder, record.args, record.data)
         settings = {"identity": record.fixed, "recipe": record.may_change, "args": record.args}
         checkpoints = CheckpointWriter(
             run.folder,

@@ -35,8 +35,8 @@ from util.errors import (
     InputError,
     RunError,
     StoppedError,
+    escaped,
     is_out_of_memory,
-    one_line,
     out_of_memory_message,
 )
 from util.kernels import cpu_linear
@@ -129,20 +129,37 @@ class TerminalHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
         encoding = sys.stdout.encoding or "utf-8"
-        # File names may contain characters that stdout cannot encode.
+        # Not every encoding of a terminal has the characters of all file names.
         line = self.format(record).encode(encoding, "backslashreplace")
         with suppress(OSError):  # stdout may be a file on a full disk, which must not stop a run
             tqdm.write(line.decode(encoding), file=sys.stdout)
             sys.stdout.flush()
 
 
+class LineFormatter(logging.Formatter):
+    """Log formatter that writes a message in one line; a traceback keeps its lines."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(message)s", datefmt="%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        """Return the line of a record, with unprintable characters escaped."""
+        return escaped(super().formatMessage(record))
+
+
 def start_logging() -> None:
     """Log to stdout; processes other than the main one log only warnings."""
     handler = TerminalHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(LineFormatter())
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.INFO if is_main_process() else logging.WARNING)
+
+
+def log_lines(text: str) -> None:
+    """Log a text of several lines, such as a table, line by line."""
+    for line in text.split("\n"):
+        _logger.info("%s", line)
 
 
 def git_commit() -> str:
@@ -216,8 +233,8 @@ def start_run(
     return chosen
 
 
-def write_args(output_dir: Path, args: dict) -> dict[str, str]:
-    """Record a start in `args.json`: arguments, versions, commit, command and time.
+def write_args(output_dir: Path, args: dict, data: dict | None) -> dict[str, str]:
+    """Record a start in `args.json`: arguments, versions, commit, command, time and images.
 
     An earlier start's record is renamed to include its time.
 
@@ -230,7 +247,7 @@ def write_args(output_dir: Path, args: dict) -> dict[str, str]:
     path = output_dir / "args.json"
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(path, {**start, "args": args})
+        write_json(path, {**start, "args": args, "data": data})
     except OSError as error:
         raise InputError(f"cannot write {path} ({error}): choose another --output_dir") from error
     return start["versions"]
@@ -303,7 +320,7 @@ def exit_code(main: Callable[[], None], memory_advice: str) -> int:
         if claim_report():
             with suppress(OSError):
                 sys.stdout.flush()
-            sys.stderr.write(f"{program}: error: {one_line(message)}\n")
+            sys.stderr.write(f"{program}: error: {escaped(message)}\n")
             sys.stderr.flush()
         if death:  # normal cleanup may wait for a lock that the dead process held
             end_loaders()

@@ -428,9 +428,10 @@ def fit_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> dic
         **{name: tensor for name, tensor in weights.head_state.items() if name.startswith(wanted)},
     }
     if weights.grid_size != model.grid_size:
-        state["pos_embed"] = resample_abs_pos_embed(
-            state["pos_embed"], new_size=list(model.grid_size), old_size=list(weights.grid_size)
-        )
+        sizes = {"new_size": list(model.grid_size), "old_size": list(weights.grid_size)}
+        # Without antialiasing, as in MAE.
+        positions = resample_abs_pos_embed(state["pos_embed"], antialias=False, **sizes)
+        state["pos_embed"] = positions
     own = model.state_dict()
     for name, tensor in state.items():
         if name not in own or own[name].shape != tensor.shape:

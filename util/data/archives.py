@@ -1,0 +1,200 @@
+"""Images in .tar archives, read directly from their place in the file."""
+
+import io
+import logging
+import posixpath
+import tarfile
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from torch.utils.data import Dataset
+
+from util.data.folders import Listing, is_hidden, joined
+from util.data.labels import read_labels
+from util.data.layout import ImageList
+from util.errors import counted, first_few
+
+LABELS = ".cls"
+MAX_PADDING = 2**20  # bytes of zeros at an archive's end
+
+logger = logging.getLogger(__name__)
+
+
+class Member(NamedTuple):
+    """A file in an archive."""
+
+    offset: int
+    """Of its first byte in the archive's file."""
+    size: int
+    sparse: tarfile.TarInfo | None = None
+    """Of a file that is stored without its zeros, which only tarfile can read."""
+
+
+class TarTree:
+    """The folders in a .tar archive, and in archives within it.
+
+    Attributes:
+        members: by path.
+        dangling: links whose target is not in the archive.
+
+    Raises:
+        tarfile.ReadError: this is not a .tar archive.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.members: dict[str, Member] = {}
+        self.dangling: list[str] = []
+        self._links: dict[str, str] = {}
+        with tarfile.open(root, "r:") as tar:
+            self._add(tar, folder="", start=0)
+        for path, target in self._links.items():
+            self._follow(path, target)
+        self._listings = {"": Listing()}
+        for path in self.members:
+            self._list(path)
+
+    def listing(self, path: str) -> Listing:
+        """List a folder of the archive."""
+        return self._listings[path]
+
+    def _add(self, tar: tarfile.TarFile, *, folder: str, start: int) -> None:
+        """Add the members of an archive that starts at byte `start` of the file."""
+        what = f"{self.root}/{folder}.tar" if folder else self.root
+        try:
+            for info in tar:
+                self._add_member(tar, info, folder=folder, start=start)
+        except (tarfile.TarError, EOFError) as error:
+            logger.warning("%s is damaged or cut off, the rest is not read: %s", what, error)
+            return
+        tar.fileobj.seek(tar.offset)
+        rest = tar.fileobj.read(MAX_PADDING)
+        if not rest:
+            logger.warning("%s does not end like a tar archive: it may be cut off", what)
+        elif any(rest):
+            logger.warning(
+                "%s has data after its end, which is not read: it may be damaged, or several "
+                "archives in one file",
+                what,
+            )
+
+    def _add_member(
+        self, tar: tarfile.TarFile, info: tarfile.TarInfo, *, folder: str, start: int
+    ) -> None:
+        path = _path_of(folder, info.name)
+        if info.issym():
+            self._links[path] = _path_of(posixpath.dirname(path), info.linkname)
+        elif info.islnk():
+            self._links[path] = _path_of(folder, info.linkname)
+        elif info.isfile():
+            self._links.pop(path, None)  # of two members of the same name, the later one counts
+            name = posixpath.basename(path)
+            if name.lower().endswith(".tar") and not (info.issparse() or is_hidden(name)):
+                with suppress(tarfile.ReadError):
+                    inner = tarfile.open(fileobj=tar.extractfile(info), mode="r:")  # noqa: SIM115
+                    # Its name, without the suffix, becomes that of a folder.
+                    self._add(inner, folder=path[:-4], start=start + info.offset_data)
+                    return
+            sparse = info if info.issparse() else None
+            self.members[path] = Member(start + info.offset_data, info.size, sparse)
+
+    def _follow(self, path: str, target: str) -> None:
+        """Give a link the member that it leads to, directly or through other links."""
+        seen = {path}
+        while target in self._links and target not in seen:
+            seen.add(target)
+            target = self._links[target]
+        if target in self.members:
+            self.members[path] = self.members[target]
+        else:
+            self.dangling.append(path)
+
+    def _list(self, path: str) -> None:
+        *folders, name = path.split("/")
+        above = ""
+        for folder in folders:
+            listing = self._listings[above]
+            if is_hidden(folder):
+                if folder not in listing.hidden:
+                    listing.hidden.append(folder)
+                return
+            above = joined(above, folder)
+            if above not in self._listings:
+                self._listings[above] = Listing()
+                listing.folders.append(folder)
+        if is_hidden(name):
+            self._listings[above].hidden.append(name)
+        else:
+            self._listings[above].add_file(name)
+
+
+def _path_of(folder: str, name: str) -> str:
+    return posixpath.normpath(posixpath.join(folder, name.lstrip("/")))
+
+
+class TarImages(Dataset):
+    """Images of a .tar archive, read directly from their place in the file.
+
+    timm's reader either opens the archive again for every image, or keeps it open, so that forked
+    processes share a file position.
+
+    Args:
+        images: those of `tree`. If each has a .cls file of the same name, as in a webdataset, that
+            is its label.
+
+    Attributes:
+        listed: what was found.
+        classes: names in the order of labels; None if labels are indices from .cls files.
+        unlabeled: why there are no labels, or None.
+    """
+
+    def __init__(self, tree: TarTree, images: ImageList) -> None:
+        self.root = tree.root
+        self.listed = images
+        if tree.dangling:
+            links = counted(len(tree.dangling), "link leads", "links lead")
+            images.notes.append(
+                f"{links} to no file in the archive: {first_few(sorted(tree.dangling))}"
+            )
+        below = posixpath.relpath(images.root, tree.root)
+        paths = [posixpath.normpath(posixpath.join(below, path)) for path in images.paths]
+        self.members = [tree.members[path] for path in paths]
+        self.labels, self.classes = images.labels, images.classes
+        self.unlabeled = images.unlabeled
+        label_files = [tree.members.get(posixpath.splitext(path)[0] + LABELS) for path in paths]
+        if None not in label_files:
+            texts = [data.decode(errors="replace") for data in self._read_all(label_files)]
+            found = read_labels(texts)
+            self.labels, self.classes = found.indices or images.labels, found.classes
+            self.unlabeled = found.fault and (
+                f"of the labels in its .cls files, {found.fault}: write the class, as a name or "
+                "as an index from 0, into each"
+            )
+            images.others.pop(LABELS)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def filename(self, index: int, *, absolute: bool = False) -> str:
+        """Return an image's path below the folder of all images, or with the archive's path."""
+        path = self.listed.paths[index]
+        return f"{self.listed.root}/{path}" if absolute else path
+
+    def _read_all(self, members: Iterable[Member]) -> Iterator[bytes]:
+        with Path(self.root).open("rb") as file:
+            for member in members:
+                file.seek(0)
+                if member.sparse is None:
+                    file.seek(member.offset)
+                    data = file.read(member.size)
+                else:
+                    data = tarfile.open(fileobj=file).extractfile(member.sparse).read()  # noqa: SIM115
+                if len(data) < member.size:
+                    raise OSError("the archive ends inside the image")
+                yield data
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        (data,) = self._read_all([self.members[index]])
+        return io.BytesIO(data), self.labels[index]

@@ -1,0 +1,226 @@
+"""Lists folders of images, and decides what a folder is from its name and its neighbors.
+
+A folder is a split (`train2017`), holds masks or lists (`annotations` beside `images`), is hidden
+or a system's (`__MACOSX`), or belongs to the images, of which the folders may be classes.
+"""
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+from util.errors import InputError
+
+# By default timm finds only .png, .jpg and .jpeg, and silently skips the others.
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".jp2"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
+)
+SYSTEM_NAMES = {
+    *("__macosx", "@eadir", "lost+found", "$recycle.bin", "thumbs.db", "desktop.ini"),
+    *("system volume information", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"),
+}
+
+Role = Literal["train", "validation", "test"]
+ROLES: dict[str, Role] = {
+    **dict.fromkeys(("train", "training", "trainset", "trainval"), "train"),
+    **dict.fromkeys(("val", "validation", "valid", "validate", "valset", "dev"), "validation"),
+    **dict.fromkeys(("eval", "evaluation"), "validation"),
+    **dict.fromkeys(("test", "testing", "testset", "tests"), "test"),
+}
+ORDER: tuple[Role, ...] = ("train", "validation", "test")
+# Words that leave the meaning of a folder's name as it is.
+FILLERS = {
+    *("image", "images", "img", "imgs", "jpg", "jpeg", "png", "photo", "photos", "picture"),
+    *("pictures", "data", "dataset", "set", "sets", "split", "part", "x", "v"),
+}
+IMAGE_WORDS = FILLERS - {"set", "sets", "split", "part", "x", "v"} | {"rgb", "frames", "jpegimages"}
+# Folders of these, beside the images, are not images to learn from.
+ANNOTATION_WORDS = {
+    *("annotation", "annotations", "annot", "annots", "mask", "masks", "label", "labels"),
+    *("segmentation", "segmentations", "segmim", "trimap", "trimaps", "gt", "groundtruth"),
+    *("imagesets", "lists", "attributes", "parts", "thumbnail", "thumbnails", "thumbs"),
+    *("trainannot", "valannot", "testannot", "labelids", "instances"),
+}
+ANNOTATION_FILLERS = {"ground", "truth", "class", "object", "fine", "coarse", "semantic", "color"}
+MAX_WRAPPERS = 5  # folders to descend before the images or their splits
+MAX_PEEKED = 20  # folders side by side; more are classes
+
+
+def natural_key(text: str) -> list[str | int]:
+    """Return a key that sorts numbers within names by their value, whatever the case.
+
+    Different names may have equal keys ("a1", "A01"): the name itself has to decide between them.
+    """
+    pieces: list[str | int] = re.split(r"(\d+)", text.lower())
+    pieces[1::2] = map(int, pieces[1::2])
+    return pieces
+
+
+def sorted_naturally(names: Iterable[str]) -> list[str]:
+    """Sort names by `natural_key`, equal ones by themselves: one order on every machine."""
+    return sorted(names, key=lambda name: (natural_key(name), name))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden or belongs to an operating system."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's suffix is an image's."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122, pathlib is slow
+
+
+@dataclass
+class Listing:
+    """What a folder holds, by name."""
+
+    folders: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    """Files with other suffixes."""
+    hidden: list[str] = field(default_factory=list)
+    loops: list[str] = field(default_factory=list)
+    """Links to a folder above them."""
+
+    def add_file(self, name: str) -> None:
+        """Add a file that is not hidden."""
+        (self.images if is_image(name) else self.others).append(name)
+
+
+class Tree(Protocol):
+    """Folders on a disk or in an archive.
+
+    Attributes:
+        root: path of the whole.
+    """
+
+    root: str
+
+    def listing(self, path: str) -> Listing:
+        """List the folder at this path below the root, "" for the root itself."""
+
+
+class DiskTree:
+    """The folders below a path; links are followed, except those to a folder above.
+
+    Raises:
+        InputError: a folder cannot be listed.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self._listings: dict[str, Listing] = {}
+
+    def listing(self, path: str) -> Listing:
+        """List a folder, once."""
+        if path not in self._listings:
+            self._listings[path] = self._list(path)
+        return self._listings[path]
+
+    def _list(self, path: str) -> Listing:
+        found = Listing()
+        try:
+            with os.scandir(os.path.join(self.root, path)) as entries:  # noqa: PTH118
+                for entry in entries:
+                    if is_hidden(entry.name):
+                        found.hidden.append(entry.name)
+                    elif entry.is_dir():
+                        is_loop = entry.is_symlink() and self._leads_above(path, entry.path)
+                        (found.loops if is_loop else found.folders).append(entry.name)
+                    elif entry.is_file() or entry.is_symlink():  # one to nothing is a broken image
+                        found.add_file(entry.name)
+                    else:
+                        found.others.append(entry.name)  # reading from a pipe would wait forever
+        except OSError as error:
+            raise InputError(
+                f"{os.path.join(self.root, path)} cannot be listed ({error.strerror}): correct "  # noqa: PTH118
+                "its permissions, or move it out of the images"
+            ) from error
+        return found
+
+    def _leads_above(self, path: str, link: str) -> bool:
+        """Whether a link in the folder `path` leads to a folder that contains it."""
+        target = os.path.realpath(link)
+        parts = path.split("/") if path else []
+        above = (os.path.join(self.root, *parts[:n]) for n in range(len(parts) + 1))  # noqa: PTH118
+        return any(Path(os.path.realpath(folder)).is_relative_to(target) for folder in above)
+
+
+def joined(path: str, name: str) -> str:
+    """Join a path below a tree's root and a name."""
+    return f"{path}/{name}" if path else name
+
+
+def words_of(name: str) -> list[str]:
+    """Split a name into lower-case words and numbers: "cars_train2017" -> cars, train, 2017."""
+    pieces = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+|[^\W\d_a-zA-Z]+", name)
+    return [piece.lower() for piece in pieces]
+
+
+@cache
+def split_of(name: str) -> tuple[Role, tuple[str, ...]] | None:
+    """Return the split that a name may mean, and its other words; None if it means none.
+
+    "train.X1" and "Training_images" are (train, ()), "cars_test" is (test, (cars,)).
+    """
+    words = words_of(name)
+    roles = {ROLES[word] for word in words if word in ROLES}
+    if not roles or is_annotation(name):
+        return None
+    rest = tuple(w for w in words if w not in ROLES and w not in FILLERS and not w.isdigit())
+    return ("train" if "train" in roles else min(roles)), rest
+
+
+@cache
+def is_annotation(name: str) -> bool:
+    """Whether a folder of this name, beside images, holds masks, lists or thumbnails."""
+    words = [word for word in words_of(name) if not word.isdigit()]
+    known = ANNOTATION_WORDS | ANNOTATION_FILLERS | FILLERS | ROLES.keys()
+    is_about = any(w in ANNOTATION_WORDS for w in words) or words == ["ground", "truth"]
+    return is_about and all(word in known for word in words)
+
+
+def annotations_beside(listing: Listing) -> list[str]:
+    """Return the folders that hold masks, lists or thumbnails of the images beside them.
+
+    Without images beside them, they are images themselves: a class may be called "mask".
+    """
+    about = [name for name in listing.folders if is_annotation(name)]
+    others = [name for name in listing.folders if name not in about]
+    has_images = listing.images or any(
+        split_of(name) or IMAGE_WORDS.issuperset(w for w in words_of(name) if not w.isdigit())
+        for name in others
+    )
+    return about if has_images else []
+
+
+class SplitNames(NamedTuple):
+    """Folders whose names mean splits of one dataset, and the others beside them."""
+
+    names: dict[Role, list[str]]
+    others: list[str]
+
+
+def splits_among(names: Collection[str]) -> SplitNames | None:
+    """Find names that mean splits: `train` on its own, `cars_train` only beside `cars_test`.
+
+    None without any, or if they belong to several datasets.
+    """
+    found: dict[tuple[str, ...], dict[Role, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name in names:
+        if meaning := split_of(name):
+            role, rest = meaning
+            found[rest][role].append(name)
+    groups = [roles for rest, roles in found.items() if len(roles) > 1 or not rest]
+    complete = [roles for roles in groups if len(roles) > 1] or groups
+    if len(complete) != 1:
+        return None
+    splits = {role: complete[0][role] for role in ORDER if role in complete[0]}
+    chosen = {name for folders in splits.values() for name in folders}
+    return SplitNames(splits, [name for name in names if name not in chosen])
