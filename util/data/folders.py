@@ -47,8 +47,6 @@ ANNOTATION_WORDS = {
     *("trainannot", "valannot", "testannot", "labelids", "instances"),
 }
 ANNOTATION_FILLERS = {"ground", "truth", "class", "object", "fine", "coarse", "semantic", "color"}
-MAX_WRAPPERS = 5  # folders to descend before the images or their splits
-MAX_PEEKED = 20  # folders side by side; more are classes
 
 
 def natural_key(text: str) -> list[str | int]:

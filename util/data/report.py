@@ -63,7 +63,7 @@ def report_images(
             report[role] = None
             continue
         check_processes(Found.of(images, classes), role)
-        report[role] = describe(images)
+        report[role] = describe(images, classes)
         for line in lines_of(role, report[role]):
             _logger.info("%s", line)
     if val_set is None and train_set is not None:
@@ -71,8 +71,12 @@ def report_images(
     return report
 
 
-def describe(images: Images) -> dict[str, object]:
-    """Describe a set of images in plain values, for `args.json`."""
+def describe(images: Images, classes: Sequence[str] | None = None) -> dict[str, object]:
+    """Describe a set of images in plain values, for `args.json`.
+
+    Args:
+        classes: see `report_images`.
+    """
     described: dict[str, object] = {"from": images.place, "images": images.num_samples}
     listed = images.listed
     if listed is not None:
@@ -84,14 +88,20 @@ def describe(images: Images) -> dict[str, object]:
         described["other_suffixes"] = _commonest(suffixes)
         described["links_to_folders_above"] = listed.loops
         described["not_read"] = listed.left
-        described["notes"] = listed.notes + _tiff_notes(images, listed)
-    if images.classes:
-        described["classes"] = _describe_classes(images.classes, images.class_sizes())
+        described["notes"] = listed.notes + _notes(images, listed)
+    if names := classes or images.classes:
+        described["classes"] = _describe_classes(names, images.class_sizes())
     return described
 
 
-def _tiff_notes(images: Images, listed: ImageList) -> list[str]:
-    """Tell how many TIFF files have pages that are not read, looking at some if there are many."""
+def _notes(images: Images, listed: ImageList) -> list[str]:
+    """Tell how many images and pages are not read; of TIFF files, only some are looked at."""
+    number = len(listed.paths) - images.num_samples
+    notes = (
+        [f"{counted(number, 'more image')} there, which {'is' if number == 1 else 'are'} not read"]
+        if number > 0
+        else []
+    )
     tiffs = [i for i, path in enumerate(listed.paths) if path.lower().endswith((".tif", ".tiff"))]
     count = min(len(tiffs), MAX_TIFFS)
     with_more = 0
@@ -99,10 +109,10 @@ def _tiff_notes(images: Images, listed: ImageList) -> list[str]:
         file = Path(listed.root, listed.paths[index])
         with_more += num_pages(file if file.is_file() else images.reader[index][0]) > 1
     if not with_more:
-        return []
+        return notes
     number = counted(with_more, "TIFF file has", "TIFF files have")
     looked_at = f" (of {count} of {len(tiffs)} looked at)" if count < len(tiffs) else ""
-    return [f"{number} further pages, which are not read{looked_at}"]
+    return [*notes, f"{number} further pages, which are not read{looked_at}"]
 
 
 def _commonest(counts: Counter[str]) -> dict[str, int]:
