@@ -123,8 +123,19 @@ def test_label_files_beside_the_images_are_read(tmp_path, labels, expected, clas
 def test_an_archive_without_all_label_files_has_no_labels(tmp_path):
     write_tar(tmp_path / "a.tar", {"1.png": encoded(1), "1.cls": b"0", "2.png": encoded(2)})
     source = opened(tmp_path / "a.tar")
-    assert "has no class folders" in source.unlabeled
+    assert "have no .cls file (2.png): write the class" in source.unlabeled
     assert source.listed.others == {".cls": 1}
+
+
+def test_masks_in_labeled_samples_are_not_images(tmp_path):
+    files = {"a.0.PNG": encoded(1), "a.0.CLS": b"1", "a.0.seg.png": encoded(2)}
+    files |= {"b.png": encoded(3), "b.cls": b"0", "b.mask.png": encoded(4)}
+    write_tar(tmp_path / "val.tar", files)
+    source = opened(tmp_path / "val.tar", "validation", search_split=False)
+    assert contents(source) == {"a.0.PNG": encoded(1), "b.png": encoded(3)}
+    assert source.labels == [1, 0]
+    (note,) = source.listed.notes
+    assert note.startswith("2 images are not read")
 
 
 def test_no_file_is_written_beside_an_archive(tmp_path):
@@ -148,6 +159,19 @@ def test_a_whole_archive_is_read_without_a_word(tmp_path, caplog):
     write_tar(tmp_path / "a.tar", {f"{i}.png": encoded(i) for i in range(4)})
     assert len(opened(tmp_path / "a.tar")) == 4
     assert not caplog.text
+
+
+def test_a_path_within_an_archive_is_not_advised_without_unpacking(tmp_path):
+    files = {f"{split}/1.png": encoded(1) for split in ("train", "val")}
+    write_tar(tmp_path / "all.tar", files)
+    with pytest.raises(InputError, match="unpack it for that"):
+        opened(tmp_path / "all.tar", "validation", search_split=False)
+
+
+def test_a_folder_of_one_archive_is_answered_with_its_path(tmp_path):
+    write_tar(tmp_path / "data.tar", {"1.png": encoded(1)})
+    with pytest.raises(InputError, match=f"give the archive itself, {tmp_path}/data.tar"):
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize("shards", [True, False])

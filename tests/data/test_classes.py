@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from tests.helpers.data import (
+    encoded,
     open_shards,
     open_train,
     open_val_split,
     write_grays,
     write_parquet,
     write_shards,
+    write_tar,
 )
 from util.data.classes import check_classes, check_labels
 from util.errors import InputError
@@ -149,6 +151,16 @@ def test_a_stream_that_knows_its_classes(tmp_path):
     assert check_classes(stream, None, None) == 3
     with pytest.raises(InputError, match=r"1 missing \(b\)"):
         check_classes(stream, folder_of(tmp_path / "val", "ac", val=True), None)
+
+
+def test_numbers_and_words_are_not_the_same_labels(tmp_path):
+    write_shards(tmp_path, [4])
+    files = {"0.png": encoded(1), "0.cls": b"cat", "1.png": encoded(2), "1.cls": b"dog"}
+    write_tar(tmp_path / "val.tar", files)
+    val_set = open_val_split("", tmp_path / "val.tar", search_split=False)
+    stream = open_shards(tmp_path, 4, "train-0.tar")
+    with pytest.raises(InputError, match=r"names \(cat, dog\): give both as the same"):
+        check_classes(stream, val_set, 3)
 
 
 @pytest.mark.parametrize(("labels", "named"), [((0, 3, 4), 3), ((2, -2), -2), ((0, 255, 9), 255)])

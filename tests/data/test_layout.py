@@ -62,6 +62,7 @@ def refused(folder, split="train", **options):
         ("test1", ("test", ())),
         ("test_images", ("test", ())),
         ("cars_test", ("test", ("cars",))),
+        ("traindata", ("train", ())),
         ("trainer", None),
         ("strain", None),
         ("tested", None),
@@ -177,6 +178,28 @@ def test_splits_in_one_of_several_folders_are_refused_with_their_path(tmp_path):
     assert f"such as --data_path {tmp_path}/data" in refused(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("trainA", "trainB", "testA", "testB"),
+        ("train_hr", "train_lr", "val_hr", "val_lr"),
+        ("train_mini", "public_test"),
+        ("cars_train", "pets_test"),
+    ],
+)
+def test_splits_of_several_datasets_are_refused(tmp_path, names):
+    write(tmp_path / "data", *images_in(".", *names))
+    message = refused(tmp_path / "data")
+    assert f"such as --data_path {tmp_path}/data/" in message
+    assert f"give --data_path {tmp_path}/data --class_folder last" in message
+    assert len(opened(tmp_path / "data", class_folder="last").classes) == len(names)
+
+
+def test_bullet_trains_are_classes(tmp_path):
+    write(tmp_path, *images_in(".", "bullet_train", "steam_train"))
+    assert opened(tmp_path).classes == ("bullet_train", "steam_train")
+
+
 def test_two_folders_of_training_images_are_not_chosen_from(tmp_path):
     write(tmp_path, *images_in("train", "cat"), *images_in("train_2", "cat"))
     write(tmp_path, *images_in("val", "cat"))
@@ -207,6 +230,21 @@ def test_masks_beside_images_are_not_images(tmp_path, images, annotations):
     source = opened(tmp_path)
     assert len(source) == 2
     assert source.listed.left == [annotations.split("/")[0]]
+
+
+def test_masks_with_class_folders_are_not_images(tmp_path):
+    classes = [f"{number:03d}.Bird" for number in range(3)]
+    write(tmp_path, *images_in("CUB_200_2011/images", *classes))
+    write(tmp_path, *images_in("segmentations", *classes))
+    source = opened(tmp_path)
+    assert source.classes == tuple(classes)
+    assert (len(source), source.listed.left) == (6, ["segmentations"])
+
+
+@pytest.mark.parametrize("deep", ["a/b/c/d/e/f", "2021/01/02/03/04/05"])
+def test_images_are_found_at_any_depth(tmp_path, deep):
+    write(tmp_path, *images_in("x", "cat", "dog"), f"{deep}/1.png")
+    assert len(opened(tmp_path)) == 5
 
 
 def test_classes_called_mask_are_classes(tmp_path):
@@ -290,6 +328,15 @@ def test_links_that_lead_to_each_other_end(tmp_path):
     assert listed.loops == ["dog/b/a"]
 
 
+def test_class_folders_full_of_links_to_each_other_end(tmp_path):
+    names = [f"class_{number}" for number in range(12)]
+    write(tmp_path, *images_in(".", *names, count=1))
+    for name in names:
+        for other in set(names) - {name}:
+            (tmp_path / name / other).symlink_to(f"../{other}")
+    assert len(opened(tmp_path, class_folder="last")) == 12 + 12 * 11
+
+
 def test_a_link_out_of_the_folder_is_followed(tmp_path):
     write(tmp_path / "store", "cats/1.png", "cats/2.png")
     write(tmp_path / "data", "dog/1.png")
@@ -301,7 +348,8 @@ def test_a_broken_link_is_a_broken_image_and_a_pipe_is_none(tmp_path):
     write(tmp_path, "1.png")
     (tmp_path / "2.png").symlink_to(tmp_path / "nowhere.png")
     os.mkfifo(tmp_path / "3.png")
-    assert opened(tmp_path).listed.paths == ["1.png", "2.png"]
+    (tmp_path / "4.png").symlink_to("4.png")
+    assert opened(tmp_path).listed.paths == ["1.png", "2.png", "4.png"]
     with pytest.raises(FileNotFoundError):
         opened(tmp_path)[1]
 

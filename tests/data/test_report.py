@@ -37,7 +37,7 @@ def test_the_block_names_folders_classes_and_what_was_passed_over(tmp_path):
         f"4 training images from {train}: cat 3, dog 1",
         "  classes: 2, from cat to dog; smallest dog (1), largest cat (3)",
         "  passed over hidden: .DS_Store 1, __MACOSX 1; other files: .txt 2, .csv 1, no suffix 1; "
-        "links to folders above: dog/all",
+        "links that lead back: dog/all",
         "  not read: test",
     ]
     assert block_of(open_val_split("", tmp_path), "validation") == [

@@ -98,7 +98,7 @@ def test_usual_shards_are_grouped_as_webdataset_does(tmp_path):
 )
 def test_the_plain_image_comes_before_further_ones(names, chosen):
     sample = ShardSample("1", {name: name.encode() for name in names})
-    assert sample.image == (chosen or "").encode()
+    assert sample.image == (chosen and chosen.encode())
 
 
 def test_images_with_dots_in_their_names_are_all_read(tmp_path):

@@ -4,7 +4,7 @@ import io
 import logging
 import posixpath
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -134,6 +134,33 @@ def _path_of(folder: str, name: str) -> str:
     return posixpath.normpath(posixpath.join(folder, name.lstrip("/")))
 
 
+def _leave_out_further_images(images: ImageList, below: str, keys: Collection[str]) -> None:
+    """Leave out the masks and the like in samples of a webdataset: `1.seg.png` beside `1.jpg`.
+
+    Args:
+        below: the folder of all images.
+        keys: paths of label files, without suffix.
+    """
+    stems = [posixpath.splitext(path)[0] for path in images.paths]
+    samples = {stem for stem in stems if _path_of(below, stem) in keys}
+
+    def is_further(stem: str) -> bool:
+        folder, name = posixpath.split(stem)
+        parts = name.split(".")
+        shorter = (joined(folder, ".".join(parts[:n])) for n in range(1, len(parts)))
+        return stem not in samples and any(key in samples for key in shorter)
+
+    kept = [index for index, stem in enumerate(stems) if not is_further(stem)]
+    number = len(stems) - len(kept)
+    if number:
+        images.notes.append(
+            f"{counted(number, 'image is', 'images are')} not read, because another one has the "
+            "name of the label file"
+        )
+        images.paths = [images.paths[index] for index in kept]
+        images.labels = [images.labels[index] for index in kept]
+
+
 class TarImages(Dataset):
     """Images of a .tar archive, read directly from their place in the file.
 
@@ -148,6 +175,7 @@ class TarImages(Dataset):
         listed: what was found.
         classes: names in the order of labels; None if labels are indices from .cls files.
         unlabeled: why there are no labels, or None.
+        has_word_labels: whether the names of classes are from these files.
     """
 
     def __init__(self, tree: TarTree, images: ImageList) -> None:
@@ -159,20 +187,38 @@ class TarImages(Dataset):
                 f"{links} to no file in the archive: {first_few(sorted(tree.dangling))}"
             )
         below = posixpath.relpath(images.root, tree.root)
-        paths = [posixpath.normpath(posixpath.join(below, path)) for path in images.paths]
+        label_files = {
+            path[: -len(LABELS)]: member
+            for path, member in tree.members.items()
+            if path.lower().endswith(LABELS)
+        }
+        if label_files:
+            _leave_out_further_images(images, below, label_files)
+        paths = [_path_of(below, path) for path in images.paths]
         self.members = [tree.members[path] for path in paths]
         self.labels, self.classes = images.labels, images.classes
-        self.unlabeled = images.unlabeled
-        label_files = [tree.members.get(posixpath.splitext(path)[0] + LABELS) for path in paths]
-        if None not in label_files:
-            texts = [data.decode(errors="replace") for data in self._read_all(label_files)]
-            found = read_labels(texts)
-            self.labels, self.classes = found.indices or images.labels, found.classes
-            self.unlabeled = found.fault and (
-                f"of the labels in its .cls files, {found.fault}: write the class, as a name or "
-                "as an index from 0, into each"
-            )
-            images.others.pop(LABELS)
+        self.unlabeled, self.has_word_labels = images.unlabeled, False
+        if label_files:
+            self._take_labels([label_files.get(posixpath.splitext(path)[0]) for path in paths])
+
+    def _take_labels(self, files: Sequence[Member | None]) -> None:
+        """Take the labels of files beside the images, if each image has one."""
+        missing = [path for path, file in zip(self.listed.paths, files, strict=True) if not file]
+        if missing:
+            if self.unlabeled:
+                self.unlabeled = (
+                    f"images in {self.root} have no {LABELS} file ({first_few(missing)}): write "
+                    "the class of each image into one"
+                )
+            return
+        found = read_labels([data.decode(errors="replace") for data in self._read_all(files)])
+        self.labels, self.classes = found.indices or self.labels, found.classes
+        self.has_word_labels = found.classes is not None
+        self.unlabeled = found.fault and (
+            f"of the labels in the {LABELS} files of {self.root}, {found.fault}: write the class, "
+            "as a name or as an index from 0, into each"
+        )
+        self.listed.others.pop(LABELS)
 
     def __len__(self) -> int:
         return len(self.members)

@@ -42,6 +42,13 @@ def check_classes(
         if known != named[reference]:
             raise _differing_classes(role, known, reference, named[reference])
 
+    words = getattr(getattr(val_set, "reader", None), "has_word_labels", False)
+    if words and train_set is not None and names["training images"] is None:
+        raise InputError(
+            "the labels of the training images are numbers, those of the validation images are "
+            f"names ({first_few(names['validation images'])}): give both as the same"
+        )
+
     # Validation images cannot show which other classes a stream without names has.
     trained_on_is_known = reference is not None and reference == next(iter(names))
     if num_classes is None:

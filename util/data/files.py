@@ -2,6 +2,8 @@
 
 import shlex
 import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -61,18 +63,54 @@ def open_files(
         InputError: there are no images, or it is not clear which of them are meant.
     """
     tree = _open_tree(path)
-    above = find_layout(tree, class_folder, tars=True)
-    chosen = _choose(tree, above, split, search=search_split)
-    if chosen is None:
-        return None
-    base, left = chosen
-    if isinstance(tree, DiskTree) and base.lower().endswith(".tar"):
-        tree, base = _open_tree(f"{path.rstrip('/')}/{base}"), ""
+    options = {"class_folder": class_folder, "order": order}
+    with _no_paths_within(tree):
+        above = find_layout(tree, class_folder, tars=True)
+        chosen = _choose(tree, above, split, search=search_split)
+        if chosen is None:
+            return None
+        base, left = chosen
+        if not base.lower().endswith(".tar"):
+            return _open_images(tree, base, split, above.tables, left, **options)
+    tree = _open_tree(f"{path.rstrip('/')}/{base}")
+    with _no_paths_within(tree):
+        return _open_images(tree, "", split, above.tables, left, **options)
+
+
+@contextmanager
+def _no_paths_within(tree: Tree) -> Iterator[None]:
+    """Context in which an error that advises paths within an archive says to unpack it."""
+    try:
+        yield
+    except InputError as error:
+        if isinstance(tree, DiskTree) or f"{tree.root}/" not in str(error):
+            raise
+        raise InputError(
+            f"{error} (these are paths within the archive: unpack it for that)"
+        ) from None
+
+
+def _open_images(
+    tree: Tree,
+    base: str,
+    split: Literal["train", "validation"],
+    tables: Sequence[str],
+    left: Sequence[str],
+    *,
+    class_folder: ClassFolder,
+    order: Literal["natural", "torchvision"],
+) -> FolderImages | TarImages:
+    """Open the images of one split.
+
+    Args:
+        base: its path below the tree's root.
+        tables, left: what was found beside it, see `ImageList`.
+    """
     layout = find_layout(tree, class_folder, start=base)
     base, left_within = _choose(tree, layout, split, search=False)
     images = find_images(tree, base, class_folder, order=order)
     images.left = list(dict.fromkeys([*left, *left_within, *images.left]))
-    images.tables = list(dict.fromkeys(above.tables + layout.tables))
+    images.tables = list(dict.fromkeys([*tables, *layout.tables]))
     images.notes += [layout.note] if layout.note else []
     if not images.paths:
         advice = how_to_read_folder(tree.root, _others(tree, base))

@@ -46,6 +46,8 @@ ANNOTATION_WORDS = {
     *("imagesets", "lists", "attributes", "parts", "thumbnail", "thumbnails", "thumbs"),
     *("trainannot", "valannot", "testannot", "labelids", "instances"),
 }
+# Of these, names of folders that are no classes, whatever is beside them.
+NO_CLASSES = {"annotations", "segmentations", "trimaps", "groundtruth", "imagesets", "thumbnails"}
 ANNOTATION_FILLERS = {"ground", "truth", "class", "object", "fine", "coarse", "semantic", "color"}
 
 
@@ -84,7 +86,7 @@ class Listing:
     """Files with other suffixes."""
     hidden: list[str] = field(default_factory=list)
     loops: list[str] = field(default_factory=list)
-    """Links to a folder above them."""
+    """Links that lead back, see `DiskTree`."""
 
     def add_file(self, name: str) -> None:
         """Add a file that is not hidden."""
@@ -105,7 +107,10 @@ class Tree(Protocol):
 
 
 class DiskTree:
-    """The folders below a path; links are followed, except those to a folder above.
+    """The folders below a path; links are followed, except those that lead back.
+
+    Back is to a folder above the link, or, from a linked folder, to one that was read already: so
+    the walk ends.
 
     Raises:
         InputError: a folder cannot be listed.
@@ -114,6 +119,7 @@ class DiskTree:
     def __init__(self, root: str) -> None:
         self.root = root
         self._listings: dict[str, Listing] = {}
+        self._linked: set[str] = set()  # real paths of the folders that links lead to
 
     def listing(self, path: str) -> Listing:
         """List a folder, once."""
@@ -122,16 +128,15 @@ class DiskTree:
         return self._listings[path]
 
     def _list(self, path: str) -> Listing:
-        found = Listing()
+        found, links = Listing(), []
         try:
             with os.scandir(os.path.join(self.root, path)) as entries:  # noqa: PTH118
                 for entry in entries:
                     if is_hidden(entry.name):
                         found.hidden.append(entry.name)
-                    elif entry.is_dir():
-                        is_loop = entry.is_symlink() and self._leads_above(path, entry.path)
-                        (found.loops if is_loop else found.folders).append(entry.name)
-                    elif entry.is_file() or entry.is_symlink():  # one to nothing is a broken image
+                    elif _is_folder(entry):
+                        (links if entry.is_symlink() else found.folders).append(entry.name)
+                    elif entry.is_symlink() or entry.is_file():  # one to nothing is a broken image
                         found.add_file(entry.name)
                     else:
                         found.others.append(entry.name)  # reading from a pipe would wait forever
@@ -140,14 +145,28 @@ class DiskTree:
                 f"{os.path.join(self.root, path)} cannot be listed ({error.strerror}): correct "  # noqa: PTH118
                 "its permissions, or move it out of the images"
             ) from error
+        for name in sorted(links):
+            (found.loops if self._leads_back(path, name) else found.folders).append(name)
+        found.folders.sort()
         return found
 
-    def _leads_above(self, path: str, link: str) -> bool:
-        """Whether a link in the folder `path` leads to a folder that contains it."""
-        target = os.path.realpath(link)
+    def _leads_back(self, path: str, link: str) -> bool:
+        target = os.path.realpath(os.path.join(self.root, path, link))  # noqa: PTH118
         parts = path.split("/") if path else []
-        above = (os.path.join(self.root, *parts[:n]) for n in range(len(parts) + 1))  # noqa: PTH118
-        return any(Path(os.path.realpath(folder)).is_relative_to(target) for folder in above)
+        logical = [os.path.join(self.root, *parts[:n]) for n in range(len(parts) + 1)]  # noqa: PTH118
+        above = [os.path.realpath(folder) for folder in logical]
+        is_linked = above[-1] != os.path.join(above[0], *parts)  # noqa: PTH118
+        back = any(Path(folder).is_relative_to(target) for folder in above)
+        back = back or (is_linked and target in self._linked)
+        self._linked.add(target)
+        return back
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def joined(path: str, name: str) -> str:
@@ -161,13 +180,20 @@ def words_of(name: str) -> list[str]:
     return [piece.lower() for piece in pieces]
 
 
+def _parts_of(word: str) -> list[str]:
+    """Split "traindata" into train and data."""
+    starts = (role for role in ROLES if word.startswith(role) and word[len(role) :] in FILLERS)
+    start = next(starts, None)
+    return [word] if start is None else [start, word[len(start) :]]
+
+
 @cache
 def split_of(name: str) -> tuple[Role, tuple[str, ...]] | None:
     """Return the split that a name may mean, and its other words; None if it means none.
 
     "train.X1" and "Training_images" are (train, ()), "cars_test" is (test, (cars,)).
     """
-    words = words_of(name)
+    words = [part for word in words_of(name) for part in _parts_of(word)]
     roles = {ROLES[word] for word in words if word in ROLES}
     if not roles or is_annotation(name):
         return None
@@ -189,13 +215,24 @@ def annotations_beside(listing: Listing) -> list[str]:
 
     Without images beside them, they are images themselves: a class may be called "mask".
     """
-    about = [name for name in listing.folders if is_annotation(name)]
+    about = sorted_naturally(name for name in listing.folders if is_annotation(name))
     others = [name for name in listing.folders if name not in about]
     has_images = listing.images or any(
         split_of(name) or IMAGE_WORDS.issuperset(w for w in words_of(name) if not w.isdigit())
         for name in others
     )
-    return about if has_images else []
+    never_classes = [name for name in about if others and NO_CLASSES.issuperset(words_of(name))]
+    return about if has_images else never_classes
+
+
+def are_unclear_splits(names: Collection[str]) -> bool:
+    """Whether names mean splits, but not of one dataset: `trainA`, `trainB`, `testA`, `testB`."""
+    meanings = [split_of(name) for name in names]
+    found: dict[tuple[str, ...], set[Role]] = defaultdict(set)
+    for role, rest in filter(None, meanings):
+        found[rest].add(role)
+    roles = set().union(*found.values())
+    return (all(meanings) and len(roles) > 1) or sum(len(own) > 1 for own in found.values()) > 1
 
 
 class SplitNames(NamedTuple):

@@ -46,8 +46,7 @@ def choose_columns(name: str, features: Mapping[str, object]) -> Columns:
 
 def _image_column(name: str, features: Mapping[str, object]) -> str:
     kinds: tuple[Callable[[object], bool], ...] = (_is_image, _is_struct_of_image, _is_binary)
-    # A string may be the path of an image, but only the name tells.
-    if IMAGE in features and any(is_kind(features[IMAGE]) for is_kind in (*kinds, _is_text)):
+    if IMAGE in features and any(is_kind(features[IMAGE]) for is_kind in kinds):
         return IMAGE
     for is_kind in kinds:
         found = [column for column, feature in features.items() if is_kind(feature)]
@@ -58,6 +57,8 @@ def _image_column(name: str, features: Mapping[str, object]) -> str:
             )
         if found:
             return found[0]
+    if IMAGE in features and _is_text(features[IMAGE]):  # the paths of images
+        return IMAGE
     raise InputError(
         f"{name} has no column of images, only {', '.join(features)}: give a dataset that has one, "
         "declared as Image or with the bytes of image files"
@@ -70,6 +71,9 @@ def _label_column(features: Mapping[str, object]) -> tuple[str | None, str | Non
 
     declared = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
     called = [column for column in (LABEL, SHARD_LABEL) if column in features]
+    if not called and not declared:  # several classes an image, which is said below
+        items = {column: getattr(feature, "feature", None) for column, feature in features.items()}
+        called = [column for column, item in items.items() if isinstance(item, ClassLabel)]
     advice = f"rename the one to learn to '{LABEL}', and save the dataset"
     if not called and len(declared) > 1:
         return None, f"several columns hold classes ({', '.join(declared)}): {advice}"
@@ -116,6 +120,7 @@ class HubImages(Dataset):
         labels: indices of classes; None if there are none.
         classes: names in the order of labels; None if labels are numbers without names.
         unlabeled: why there are no labels, or None.
+        has_word_labels: whether the names of classes are the values of the column.
 
     Raises:
         InputError: see `choose_columns`.
@@ -131,12 +136,14 @@ class HubImages(Dataset):
         images = dataset.cast_column(columns.image, Image(decode=False))
         self.images = images.select_columns([columns.image])
         self.encoded = self.images.with_format("arrow")
+        self.has_word_labels = False
         self.labels, self.classes, self.unlabeled = None, columns.classes, columns.unlabeled
         if columns.label is not None:
             rows = dataset.select_columns([columns.label]).with_format("arrow")[:]
             found = read_labels(rows[columns.label].to_pylist())
             self.labels = found.indices or None
             self.classes = columns.classes or found.classes
+            self.has_word_labels = found.classes is not None
             self.unlabeled = found.fault and (
                 f"in the column '{columns.label}', {found.fault}: give images of which each has "
                 "a class"

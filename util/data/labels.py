@@ -11,6 +11,7 @@ from util.errors import first_few
 
 INDEX = re.compile(r"\s*(\d+)(\.0*)?\s*")
 NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.IGNORECASE)
+SEVERAL = re.compile(r"[\[(]?\s*\d+(\s*[,; ]\s*\d+)+\s*[\])]?")
 MISSING = (None, "", "-1", -1)
 
 
@@ -50,6 +51,9 @@ def read_labels(values: Sequence[object]) -> Labels:
     if num_missing:
         verb = "is" if num_missing == 1 else "are"
         return Labels([], fault=f"{num_missing} of {len(values)} {verb} missing (-1 or null)")
+    several = [value for value in counts if isinstance(value, str) and SEVERAL.fullmatch(value)]
+    if several:
+        return Labels([], fault=f"some images have several ({first_few(several)})")
     label_of = {value: index_of(value) for value in counts}
     classes = None
     if None in label_of.values():

@@ -15,6 +15,7 @@ from util.data.folders import (
     Role,
     Tree,
     annotations_beside,
+    are_unclear_splits,
     joined,
     natural_key,
     sorted_naturally,
@@ -81,6 +82,8 @@ def find_layout(
                 "give its path"
             )
             return Layout(path, {}, left, tables, note)
+        if class_folder == "auto" and are_unclear_splits(children):
+            raise _unclear_splits(tree, path, children)
         below = _folder_to_descend(tree, path, children, listing, class_folder)
         if below is None:
             break
@@ -105,15 +108,15 @@ def _splits_of(
     return splits, [name for name in found.others if name not in stems]
 
 
-def _shape(tree: Tree, path: str, depth: int = 3) -> Literal["flat", "deep", "empty"]:
+def _shape(tree: Tree, path: str) -> Literal["flat", "deep", "empty"]:
     """Whether a folder holds images directly, only in folders below it, or not at all."""
     if path.lower().endswith(".tar"):
         return "deep"
     listing = tree.listing(path)
     if listing.images:
         return "flat"
-    below = (_shape(tree, joined(path, name), depth - 1) for name in listing.folders)
-    return "deep" if depth and any(shape != "empty" for shape in below) else "empty"
+    below = (_shape(tree, joined(path, name)) for name in listing.folders)
+    return "deep" if any(shape != "empty" for shape in below) else "empty"
 
 
 def _are_splits(
@@ -145,6 +148,19 @@ def _are_splits(
         f"{'these are splits' if len(names) > 1 else 'that is a split'}, give "
         f"{_command(folder, splits)}; if they are all classes, give "
         f"--data_path {shlex.quote(folder)} --class_folder last"
+    )
+
+
+def _unclear_splits(tree: Tree, path: str, names: Sequence[str]) -> InputError:
+    folder = os.path.join(tree.root, path).rstrip("/")  # noqa: PTH118
+    splits: dict[Role, list[str]] = {}
+    for name in sorted_naturally(names):
+        if meaning := split_of(name):
+            splits.setdefault(meaning[0], []).append(name)
+    return InputError(
+        f"{folder} has folders named like splits ({first_few(sorted_naturally(names))}), but not "
+        f"of one dataset: give those that are meant, such as {_command(folder, splits)}; if they "
+        f"are all classes, give --data_path {shlex.quote(folder)} --class_folder last"
     )
 
 
@@ -188,7 +204,7 @@ def _folder_to_descend(
 
 def _has_splits(listing: Listing) -> bool:
     found = splits_among(listing.folders)
-    return found is not None and len(found.names) > 1
+    return are_unclear_splits(listing.folders) or (found is not None and len(found.names) > 1)
 
 
 @dataclass
@@ -260,7 +276,7 @@ def find_images(
         found.others.update(os.path.splitext(n)[1].lower() for n in listing.others)  # noqa: PTH122
         found.hidden.update(listing.hidden)
         found.loops += [joined(folder, name) for name in listing.loops]
-        found.left += [joined(folder, name) for name in annotations]
+        found.left += [joined(path, name) for name in annotations]
         if _has_splits(listing):
             with_splits.append(folder)
     if with_splits and class_folder == "auto":
@@ -306,7 +322,10 @@ def walk(tree: Tree, base: str) -> Iterator[tuple[str, Listing, list[str]]]:
 def _splits_within(root: str, tree: Tree, base: str, folders: Sequence[str]) -> InputError:
     folders = sorted_naturally(folders)
     first = os.path.join(root, folders[0]).rstrip("/")  # noqa: PTH118
-    splits = splits_among(tree.listing(joined(base, folders[0]) if folders[0] else base).folders)
+    path = joined(base, folders[0]) if folders[0] else base
+    splits = splits_among(tree.listing(path).folders)
+    if splits is None:
+        return _unclear_splits(tree, path, tree.listing(path).folders)
     names = " and ".join(name for found in splits.names.values() for name in found)
     number = len(folders) - 1
     also = f", as {'has' if number == 1 else 'have'} {counted(number, 'more folder')}"

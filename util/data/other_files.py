@@ -37,6 +37,9 @@ def how_to_read_folder(folder: str, names: Sequence[str]) -> str:
         names: of its files.
     """
     names = sorted_naturally(names)
+    there = f" (there are {first_few(names)})" if names else ""
+    if Path(folder).is_file():
+        return f"give a .tar file that contains images{there}"
     archives = [name for name in names if name.lower().endswith(".tar")]
     if archives and _is_shard(Path(folder, archives[0])):
         pattern = shlex.quote(f"wds/{_brace_pattern(archives)}")
@@ -44,6 +47,8 @@ def how_to_read_folder(folder: str, names: Sequence[str]) -> str:
             f"its archives are shards of a webdataset; read them with --dataset {pattern} "
             f"--data_path {shlex.quote(folder)} --num_samples N, where N is the number of images"
         )
+    if len(archives) == 1:
+        return f"give the archive itself, {shlex.quote(f'{folder}/{archives[0]}')}"
     if archives:
         return (
             f"its {counted(len(archives), '.tar file')} cannot be read together; unpack each into "
@@ -55,7 +60,6 @@ def how_to_read_folder(folder: str, names: Sequence[str]) -> str:
     packed = [name for name in names if name.lower().endswith(ARCHIVES)]
     if packed:
         return how_to_read_file(Path(folder, packed[0]))
-    there = f" (there are {first_few(names)})" if names else ""
     return f"give a folder of {', '.join(IMAGE_SUFFIXES[:5])} and the like{there}"
 
 

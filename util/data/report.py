@@ -86,7 +86,7 @@ def describe(images: Images, classes: Sequence[str] | None = None) -> dict[str, 
         suffixes = Counter({suffix or "no suffix": n for suffix, n in listed.others.items()})
         described["hidden"] = _commonest(listed.hidden)
         described["other_suffixes"] = _commonest(suffixes)
-        described["links_to_folders_above"] = listed.loops
+        described["links_that_lead_back"] = listed.loops
         described["not_read"] = listed.left
         described["notes"] = listed.notes + _notes(images, listed)
     if names := classes or images.classes:
@@ -122,6 +122,7 @@ def _commonest(counts: Counter[str]) -> dict[str, int]:
 
 
 def _describe_classes(names: Sequence[str], sizes: Counter[int] | None) -> dict[str, object]:
+    names = [name or "(no class)" for name in names]  # of images outside class folders
     described = {"number": len(names), "first": names[0], "last": names[-1]}
     if sizes is not None:
         counts = [sizes[label] for label in range(len(names))]
@@ -158,8 +159,8 @@ def lines_of(role: str, described: Mapping[str, object]) -> list[str]:
         for what, key in (("hidden", "hidden"), ("other files", "other_suffixes"))
         if described.get(key)
     ]
-    if loops := described.get("links_to_folders_above"):
-        passed_over.append(f"links to folders above: {', '.join(loops[:MAX_PASSED_OVER])}")
+    if loops := described.get("links_that_lead_back"):
+        passed_over.append(f"links that lead back: {', '.join(loops[:MAX_PASSED_OVER])}")
     if passed_over:
         lines.append(f"  passed over {'; '.join(passed_over)}")
     if left := described.get("not_read"):

@@ -25,12 +25,12 @@ class ShardSample(NamedTuple):
     """By the rest of their names, in lower case."""
 
     @property
-    def image(self) -> bytes:
-        """The encoded image: `KEY.jpg` before `KEY.seg.png`; empty if there is none."""
+    def image(self) -> bytes | None:
+        """The encoded image: `KEY.jpg` before `KEY.seg.png`; None if there is none."""
         images = [suffix for suffix in self.files if _format_of(suffix) in IMAGE_SUFFIXES]
         order = {suffix: IMAGE_SUFFIXES.index(_format_of(suffix)) for suffix in images}
         first = min(images, key=lambda s: (s.count("."), order[s]), default=None)
-        return b"" if first is None else self.files[first]
+        return None if first is None else self.files[first]
 
     @property
     def label(self) -> int | None:
@@ -63,11 +63,15 @@ def group_files(files: Iterable[tuple[str, bytes]]) -> Iterator[ShardSample]:
     """
     from webdataset.tariterators import base_plus_ext
 
-    visible = ((name, data) for name, data in files if not is_hidden(posixpath.basename(name)))
+    visible = ((name, data) for name, data in files if not _is_within_hidden(name))
     split = ((*base_plus_ext(name), data) for name, data in visible)
     named = (entry for entry in split if entry[0] is not None)
     for key, entries in itertools.groupby(named, key=lambda entry: entry[0]):
         yield from _group_suffixes(key, ((suffix, data) for _, suffix, data in entries))
+
+
+def _is_within_hidden(name: str) -> bool:
+    return any(is_hidden(part) for part in posixpath.normpath(name).split("/"))
 
 
 def _group_suffixes(key: str, files: Iterable[tuple[str, bytes]]) -> Iterator[ShardSample]:

@@ -148,7 +148,7 @@ def _read_shards(
     share: int,
     num_shares: int,
     broken: list[tuple[str, str]],
-) -> Iterator[tuple[str, BinaryIO, int | None]]:
+) -> Iterator[tuple[str, BinaryIO | None, int | None]]:
     """Yield (name, file, label) of a share of a webdataset, shuffled; errors go to `broken`.
 
     timm's own iteration silently drops unlabeled and broken images.
@@ -170,7 +170,8 @@ def _read_shards(
     sizes = {"bufsize": reader.sample_shuffle_size, "initial": reader.sample_initial_size}
     rng = random.Random(fold_seed("shuffle", *seed_parts, share))
     for name, sample in webdataset.shuffle(**sizes, rng=rng)(samples()):
-        yield name, io.BytesIO(sample.image), sample.label
+        image = None if sample.image is None else io.BytesIO(sample.image)
+        yield name, image, sample.label
 
 
 def _shards_of(reader: object) -> list[str]:

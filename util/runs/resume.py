@@ -25,7 +25,7 @@ from util.runs.run_log import RunLog
 from util.weights.files import check_format, read_weights_file, unknown_content
 
 EFFECTIVE_BATCH = "effective batch size"  # key in the fixed settings
-CONTENT = "hash of the content of 100 images"  # key in the settings that may change
+CONTENT = "hash of the content of 100 images, by class"  # key in the settings that may change
 
 _logger = logging.getLogger(__name__)
 
