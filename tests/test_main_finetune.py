@@ -555,7 +555,10 @@ def test_a_head_without_class_names_is_not_evaluated_in_an_order_that_is_not_cle
         (
             ["train2017", "val2017", "test2017"],
             [],
-            ["{0}/train2017 has no class folders", "by --data_path", "by --val_path"],
+            [
+                "{0}/train2017 has no class folders: sort the images into one per class",
+                "--data_path (now {0}/train2017) and --val_path (now {0}/val2017)",
+            ],
         ),
         (["cars_train", "cars_test"], [], ["{0}/cars_train has no class folders"]),
         (["images", "annotations/trimaps"], [], ["{0}/images has no class folders"]),

@@ -87,7 +87,7 @@ def test_the_number_of_classes(tmp_path, train, val, num_classes, checkpoint, ex
             "abc",
             None,
             None,
-            "has no class folders: sort the images into one folder per class",
+            "has no class folders: sort the images into one per class",
         ),
         ("abc", [""], 3, None, "validation images have no labels"),
         (["", "a", "b"], None, None, None, "some of the training images are outside the class"),

@@ -1,6 +1,7 @@
 """Checks that a label means the same class in every set of images, checkpoint and head."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -35,7 +36,8 @@ def check_classes(
     names = {"checkpoint": tuple(classes)} if classes else {}
     for role, images in (("training images", train_set), ("validation images", val_set)):
         if images is not None:
-            names[role] = _checked_class_names(role, images)
+            with _naming_folders(train_set, val_set):
+                names[role] = _checked_class_names(role, images)
     named = {role: known for role, known in names.items() if known is not None}
     reference = next(iter(named), None)
     for role, known in named.items():
@@ -91,6 +93,22 @@ def check_output_order(path: str | Path, images: IndexedImages, dataset: str) ->
             f"timm and this code as {', '.join(names[:5])} and so on; choose the first with "
             f"--dataset torch/folder, the second with --dataset {dataset}"
         )
+
+
+@contextmanager
+def _naming_folders(*sets: IndexedImages | StreamedImages | None) -> Iterator[None]:
+    """Context in which an error about class folders says by which flags to give them."""
+    try:
+        yield
+    except InputError as error:
+        flags = [
+            f"{flag} (now {images.place})"
+            for flag, images in zip(("--data_path", "--val_path"), sets, strict=True)
+            if images is not None and images.listed is not None
+        ]
+        if "has no class folders" not in str(error):
+            raise
+        raise InputError(f"{error}, and give them by {' and '.join(flags)}") from error
 
 
 def _checked_class_names(

@@ -241,11 +241,7 @@ class ImageList:
         if self.classes != ("",):
             return None
         tables = f" ({first_few(self.tables)} may hold labels)" if self.tables else ""
-        return (
-            f"{self.root} has no class folders{tables}: sort the images into one folder per "
-            "class, and give the folder of the training images by --data_path, that of the "
-            "validation images by --val_path"
-        )
+        return f"{self.root} has no class folders{tables}: sort the images into one per class"
 
 
 def find_images(
