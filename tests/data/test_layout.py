@@ -135,7 +135,7 @@ def test_a_class_with_another_split_name_is_a_class(tmp_path, classes):
     ("names", "commands"),
     [
         (("train", "extra"), "--data_path {}/train; if"),
-        (("test", "cat"), "--data_path TRAIN --val_path {}/test; if"),
+        (("test", "cat"), "--data_path {0}/cat --val_path {0}/test; if"),
         (("train", "test", "cat", "dog"), "--data_path {0}/train --val_path {0}/test; if"),
     ],
 )
@@ -145,6 +145,13 @@ def test_where_both_readings_are_possible_both_commands_are_given(tmp_path, name
     assert f"give {commands.format(tmp_path)}" in message
     assert f"give --data_path {tmp_path} --class_folder last" in message
     assert opened(tmp_path, class_folder="last").classes == tuple(sorted(names))
+
+
+def test_a_slash_at_the_end_and_a_relative_path_change_nothing(tmp_path, monkeypatch):
+    write(tmp_path, *images_in("train", "train", "cat"), *images_in("val", "train", "cat"))
+    assert opened(f"{tmp_path}/").listed.root == f"{tmp_path}/train"
+    monkeypatch.chdir(tmp_path / "train")
+    assert opened(".").classes == opened("../train").classes == ("cat", "train")
 
 
 def test_a_path_with_spaces_is_quoted_in_commands(tmp_path):
@@ -170,6 +177,30 @@ def test_splits_of_every_class_are_refused_with_both_commands(tmp_path):
     assert opened(tmp_path, class_folder="first").classes == ("bottle", "cable")
 
 
+def test_splits_do_not_become_classes_by_the_first_folder(tmp_path):
+    for split in ("train", "valid"):
+        write(tmp_path, *images_in(f"data/{split}", "elbow/p1/study1", "hand/p2/study1"))
+    assert len(opened(tmp_path)) == len(opened(tmp_path, class_folder="first")) == 4
+    write(tmp_path, *images_in("data/more", "elbow"))
+    for place in ("one/train", "one/valid", "other/train", "other/valid"):
+        write(tmp_path / "flat", *images_in(place, "."))
+    for class_folder in ("auto", "last"):
+        message = refused(tmp_path / "flat", class_folder=class_folder)
+        assert "named like splits, not classes" in message
+
+
+def test_images_beside_their_masks_are_advised(tmp_path):
+    for kind in ("gtFine", "other", "zebra"):
+        write(tmp_path, *images_in(kind, "train/aachen", "val/bonn"))
+    assert f"{tmp_path}/other has train and val" in refused(tmp_path)
+
+
+def test_parts_of_a_set_are_not_classes(tmp_path):
+    write(tmp_path, *images_in(".", "images_001", "images_002"))
+    assert "named like parts of one set" in opened(tmp_path).listed.ambiguity
+    assert opened(tmp_path, class_folder="last").listed.ambiguity is None
+
+
 def test_splits_in_one_of_several_folders_are_refused_with_their_path(tmp_path):
     write(tmp_path, *images_in("data/train", "cat", "dog"), *images_in("data/val", "cat", "dog"))
     write(tmp_path, "docs/notes.txt")
@@ -185,12 +216,14 @@ def test_splits_in_one_of_several_folders_are_refused_with_their_path(tmp_path):
         ("train_hr", "train_lr", "val_hr", "val_lr"),
         ("train_mini", "public_test"),
         ("cars_train", "pets_test"),
+        ("val_hr", "val_lr"),
+        ("rps", "rps-test-set"),
     ],
 )
 def test_splits_of_several_datasets_are_refused(tmp_path, names):
     write(tmp_path / "data", *images_in(".", *names))
     message = refused(tmp_path / "data")
-    assert f"such as --data_path {tmp_path}/data/" in message
+    assert "has folders named like splits" in message
     assert f"give --data_path {tmp_path}/data --class_folder last" in message
     assert len(opened(tmp_path / "data", class_folder="last").classes) == len(names)
 

@@ -62,6 +62,7 @@ def open_files(
     Raises:
         InputError: there are no images, or it is not clear which of them are meant.
     """
+    path = path.rstrip("/") or "/"
     tree = _open_tree(path)
     options = {"class_folder": class_folder, "order": order}
     with _no_paths_within(tree):
@@ -72,7 +73,7 @@ def open_files(
         base, left = chosen
         if not base.lower().endswith(".tar"):
             return _open_images(tree, base, split, above.tables, left, **options)
-    tree = _open_tree(f"{path.rstrip('/')}/{base}")
+    tree = _open_tree(f"{path}/{base}")
     with _no_paths_within(tree):
         return _open_images(tree, "", split, above.tables, left, **options)
 
@@ -85,9 +86,8 @@ def _no_paths_within(tree: Tree) -> Iterator[None]:
     except InputError as error:
         if isinstance(tree, DiskTree) or f"{tree.root}/" not in str(error):
             raise
-        raise InputError(
-            f"{error} (these are paths within the archive: unpack it for that)"
-        ) from None
+        text = f"{error} (these are paths within the archive: unpack it for that)"
+        raise InputError(text) from error
 
 
 def _open_images(
@@ -186,7 +186,8 @@ def _choose(
         raise InputError(
             f"{root} has {' and '.join(paths)}, which may all hold the "
             f"{'training' if split == 'train' else 'validation'} images: give the path of one, "
-            f"such as {flag} {shlex.quote(f'{root}/{paths[0]}')}"
+            f"such as {flag} {shlex.quote(f'{root}/{paths[0]}')}, or that of a folder with links "
+            "to the class folders of all"
         )
     others = [name for role, names in splits.items() for name in names if role == "test"]
     return paths[0], [*others, *layout.left] if split == "train" else []

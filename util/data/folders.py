@@ -39,12 +39,14 @@ FILLERS = {
     *("pictures", "data", "dataset", "set", "sets", "split", "part", "x", "v"),
 }
 IMAGE_WORDS = FILLERS - {"set", "sets", "split", "part", "x", "v"} | {"rgb", "frames", "jpegimages"}
+SURE_IMAGE_WORDS = {"image", "images", "img", "imgs", "rgb"}  # also among other words
 # Folders of these, beside the images, are not images to learn from.
 ANNOTATION_WORDS = {
     *("annotation", "annotations", "annot", "annots", "mask", "masks", "label", "labels"),
     *("segmentation", "segmentations", "segmim", "trimap", "trimaps", "gt", "groundtruth"),
     *("imagesets", "lists", "attributes", "parts", "thumbnail", "thumbnails", "thumbs"),
     *("trainannot", "valannot", "testannot", "labelids", "instances"),
+    *("ann", "anns", "bbox", "bboxes", "semantic", "instance"),
 }
 # Of these, names of folders that are no classes, whatever is beside them.
 NO_CLASSES = {"annotations", "segmentations", "trimaps", "groundtruth", "imagesets", "thumbnails"}
@@ -197,7 +199,7 @@ def split_of(name: str) -> tuple[Role, tuple[str, ...]] | None:
     roles = {ROLES[word] for word in words if word in ROLES}
     if not roles or is_annotation(name):
         return None
-    rest = tuple(w for w in words if w not in ROLES and w not in FILLERS and not w.isdigit())
+    rest = _rest_of(words)
     return ("train" if "train" in roles else min(roles)), rest
 
 
@@ -218,7 +220,9 @@ def annotations_beside(listing: Listing) -> list[str]:
     about = sorted_naturally(name for name in listing.folders if is_annotation(name))
     others = [name for name in listing.folders if name not in about]
     has_images = listing.images or any(
-        split_of(name) or IMAGE_WORDS.issuperset(w for w in words_of(name) if not w.isdigit())
+        split_of(name)
+        or IMAGE_WORDS.issuperset(w for w in words_of(name) if not w.isdigit())
+        or not SURE_IMAGE_WORDS.isdisjoint(words_of(name))
         for name in others
     )
     never_classes = [name for name in about if others and NO_CLASSES.issuperset(words_of(name))]
@@ -226,13 +230,27 @@ def annotations_beside(listing: Listing) -> list[str]:
 
 
 def are_unclear_splits(names: Collection[str]) -> bool:
-    """Whether names mean splits, but not of one dataset: `trainA`, `trainB`, `testA`, `testB`."""
-    meanings = [split_of(name) for name in names]
+    """Whether names mean splits that cannot be told apart.
+
+    These are of several datasets (`trainA`, `trainB`, `testA`, `testB`), or one lacks the word
+    (`rps` beside `rps-test-set`).
+    """
+    meanings = {name: split_of(name) for name in names}
     found: dict[tuple[str, ...], set[Role]] = defaultdict(set)
-    for role, rest in filter(None, meanings):
+    for role, rest in filter(None, meanings.values()):
         found[rest].add(role)
     roles = set().union(*found.values())
-    return (all(meanings) and len(roles) > 1) or sum(len(own) > 1 for own in found.values()) > 1
+    others = [_rest_of(words_of(name)) for name, known in meanings.items() if known is None]
+    named_alike = any(rest and rest in found for rest in others)
+    return (
+        (all(meanings.values()) and bool(roles - {"train"}))
+        or sum(len(own) > 1 for own in found.values()) > 1
+        or named_alike
+    )
+
+
+def _rest_of(words: Iterable[str]) -> tuple[str, ...]:
+    return tuple(w for w in words if w not in ROLES and w not in FILLERS and not w.isdigit())
 
 
 class SplitNames(NamedTuple):

@@ -16,6 +16,7 @@ from util.data.folders import (
     Tree,
     annotations_beside,
     are_unclear_splits,
+    is_annotation,
     joined,
     natural_key,
     sorted_naturally,
@@ -138,11 +139,14 @@ def _are_splits(
     like_classes = len(shapes) == 1
     if len(splits) > 1 and not (like_classes and len(others) > 1):
         return True
-    within_split = split_of(os.path.basename(joined(tree.root, path))) is not None  # noqa: PTH119
+    meaning = split_of(Path(tree.root, path).absolute().name)
+    within_split = meaning is not None and not meaning[1]
     is_among_many = len(splits) == 1 and like_classes and (len(others) > 1 or within_split)
     if is_among_many or class_folder != "auto":
         return False
     folder = os.path.join(tree.root, path).rstrip("/")  # noqa: PTH118
+    if len(others) == 1:
+        splits = {"train": list(others), **splits}
     raise InputError(
         f"{folder} has {' and '.join(names)} beside {first_few(others)}: if "
         f"{'these are splits' if len(names) > 1 else 'that is a split'}, give "
@@ -280,6 +284,9 @@ def find_images(
     images_of = {folder: images_of[folder] for folder in sorted_naturally(images_of)}
     found.num_images.update({folder: len(images) for folder, images in images_of.items()})
     named = name_classes(list(images_of), class_folder)
+    roles = {meaning and meaning[0] for meaning in map(split_of, named.names.values())}
+    if with_splits and "" not in with_splits and None not in roles and len(roles) > 1:
+        raise _splits_within(root, tree, base, with_splits, offer_first=False)
     found.ambiguity = named.ambiguity
     found.notes += [named.note] if named.note else []
     names = set(named.names.values())
@@ -315,8 +322,11 @@ def walk(tree: Tree, base: str) -> Iterator[tuple[str, Listing, list[str]]]:
         waiting += [joined(path, name) for name in listing.folders if name not in annotations]
 
 
-def _splits_within(root: str, tree: Tree, base: str, folders: Sequence[str]) -> InputError:
-    folders = sorted_naturally(folders)
+def _splits_within(
+    root: str, tree: Tree, base: str, folders: Sequence[str], *, offer_first: bool = True
+) -> InputError:
+    # Images first: gtFine has the splits of leftImg8bit.
+    folders = sorted(sorted_naturally(folders), key=lambda name: is_annotation(name.split("/")[0]))
     first = os.path.join(root, folders[0]).rstrip("/")  # noqa: PTH118
     path = joined(base, folders[0]) if folders[0] else base
     splits = splits_among(tree.listing(path).folders)
@@ -326,11 +336,13 @@ def _splits_within(root: str, tree: Tree, base: str, folders: Sequence[str]) -> 
     number = len(folders) - 1
     also = f", as {'has' if number == 1 else 'have'} {counted(number, 'more folder')}"
     also = also if number else ""
+    first_option = (
+        "; or read all of them as one set, with the first folders below --data_path "
+        f"{shlex.quote(root)} as classes, by --class_folder first"
+    )
     return InputError(
         f"{first} has {names}{also}, which are named like splits, not classes: give the folders of "
-        f"one set, such as {_command(first, splits.names)}; or read all of them as one set, with "
-        f"the first folders below --data_path {shlex.quote(root)} as classes, by "
-        "--class_folder first"
+        f"one set, such as {_command(first, splits.names)}{first_option if offer_first else ''}"
     )
 
 
@@ -369,6 +381,14 @@ def name_classes(folders: Sequence[str], class_folder: ClassFolder) -> NamedClas
         note = f"the class of an image is the folder above {ends.pop()}/"
         parts = {folder: path[:-1] for folder, path in parts.items()}
     names = {folder: path[-1] if path else "" for folder, path in parts.items()}
+    kinds = {tuple(w for w in words_of(n) if not w.isdigit()) for n in set(names.values())}
+    if len(set(names.values())) > 1 and len(kinds) == 1 and IMAGE_WORDS & set(*kinds):
+        listed = first_few(sorted_naturally(set(names.values())))
+        return NamedClasses(
+            names,
+            ambiguity=f"{listed} are named like parts of one set, not like classes: sort the "
+            "images into one folder per class, or confirm these with --class_folder last",
+        )
     if first == names:
         return NamedClasses(names, note)
     options = " or ".join(

@@ -59,10 +59,10 @@ def report_images(
     """
     report = {}
     for role, images in (("training", train_set), ("validation", val_set)):
+        check_processes(Found.of(images, classes) if images else Found(0, [], []), role)
         if images is None:
             report[role] = None
             continue
-        check_processes(Found.of(images, classes), role)
         report[role] = describe(images, classes)
         for line in lines_of(role, report[role]):
             _logger.info("%s", line)
