@@ -278,6 +278,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, split in SPLITS.items()
     }
     report_images(splits["train"], splits["val"])
+    if any(
+        getattr(images.reader, "has_label_files", False) for images in splits.values() if images
+    ):
+        raise InputError(
+            "labels in .cls files would be lost, because only folders are kept: read the archive "
+            "as it is, or sort its images into one folder per class"
+        )
     ambiguity = splits["train"].listed.ambiguity
     if ambiguity and args.format == "uint8":
         raise InputError(f"the classes of the images are not clear: {ambiguity}")

@@ -153,6 +153,16 @@ def test_a_stream_that_knows_its_classes(tmp_path):
         check_classes(stream, folder_of(tmp_path / "val", "ac", val=True), None)
 
 
+def test_numbers_beside_names_are_told(tmp_path, caplog):
+    images = folder_of(tmp_path / "train", "ab")
+    files = {"0.png": encoded(1), "0.cls": b"1"}
+    write_tar(tmp_path / "val.tar", files)
+    val_set = open_val_split("", tmp_path / "val.tar", search_split=False)
+    assert check_classes(images, val_set, None) == 2
+    assert "validation images are numbers without names" in caplog.text
+    assert "(0 is a, 1 is b)" in caplog.text
+
+
 def test_numbers_and_words_are_not_the_same_labels(tmp_path):
     write_shards(tmp_path, [4])
     files = {"0.png": encoded(1), "0.cls": b"cat", "1.png": encoded(2), "1.cls": b"dog"}

@@ -11,6 +11,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from scripts import prepare_dataset
 from scripts.prepare_dataset import jpeg_names, main
+from tests.helpers.data import encoded, write_tar
 from tests.helpers.files import files_in, write_classes
 from tests.helpers.models import use_nano_models
 from tests.helpers.processes import command, finish, start
@@ -302,6 +303,12 @@ def test_wrong_input_is_refused_in_one_sentence(images, prepared, tmp_path, caps
         argv = [word.replace(name, str(place)) for word in argv]
     assert advice in refusal(capsys, *argv, main=main)
     assert not (tmp_path / "out").exists()
+
+
+def test_label_files_are_not_lost(tmp_path, capsys):
+    write_tar(tmp_path / "a.tar", {"1.png": encoded(1), "1.cls": b"0"})
+    argv = ["--data_path", tmp_path / "a.tar", "--output_dir", tmp_path / "out"]
+    assert "labels in .cls files would be lost" in refusal(capsys, *argv, main=main)
 
 
 @pytest.mark.parametrize("quality", ["0", "101", "x"])

@@ -175,6 +175,7 @@ class TarImages(Dataset):
         listed: what was found.
         classes: names in the order of labels; None if labels are indices from .cls files.
         unlabeled: why there are no labels, or None.
+        has_label_files: whether labels are from .cls files.
         has_word_labels: whether the names of classes are from these files.
     """
 
@@ -197,7 +198,8 @@ class TarImages(Dataset):
         paths = [_path_of(below, path) for path in images.paths]
         self.members = [tree.members[path] for path in paths]
         self.labels, self.classes = images.labels, images.classes
-        self.unlabeled, self.has_word_labels = images.unlabeled, False
+        self.unlabeled = images.unlabeled
+        self.has_label_files = self.has_word_labels = False
         if label_files:
             self._take_labels([label_files.get(posixpath.splitext(path)[0]) for path in paths])
 
@@ -213,7 +215,7 @@ class TarImages(Dataset):
             return
         found = read_labels([data.decode(errors="replace") for data in self._read_all(files)])
         self.labels, self.classes = found.indices or self.labels, found.classes
-        self.has_word_labels = found.classes is not None
+        self.has_label_files, self.has_word_labels = True, found.classes is not None
         self.unlabeled = found.fault and (
             f"of the labels in the {LABELS} files of {self.root}, {found.fault}: write the class, "
             "as a name or as an index from 0, into each"

@@ -1,5 +1,6 @@
 """Checks that a label means the same class in every set of images, checkpoint and head."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,8 @@ from torch import Tensor
 from util.data.images import IndexedImages, class_names
 from util.data.streams import StreamedImages
 from util.errors import InputError, first_few
+
+_logger = logging.getLogger(__name__)
 
 
 def check_classes(
@@ -50,6 +53,14 @@ def check_classes(
             "the labels of the training images are numbers, those of the validation images are "
             f"names ({first_few(names['validation images'])}): give both as the same"
         )
+
+    for role, known in names.items():
+        if known is None and reference is not None:
+            _logger.warning(
+                "the labels of the %s are numbers without names: they are taken for indices into "
+                "the classes of the %s (0 is %s, 1 is %s)",
+                *(role, reference, *named[reference][:2]),
+            )
 
     # Validation images cannot show which other classes a stream without names has.
     trained_on_is_known = reference is not None and reference == next(iter(names))
