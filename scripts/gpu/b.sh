@@ -16,7 +16,7 @@ if [ -n "${QUICK:-}" ]; then
     large=(--models crossmae_vit_tiny_patch16 --input_sizes 32)
     high_resolution=(--models $model --input_sizes 32)
     train=(--model $model --input_size 16 --decoder_depth 1 --batch_size 8 --log_every 2)
-    num_images=32 seconds=11
+    num_images=32 seconds=25
 else
     large=(--models crossmae_vit_large_patch16 --batch_size 512)
     high_resolution=(--models $model --batch_size 256 --input_sizes 448)
