@@ -17,6 +17,7 @@ from util.data.broken_images import BrokenImages
 from util.data.coco import CocoImage
 from util.data.detection import DetectionBatch, DetectionImages
 from util.data.loaders import StepLoader
+from util.data.sampler import evenly_spaced
 from util.errors import InputError
 from util.eval.coco_ap import (
     DetectionScores,
@@ -173,10 +174,9 @@ def draw_detections(
         uint8 (height, width, 3); None if all of these images are broken.
     """
     rows = []
-    file, count = images.file, min(count, len(images))
+    file = images.file
     names = dict(zip(file.category_ids, file.classes, strict=True))
-    for number in range(count):
-        index = number * len(images) // count
+    for index in evenly_spaced(len(images), count):
         batch = images.collate([images[0, index]])
         if batch.num_images:
             ((image, results),) = detect(model, batch, images, precision=precision)

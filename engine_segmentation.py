@@ -14,6 +14,7 @@ from util.compute.precision import Precision
 from util.data.broken_images import BrokenImages
 from util.data.loaders import StepLoader
 from util.data.masks import UNLABELED
+from util.data.sampler import evenly_spaced
 from util.data.segmentation import SegmentationBatch, SegmentationImages
 from util.errors import InputError
 from util.eval.miou import Confusion, Scores, Windows, predict, resize_logits
@@ -150,9 +151,8 @@ def draw_predictions(
         uint8 (height, width, 3).
     """
     rows = []
-    count = min(count, len(images))
-    for number in range(count):
-        batch = images.collate([images[0, number * len(images) // count]])
+    for index in evenly_spaced(len(images), count):
+        batch = images.collate([images[0, index]])
         if batch.num_images:
             found = predict_classes(model, batch, windows=windows, precision=precision)
             prediction, labels = (x[0].cpu().numpy() for x in found)

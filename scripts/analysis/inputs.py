@@ -22,6 +22,7 @@ from util.data.decode import read_pixels
 from util.data.images import IndexedImages, Transform
 from util.data.layout import images_below
 from util.data.loaders import build_eval_loader
+from util.data.sampler import evenly_spaced
 from util.data.settings import DataSettings, add_reading_args
 from util.data.transforms import eval_transform
 from util.errors import InputError
@@ -57,8 +58,7 @@ def list_images(paths: Sequence[str], limit: int | None = None) -> list[Path]:
 
 def evenly(files: list[Path], limit: int | None) -> list[Path]:
     """Choose at most `limit` files, evenly spaced."""
-    count = min(limit or len(files), len(files))
-    return [files[i * len(files) // count] for i in range(count)]
+    return [files[index] for index in evenly_spaced(len(files), limit)]
 
 
 def read_images(files: Sequence[Path], transform: Transform) -> Batch:
@@ -83,8 +83,7 @@ def sample_images(source: IndexedImages, limit: int) -> Batch:
     Raises:
         InputError: too many of them cannot be read.
     """
-    count = min(limit, len(source))
-    return collate([source[0, i * len(source) // count] for i in range(count)])
+    return collate([source[0, index] for index in evenly_spaced(len(source), limit)])
 
 
 class FileBatches:

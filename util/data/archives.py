@@ -9,11 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from torch.utils.data import Dataset
-
 from util.data.folders import Listing, is_hidden, joined
 from util.data.labels import read_labels
-from util.data.layout import ImageList
+from util.data.layout import ImageList, ListedImages
 from util.errors import counted, first_few
 
 LABELS = ".cls"
@@ -161,7 +159,7 @@ def _leave_out_further_images(images: ImageList, below: str, keys: Collection[st
         images.labels = [images.labels[index] for index in kept]
 
 
-class TarImages(Dataset):
+class TarImages(ListedImages):
     """Images of a .tar archive, read directly from their place in the file.
 
     timm's reader either opens the archive again for every image, or keeps it open, so that forked
@@ -172,16 +170,13 @@ class TarImages(Dataset):
             is its label.
 
     Attributes:
-        listed: what was found.
         classes: names in the order of labels; None if labels are indices from .cls files.
-        unlabeled: why there are no labels, or None.
         has_label_files: whether labels are from .cls files.
         has_word_labels: whether the names of classes are from these files.
     """
 
     def __init__(self, tree: TarTree, images: ImageList) -> None:
         self.root = tree.root
-        self.listed = images
         if tree.dangling:
             links = counted(len(tree.dangling), "link leads", "links lead")
             images.notes.append(
@@ -197,8 +192,7 @@ class TarImages(Dataset):
             _leave_out_further_images(images, below, label_files)
         paths = [_path_of(below, path) for path in images.paths]
         self.members = [tree.members[path] for path in paths]
-        self.labels, self.classes = images.labels, images.classes
-        self.unlabeled = images.unlabeled
+        super().__init__(images)
         self.has_label_files = self.has_word_labels = False
         if label_files:
             self._take_labels([label_files.get(posixpath.splitext(path)[0]) for path in paths])
@@ -221,14 +215,6 @@ class TarImages(Dataset):
             "as a name or as an index from 0, into each"
         )
         self.listed.others.pop(LABELS)
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def filename(self, index: int, *, absolute: bool = False) -> str:
-        """Return an image's path below the folder of all images, or with the archive's path."""
-        path = self.listed.paths[index]
-        return f"{self.listed.root}/{path}" if absolute else path
 
     def _read_all(self, members: Iterable[Member]) -> Iterator[bytes]:
         with Path(self.root).open("rb") as file:

@@ -1,8 +1,7 @@
 """Checks that a label means the same class in every set of images, checkpoint and head."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -39,8 +38,7 @@ def check_classes(
     names = {"checkpoint": tuple(classes)} if classes else {}
     for role, images in (("training images", train_set), ("validation images", val_set)):
         if images is not None:
-            with _naming_folders(train_set, val_set):
-                names[role] = _checked_class_names(role, images)
+            names[role] = _checked_class_names(role, images, _places(train_set, val_set))
     named = {role: known for role, known in names.items() if known is not None}
     reference = next(iter(named), None)
     for role, known in named.items():
@@ -106,28 +104,23 @@ def check_output_order(path: str | Path, images: IndexedImages, dataset: str) ->
         )
 
 
-@contextmanager
-def _naming_folders(*sets: IndexedImages | StreamedImages | None) -> Iterator[None]:
-    """Context in which an error about class folders says by which flags to give them."""
-    try:
-        yield
-    except InputError as error:
-        flags = [
-            f"{flag} (now {images.place})"
-            for flag, images in zip(("--data_path", "--val_path"), sets, strict=True)
-            if images is not None and images.listed is not None
-        ]
-        if "has no class folders" not in str(error):
-            raise
-        raise InputError(f"{error}, and give them by {' and '.join(flags)}") from error
+def _places(*sets: IndexedImages | StreamedImages | None) -> str:
+    """Return the flags of folders of images, with the folders that they name now."""
+    return " and ".join(
+        f"{flag} (now {images.place})"
+        for flag, images in zip(("--data_path", "--val_path"), sets, strict=True)
+        if images is not None and images.listed is not None
+    )
 
 
 def _checked_class_names(
-    role: str, images: IndexedImages | StreamedImages
+    role: str, images: IndexedImages | StreamedImages, places: str
 ) -> tuple[str, ...] | None:
+    listed = images.listed
     if images.unlabeled is not None:
-        raise InputError(f"the {role} have no labels: {images.unlabeled}")
-    listed = getattr(images.reader, "listed", None)
+        lacks_folders = listed is not None and images.unlabeled == listed.unlabeled
+        advice = f", and give them by {places}" if lacks_folders else ""
+        raise InputError(f"the {role} have no labels: {images.unlabeled}{advice}")
     if listed is not None and listed.ambiguity:
         raise InputError(f"the classes of the {role} are not clear: {listed.ambiguity}")
     names = class_names(images.reader)

@@ -117,7 +117,7 @@ def read_rgb(record: Record) -> Image.Image:
     """Read a record with `to_rgb`, whatever its metadata, and close it if it is a file.
 
     Raises:
-        BrokenImageError: there is no image, or it is damaged or of an unknown format.
+        BrokenImageError: the image is missing, damaged or of an unknown format.
         Image.DecompressionBombError: it is too large.
     """
     if isinstance(record, np.ndarray):

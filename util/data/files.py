@@ -7,39 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from torch.utils.data import Dataset
-
 from util.data.archives import TarImages, TarTree
 from util.data.folders import DiskTree, Role, Tree, joined
-from util.data.layout import ClassFolder, ImageList, Layout, find_images, find_layout, walk
+from util.data.layout import ClassFolder, Layout, ListedImages, find_images, find_layout, walk
 from util.data.other_files import how_to_read_file, how_to_read_folder
 from util.errors import InputError
 
 
-class FolderImages(Dataset):
-    """Images of a folder.
-
-    Attributes:
-        listed: what was found.
-        classes: names in the order of labels; only "" if the images are in no folders of classes.
-        unlabeled: why there are no labels, or None.
-    """
-
-    def __init__(self, images: ImageList) -> None:
-        self.listed = images
-        self.classes = images.classes
-        self.unlabeled = images.unlabeled
-
-    def __len__(self) -> int:
-        return len(self.listed.paths)
-
-    def filename(self, index: int, *, absolute: bool = False) -> str:
-        """Return an image's path, below the folder of all images or not."""
-        path = self.listed.paths[index]
-        return f"{self.listed.root}/{path}" if absolute else path
+class FolderImages(ListedImages):
+    """Images of a folder."""
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
-        return Path(self.filename(index, absolute=True)).open("rb"), self.listed.labels[index]
+        return Path(self.filename(index, absolute=True)).open("rb"), self.labels[index]
 
 
 def open_files(

@@ -50,7 +50,7 @@ ANNOTATION_WORDS = {
 }
 # Of these, names of folders that are no classes, whatever is beside them.
 NO_CLASSES = {"annotations", "segmentations", "trimaps", "groundtruth", "imagesets", "thumbnails"}
-ANNOTATION_FILLERS = {"ground", "truth", "class", "object", "fine", "coarse", "semantic", "color"}
+ANNOTATION_FILLERS = {"ground", "truth", "class", "object", "fine", "coarse", "color"}
 
 
 def natural_key(text: str) -> list[str | int]:
@@ -130,9 +130,9 @@ class DiskTree:
         return self._listings[path]
 
     def _list(self, path: str) -> Listing:
-        found, links = Listing(), []
+        found, links, folder = Listing(), [], full_path(self, path)
         try:
-            with os.scandir(os.path.join(self.root, path)) as entries:  # noqa: PTH118
+            with os.scandir(folder) as entries:
                 for entry in entries:
                     if is_hidden(entry.name):
                         found.hidden.append(entry.name)
@@ -144,8 +144,8 @@ class DiskTree:
                         found.others.append(entry.name)  # reading from a pipe would wait forever
         except OSError as error:
             raise InputError(
-                f"{os.path.join(self.root, path)} cannot be listed ({error.strerror}): correct "  # noqa: PTH118
-                "its permissions, or move it out of the images"
+                f"{folder} cannot be listed ({error.strerror}): correct its permissions, or move "
+                "it out of the images"
             ) from error
         for name in sorted(links):
             (found.loops if self._leads_back(path, name) else found.folders).append(name)
@@ -174,6 +174,11 @@ def _is_folder(entry: os.DirEntry) -> bool:
 def joined(path: str, name: str) -> str:
     """Join a path below a tree's root and a name."""
     return f"{path}/{name}" if path else name
+
+
+def full_path(tree: Tree, path: str) -> str:
+    """Join a tree's root and a path below it."""
+    return f"{tree.root.rstrip('/')}/{path}".rstrip("/") or "/"
 
 
 def words_of(name: str) -> list[str]:

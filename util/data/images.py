@@ -16,6 +16,7 @@ from util.data.broken_images import reason_of, too_many_broken
 from util.data.decode import Record
 from util.data.labels import index_of
 from util.data.layout import ImageList
+from util.data.sampler import evenly_spaced
 from util.errors import InputError
 
 MAX_BROKEN_IN_A_ROW = 100
@@ -121,14 +122,12 @@ class IndexedImages(Dataset):
         """Return the names of all files; of a source without files, of at most 1,000 images."""
         if self.listed is not None:
             return self.listed.paths
-        return [self.name(index) for index in self._evenly(1000)]
+        return [self.name(index) for index in evenly_spaced(len(self), 1000)]
 
     def class_sizes(self) -> Counter[int] | None:
         """Count the images of each label; None if labels are not known before they are read."""
         found = (getattr(self.reader, name, None) for name in ("labels", "targets"))
         labels = next((labels for labels in found if labels is not None), None)
-        if self.listed is not None and labels is None:
-            labels = self.listed.labels
         return None if labels is None else Counter(map(int, labels))
 
     def identity(self) -> dict[str, object]:
@@ -136,7 +135,7 @@ class IndexedImages(Dataset):
 
         The hash of names covers up to 1,000 evenly spaced images, below their class folders.
         """
-        names = [Path(self.name(index)).name for index in self._evenly(1000)]
+        names = [Path(self.name(i)).name for i in evenly_spaced(len(self), 1000)]
         return {
             "number of training images": len(self),
             "hash of their names": names_hash(names),
@@ -150,7 +149,7 @@ class IndexedImages(Dataset):
         if images are not files.
         """
         digest = hashlib.blake2b(digest_size=8)
-        for index in self._evenly(100):
+        for index in evenly_spaced(len(self), 100):
             with suppress(OSError):  # broken images are found when they are read
                 file, _ = self.reader[index]
                 if not hasattr(file, "read"):
@@ -158,11 +157,6 @@ class IndexedImages(Dataset):
                 with file:
                     digest.update(file.read(HASHED_BYTES))
         return digest.hexdigest()
-
-    def _evenly(self, limit: int) -> list[int]:
-        """Return up to this many evenly spaced indices."""
-        count = min(len(self), limit)
-        return [i * len(self) // count for i in range(count)]
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         """Return the image at (epoch, index), or the next readable one if it is broken.

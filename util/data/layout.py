@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from torch.utils.data import Dataset
+
 from util.data.folders import (
     IMAGE_WORDS,
     DiskTree,
@@ -16,6 +18,7 @@ from util.data.folders import (
     Tree,
     annotations_beside,
     are_unclear_splits,
+    full_path,
     is_annotation,
     joined,
     natural_key,
@@ -144,7 +147,7 @@ def _are_splits(
     is_among_many = len(splits) == 1 and like_classes and (len(others) > 1 or within_split)
     if is_among_many or class_folder != "auto":
         return False
-    folder = os.path.join(tree.root, path).rstrip("/")  # noqa: PTH118
+    folder = full_path(tree, path)
     if len(others) == 1:
         splits = {"train": list(others), **splits}
     raise InputError(
@@ -156,7 +159,7 @@ def _are_splits(
 
 
 def _unclear_splits(tree: Tree, path: str, names: Sequence[str]) -> InputError:
-    folder = os.path.join(tree.root, path).rstrip("/")  # noqa: PTH118
+    folder = full_path(tree, path)
     splits: dict[Role, list[str]] = {}
     for name in sorted_naturally(names):
         if meaning := split_of(name):
@@ -197,7 +200,7 @@ def _folder_to_descend(
         return None if is_class else below
     holders = [name for name in filled if _has_splits(tree.listing(joined(path, name)))]
     if len(holders) == 1 and class_folder == "auto":
-        folder = os.path.join(tree.root, path, holders[0])  # noqa: PTH118
+        folder = full_path(tree, joined(path, holders[0]))
         others = [name for name in filled if name != holders[0]]
         raise InputError(
             f"{folder} has training and other splits, but {first_few(others)} beside it holds "
@@ -248,6 +251,31 @@ class ImageList:
         return f"{self.root} has no class folders{tables}: sort the images into one per class"
 
 
+class ListedImages(Dataset):
+    """Images found in folders, on a disk or in an archive.
+
+    Attributes:
+        listed: what was found.
+        labels: of the images, indices into `classes`.
+        classes: names in the order of labels; only "" if the images are in no folders of classes.
+        unlabeled: why there are no labels, or None.
+    """
+
+    def __init__(self, images: ImageList) -> None:
+        self.listed = images
+        self.labels = images.labels
+        self.classes: tuple[str, ...] | None = images.classes
+        self.unlabeled = images.unlabeled
+
+    def __len__(self) -> int:
+        return len(self.listed.paths)
+
+    def filename(self, index: int, *, absolute: bool = False) -> str:
+        """Return an image's path, below the folder of all images or not."""
+        path = self.listed.paths[index]
+        return f"{self.listed.root}/{path}" if absolute else path
+
+
 def find_images(
     tree: Tree,
     base: str,
@@ -265,8 +293,7 @@ def find_images(
     Raises:
         InputError: folders below are named like splits, so that classes and sets would be mixed.
     """
-    root = os.path.join(tree.root, base).rstrip("/") or "/"  # noqa: PTH118
-    found = ImageList(root, [], [], ())
+    found = ImageList(full_path(tree, base), [], [], ())
     images_of: dict[str, list[str]] = {}
     with_splits = []
     for path, listing, annotations in walk(tree, base):
@@ -280,13 +307,13 @@ def find_images(
         if _has_splits(listing):
             with_splits.append(folder)
     if with_splits and class_folder == "auto":
-        raise _splits_within(root, tree, base, with_splits)
+        raise _splits_within(tree, base, with_splits)
     images_of = {folder: images_of[folder] for folder in sorted_naturally(images_of)}
     found.num_images.update({folder: len(images) for folder, images in images_of.items()})
     named = name_classes(list(images_of), class_folder)
     roles = {meaning and meaning[0] for meaning in map(split_of, named.names.values())}
     if with_splits and "" not in with_splits and None not in roles and len(roles) > 1:
-        raise _splits_within(root, tree, base, with_splits, offer_first=False)
+        raise _splits_within(tree, base, with_splits, offer_first=False)
     found.ambiguity = named.ambiguity
     found.notes += [named.note] if named.note else []
     names = set(named.names.values())
@@ -323,12 +350,12 @@ def walk(tree: Tree, base: str) -> Iterator[tuple[str, Listing, list[str]]]:
 
 
 def _splits_within(
-    root: str, tree: Tree, base: str, folders: Sequence[str], *, offer_first: bool = True
+    tree: Tree, base: str, folders: Sequence[str], *, offer_first: bool = True
 ) -> InputError:
     # Images first: gtFine has the splits of leftImg8bit.
     folders = sorted(sorted_naturally(folders), key=lambda name: is_annotation(name.split("/")[0]))
-    first = os.path.join(root, folders[0]).rstrip("/")  # noqa: PTH118
     path = joined(base, folders[0]) if folders[0] else base
+    first = full_path(tree, path)
     splits = splits_among(tree.listing(path).folders)
     if splits is None:
         return _unclear_splits(tree, path, tree.listing(path).folders)
@@ -338,7 +365,7 @@ def _splits_within(
     also = also if number else ""
     first_option = (
         "; or read all of them as one set, with the first folders below --data_path "
-        f"{shlex.quote(root)} as classes, by --class_folder first"
+        f"{shlex.quote(full_path(tree, base))} as classes, by --class_folder first"
     )
     return InputError(
         f"{first} has {names}{also}, which are named like splits, not classes: give the folders of "

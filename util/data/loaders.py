@@ -15,7 +15,7 @@ from util.compute.watchdog import activity
 from util.compute.worker_deaths import note_workers
 from util.data.batch import Batch, collate
 from util.data.images import IndexedImages
-from util.data.sampler import IterationSampler, StepSampler
+from util.data.sampler import IterationSampler, StepSampler, evenly_spaced
 from util.data.settings import DataSettings
 from util.data.streams import StreamedImages
 from util.errors import InputError, RunError, counted
@@ -212,8 +212,7 @@ def build_eval_loader(
     """
     rank = distributed.rank() if rank is None else rank
     world_size = distributed.world_size() if world_size is None else world_size
-    count = len(dataset) if limit is None else min(limit, len(dataset))
-    keys = [(0, i * len(dataset) // count) for i in range(rank, count, world_size)]
+    keys = [(0, index) for index in evenly_spaced(len(dataset), limit)[rank::world_size]]
     return Batches(
         dataset,
         batch_sampler=[keys[i : i + batch_size] for i in range(0, len(keys), batch_size)],

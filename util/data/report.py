@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from util.compute.distributed import all_gather_objects, broadcast_object, rank
+from util.compute.distributed import all_gather_objects, broadcast_object, rank, world_size
 from util.data.images import names_hash
 from util.data.layout import ImageList
+from util.data.sampler import evenly_spaced
 from util.data.tiff import num_pages
 from util.errors import InputError, counted, first_few
 
@@ -59,7 +60,9 @@ def report_images(
     """
     report = {}
     for role, images in (("training", train_set), ("validation", val_set)):
-        check_processes(Found.of(images, classes) if images else Found(0, [], []), role)
+        if world_size() > 1:  # names of some sources take long to read
+            found = Found(0, [], []) if images is None else Found.of(images, classes)
+            check_processes(found, role)
         if images is None:
             report[role] = None
             continue
@@ -96,23 +99,24 @@ def describe(images: Images, classes: Sequence[str] | None = None) -> dict[str, 
 
 def _notes(images: Images, listed: ImageList) -> list[str]:
     """Tell how many images and pages are not read; of TIFF files, only some are looked at."""
+    notes = []
     number = len(listed.paths) - images.num_samples
-    notes = (
-        [f"{counted(number, 'more image')} there, which {'is' if number == 1 else 'are'} not read"]
-        if number > 0
-        else []
-    )
+    if number > 0:
+        verb = "is" if number == 1 else "are"
+        notes.append(f"{counted(number, 'more image')} there, which {verb} not read")
     tiffs = [i for i, path in enumerate(listed.paths) if path.lower().endswith((".tif", ".tiff"))]
-    count = min(len(tiffs), MAX_TIFFS)
+    looked_at = [tiffs[i] for i in evenly_spaced(len(tiffs), MAX_TIFFS)]
     with_more = 0
-    for index in (tiffs[i * len(tiffs) // count] for i in range(count)):
+    for index in looked_at:
         file = Path(listed.root, listed.paths[index])
         with_more += num_pages(file if file.is_file() else images.reader[index][0]) > 1
-    if not with_more:
-        return notes
-    number = counted(with_more, "TIFF file has", "TIFF files have")
-    looked_at = f" (of {count} of {len(tiffs)} looked at)" if count < len(tiffs) else ""
-    return [*notes, f"{number} further pages, which are not read{looked_at}"]
+    if with_more:
+        text = counted(with_more, "TIFF file has", "TIFF files have")
+        text += " further pages, which are not read"
+        if len(looked_at) < len(tiffs):
+            text += f" (of {len(looked_at)} of {len(tiffs)} looked at)"
+        notes.append(text)
+    return notes
 
 
 def _commonest(counts: Counter[str]) -> dict[str, int]:

@@ -10,6 +10,12 @@ from torch.utils.data import Sampler
 from util.seeding import generator_for
 
 
+def evenly_spaced(number: int, limit: int | None) -> list[int]:
+    """Return at most `limit` evenly spaced positions among this many; all of them without one."""
+    count = number if limit is None else min(limit, number)
+    return [i * number // count for i in range(count)]
+
+
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """Batch sampler of one rank: every item is one micro-batch, a list of (epoch, image index).
 

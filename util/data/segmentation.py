@@ -18,6 +18,7 @@ from util.data.broken_images import reason_of
 from util.data.decode import read_pixels
 from util.data.joint_transforms import JointAugmentation, WholeImage, scaled_size
 from util.data.masks import ADE20K_NAMES, LabelRule, Pair, list_pairs, read_class_names, read_mask
+from util.data.sampler import evenly_spaced
 from util.data.settings import add_color_args, add_reading_args, check_std
 from util.errors import InputError, counted
 
@@ -412,10 +413,10 @@ def check_masks(
     Raises:
         InputError: a mask has colors, a label that is not a class, or all have the same class.
     """
-    count = min(len(images), CHECKED_MASKS)
+    checked = evenly_spaced(len(images), CHECKED_MASKS)
     pixels = torch.zeros(len(classes) + 1, dtype=torch.long)  # unlabeled ones first
-    for number in range(count):
-        pair = images.pairs[number * len(images) // count]
+    for index in checked:
+        pair = images.pairs[index]
         try:
             labels = images.rule(read_mask(pair.mask), pair.mask)
         except InputError:
@@ -427,7 +428,7 @@ def check_masks(
     found = [name for name, part in zip(classes, labeled, strict=True) if part]
     missing = [name for name in classes if name not in found]
     what = "mask" if several else "validation mask"
-    looked_at = f"{counted(count, what)} looked at: {len(found)} of {len(classes)} classes"
+    looked_at = f"{counted(len(checked), what)} looked at: {len(found)} of {len(classes)} classes"
     if several and len(found) < 2 and pixels.sum():
         raise InputError(
             f"{looked_at} ({', '.join(found) or 'none'}), {unlabeled:.0%} of the pixels do not "

@@ -17,6 +17,7 @@ from util.data.batch import Batch, collate
 from util.data.broken_images import BrokenImages
 from util.data.images import IndexedImages, Transform
 from util.data.loaders import Batches
+from util.data.sampler import evenly_spaced
 from util.data.settings import DataSettings
 from util.data.streams import StreamedImages
 from util.eval.figures import draw_reconstructions
@@ -164,8 +165,7 @@ def open_monitor(
     if val_set is None and isinstance(train_set, IndexedImages):
         shown_set = train_set.with_transform(plain_transform)
     if shown_set:
-        num_shown = min(NUM_SHOWN, len(shown_set))
-        ids = [i * len(shown_set) // num_shown for i in range(num_shown)]
+        ids = evenly_spaced(len(shown_set), NUM_SHOWN)
         images, _ = collate([shown_set[0, i] for i in ids]).to(device)
         shown = images, val_split(masking, ids, device)
     return Monitor(every, masking, data.mean, data.std, precision, val_loader, knn_loaders, shown)
