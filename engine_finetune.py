@@ -1,29 +1,27 @@
-"""Training on labels, for fine-tuning and linear probing, and accuracy on validation images."""
+"""Training on labels, for fine-tuning and linear probing, and scores on validation images."""
 
-import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.data import Mixup
 
-from util.compute.distributed import all_gather, rank
+from util.compute.distributed import is_main_process, rank
 from util.compute.precision import Precision
 from util.data.batch import Batch
 from util.data.broken_images import BrokenImages
-from util.data.classes import check_labels
 from util.data.images import IndexedImages
 from util.data.loaders import StepLoader
 from util.data.mixing import mix_images
 from util.data.streams import StreamedImages
-from util.errors import counted
+from util.eval.confusion import draw_confusion
+from util.eval.tasks import ClassScores, Scores, Task
 from util.runs.checkpoint import TrainState
+from util.runs.resume import WEIGHTS_HASH
+from util.runs.run_log import RunLog
 from util.runs.training import training_steps
 from util.seeding import seed_everything
 from util.weights.encoder import StartingPoint
-
-_logger = logging.getLogger(__name__)
 
 
 def train_one_epoch(
@@ -31,11 +29,10 @@ def train_one_epoch(
     loader: StepLoader,
     state: TrainState,
     *,
-    num_classes: int,
+    task: Task,
     seed: int,
     device: torch.device,
     mixup: Mixup | None = None,
-    smoothing: float = 0.0,
     **options: object,
 ) -> dict[str, float]:
     """Train for one epoch, or for the rest of it after a resume.
@@ -45,27 +42,27 @@ def train_one_epoch(
 
     Args:
         model: images -> logits, possibly wrapped in DDP.
-        mixup: timm's, without label smoothing; None turns it off.
-        smoothing: label smoothing, in [0, 1).
+        task: its loss is trained.
+        mixup: timm's, without label smoothing, for a classification; None turns it off.
         options: other arguments of `training_steps`: lr_at, log_every, run_log, checkpoints.
 
     Returns:
         Mean metrics of the epoch.
 
     Raises:
-        InputError: a label is out of range.
+        InputError: a label is missing or out of range.
     """
     model.train()
     for step in training_steps(model, loader, state, device=device, **options):
         seed_everything("train", seed, step.number, rank())
         for batch, _ in step.micro_batches():
-            check_labels(batch.labels, num_classes)
-            images, labels = batch.to(device)  # (B, C, H, W), (B,)
+            task.check(batch.labels)
+            images, labels = batch.to(device)  # (B, C, H, W), (B,) or (B, N)
             with step.autocast():
                 if mixup is not None:
-                    images, labels = mix_images(mixup, images, labels, num_classes)
-                logits = model(images).float()  # (B, num_classes)
-                loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+                    images, labels = mix_images(mixup, images, labels, task.num_outputs)
+                logits = model(images).float()  # (B, num_outputs)
+                loss = task.loss(logits, labels)
             step.backward(loss)
     return state.end_epoch()
 
@@ -75,58 +72,51 @@ def evaluate(
     model: nn.Module,
     loader: Iterable[Batch],
     *,
+    task: Task,
     precision: Precision,
     broken: BrokenImages,
-) -> dict[str, float]:
-    """Measure cross-entropy and accuracy over all processes, counting every image once.
+) -> Scores:
+    """Measure a model over all processes, counting every image once.
 
     Args:
         model: images -> logits, not wrapped in DDP.
         loader: this process's part of the images.
+        task: what is measured.
         broken: counts unreadable images.
 
-    Returns:
-        `val_loss`, `val_top1` and `val_top5` in percent, and `val_images`.
-
     Raises:
-        InputError: too many images cannot be read, or a label is out of range.
+        InputError: too many images cannot be read, or a label is missing or out of range.
     """
     model.eval()
     device = precision.device
-    sums = torch.zeros(4, device=device)  # loss, top-1 hits, top-5 hits, images
+    measurement = task.measurement(device)
     for batch in loader:
-        images, labels = batch.to(device)  # (B, C, H, W), (B,)
+        task.check(batch.labels)
+        images, labels = batch.to(device)  # (B, C, H, W), (B,) or (B, N)
         with precision.autocast():
-            logits = model(images)  # (B, num_classes)
-        logits = logits.float()
-        check_labels(batch.labels, logits.shape[1])
-        best = logits.topk(min(5, logits.shape[1])).indices  # (B, 5)
-        hits = best == labels.unsqueeze(1)
-        sums[0] += F.cross_entropy(logits, labels, reduction="sum")
-        sums[1] += hits[:, 0].sum()
-        sums[2] += hits.sum()
-        sums[3] += len(labels)
+            logits = model(images)  # (B, num_outputs)
+        measurement.add(logits.float(), labels)
         broken.add(batch.broken)
     broken.check()
-    loss, top1, top5, num_images = all_gather(sums).sum(dim=0).tolist()
-    return {
-        "val_loss": loss / num_images,
-        "val_top1": 100 * top1 / num_images,
-        "val_top5": 100 * top5 / num_images,
-        "val_images": int(num_images),
-    }
+    return measurement.scores()
 
 
-def describe(stats: dict[str, float]) -> str:
-    """Format the results of `evaluate`."""
-    return (
-        f"top-1 {stats['val_top1']:.2f}%, top-5 {stats['val_top5']:.2f}%, "
-        f"loss {stats['val_loss']:.4f} over {counted(stats['val_images'], 'image')}"
-    )
+def show(scores: Scores, classes: Sequence[str] | None, run_log: RunLog, *, step: int) -> None:
+    """Save the latest scores of all classes, and the confusion matrix, in a run's folder.
+
+    Args:
+        classes: names, if they are known.
+    """
+    if not is_main_process():
+        return
+    run_log.save_json("classes", {"step": step, **scores.as_json(classes)})
+    if isinstance(scores, ClassScores) and scores.confusion is not None:
+        run_log.log_image("confusion", draw_confusion(scores.confusion, classes), step)
 
 
 def describe_classifier(
     start: StartingPoint,
+    origin: str | None,
     options: dict,
     train_set: IndexedImages | StreamedImages,
     *,
@@ -136,13 +126,14 @@ def describe_classifier(
     """Settings that must match on resume and the checkpoint header, for fine-tuning and probing.
 
     Args:
+        origin: hash of the weights that the run started from, if any.
         options: arguments of the model, with img_size, num_classes and pool.
         crop_pct: fraction of a validation image's side that the center crop keeps.
     """
     form = {"mean": start.mean, "std": start.std}
     fixed = {
         "--model": f"vit_{start.size}",
-        "hash of the weights it starts from": start.weights and start.weights.hash(),
+        WEIGHTS_HASH: origin,
         "--input_size": options["img_size"],
         "--pool": options["pool"],
         "number of classes": options["num_classes"],

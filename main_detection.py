@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from timm.utils import ModelEmaV3
 
 from engine_detection import evaluate, show, train_one_epoch
 from models import (
@@ -51,17 +50,21 @@ from util.optim import (
     IterationSettings,
     add_finetune_args,
     add_iteration_args,
+    build_ema,
     build_layer_decay_adamw,
 )
-from util.runs.checkpoint import TrainState
+from util.runs.checkpoint import Best, TrainState
 from util.runs.report import report
 from util.runs.resume import (
     EFFECTIVE_BATCH,
+    EMA_DECAY,
+    WEIGHTS_HASH,
     RunRecord,
     changeable_settings,
     checkpoint_to_evaluate,
     log_settings,
     open_run,
+    start_or_continue,
 )
 from util.runs.run import RunSettings, add_run_args, log_lines, run_main, start_run
 from util.schedule import plan_learning_rate, step_lr
@@ -71,6 +74,7 @@ from util.weights.files import check_new, unknown_content, write_new
 SETTINGS = (RunSettings, DetectionSettings, IterationSettings, ComputeSettings)
 SETTINGS += (EncoderSettings, DetectorSettings, FineTuneSettings)
 OF_THE_CHECKPOINT = {"--mean", "--std", *(f"--{field.name}" for field in fields(DetectorSettings))}
+BEST = Best("val_box_ap")
 TURNED_OFF = {"--masks": "--no_masks", "--rel_pos": "--no_rel_pos"}
 WARMUP_ITERS = 250
 MEMORY_ADVICE = (
@@ -195,8 +199,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     # The weights determine the size of the encoder, its positions and the normalization.
-    start = starting_point(
-        encoder.finetune, encoder.model, img_size=None, mean=data.mean, std=data.std
+    given = {"img_size": None, "mean": data.mean, "std": data.std}
+    start, origin = start_or_continue(
+        starting_point, encoder.finetune, run, "detection", model=encoder.model, **given
     )
     recipe = RECIPES.get(start.size, SMALL_RECIPE)
     chosen = {n: v for n, v in vars(tuning).items() if n in Recipe._fields and v is not None}
@@ -237,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         load_encoder(model, start.weights, head=False)
     example = blank_images((detector.input_size,) * 2, device)
     precision = place_model(model, compute, device, example, optim, forward=model.feature_map)
-    ema = None if tuning.ema is None else ModelEmaV3(model, decay=tuning.ema)
+    ema = build_ema(model, tuning.ema, iterations.max_iters)
 
     # How it is trained
     lr = plan_learning_rate(optim, loader, curve=step_lr)
@@ -254,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = f"vit_{start.size}"
     fixed = {
         "--model": name,
-        "hash of the weights it starts from": start.weights and start.weights.hash(),
+        WEIGHTS_HASH: origin.digest,
         **detector.recipe(options),
         "--mean": start.mean,
         "--std": start.std,
@@ -268,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--seed": run.seed,
         EFFECTIVE_BATCH: loader.effective_batch_size,
     }
-    may_change = changeable_settings(optim, data, lr=lr.peak, amp=precision.amp)
+    may_change = changeable_settings(optim, data, lr=lr.peak, amp=precision.amp, ema=tuning.ema)
     log_settings({**fixed, **may_change})
     header = {
         "model_name": name,
@@ -278,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "classes": list(images.classes),
     }
     length = ("--max_iters", iterations.steps_per_epoch)
-    given = given_options(args, parse_args([]))
+    given = given_options(args, parse_args([])) | {EMA_DECAY}
     record = RunRecord("detection", fixed, may_change, header, vars(args), given, length, found)
     with open_run(state, loader, run, record) as (checkpoints, run_log):
         progress, parallel_model = state.progress, data_parallel(model, device)
@@ -304,12 +309,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if progress.epoch == optim.epochs:
                     log_lines(f"AP of each class:\n{scores.table(images.classes)}")
             run_log.end_epoch(stats, epoch=progress.epoch, step=progress.step)
-            checkpoints.save_if_best(stats, by="val_box_ap")
+            checkpoints.save_if_best(stats, by=BEST)
             checkpoints.end_epoch(is_last=progress.epoch == optim.epochs)
 
     if is_main_process():
-        title = "fine-tuning" if start.weights else "training from scratch"
-        report(run.folder, title, by="val_box_ap", describe=describe, in_steps=True)
+        title = "fine-tuning" if origin.digest else "training from scratch"
+        how = {"by": BEST.metric, "describe": describe, "in_steps": True}
+        report(run.folder, title, progress.best, **how)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--pool",
         choices=POOLS,
         default="avg",
-        help="mean of the patch tokens (avg) or class token (cls) (%(default)s)",
+        help="mean of the patch tokens (avg), class token (cls), or mean of normalized patch "
+        "tokens (norm_avg) (%(default)s)",
     )
     add_precision_args(parser)
 

@@ -7,7 +7,7 @@ torchrun --standalone --nproc_per_node 8 main_linprobe.py --finetune PRETRAINED 
 import argparse
 from collections.abc import Sequence
 
-from engine_finetune import describe, describe_classifier, evaluate, train_one_epoch
+from engine_finetune import describe_classifier, evaluate, show, train_one_epoch
 from models import EncoderSettings, add_encoder_args, build_classifier, starting_point
 from models_vit import make_linear_probe
 from util.arguments import Parser, given_options, take
@@ -22,9 +22,17 @@ from util.data.datasets import open_train_val
 from util.data.loaders import build_loaders
 from util.data.report import report_images
 from util.data.settings import DataSettings, add_data_args
-from util.data.transforms import default_crop_pct, eval_transform, probe_transform
+from util.data.transforms import (
+    LABELED_VIEW,
+    ViewSettings,
+    add_view_args,
+    default_crop_pct,
+    eval_transform,
+    probe_transform,
+)
+from util.eval.tasks import Classification, describe
 from util.optim import OptimSettings, add_optim_args, build_lars
-from util.runs.checkpoint import TrainState
+from util.runs.checkpoint import Best, TrainState
 from util.runs.report import report
 from util.runs.resume import (
     CONTENT,
@@ -33,12 +41,15 @@ from util.runs.resume import (
     changeable_settings,
     log_settings,
     open_run,
+    start_or_continue,
 )
-from util.runs.run import RunSettings, add_run_args, run_main, start_run
+from util.runs.run import RunSettings, add_run_args, log_lines, run_main, start_run
 from util.schedule import plan_learning_rate
 from util.weights.encoder import load_encoder
 
 SETTINGS = (RunSettings, DataSettings, OptimSettings, ComputeSettings, EncoderSettings)
+SETTINGS += (ViewSettings,)
+BEST = Best("val_top1")
 WARMUP_FRACTION = 1 / 9  # of the epochs: 10 of 90
 CROPS = "random crops"  # key in the settings that may change
 MEMORY_ADVICE = "use a lower --batch_size with the same --effective_batch_size"
@@ -61,6 +72,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         warmup_epochs="EPOCHS / 9",
     )
     add_precision_args(parser)
+    add_view_args(parser, crop_area=LABELED_VIEW.crop_area)
     args = parser.parse_args(argv)
     for group in SETTINGS:
         take(group, args)
@@ -70,23 +82,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train a probe from the beginning, or continue a stopped run."""
     args = parse_args(argv)
-    run, data, optim, compute, encoder = (take(group, args) for group in SETTINGS)
+    run, data, optim, compute, encoder, view = (take(group, args) for group in SETTINGS)
     device = start_run(device=run.device, seed=run.seed, timeout_minutes=run.timeout_minutes)
 
     # The weights determine the input format.
-    start = starting_point(
-        encoder.finetune, encoder.model, img_size=data.input_size, mean=data.mean, std=data.std
+    given = {"img_size": data.input_size, "mean": data.mean, "std": data.std}
+    start, origin = start_or_continue(
+        starting_point, encoder.finetune, run, "linprobe", model=encoder.model, **given
     )
     crop_pct = data.crop_pct or default_crop_pct(start.img_size)
     train_set, val_set = open_train_val(
         data,
-        probe_transform(*start.input_format),
+        probe_transform(*start.input_format, view),
         eval_transform(*start.input_format, crop_pct),
         seed=run.seed,
         batch_size=optim.batch_size,
     )
     found = report_images(train_set, val_set)
     num_classes = check_classes(train_set, val_set, encoder.num_classes)
+    task = Classification(num_classes)
     batches = plan_batches(optim)
     loader, val_loader = build_loaders(
         train_set, val_set, data, batches, seed=run.seed, device=device
@@ -96,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pool = encoder.pool or "cls"
     options = {"img_size": list(start.img_size), "num_classes": num_classes, "pool": pool}
     model = build_classifier(start.size, **options)
-    if start.weights is not None:
+    if start.weights is not None and not origin.is_gone:
         load_encoder(model, start.weights, head=False)
     make_linear_probe(model, num_classes)
     example = blank_images(start.img_size, device)
@@ -112,9 +126,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Settings that must match on resume, and settings that may change
     fixed, header = describe_classifier(
-        start, options, train_set, dataset=data.name, crop_pct=crop_pct
+        start, origin.digest, options, train_set, dataset=data.name, crop_pct=crop_pct
     )
     fixed |= {
+        **view.recipe(),
         "--weight_decay": optim.weight_decay,
         "--seed": run.seed,
         EFFECTIVE_BATCH: loader.effective_batch_size,
@@ -133,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 parallel_model,
                 loader,
                 state,
-                num_classes=num_classes,
+                task=task,
                 seed=run.seed,
                 device=device,
                 lr_at=lr.at,
@@ -144,13 +159,23 @@ def main(argv: Sequence[str] | None = None) -> None:
             broadcast_buffers(model)  # each process has normalized only its own features
             if val_loader is not None:  # one without images is false
                 broken = BrokenImages(len(val_set), data.max_broken)
-                stats |= evaluate(model, val_loader, precision=precision, broken=broken)
+                scores = evaluate(model, val_loader, task=task, precision=precision, broken=broken)
+                stats |= scores.stats()
+                show(scores, train_set.classes, run_log, step=progress.step)
+                if progress.epoch == optim.epochs:
+                    log_lines(scores.table(train_set.classes))
             run_log.end_epoch(stats, epoch=progress.epoch, step=progress.step)
-            checkpoints.save_if_best(stats, by="val_top1")
+            checkpoints.save_if_best(stats, by=BEST)
             checkpoints.end_epoch(is_last=progress.epoch == optim.epochs)
 
     if is_main_process():
-        report(run.folder, f"linear probe, pool {pool}", by="val_top1", describe=describe)
+        report(
+            run.folder,
+            f"linear probe, pool {pool}",
+            progress.best,
+            by=BEST.metric,
+            describe=describe,
+        )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,13 @@ from util.data.datasets import open_train_val
 from util.data.loaders import build_loaders
 from util.data.report import report_images
 from util.data.settings import DataSettings, add_crop_args, add_data_args, check_decoder
-from util.data.transforms import eval_transform, pretrain_transform
+from util.data.transforms import (
+    PRETRAIN_VIEW,
+    ViewSettings,
+    add_view_args,
+    eval_transform,
+    pretrain_transform,
+)
 from util.errors import InputError
 from util.eval.knn import describe_knn
 from util.eval.monitor import MonitorSettings, add_monitor_args, draw, measure, open_monitor
@@ -34,7 +40,7 @@ from util.runs.run import RunSettings, add_run_args, run_main, start_run
 from util.schedule import plan_learning_rate
 
 SETTINGS = (RunSettings, DataSettings, OptimSettings, ComputeSettings)
-SETTINGS += (ModelSettings, MaskSettings, MonitorSettings)
+SETTINGS += (ModelSettings, MaskSettings, MonitorSettings, ViewSettings)
 MEMORY_ADVICE = (
     "use a lower --batch_size, or auto on a GPU, with the same --effective_batch_size, or --memory "
     "medium or low"
@@ -49,6 +55,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_run_args(parser, output_dir="output/pretrain")
     add_data_args(parser, input_size=224)
     add_crop_args(parser)
+    add_view_args(parser, crop_area=PRETRAIN_VIEW.crop_area)
     add_model_args(parser, model="crossmae_vit_base_patch16")
     add_masking_args(parser, mask_ratio=0.75)
     add_optim_args(
@@ -64,6 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_monitor_args(parser)
     args = parser.parse_args(argv)
     network, masks = take(ModelSettings, args), take(MaskSettings, args)
+    take(ViewSettings, args)
     if args.fsdp and args.batch_size == "auto":
         raise InputError("--batch_size auto cannot be combined with --fsdp: give a number")
     if network.is_mae and masks.pred_ratio not in (None, masks.mask_ratio):
@@ -77,7 +85,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Pre-train from scratch, or continue a stopped run."""
     args = parse_args(argv)
-    run, data, optim, compute, network, masks, monitoring = (
+    run, data, optim, compute, network, masks, monitoring, view = (
         take(group, args) for group in SETTINGS
     )
     device = start_run(device=run.device, seed=run.seed, timeout_minutes=run.timeout_minutes)
@@ -92,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     known_batch_size = 1 if optim.batch_size == "auto" else optim.batch_size
     train_set, val_set = open_train_val(
         data,
-        pretrain_transform(options["img_size"], **colors, **crops),
+        pretrain_transform(options["img_size"], **colors, view=view, **crops),
         plain_transform,
         seed=run.seed,
         batch_size=known_batch_size,
@@ -139,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         **train_set.identity(),
         EFFECTIVE_BATCH: loader.effective_batch_size,
         "--repeated_aug": args.repeated_aug,
+        **view.recipe(),
     }
     may_change = changeable_settings(
         optim, data, lr=lr.peak, amp=precision.amp, fsdp=compute.fsdp

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from timm.utils import ModelEmaV3
 
 from engine_segmentation import evaluate, show, train_one_epoch
 from models import (
@@ -54,17 +53,21 @@ from util.optim import (
     IterationSettings,
     add_finetune_args,
     add_iteration_args,
+    build_ema,
     build_layer_decay_adamw,
 )
-from util.runs.checkpoint import TrainState
+from util.runs.checkpoint import Best, TrainState
 from util.runs.report import report
 from util.runs.resume import (
     EFFECTIVE_BATCH,
+    EMA_DECAY,
+    WEIGHTS_HASH,
     RunRecord,
     changeable_settings,
     checkpoint_to_evaluate,
     log_settings,
     open_run,
+    start_or_continue,
 )
 from util.runs.run import (
     RunSettings,
@@ -82,6 +85,7 @@ SETTINGS = (RunSettings, SegmentationSettings, IterationSettings, ComputeSetting
 SETTINGS += (EncoderSettings, HeadSettings, WindowSettings, FineTuneSettings)
 OF_THE_CHECKPOINT = {"--mean", "--std", *(f"--{field.name}" for field in fields(HeadSettings))}
 WARMUP_ITERS = 1500
+BEST = Best("val_miou")
 MEMORY_ADVICE = (
     "use a lower --batch_size with the same --effective_batch_size, or --memory medium or low; in "
     "an evaluation, a lower --window_batch"
@@ -191,8 +195,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     # The weights determine the size of the encoder and the normalization.
-    start = starting_point(
-        encoder.finetune, encoder.model, img_size=head.crop, mean=data.mean, std=data.std
+    given = {"img_size": head.crop, "mean": data.mean, "std": data.std}
+    start, origin = start_or_continue(
+        starting_point, encoder.finetune, run, "segmentation", model=encoder.model, **given
     )
     images = open_segmentation(
         data, crop_size=head.crop, mean=start.mean, std=start.std, seed=run.seed
@@ -221,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if device.type == "cuda" and world_size() > 1:  # does not exist on CPUs
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     precision = place_model(model, compute, device, blank_pairs(head.crop, device), optim)
-    ema = None if tuning.ema is None else ModelEmaV3(model, decay=tuning.ema)
+    ema = build_ema(model, tuning.ema, iterations.max_iters)
     compile_model(model, compute.compile, device=device)
 
     # How it is trained
@@ -236,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = f"vit_{start.size}"
     fixed = {
         "--model": name,
-        "hash of the weights it starts from": start.weights and start.weights.hash(),
+        WEIGHTS_HASH: origin.digest,
         **head.recipe(options),
         "--mean": start.mean,
         "--std": start.std,
@@ -251,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--seed": run.seed,
         EFFECTIVE_BATCH: loader.effective_batch_size,
     }
-    may_change = changeable_settings(optim, data, lr=lr.peak, amp=precision.amp)
+    may_change = changeable_settings(optim, data, lr=lr.peak, amp=precision.amp, ema=tuning.ema)
     log_settings({**fixed, **may_change})
     header = {
         "model_name": name,
@@ -262,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         **{name: getattr(data.layout, name) for name in TRAINED},
     }
     length = ("--max_iters", iterations.steps_per_epoch)
-    given = given_options(args, parse_args([]))
+    given = given_options(args, parse_args([])) | {EMA_DECAY}
     record = RunRecord("segmentation", fixed, may_change, header, vars(args), given, length, found)
     windows = window.windows(model.img_size, model.patch_size)
     how = {"classes": images.classes, "windows": windows, "precision": precision}
@@ -290,12 +295,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if progress.epoch == optim.epochs:
                     log_lines(f"IoU and accuracy of each class:\n{scores.table(images.classes)}")
             run_log.end_epoch(stats, epoch=progress.epoch, step=progress.step)
-            checkpoints.save_if_best(stats, by="val_miou")
+            checkpoints.save_if_best(stats, by=BEST)
             checkpoints.end_epoch(is_last=progress.epoch == optim.epochs)
 
     if is_main_process():
-        title = "fine-tuning" if start.weights else "training from scratch"
-        report(run.folder, title, by="val_miou", describe=describe, in_steps=True)
+        title = "fine-tuning" if origin.digest else "training from scratch"
+        how = {"by": BEST.metric, "describe": describe, "in_steps": True}
+        report(run.folder, title, progress.best, **how)
 
 
 if __name__ == "__main__":

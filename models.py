@@ -1,6 +1,7 @@
 """Models by name, and from files of weights."""
 
 import argparse
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,15 +13,24 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from models_crossmae import IBA_INITS, MaskedAutoencoder, build_crossmae
 from models_mae import build_mae
 from models_upernet import HEADS, SegmentationViT
-from models_vit import POOLS, SIZES, VisionTransformer, build_vit
+from models_vit import POOLS, SIZES, VisionTransformer, build_vit, make_linear_probe
 from models_vitdet import DetectionViT
 from util.arguments import fraction, natural_float, natural_int, positive_int
 from util.errors import InputError, as_input_error
 from util.kernels import use_fast_kernels
 from util.masking import MASK_SAMPLINGS
-from util.weights.encoder import StartingPoint, check_mean_std, input_format, read_encoder
-from util.weights.files import check_format, read_weights_file, unknown_content
+from util.weights.encoder import (
+    StartingPoint,
+    input_format,
+    load_encoder,
+    read_encoder,
+)
+from util.weights.files import check_format, unknown_content
+from util.weights.locations import read_weights
+from util.weights.metadata import check_mean_std
 from util.weights.released import from_released, released_options
+
+_logger = logging.getLogger(__name__)
 
 # To add a decoder, write a file with a builder and add it here.
 BUILDERS = {"crossmae": build_crossmae, "mae": build_mae}
@@ -77,12 +87,22 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """The encoder to use and how it is pooled; None takes what the weights say."""
+    """The encoder to use and how it is pooled; None takes what the weights say.
+
+    Raises:
+        InputError: there is no head to keep.
+    """
 
     finetune: str | None = None
     model: str | None = None
     pool: str | None = None
     num_classes: int | None = None
+    keep_head: bool = False
+    """Whether to train on from the head of the weights, too."""
+
+    def __post_init__(self) -> None:
+        if self.keep_head and not self.finetune:
+            raise InputError("--keep_head needs a classifier: name it with --finetune")
 
 
 HEAD_DIM, AUX_WEIGHT, DROPOUT = 768, 0.4, 0.1  # of UperNet, as in MAE
@@ -301,6 +321,44 @@ def build_detector(size: str, **options: object) -> DetectionViT:
     return model
 
 
+def load_classifier(
+    path: str | Path,
+    model: str | None = None,
+    *,
+    img_size: Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    pool: str | None = None,
+) -> tuple[VisionTransformer, StartingPoint]:
+    """Load a classifier, which may be a linear probe, on the CPU and in evaluation mode.
+
+    Args:
+        path: a file with a head that `read_encoder` reads.
+        model: such as vit_base_patch16; None is the size of the weights.
+        img_size, mean, std, pool: None is what the weights were trained with.
+
+    Returns:
+        The model; and its weights, with the classes and the like, and its input format.
+
+    Raises:
+        InputError: the file cannot be read (see `read_encoder`), has no head, or does not fit.
+    """
+    start = starting_point(path, model, img_size=img_size, mean=mean, std=std)
+    weights = start.weights
+    if weights.num_classes is None:
+        raise InputError(f"{path} has no head: fine-tune it first, or use another file")
+    classifier = build_classifier(
+        start.size,
+        img_size=start.img_size,
+        num_classes=weights.num_classes,
+        pool=pool or weights.pool,
+    )
+    if weights.is_linear_probe:
+        make_linear_probe(classifier, weights.num_classes)
+    load_encoder(classifier, weights, head=True)
+    return classifier.eval(), start
+
+
 def load_segmenter(path: str | Path) -> tuple[SegmentationViT, dict]:
     """Load a segmentation model, a checkpoint of main_segmentation.py, see `_load_trained`."""
     return _load_trained(path, "segmentation", build_segmenter)
@@ -326,7 +384,7 @@ def _load_trained(
     Raises:
         InputError: the file is missing, damaged or not such a checkpoint.
     """
-    content = check_format(read_weights_file(path), path, kind)
+    content = check_format(read_weights(path)[0], path, kind)
     with unknown_content(path):
         size, options = content["model_name"].removeprefix("vit_"), content["model_options"]
         with torch.device("meta"):  # a file may claim a model larger than memory
@@ -336,7 +394,7 @@ def _load_trained(
             raise InputError(
                 f"{path} claims to be a vit_{size}, but its weights are not: use another file"
             )
-        if None in check_mean_std(content["mean"], content["std"]):
+        if None in check_mean_std(content["mean"], content["std"], path):
             raise ValueError("mean and std are missing")
         model = build(size, **options)
         model.load_state_dict(state)
@@ -347,7 +405,8 @@ def load_model(path: str | Path) -> tuple[MaskedAutoencoder, dict]:
     """Load a pre-trained model on the CPU, in evaluation mode.
 
     Args:
-        path: a checkpoint of this project, or of the released CrossMAE or MAE code.
+        path: a checkpoint of this project, or of the released CrossMAE or MAE code; or its
+            address, see `local_path`.
 
     Returns:
         The model, and its `mean`, `std`, `mask_ratio` and `mask_sampling` of training.
@@ -355,7 +414,7 @@ def load_model(path: str | Path) -> tuple[MaskedAutoencoder, dict]:
     Raises:
         InputError: the file is missing, damaged or does not hold a masked autoencoder.
     """
-    content = read_weights_file(path)
+    content, _ = read_weights(path)
     with unknown_content(path):
         return _load_model(content, path)
 
@@ -363,7 +422,7 @@ def load_model(path: str | Path) -> tuple[MaskedAutoencoder, dict]:
 def _load_model(content: dict, path: str | Path) -> tuple[MaskedAutoencoder, dict]:
     if "format" in content:
         checkpoint = check_format(content, path, "pretrain")
-        mean, std = check_mean_std(checkpoint["mean"], checkpoint["std"])
+        mean, std = check_mean_std(checkpoint["mean"], checkpoint["std"], path)
         ratio, sampling = checkpoint["mask_ratio"], checkpoint["mask_sampling"]
         if not 0 < ratio < 1 or sampling not in MASK_SAMPLINGS:
             raise InputError(
@@ -375,6 +434,12 @@ def _load_model(content: dict, path: str | Path) -> tuple[MaskedAutoencoder, dic
     else:
         released = content.get("model", content)
         args = vars(content["args"]) if "args" in content else {}
+        if "norm_pix_loss" not in args:
+            _logger.info(
+                "%s does not say whether it predicts pixels normalized per patch: assuming that it "
+                "does, unlike MAE's mae_visualize_*.pth",
+                path,
+            )
         mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
         ratio, sampling = 0.75, "random"
         with as_input_error(f"{path} cannot be loaded", InputError, ValueError):
@@ -463,7 +528,8 @@ def add_encoder_args(parser: argparse.ArgumentParser, *, pool: str | None) -> No
         "--finetune",
         metavar="PATH",
         help="weights to start from: a checkpoint of this project or of the released CrossMAE or "
-        "MAE code, or a timm or Hugging Face ViT (none: train from scratch)",
+        "MAE code, or a timm or Hugging Face ViT; a path, hf-hub:OWNER/NAME, or an https:// "
+        "address (none: train from scratch)",
     )
     group.add_argument(
         "--model",
@@ -476,7 +542,8 @@ def add_encoder_args(parser: argparse.ArgumentParser, *, pool: str | None) -> No
     group.add_argument(
         "--pool",
         choices=POOLS,
-        help=f"classify the mean of the patch tokens (avg) or the class token (cls) ({pool})",
+        help="classify the mean of the patch tokens (avg), the class token (cls), or the mean of "
+        f"normalized patch tokens (norm_avg) ({pool})",
     )
     group.add_argument(
         "--num_classes",

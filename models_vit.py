@@ -3,7 +3,7 @@
 Parameters have timm's and MAE's names, so weights move between projects without renaming.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,7 +41,7 @@ SIZES = {
     # Not in the paper: Zhai et al., Scaling Vision Transformers, Table 2.
     "giant_patch14": ModelSize(14, 1408, 40, 16, mlp_dim=6144),
 }
-POOLS = ("avg", "cls")
+POOLS = ("avg", "cls", "norm_avg")
 
 
 def layer_norm(dim: int) -> nn.LayerNorm:
@@ -292,7 +292,7 @@ class VisionTransformer(ViT):
     Args:
         num_classes: outputs of the head; 0 returns the features instead.
         pool: "avg" normalizes the mean of the patch tokens (`fc_norm`), "cls" the class token
-            (`norm`).
+            (`norm`); "norm_avg" averages normalized patch tokens (`norm`).
         head_init_std: standard deviation of the head's initial weights.
         vit_options: see ViT.
 
@@ -327,6 +327,8 @@ class VisionTransformer(ViT):
         x = self.encode(images)  # (B, 1+L, D)
         if self.pool == "avg":
             return self.fc_norm(x[:, 1:].mean(dim=1))
+        if self.pool == "norm_avg":
+            return self.norm(x[:, 1:]).mean(dim=1)
         return self.norm(x[:, 0])
 
     def forward(self, images: Tensor) -> Tensor:
@@ -360,6 +362,14 @@ class FeatureNorm(nn.BatchNorm1d):
         return super().forward(x)
 
 
+def keep_outputs(model: VisionTransformer, outputs: Sequence[int]) -> None:
+    """Reduce a classifier, which may be a linear probe, to some of its outputs."""
+    head = model.head[-1] if isinstance(model.head, nn.Sequential) else model.head
+    head.weight = nn.Parameter(head.weight[outputs])
+    head.bias = nn.Parameter(head.bias[outputs])
+    head.out_features = len(outputs)
+
+
 def make_linear_probe(model: VisionTransformer, num_classes: int) -> None:
     """Freeze a model and give it a trainable batch norm and linear head (App. B.1)."""
     model.requires_grad_(False)
@@ -367,3 +377,26 @@ def make_linear_probe(model: VisionTransformer, num_classes: int) -> None:
     nn.init.trunc_normal_(head.weight, std=0.01)
     nn.init.zeros_(head.bias)
     model.head = nn.Sequential(FeatureNorm(model.embed_dim), head)
+
+
+def rescale_head(
+    head_state: Mapping[str, Tensor], old: tuple[float, float], new: tuple[float, float]
+) -> dict[str, Tensor]:
+    """Make a regression's linear head predict the same values on another scale (mean, std)."""
+    if old == new:
+        return dict(head_state)
+    (old_mean, old_std), (mean, std) = old, new
+    weight, bias = head_state["head.weight"].double(), head_state["head.bias"].double()
+    weight, bias = weight * (old_std / std), (bias * old_std + old_mean - mean) / std
+    return {**head_state, "head.weight": weight.float(), "head.bias": bias.float()}
+
+
+def fold_probe(head_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Fold a linear probe's head, a normalization and a linear layer, into one linear layer."""
+    if "head.0.running_var" not in head_state:
+        return dict(head_state)
+    scale = (head_state["head.0.running_var"].double() + NORM_EPS).rsqrt()
+    weight = head_state["head.1.weight"].double() * scale
+    bias = head_state["head.1.bias"] - weight @ head_state["head.0.running_mean"].double()
+    rest = {name: tensor for name, tensor in head_state.items() if not name.startswith("head.")}
+    return {**rest, "head.weight": weight.float(), "head.bias": bias.float()}

@@ -43,7 +43,7 @@ from util.data.classes import check_labels
 from util.data.datasets import open_train_val
 from util.data.images import IndexedImages
 from util.data.loaders import build_eval_loader
-from util.data.settings import DataSettings, crop_pct
+from util.data.settings import DataSettings, add_table_args, crop_pct
 from util.data.transforms import default_crop_pct, eval_transform
 from util.errors import InputError, counted
 from util.eval.block_features import (
@@ -161,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     group.add_argument("--data_path", help="folder of labeled images, with train/ and val/")
     group.add_argument("--dataset", help="kind of --data_path, see main_pretrain.py (folder)")
     group.add_argument("--val_path", help="folder of validation images (val/ in --data_path)")
+    add_table_args(group)
     group.add_argument(
         "--images",
         nargs="+",
@@ -182,8 +183,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_loader_args(group)
     args = parser.parse_args(argv)
     data = take(DataSettings, args)
-    if not (data.data_path or data.dataset):
-        raise InputError("k-NN accuracy needs labeled images: give --data_path")
+    if not (data.data_path or data.dataset or data.data_csv):
+        raise InputError("k-NN accuracy needs labeled images: give --data_path or --data_csv")
     device = start_analysis(args)
 
     start = starting_point(args.checkpoint, img_size=None, mean=None, std=None)

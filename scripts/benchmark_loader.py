@@ -151,7 +151,7 @@ def pixel_difference(images: IndexedImages, size: tuple[int, int]) -> float:
         with images.reader[index][0] as file:
             image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
         seed = ("augment", 0, 0, index)
-        (box,), (flip,) = images.transform.draw(image.height, image.width, *seed)
+        (box,), (flip,), _ = images.transform.draw(image.height, image.width, *seed)
         crop = functional.resized_crop(image, *box, size, v1.InterpolationMode.BICUBIC)
         theirs = functional.to_tensor(functional.hflip(crop) if flip else crop)
         crops = images.transform(images.transform.read(images.reader[index][0]), *seed)

@@ -11,7 +11,8 @@ echo "pre-training a tiny CrossMAE on digits"
 # Most patches of a digit are flat, so raw pixels are predicted instead of normalized ones.
 .venv/bin/python main_pretrain.py --dataset digits --output_dir output/quickstart \
     --model crossmae_vit_tiny_patch4 --input_size 32 --decoder_depth 4 --no-norm_pix_loss \
-    --pred_ratio 0.25 --batch_size 64 --epochs 24 --lr 1e-3 --num_workers 0 --log_every 100 "$@"
+    --pred_ratio 0.25 --hflip 0 --batch_size 64 --epochs 24 --lr 1e-3 --num_workers 0 \
+    --log_every 100 "$@"
 
 echo "classifying validation digits by their nearest training digits"
 checkpoint=$(find output/quickstart -name 'checkpoint-e*.pth' | sort | tail -n 1)

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from pathlib import Path
 
 import pytest
 
@@ -181,6 +182,30 @@ def test_help_shows_every_default(main, capsys):
 
 def test_a_message_with_a_line_break_is_printed_in_one_line(capsys):
     assert sentence_of(capsys, Parser(prog="p").parse_args, "a\nb").endswith(r" a\nb")
+
+
+@every_main
+def test_paths_below_home_are_expanded_in_every_flag(main, monkeypatch):
+    # A shell leaves --flag=~/path as it is, and nobody wants a folder of the name "~".
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = parser_of(main, monkeypatch)
+    takes_text = [a for a in parser._actions if a.type in (None, Path) and a.nargs != 0]
+    flags = [a.option_strings[0] for a in takes_text if not a.choices]
+    assert {"--data_path", "--output_dir", "--resume"} & set(flags)
+    for flag in flags:
+        args = parser.parse_args([*(["--finetune=x"] if main is main_knn else []), f"{flag}=~/x"])
+        assert "/home/me/x" in map(str, vars(args).values())
+
+
+def test_only_whole_paths_below_home_are_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = Parser()
+    parser.add_argument("--files", nargs="+")
+    parser.add_argument("--file", type=Path)
+    given = ["~", "~/a", "b/~", "~other", "local-dir:~/c"]
+    args = parser.parse_args(["--files", *given, "--file", "~/d"])
+    assert args.files == ["/home/me", "/home/me/a", *given[2:]]
+    assert args.file == Path("/home/me/d")
 
 
 def test_the_options_that_were_given_are_those_that_differ_from_the_defaults():

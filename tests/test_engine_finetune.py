@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from sklearn.metrics import log_loss, top_k_accuracy_score
+from sklearn.metrics import balanced_accuracy_score, log_loss, top_k_accuracy_score
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 
 import engine_finetune
-from engine_finetune import describe, evaluate, train_one_epoch
+from engine_finetune import evaluate, train_one_epoch
 from models_vit import build_vit, make_linear_probe
 from tests.helpers.models import NANO
 from tests.helpers.runs import assert_identical
@@ -30,9 +30,12 @@ from util.data.mixing import mix_images
 from util.data.sources import Digits
 from util.data.transforms import eval_transform
 from util.errors import InputError, RunError
+from util.eval import tasks
+from util.eval.tasks import Classification, Multilabel, describe
 from util.optim import build_lars, build_layer_decay_adamw
 from util.runs.checkpoint import (
     BEST_NAME,
+    Best,
     CheckpointWriter,
     Progress,
     TrainState,
@@ -46,6 +49,7 @@ from util.runs.run_log import LOG_NAME
 from util.seeding import seed_everything
 
 NUM_CLASSES = 10
+TOP1 = Best("val_top1")
 SHAPE = (3, 16, 16)  # of the nano model's images
 vit_nano = partial(build_vit, NANO, num_classes=NUM_CLASSES, pool="avg")
 timms_mixup = partial(
@@ -108,8 +112,7 @@ def train(loader, state, *, mixup=None, smoothing=0.0, seed=0, lr=1e-3, recorder
         loader,
         state,
         mixup=mixup,
-        smoothing=smoothing,
-        num_classes=NUM_CLASSES,
+        task=Classification(NUM_CLASSES, smoothing),
         seed=seed,
         device=CPU,
         lr_at=lambda _: lr,
@@ -117,13 +120,15 @@ def train(loader, state, *, mixup=None, smoothing=0.0, seed=0, lr=1e-3, recorder
     )
 
 
-def measure(model, batches, broken=None):
-    return evaluate(
+def measure(model, batches, broken=None, num_classes=NUM_CLASSES):
+    scores = evaluate(
         model,
         batches,
+        task=Classification(num_classes),
         precision=Precision("fp32", CPU),
         broken=broken or BrokenImages(100, 0.0),
     )
+    return scores.stats()
 
 
 def test_a_wrong_label_ends_training_before_the_step():
@@ -317,7 +322,7 @@ def test_a_label_that_is_no_class_ends_training():
 def test_the_host_waits_for_the_device_at_log_points_only(monkeypatch, mixup):
     checked = []
     # Labels are checked before they go to the device, which costs no waiting.
-    monkeypatch.setattr(engine_finetune, "check_labels", lambda labels, _: checked.append(labels))
+    monkeypatch.setattr(tasks, "check_labels", lambda labels, _: checked.append(labels))
     # On a CPU, unlike on a GPU, this looks for labels that are no class.
     monkeypatch.setattr(F, "one_hot", lambda labels, n: torch.eye(n, dtype=torch.int64)[labels])
     monkeypatch.setattr(EpochMeters, "read", lambda _: {})
@@ -360,17 +365,18 @@ def test_evaluation_equals_scikit_learns(num_classes, batch_size):
     batches, logits, labels = logits_in_batches(41, num_classes, batch_size)
     scores = logits.double().softmax(dim=1).numpy()
     top = {k: top_k_accuracy_score(labels, scores, k=k) if k < num_classes else 1 for k in (1, 5)}
-    assert measure(torch.nn.Flatten(), batches) == {
+    assert measure(torch.nn.Flatten(), batches, num_classes=num_classes) == {
         "val_loss": pytest.approx(log_loss(labels, scores), rel=1e-5),
         "val_top1": pytest.approx(100 * top[1]),
         "val_top5": pytest.approx(100 * top[5]),
+        "val_balanced": pytest.approx(100 * balanced_accuracy_score(labels, scores.argmax(axis=1))),
         "val_images": 41,
     }
 
 
 def test_two_classes_are_enough():
     batches, logits, labels = logits_in_batches(9, 2)
-    stats = measure(torch.nn.Flatten(), batches)
+    stats = measure(torch.nn.Flatten(), batches, num_classes=2)
     assert stats["val_top1"] == pytest.approx(100 * (logits.argmax(dim=1) == labels).sum() / 9)
     assert stats["val_top5"] == 100
 
@@ -387,9 +393,9 @@ def test_evaluation_leaves_the_model_and_the_random_state_as_they_were():
 def test_too_many_broken_images_end_the_evaluation():
     batches, _, _ = logits_in_batches(8, 3)
     batches[1].broken.append(("a.png", "empty"))
-    measure(torch.nn.Flatten(), batches, BrokenImages(8, 0.2))
+    measure(torch.nn.Flatten(), batches, BrokenImages(8, 0.2), num_classes=3)
     with pytest.raises(InputError, match=r"a\.png"):
-        measure(torch.nn.Flatten(), batches, BrokenImages(8, 0.1))
+        measure(torch.nn.Flatten(), batches, BrokenImages(8, 0.1), num_classes=3)
 
 
 # Images of two processes, as `build_eval_loader` shares them out, and otherwise.
@@ -398,6 +404,16 @@ SHARES = {
     "ten and three": (13, (slice(3, None), slice(0, 3))),
     "one and none": (1, (slice(0, 1), slice(1, None))),
 }
+
+
+def measure_labels(batches):
+    """Scores of the same logits for several labels an image, and the matrix of one label."""
+    precision = Precision("fp32", CPU)
+    options = {"precision": precision, "broken": BrokenImages(100, 0.0)}
+    several = [b._replace(labels=F.one_hot(b.labels, NUM_CLASSES).float()) for b in batches]
+    scores = evaluate(torch.nn.Flatten(), several, task=Multilabel(NUM_CLASSES), **options)
+    of_classes = evaluate(torch.nn.Flatten(), batches, task=Classification(NUM_CLASSES), **options)
+    return {**scores.stats(), "wrong": of_classes.confusion.triu(1).sum().item()}
 
 
 def measure_on_two_processes(rank, folder):
@@ -409,6 +425,7 @@ def measure_on_two_processes(rank, folder):
     for name, (num_images, slices) in SHARES.items():
         batches, _, _ = logits_in_batches(num_images, 10, batch_size=1)
         found[name] = measure(torch.nn.Flatten(), batches[slices[rank]])
+        found[f"{name}, several labels"] = measure_labels(batches[slices[rank]])
     (folder / f"{rank}.json").write_text(json.dumps(found))
     stop_processes()
 
@@ -421,7 +438,10 @@ def test_two_processes_measure_what_one_does(tmp_path):
     both = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert both[0] == both[1]
     for name, (num_images, _) in SHARES.items():
-        expected = measure(torch.nn.Flatten(), logits_in_batches(num_images, 10, 1)[0])
+        batches, _, _ = logits_in_batches(num_images, 10, 1)
+        expected = measure(torch.nn.Flatten(), batches)
+        of_labels = both[0].pop(f"{name}, several labels")
+        assert of_labels == pytest.approx(measure_labels(batches), rel=1e-5)
         assert both[0][name].pop("val_loss") == pytest.approx(expected.pop("val_loss"), rel=1e-6)
         assert both[0][name] == expected, name
 
@@ -442,7 +462,7 @@ def after_epochs(writer, *top1s):
         torch.nn.init.normal_(state.model.head.weight)
         state.ema.update(state.model)
         state.progress.epoch += 1
-        writer.save_if_best({"val_top1": top1, "loss": 2.0}, by="val_top1")
+        writer.save_if_best({"val_top1": top1, "loss": 2.0}, by=TOP1)
         writer.save()
         yield copy.deepcopy(state.model.state_dict())
 
@@ -451,17 +471,16 @@ def test_the_best_epoch_is_kept_and_of_equals_the_first(tmp_path):
     writer = make_writer(tmp_path, make_state(vit_nano(), ema=0.9), keep_last=1)
     epochs = after_epochs(writer, 50.0, 70.0, 70.0, 60.0, 69.9)
     next(epochs)
-    best_weights = next(epochs)
-    best_ema = copy.deepcopy(writer.state.ema.module.state_dict())
+    next(epochs)
+    averaged = copy.deepcopy(writer.state.ema.module.state_dict())
     written = (tmp_path / BEST_NAME).read_bytes()
     assert len(list(epochs)) == 3
     assert (tmp_path / BEST_NAME).read_bytes() == written
     assert len(list_checkpoints(tmp_path)) == 1  # of which it is none
 
     content = read_checkpoint(tmp_path / BEST_NAME, "finetune")
-    assert set(content) == {"format", "version", "model", "ema", "progress"}
-    assert_identical(dict(content["model"]), dict(best_weights))
-    assert_identical(dict(content["ema"]), dict(best_ema))
+    assert set(content) == {"format", "version", "model", "progress"}
+    assert_identical(dict(content["model"]), dict(averaged))  # which were measured
     assert content["progress"]["best"] == {"epoch": 2, "val_top1": 70.0, "loss": 2.0}
     assert content["progress"]["epoch"] == 2
 
@@ -479,9 +498,34 @@ def test_a_resumed_run_knows_the_best_so_far(tmp_path, top1, is_better):
     assert resumed.progress.best["epoch"] == (3 if is_better else 1)
 
 
+@pytest.mark.parametrize(
+    ("by", "stats", "best"),
+    [
+        (TOP1, [(70.0, 0.5), (70.0, 0.4), (60.0, 0.1), (70.0, 0.4)], 2),
+        (Best("val_loss", lowest=True), [(70.0, 0.5), (60.0, 0.1), (80.0, 0.2)], 2),
+    ],
+)
+def test_ties_go_to_the_lower_loss_and_a_loss_may_decide(tmp_path, by, stats, best):
+    state = make_state(vit_nano())
+    writer = make_writer(tmp_path, state)
+    for top1, loss in stats:
+        state.progress.epoch += 1
+        writer.save_if_best({"val_top1": top1, "val_loss": loss}, by=by)
+    assert state.progress.best["epoch"] == best
+
+
+def test_a_run_may_change_what_its_best_epoch_is_chosen_by(tmp_path):
+    state = make_state(vit_nano())
+    writer = make_writer(tmp_path, state)
+    writer.save_if_best({"val_top1": 70.0}, by=TOP1)
+    state.progress.epoch = 1
+    writer.save_if_best({"val_balanced": 50.0, "val_top1": 60.0}, by=Best("val_balanced"))
+    assert state.progress.best["epoch"] == 1
+
+
 def test_without_validation_images_no_epoch_is_the_best(tmp_path):
     state = make_state(vit_nano())
-    make_writer(tmp_path, state).save_if_best({"loss": 1.0}, by="val_top1")
+    make_writer(tmp_path, state).save_if_best({"loss": 1.0}, by=TOP1)
     assert state.progress.best is None
     assert list(tmp_path.iterdir()) == []
 
@@ -490,7 +534,7 @@ def test_the_best_epoch_is_not_saved_with_weights_that_are_not_finite(tmp_path):
     state = make_state(vit_nano())
     state.model.head.weight.data[0, 0] = torch.nan
     with pytest.raises(RunError, match=r"model\.head\.weight is not finite"):
-        make_writer(tmp_path, state).save_if_best({"val_top1": 1.0}, by="val_top1")
+        make_writer(tmp_path, state).save_if_best({"val_top1": 1.0}, by=TOP1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -510,7 +554,7 @@ def write_run(folder, *top1s):
 def test_a_finished_run_says_what_it_reached(tmp_path, caplog):
     lines = write_run(tmp_path, 50.0, 70.0, 70.0, 60.0)
     with caplog.at_level("INFO"):
-        report(tmp_path, "fine-tuning", by="val_top1", describe=describe)
+        report(tmp_path, "fine-tuning", {"epoch": 2}, by="val_top1", describe=describe)
     assert [record.getMessage() for record in caplog.records] == [
         f"fine-tuning, last epoch (4): {describe(lines[3])}",
         f"fine-tuning, best epoch (2): {describe(lines[1])}",
@@ -523,7 +567,7 @@ def test_a_finished_run_says_what_it_reached(tmp_path, caplog):
 def test_a_finished_run_without_validation_images_names_its_checkpoint_alone(tmp_path, caplog):
     write_run(tmp_path, None, None)
     with caplog.at_level("INFO"):
-        report(tmp_path, "fine-tuning", by="val_top1", describe=describe)
+        report(tmp_path, "fine-tuning", None, by="val_top1", describe=describe)
     (record,) = caplog.records
     assert record.getMessage() == f"checkpoint: {tmp_path / 'checkpoint-e0002-s000000.pth'}"
 
@@ -532,7 +576,7 @@ def test_a_finished_run_without_its_last_checkpoint_fails(tmp_path):
     write_run(tmp_path, 50.0, 60.0)
     (tmp_path / "checkpoint-e0002-s000000.pth").rename(tmp_path / "checkpoint-e0001-s000000.pth")
     with pytest.raises(RunError, match="the last checkpoint could not be written"):
-        report(tmp_path, "fine-tuning", by="val_top1", describe=describe)
+        report(tmp_path, "fine-tuning", None, by="val_top1", describe=describe)
 
 
 def test_a_best_epoch_that_could_not_be_written_is_not_taken_for_kept(tmp_path, monkeypatch):
@@ -542,15 +586,15 @@ def test_a_best_epoch_that_could_not_be_written_is_not_taken_for_kept(tmp_path, 
     writer = make_writer(tmp_path, make_state(vit_nano(), ema=0.9))
     with monkeypatch.context() as patch:
         patch.setattr("util.runs.checkpoint.write_atomically", full)
-        writer.save_if_best({"val_top1": 70.0}, by="val_top1")
-    writer.save_if_best({"val_top1": 60.0}, by="val_top1")
+        writer.save_if_best({"val_top1": 70.0}, by=TOP1)
+    writer.save_if_best({"val_top1": 60.0}, by=TOP1)
     assert (tmp_path / BEST_NAME).exists()
 
 
 def test_resuming_from_the_best_epoch_is_refused(tmp_path):
     best = tmp_path
     writer = make_writer(best, make_state(vit_nano(), ema=0.9))
-    writer.save_if_best({"val_top1": 70.0}, by="val_top1")
+    writer.save_if_best({"val_top1": 70.0}, by=TOP1)
     state, path = make_state(vit_nano(), ema=0.9), best / BEST_NAME
     record = RunRecord("finetune", {}, {"--epochs": 3}, {}, {}, ())
     with pytest.raises(InputError, match="--finetune"):
@@ -564,4 +608,4 @@ def test_a_val_label_that_is_no_class_is_refused(labels, words):
     batches, _, _ = logits_in_batches(8, 3)
     batches[1] = batches[1]._replace(labels=labels)
     with pytest.raises(InputError, match=words):
-        measure(torch.nn.Flatten(), batches)
+        measure(torch.nn.Flatten(), batches, num_classes=3)

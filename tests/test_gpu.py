@@ -27,7 +27,7 @@ from util.compute.compiling import compile_model
 from util.compute.precision import ATTENTION_BACKENDS, Precision
 from util.compute.recompute import MEMORY_MODES, set_memory
 from util.data.batch import Batch, Normalization, Sample, collate
-from util.data.transforms import RandomCrops
+from util.data.transforms import RandomCrops, ViewSettings
 from util.errors import InputError
 from util.kernels import grid_attention
 from util.masking import Masking, count_tokens, random_split
@@ -316,7 +316,9 @@ def test_decoding_on_the_gpu_gives_nearly_the_same_pixels(tmp_path):
     normalization = Normalization((0.0,) * 3, (1.0,) * 3)
     images = []
     for decode in ("cpu", "gpu"):
-        transform = RandomCrops((224, 224), normalization, 0.2, num_crops=2, decode=decode)
+        transform = RandomCrops(
+            (224, 224), normalization, ViewSettings(), num_crops=2, decode=decode
+        )
         with (tmp_path / "image.jpg").open("rb") as file:
             record = transform.read(file)
         batch = collate([Sample(transform(record, "test", 0), 0, [])])

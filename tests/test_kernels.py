@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -12,7 +13,7 @@ from tests.helpers.models import crossmae_nano, use_nano_models
 from tests.helpers.runs import TINY, assert_identical, refusal, run
 from util import kernels
 from util.kernels import (
-    FastLinear,
+    fast_forward,
     grid_attention,
     linear,
     linear_combinations,
@@ -40,6 +41,10 @@ def output_and_gradients(function, inputs, grad):
 
 
 # Linear layers
+
+
+def is_fast(module):
+    return getattr(module.forward, "func", None) is fast_forward
 
 
 @pytest.fixture
@@ -97,7 +102,8 @@ def test_layers_become_fast_without_another_name_start_or_result(by_onednn, monk
     fast = models.build_model("crossmae_vit_tiny_patch4", {})
     assert_identical(dict(fast.state_dict()), dict(plain.state_dict()))
     layers = [m for m in fast.modules() if isinstance(m, nn.Linear)]
-    assert layers and all(type(m) is FastLinear for m in layers)
+    assert layers and all(is_fast(m) for m in layers)
+    assert repr(fast) == repr(plain)
     images = torch.randn(2, 3, 16, 16)
     split = random_split(torch.rand(2, 16), TokenCounts(16, 4, 4))
     torch.testing.assert_close(fast(images, split), plain(images, split))
@@ -107,7 +113,7 @@ def test_layers_stay_pytorchs_where_that_is_the_fastest(monkeypatch):
     monkeypatch.setattr(kernels, "cpu_linear", lambda: "pytorch")
     model = nn.Sequential(nn.Linear(2, 3))
     use_fast_kernels(model)
-    assert type(model[0]) is nn.Linear
+    assert not is_fast(model[0])
 
 
 def test_other_kinds_of_layers_stay_as_they_are(by_onednn):
@@ -116,7 +122,17 @@ def test_other_kinds_of_layers_stay_as_they_are(by_onednn):
 
     model = nn.Sequential(OtherLinear(2, 3), nn.Linear(3, 2, bias=False))
     use_fast_kernels(model)
-    assert [type(m) for m in model] == [OtherLinear, nn.Linear]
+    assert not any(map(is_fast, model))
+
+
+def test_a_copy_of_a_fast_layer_has_its_own_weights(by_onednn):
+    layer = nn.Linear(2, 3)
+    use_fast_kernels(layer)
+    copied, x = copy.deepcopy(layer), torch.randn(4, 2)
+    expected = layer(x)
+    nn.init.zeros_(copied.weight)
+    assert torch.equal(copied(x), copied.bias.expand(4, 3))
+    assert torch.equal(layer(x), expected)
 
 
 def test_linear_is_pytorchs_elsewhere(monkeypatch):

@@ -86,6 +86,20 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path, monkeypatch, data, stops,
     assert (resumed / "detection.png").read_bytes() == (whole / "detection.png").read_bytes()
 
 
+def test_a_stopped_run_continues_without_the_weights_that_it_started_from(
+    tmp_path, monkeypatch, data, pretrained
+):
+    weights, whole, resumed = tmp_path / "weights.pth", tmp_path / "whole", tmp_path / "resumed"
+    weights.write_bytes(pretrained.read_bytes())
+    argv = [*TINY, "--data_path", data, "--finetune", weights]
+    run(*argv, "--output_dir", whole)
+    stopped = [*argv, *EACH_STEP, "--output_dir", resumed]
+    run_until(2, monkeypatch, *stopped, main=main_detection.main)
+    weights.unlink()
+    run(*argv, "--output_dir", resumed)
+    assert_identical(state_of(resumed, KIND), state_of(whole, KIND))
+
+
 @pytest.mark.parametrize("memory", ["medium", "low"])
 def test_memory_modes_change_nothing(tmp_path, data, finished, memory):
     run(*TINY, "--data_path", data, "--memory", memory, "--output_dir", tmp_path)
@@ -107,6 +121,8 @@ DIFFERENCES = {
     "--no_masks": "masks was True and is now False",
     "--no_rel_pos": "relative positions was True and is now False",
     "--lsj_scale 1 2": "--lsj_scale was [0.1, 2.0] and is now [1.0, 2.0]",
+    "--hflip 0": "--hflip was 0.5 and is now 0.0",
+    "--vflip 0.5": "--vflip was 0.0 and is now 0.5",
     "--no_aug": "augmentation was True and is now False",
     "--limit_images 3": "number of training images was 6 and is now 3",
     "--resume none": "would overwrite",

@@ -1,13 +1,16 @@
 """Fine-tuning from the command line: what it starts from, leaves, measures and refuses."""
 
 import argparse
+import json
 import re
 
 import pytest
 import timm
 import torch
+from timm.data import ImageNetInfo
 
 import main_finetune
+import main_linprobe
 from main_finetune import Recipe, parse_args, resolve_recipe
 from models_vit import SIZES, ModelSize, build_vit
 from tests.helpers import runs
@@ -31,7 +34,7 @@ from util.weights.encoder import read_encoder
 SCRATCH = [*QUICK, "--model", "vit_tiny_patch4", "--input_size", "16"]
 PLAIN = ["--mixup", "0", "--cutmix", "0", "--drop_path", "0", "--reprob", "0"]
 PLAIN += ["--auto_augment", "none"]
-MEASURED = ("val_loss", "val_top1", "val_top5", "val_images")
+MEASURED = ("val_loss", "val_top1", "val_top5", "val_balanced", "val_images")
 
 
 @pytest.fixture(scope="module")
@@ -293,10 +296,9 @@ def test_each_epoch_is_measured_and_last_and_best_are_told_apart(tmp_path, finis
         assert {"step", "loss", "grad_norm", "lr", "broken_images", *MEASURED} <= set(line)
         assert line["val_images"] == 12
         assert 0 <= line["val_top1"] <= line["val_top5"] == 100  # three classes
-    best = max(log, key=lambda line: line["val_top1"])
+    best = best_of(log)
     for name, line in {"last": log[-1], "best": best}.items():
-        numbers = f"top-1 {line['val_top1']:.2f}%, top-5 100.00%, loss {line['val_loss']:.4f}"
-        assert f"fine-tuning, {name} epoch ({line['epoch']}): {numbers} over 12 images" in out
+        assert f"fine-tuning, {name} epoch ({line['epoch']}): {logged(line)}\n" in out
     assert f"checkpoint of the best epoch: {folder}/checkpoint-best.pth" in out
     assert out.endswith(f"checkpoint: {folder}/checkpoint-e0003-s000000.pth\n")
     progress = read_checkpoint(folder / BEST_NAME, "finetune")["progress"]
@@ -390,8 +392,8 @@ def test_a_longer_run_goes_on_with_a_warning_and_the_best_so_far(tmp_path, finis
     assert "continuing with a change: lr was 0.001 and is now 0.01" in out
     log = read_log(folder)
     assert log[:3] == read_log(before)
-    is_better = log[3]["val_top1"] > progress["best"]["val_top1"]
-    best = log[3] if is_better else progress["best"]
+    best = best_of([progress["best"], log[3]])
+    is_better = best is log[3]
     assert last_checkpoint(folder)["progress"]["best"]["epoch"] == best["epoch"]
     assert ((folder / BEST_NAME).read_bytes() == kept) != is_better
 
@@ -456,9 +458,15 @@ def measured(capsys, *argv):
     return path, numbers
 
 
+def best_of(lines):
+    """The best epoch of a log: of equals, the one with the lower loss."""
+    return max(lines, key=lambda line: (line["val_top1"], -line["val_loss"]))
+
+
 def logged(line):
     top1, top5 = (f"top-{k} {line[f'val_top{k}']:.2f}%" for k in (1, 5))
-    return f"{top1}, {top5}, loss {line['val_loss']:.4f} over {line['val_images']} images"
+    text = f"{top1}, {top5}, balanced {line['val_balanced']:.2f}%, loss {line['val_loss']:.4f}"
+    return f"{text} over {line['val_images']} images"
 
 
 def assert_evaluates_as_logged(capsys, line, *argv):
@@ -491,7 +499,7 @@ def test_evaluation_gives_the_numbers_of_the_last_epoch_and_writes_nothing(
 
 def test_the_best_epoch_evaluates_as_logged(images, finished, capsys):
     log = read_log(finished[0])
-    best = max(log, key=lambda line: line["val_top1"])
+    best = best_of(log)
     argv = [*QUICK, "--data_path", images, "--finetune", finished[0] / BEST_NAME]
     assert_evaluates_as_logged(capsys, best, *argv)
 
@@ -519,6 +527,34 @@ def test_the_moving_average_is_what_is_measured(tmp_path, images, pretrained, ca
     torch.save({**content, "ema": None}, tmp_path / "weights.pth")
     last = measured(capsys, *argv, "--finetune", tmp_path / "weights.pth")[1]
     assert last != logged(read_log(tmp_path / "run")[-1])
+
+
+def test_an_average_that_is_too_slow_for_a_run_follows_the_weights_and_says_so(
+    tmp_path, images, pretrained, capsys
+):
+    argv = [*QUICK, "--finetune", pretrained, "--data_path", images, "--epochs", 3]
+    argv += ["--lr", 0.01, "--ema", 0.9999, *PLAIN]
+    finetune(*argv, "--output_dir", tmp_path / "run")
+    out = capsys.readouterr().out
+    assert "--ema 0.9999 averages over about 10000 steps, but the run has 15" in out
+    log = read_log(tmp_path / "run")
+    for line in log:  # both are measured
+        assert line["val_loss"] != line["raw_val_loss"]
+        assert abs(line["val_loss"] - line["raw_val_loss"]) < 0.5  # not the random start's
+    last = log[-1]
+    assert f"without averaging top-1 {last['raw_val_top1']:.2f}%" in out
+
+
+def test_the_best_epoch_of_an_average_holds_what_was_measured(tmp_path, images, pretrained, capsys):
+    argv = [*QUICK, "--finetune", pretrained, "--data_path", images, "--epochs", 3, "--lr", 0.01]
+    finetune(*argv, "--ema", 0.9, "--output_dir", tmp_path / "run")
+    best = best_of(read_log(tmp_path / "run"))
+    content = torch.load(tmp_path / "run" / BEST_NAME)
+    assert "ema" not in content
+    torch.save({"model": content["model"]}, tmp_path / "weights.pth")  # as other programs read it
+    argv = [*QUICK, "--data_path", images, "--pool", "avg"]
+    argv += ["--mean", *content["mean"], "--std", *content["std"]]
+    assert_evaluates_as_logged(capsys, best, *argv, "--finetune", tmp_path / "weights.pth")
 
 
 def test_a_classifier_of_timms_is_evaluated(tmp_path, images, capsys):
@@ -575,11 +611,12 @@ def test_splits_and_masks_are_not_classes(tmp_path, capsys, layout, options, rea
 
 
 UNFIT = {
-    "--finetune PRETRAINED": "has no head to evaluate",
+    "--finetune PRETRAINED": "has no head: fine-tune it first",
     "--output_dir EMPTY": "--eval found no checkpoint in",
     "--output_dir RUN --resume nowhere.pth": "checkpoint not found: nowhere.pth",
-    "--output_dir RUN --dataset digits": "classes of the validation images differ from those of",
-    "--output_dir RUN --val_path OTHER": "1 missing (bear) and 1 new (dog)",
+    "--output_dir RUN --dataset digits": "10 classes of the validation images (0, 1, 2, ...) are",
+    "--output_dir RUN --val_path OTHER": "(dog) is not among the 3 of the checkpoint (apple, bear",
+    "--output_dir RUN --task regression": "was trained for --task classification: leave --task",
     "--output_dir RUN --val_path UNSORTED": "no labels",
     "--output_dir RUN --data_path IMAGES/train": "has no validation images",
     "--output_dir RUN --num_classes 2": "has a head of 3 classes: correct --num_classes 2",
@@ -613,6 +650,275 @@ def test_what_cannot_be_evaluated_is_refused(
     before = files_in(finished[0])
     assert reason in refused(capsys, *argv)
     assert files_in(finished[0]) == before
+    assert not (tmp_path / "run").exists()
+
+
+# A run whose weights are gone
+
+
+def test_a_run_continues_without_the_weights_that_it_started_from(
+    tmp_path, images, pretrained, capsys, monkeypatch
+):
+    weights = tmp_path / "pretrained.pth"
+    argv = [*QUICK, "--finetune", weights, "--data_path", images, "--ema", 0.9, "--lr", 1e-3]
+    weights.write_bytes(pretrained.read_bytes())
+    finetune(*argv, "--epochs", 2, "--output_dir", tmp_path / "whole")
+
+    folder = tmp_path / "run"
+    stopped = [*argv, "--epochs", 2, *EACH_STEP, "--output_dir", folder]
+    run_until(2, monkeypatch, *stopped, main=main_finetune.main)
+    weights.unlink()
+    finetune(*argv, "--epochs", 2, "--output_dir", folder)
+    out = capsys.readouterr().out
+    assert f"checkpoint not found: {weights}; that is not needed: {folder}/checkpoint-" in out
+    assert "newly initialized" not in out.partition("that is not needed")[2]
+    for part in ("model", "ema", "optimizer"):
+        runs.assert_identical(
+            last_checkpoint(folder)[part], last_checkpoint(tmp_path / "whole")[part]
+        )
+
+    # Other weights under that name are still refused, and so is a new run without any.
+    torch.save(released_like(), weights)
+    message = refused(capsys, *argv, "--epochs", 3, "--output_dir", folder)
+    assert "hash of the weights it starts from was" in message
+    weights.unlink()
+    assert "not found" in refused(capsys, *argv, "--output_dir", tmp_path / "new")
+    assert "input_size was" in refused(capsys, *argv, "--input_size", 24, "--output_dir", folder)
+
+
+# A head to train on from
+
+
+def test_a_kept_head_starts_where_it_ended(tmp_path, images, finished, capsys):
+    folder, _ = finished
+    argv = [*QUICK, "--data_path", images, "--finetune", list_checkpoints(folder)[-1]]
+    argv += ["--keep_head", "--epochs", 1, "--lr", 1e-12]
+    finetune(*argv, "--output_dir", tmp_path / "run")
+    line, before = read_log(tmp_path / "run")[-1], read_log(folder)[-1]
+    assert {name: line[name] for name in MEASURED} == pytest.approx(
+        {name: before[name] for name in MEASURED}, rel=1e-4
+    )
+    assert "newly initialized" not in capsys.readouterr().out
+
+
+def test_a_kept_head_without_names_needs_an_order_that_is_clear(tmp_path, capsys):
+    for split in ("train", "val"):
+        for number in range(12):
+            write_images(tmp_path / "data" / split / str(number), 1)
+    path = head_that_answers(tmp_path / "timm.pth", *[0.0] * 12)
+    argv = [*QUICK, "--finetune", path, "--data_path", tmp_path / "data", "--keep_head"]
+    message = refused(capsys, *argv, "--output_dir", tmp_path / "run")
+    assert "sort these folders as 0, 1, 10, 11, 2" in message
+
+
+def test_a_linear_probe_can_be_fine_tuned_from_its_head(tmp_path, images, pretrained, capsys):
+    argv = [*QUICK, "--finetune", pretrained, "--data_path", images, "--epochs", 2, "--lr", 1]
+    run(*argv, "--output_dir", tmp_path / "probe", main=main_linprobe.main)
+    before = read_log(tmp_path / "probe")[-1]
+    path = list_checkpoints(tmp_path / "probe")[-1]
+    argv = [*QUICK, "--data_path", images, "--finetune", path, "--keep_head", "--epochs", 1]
+    finetune(*argv, "--lr", 1e-12, "--output_dir", tmp_path / "run")
+    line = read_log(tmp_path / "run")[-1]
+    assert line["val_top1"] == before["val_top1"]
+    assert line["val_loss"] == pytest.approx(before["val_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("--finetune PRETRAINED", "has no head to keep"),
+        ("", "--keep_head needs a classifier"),
+        ("--finetune CLASSIFIER --data_path OTHER", "1 missing (bear) and 1 new (dog)"),
+        ("--finetune CLASSIFIER --pool cls", "which --pool cls needs"),
+        ("--finetune CLASSIFIER --num_classes 2", "head of 3 classes: correct --num_classes 2"),
+        ("--finetune CLASSIFIER --eval", "leave --keep_head out"),
+    ],
+)
+def test_a_head_that_cannot_be_kept_is_refused(
+    tmp_path, images, pretrained, finished, capsys, options, reason
+):
+    for name in ("apple", "cup", "dog"):
+        write_images(tmp_path / "other" / name, 2)
+    places = {"PRETRAINED": pretrained, "CLASSIFIER": list_checkpoints(finished[0])[-1]}
+    places["OTHER"] = tmp_path / "other"
+    options = [places.get(word, word) for word in options.split()]
+    argv = [*QUICK, "--data_path", images, "--keep_head", "--output_dir", tmp_path / "run"]
+    assert reason in refused(capsys, *argv, *options)
+    assert not (tmp_path / "run").exists()
+
+
+# Evaluation on some of a classifier's classes
+
+
+def head_that_answers(path, *values):
+    """Weights of timm's whose outputs are these for every image, saved without class names."""
+    state = timm_nano()
+    state["head.weight"] = torch.zeros(len(values), 32)
+    state["head.bias"] = torch.tensor(values)
+    torch.save(state, path)
+    return path
+
+
+def test_some_of_a_classifiers_classes_are_matched_by_name(tmp_path, images, finished, capsys):
+    for name in ("apple", "cup"):
+        copied(images / "val" / name, tmp_path / "some" / name)
+    argv = [*QUICK, "--val_path", tmp_path / "some", "--eval", "--output_dir", finished[0]]
+    finetune(*argv, "--dump_json", tmp_path / "all.json")
+    assert "2 of the head's 3 classes: all outputs compete" in capsys.readouterr().out
+    finetune(*argv, "--only_these_classes", "--dump_json", tmp_path / "some.json")
+    assert "only their outputs compete" in capsys.readouterr().out
+
+    whole = json.loads((finished[0] / "classes.json").read_text())
+    among_all = json.loads((tmp_path / "all.json").read_text())
+    among_some = json.loads((tmp_path / "some.json").read_text())
+    assert list(whole["classes"]) == list(among_all["classes"]) == ["apple", "bear", "cup"]
+    assert list(among_some["classes"]) == ["apple", "cup"]
+    for name in ("apple", "cup"):
+        assert among_all["classes"][name] == whole["classes"][name]
+        assert among_some["classes"][name]["accuracy"] >= whole["classes"][name]["accuracy"]
+    assert among_all["classes"]["bear"]["images"] == 0
+    assert among_some["val_loss"] < among_all["val_loss"]
+
+
+def test_classes_of_imagenet_are_known_to_heads_without_names(tmp_path, capsys):
+    names = ImageNetInfo("imagenet-1k").label_names()
+    for name in (names[3], names[7], names[500]):
+        write_images(tmp_path / "val" / name, 4)
+    answers = [0.0] * 1000
+    answers[3] = answers[500] = -1.0
+    answers[7], answers[600] = 5.0, 9.0
+    path = head_that_answers(tmp_path / "timm.pth", *answers)
+    argv = [*QUICK, "--finetune", path, "--val_path", tmp_path / "val"]
+    assert "top-1 0.00%, top-5 33.33%" in measured(capsys, *argv)[1]
+    assert "top-1 33.33%" in measured(capsys, *argv, "--only_these_classes")[1]
+
+
+# Unbalanced classes
+
+
+def test_classes_can_be_weighted_and_decide_by_balanced_accuracy(tmp_path, pretrained, capsys):
+    for split in ("train", "val"):
+        for name, number in (("common", 20), ("rare", 2)):
+            write_images(tmp_path / "data" / split / name, number)
+    argv = [*QUICK, "--finetune", pretrained, "--data_path", tmp_path / "data", "--epochs", 2]
+    argv += ["--lr", 1e-3, *PLAIN]
+    finetune(*argv, "--output_dir", tmp_path / "plain")
+    options = ["--class_weights", "balanced", "--best_by", "balanced"]
+    finetune(*argv, *options, "--output_dir", tmp_path / "weighted")
+    plain, weighted = (read_log(tmp_path / name) for name in ("plain", "weighted"))
+    assert plain[0]["loss"] != weighted[0]["loss"]
+    out = capsys.readouterr().out
+    assert re.search(r"rare +\d+\.\d\d% +2\n", out)
+    found = json.loads((tmp_path / "weighted" / "classes.json").read_text())
+    assert sum(found["confusion"][0]) == 20
+    assert sum(found["confusion"][1]) == 2
+    assert (tmp_path / "weighted" / "confusion.png").is_file()
+    best = max(weighted, key=lambda line: (line["val_balanced"], -line["val_loss"]))
+    progress = last_checkpoint(tmp_path / "weighted")["progress"]
+    assert progress["best"]["epoch"] == best["epoch"]
+    message = refused(capsys, *argv, "--output_dir", tmp_path / "weighted")
+    assert "--class_weights was 'balanced' and is now None" in message
+
+
+# Several labels, and numbers
+
+
+def write_table(folder, header, rows):
+    """Noise images 0.png, 1.png, ... and their labels in a table."""
+    write_images(folder, len(rows))
+    names = sorted(path.name for path in folder.glob("*.png"))
+    lines = [",".join(map(str, (name, *row))) for name, row in zip(names, rows, strict=True)]
+    path = folder / "labels.csv"
+    path.write_text("\n".join([header, *lines]) + "\n")
+    return path
+
+
+def assert_goes_through(tmp_path, capsys, monkeypatch, table, task, words):
+    """A run is trained, stopped and continued, measured again, and trained on from."""
+    argv = [*SCRATCH, "--data_csv", table, "--task", task, "--lr", 1e-3, "--epochs", 2]
+    finetune(*argv, "--output_dir", tmp_path / "whole")
+    folder = tmp_path / "run"
+    stopped = [*argv, *EACH_STEP, "--output_dir", folder]
+    run_until(2, monkeypatch, *stopped, main=main_finetune.main)
+    finetune(*argv, "--output_dir", folder)
+    runs.assert_identical(
+        last_checkpoint(folder)["model"], last_checkpoint(tmp_path / "whole")["model"]
+    )
+    capsys.readouterr()
+    finetune(*QUICK, "--data_csv", table, "--eval", "--output_dir", folder)
+    line = read_log(folder)[-1]
+    text = words.format(**line)
+    assert text in capsys.readouterr().out
+    argv = [*QUICK, "--data_csv", table, "--task", task, "--keep_head", "--epochs", 1]
+    argv += ["--finetune", list_checkpoints(folder)[-1], "--lr", 1e-12]
+    finetune(*argv, "--output_dir", tmp_path / "on")
+    assert read_log(tmp_path / "on")[-1]["val_loss"] == pytest.approx(line["val_loss"], rel=1e-4)
+    assert "was trained for --task" in refused(
+        capsys, *argv[:-1], 1, "--task", "classification", "--output_dir", tmp_path / "no"
+    )
+
+
+def test_images_with_several_labels(tmp_path, capsys, monkeypatch):
+    labels = ["cat|dog", "dog", "", "cat", "bird|dog", "bird"] * 4
+    rows = [(text, "train" if i < 16 else "val") for i, text in enumerate(labels)]
+    table = write_table(tmp_path / "data", "path,label,split", rows)
+    words = "mAP {val_map:.2f}%, loss {val_loss:.4f} over 8 images"
+    assert_goes_through(tmp_path, capsys, monkeypatch, table, "multilabel", words)
+    found = json.loads((tmp_path / "run" / "classes.json").read_text())
+    assert list(found["classes"]) == ["bird", "cat", "dog"]
+    # Other images may have only some of the classes, which keep their outputs.
+    rows = [row for row in rows if row[1] == "val"]
+    lines = [f"{16 + i:03d}.png,{text}" for i, (text, _) in enumerate(rows) if "bird" not in text]
+    some = tmp_path / "data" / "some.csv"
+    some.write_text("\n".join(["path,label", *lines]) + "\n")
+    argv = [*QUICK, "--val_csv", some, "--eval", "--output_dir", tmp_path / "run"]
+    finetune(*argv, "--dump_json", tmp_path / "some.json")
+    part = json.loads((tmp_path / "some.json").read_text())["classes"]
+    expected = {name: sum(name in line for line in lines) for name in ("bird", "cat", "dog")}
+    assert {name: row["images"] for name, row in part.items()} == expected
+
+
+def test_a_regressor_is_trained_on_from_another_scale(tmp_path):
+    rows = [(20.5 + i, "train" if i % 3 else "val") for i in range(24)]
+    table = write_table(tmp_path / "data", "path,label,split", rows)
+    argv = [*QUICK, "--data_csv", table, "--task", "regression"]
+    finetune(*SCRATCH, *argv, "--lr", 1e-3, "--epochs", 2, "--output_dir", tmp_path / "run")
+    before = read_log(tmp_path / "run")[-1]
+    content = torch.load(list_checkpoints(tmp_path / "run")[-1])
+    mean, std = content["target_scale"]  # as exports have it: outputs are values
+    head = content["model"]
+    head["head.weight"] *= std
+    head["head.bias"] = head["head.bias"] * std + mean
+    torch.save({**content, "target_scale": [0.0, 1.0]}, tmp_path / "values.pth")
+    argv += ["--finetune", tmp_path / "values.pth", "--keep_head", "--epochs", 1, "--lr", 1e-12]
+    finetune(*argv, "--output_dir", tmp_path / "on")
+    line = read_log(tmp_path / "on")[-1]
+    for name in ("val_mae", "val_loss"):
+        assert line[name] == pytest.approx(before[name], rel=1e-4)
+
+
+def test_images_with_numbers(tmp_path, capsys, monkeypatch):
+    rows = [(20.5 + i, "train" if i % 3 else "val") for i in range(24)]
+    table = write_table(tmp_path / "data", "path,label,split", rows)
+    words = "mean absolute error {val_mae:.5g}, R2 {val_r2:.4f}, loss {val_loss:.4f}"
+    assert_goes_through(tmp_path, capsys, monkeypatch, table, "regression", words)
+    assert last_checkpoint(tmp_path / "run")["target_scale"][0] == pytest.approx(32.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("--task multilabel", "--data_csv"),
+        ("--task regression --mixup 0.5", "--mixup is for --task classification"),
+        ("--task regression --best_by top1", "choose mae or loss"),
+        ("--task regression --num_classes 5", "has one output: leave --num_classes out"),
+        ("--only_these_classes", "needs --eval"),
+        ("--dump_json x.json", "needs --eval"),
+    ],
+)
+def test_options_of_another_task_are_refused(tmp_path, images, capsys, options, reason):
+    argv = [*SCRATCH, "--data_path", images, "--output_dir", tmp_path / "run"]
+    assert reason in refused(capsys, *argv, *options.split())
     assert not (tmp_path / "run").exists()
 
 

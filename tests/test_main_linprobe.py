@@ -15,11 +15,13 @@ from tests.helpers.files import copied, files_in, write_images
 from tests.helpers.models import NANO, use_nano_models
 from tests.helpers.processes import NANO_MAIN, command, finish, start
 from tests.helpers.runs import (
+    EACH_STEP,
     QUICK,
     assert_identical,
     refusal,
     run,
     run_until,
+    state_of,
 )
 from util.data.batch import collate
 from util.data.datasets import build_dataset
@@ -196,6 +198,20 @@ def test_arguments_that_contradict_the_checkpoint_are_refused_with_the_differenc
     options = [weights["mae"] if word == "MAE" else word for word in options]
     assert difference in refused(capsys, *argv, *options, "--output_dir", folder)
     assert files_in(folder) == files_in(before)
+
+
+def test_a_probe_continues_without_the_weights_that_it_started_from(
+    tmp_path, images, weights, monkeypatch, capsys
+):
+    encoder, whole, resumed = (tmp_path / name for name in ("encoder.pth", "whole", "resumed"))
+    encoder.write_bytes(weights["crossmae"].read_bytes())
+    argv = [*QUICK, "--finetune", encoder, "--data_path", images, "--pool", "avg"]
+    probe(*argv, "--output_dir", whole)
+    run_until(7, monkeypatch, *argv, *EACH_STEP, "--output_dir", resumed, main=main_linprobe.main)
+    encoder.unlink()
+    probe(*argv, "--output_dir", resumed)
+    assert f"checkpoint not found: {encoder}; that is not needed" in capsys.readouterr().out
+    assert_identical(state_of(resumed, "linprobe"), state_of(whole, "linprobe"))
 
 
 @pytest.mark.parametrize("flag", ["--finetune", "--resume"])

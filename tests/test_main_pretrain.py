@@ -334,6 +334,41 @@ def test_the_crops_of_an_image_are_part_of_what_a_run_is(tmp_path, images, capsy
     assert "--repeated_aug was 2 and is now 1" in refusal(capsys, *TINY, *place)
 
 
+def test_a_stopped_run_over_a_table_continues_bit_for_bit_wherever_the_table_is(
+    tmp_path, monkeypatch, images, nano
+):
+    names = sorted(path.name for path in (images / "train").iterdir())
+    rows = [f"{name},{index % 2}" for index, name in enumerate(names)]
+    for table in (tmp_path / "a.csv", tmp_path / "b.csv"):
+        table.write_text("\n".join(["path,label", *rows[::-1]]))
+    argv = [*TINY, "--data_path", images / "train", "--epochs", 1, "--val_fraction", 0.3]
+    run(*argv, "--data_csv", tmp_path / "a.csv", "--output_dir", tmp_path / "whole")
+    stopped = tmp_path / "stopped"
+    options = ["--output_dir", stopped, "--vflip", 0]
+    run_until(1, monkeypatch, *argv, *EACH_STEP, *options, "--data_csv", tmp_path / "a.csv")
+    run(*argv, *options, "--data_csv", tmp_path / "b.csv")
+    assert_identical(state_of(stopped), state_of(tmp_path / "whole"))
+
+
+def test_a_table_with_other_labels_or_another_order_is_another_run(tmp_path, images, capsys, nano):
+    names = sorted(path.name for path in (images / "train").iterdir())
+    table = tmp_path / "a.csv"
+    argv = [*TINY, "--data_path", images / "train", "--epochs", 1, "--data_csv", table]
+    argv += ["--output_dir", tmp_path / "run"]
+
+    def write(names, labels):
+        rows = (f"{name},{label}" for name, label in zip(names, labels, strict=True))
+        table.write_text("\n".join(["path,label", *rows]))
+
+    labels = [index % 2 for index in range(len(names))]
+    write(names, labels)
+    run(*argv)
+    write(names[::-1], labels[::-1])
+    assert "hash of their names was" in refusal(capsys, *argv)
+    write(names, [1 - label for label in labels])
+    assert "hash of the labels was" in refusal(capsys, *argv)
+
+
 # Starting again
 
 
@@ -421,6 +456,9 @@ def test_changes_of_the_recipe_are_named_and_take_effect(tmp_path, finished, cap
         (["--batch_size", "2"], "settings (--effective_batch_size 8 works with any number"),
         (["--feature_maps", "last"], "--feature_maps was None and is now 'last'"),
         (["--no-norm_pix_loss"], "--norm_pix_loss was True and is now False"),
+        (["--hflip", "0"], "--hflip was 0.5 and is now 0.0"),
+        (["--vflip", "0.5"], "--vflip was 0.0 and is now 0.5"),
+        (["--scale", "0.5", "1"], "--crop_area was [0.2, 1.0] and is now [0.5, 1.0]"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
@@ -574,6 +612,10 @@ REFUSED = {
     "--val_path nowhere": "nowhere does not exist",
     "--repeated_aug 3": "--batch_size 8 must be a multiple of --repeated_aug 3",
     "--decode gpu --device cpu": "--decode gpu needs a CUDA device, but this run is on cpu",
+    "--hflip 1.5": "must be between 0 and 1, not 1.5",
+    "--crop_area 1 0.2": "--crop_area takes the smallest and the largest fraction",
+    "--data_csv nowhere.csv": "nowhere.csv does not exist: correct the path of the table",
+    "--val_fraction 0.1": "--val_fraction holds out images of --data_csv: leave it out",
     "--decode both": "invalid choice: 'both'",
     "--decoder_depth 2000": "decoder_depth must be between 1 and 1000, not 2000",
     "--decoder_embed_dim 20000": "decoder_embed_dim must be between 1 and 16384, not 20000",

@@ -107,6 +107,20 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path, monkeypatch, data, head, 
     assert (resumed / "segmentation.png").read_bytes() == (whole / "segmentation.png").read_bytes()
 
 
+def test_a_stopped_run_continues_without_the_weights_that_it_started_from(
+    tmp_path, monkeypatch, data, pretrained
+):
+    weights, whole, resumed = tmp_path / "weights.pth", tmp_path / "whole", tmp_path / "resumed"
+    weights.write_bytes(pretrained.read_bytes())
+    argv = [*HEADS["linear"], "--data_path", data, "--finetune", weights]
+    run(*argv, "--output_dir", whole)
+    stopped = [*argv, *EACH_STEP, "--output_dir", resumed]
+    run_until(2, monkeypatch, *stopped, main=main_segmentation.main)
+    weights.unlink()
+    run(*argv, "--output_dir", resumed)
+    assert_identical(state_of(resumed, KIND), state_of(whole, KIND))
+
+
 @every_head
 @pytest.mark.parametrize("memory", ["medium", "low"])
 def test_memory_modes_and_workers_change_nothing(tmp_path, data, finished, head, memory):
@@ -131,6 +145,8 @@ DIFFERENCES = {
     "--crop_size 24": "--crop_size was [16, 16] and is now [24, 24]",
     "--scale 1 2": "--scale was [0.5, 2.0] and is now [1.0, 2.0]",
     "--no-photometric": "--photometric was True and is now False",
+    "--hflip 0": "--hflip was 0.5 and is now 0.0",
+    "--vflip 0.5": "--vflip was 0.0 and is now 0.5",
     "--eval_every 2": "--eval_every was 3 and is now 2",
     "--short_side 30": "--short_side was None and is now 30",
     "--resume none": "would overwrite",

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from models import choose_size, find_size
 from models_vit import (
+    POOLS,
     SIZES,
     Block,
     FeatureNorm,
@@ -122,7 +123,7 @@ def test_linear_layers_and_norms_start_as_in_mae():
 
 # The classifier
 
-pools = pytest.mark.parametrize("pool", ["avg", "cls"])
+pools = pytest.mark.parametrize("pool", POOLS)
 
 
 def both_vits(img_size, patch_size, pool, **options):
@@ -130,8 +131,8 @@ def both_vits(img_size, patch_size, pool, **options):
     shape = {"patch_size": patch_size, "embed_dim": 24, "depth": 3, "num_heads": 3}
     shape |= {"img_size": img_size, "num_classes": 5}
     ours = VisionTransformer(**shape, in_chans=3, pool=pool, **options).double()
-    timms_pool = {"avg": "avg", "cls": "token"}[pool]
-    theirs = timm_vit.VisionTransformer(**shape, global_pool=timms_pool, **options).double()
+    timms_pool = {"global_pool": "token" if pool == "cls" else "avg", "fc_norm": pool == "avg"}
+    theirs = timm_vit.VisionTransformer(**shape, **timms_pool, **options).double()
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     ours.load_state_dict(theirs.state_dict(), strict=True)
@@ -202,8 +203,13 @@ def test_a_pretrained_encoder_is_all_but_norm_and_head(build, pool):
     assert unexpected == []
     images = torch.randn(2, 3, 16, 16)
     last = encoder(images)[-1]  # (B, 1+L, D)
-    pooled = last[:, 1:].mean(dim=1) if pool == "avg" else last[:, 0]
-    torch.testing.assert_close(model.features(images), F.layer_norm(pooled, (32,), eps=1e-6))
+    normalize = partial(F.layer_norm, normalized_shape=(32,), eps=1e-6)
+    expected = {
+        "avg": normalize(last[:, 1:].mean(dim=1)),
+        "cls": normalize(last[:, 0]),
+        "norm_avg": normalize(last[:, 1:]).mean(dim=1),
+    }
+    torch.testing.assert_close(model.features(images), expected[pool])
 
 
 # Drop path

@@ -5,6 +5,7 @@ A group of settings is a frozen dataclass, defined with its flags next to the co
 
 import argparse
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -19,7 +20,10 @@ Settings = TypeVar("Settings")
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser that refuses abbreviations and empty values, and reports errors in one line."""
+    """Parser that refuses abbreviations and empty values, and reports errors in one line.
+
+    It expands "~" at the beginning of paths, which a shell does not do in --flag=~/path.
+    """
 
     def __init__(self, **options: object) -> None:
         super().__init__(allow_abbrev=False, **options)
@@ -30,11 +34,20 @@ class Parser(argparse.ArgumentParser):
         for name, value in vars(parsed).items():
             if value == "" or (isinstance(value, list) and "" in value):
                 self.error(f"--{name} is empty: give it a value or leave it out")
+            expanded = map(at_home, value) if isinstance(value, list) else at_home(value)
+            setattr(parsed, name, list(expanded) if isinstance(value, list) else expanded)
         return parsed
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with code 2."""
         self.exit(2, f"{self.prog}: error: {escaped(message)}\n")
+
+
+def at_home(value: object) -> object:
+    """Expand a path below the user's home folder, "~" or "~/..."; other values stay as they are."""
+    if isinstance(value, Path | str) and re.match("~(?:/|$)", str(value)):
+        return type(value)(Path(value).expanduser())
+    return value
 
 
 def number(text: str) -> float:

@@ -1,17 +1,21 @@
 """Optimizers and their parameter groups (Tables 10 and 11, App. B.1)."""
 
 import argparse
+import logging
 import math
 from dataclasses import dataclass, replace
 
 import torch.nn as nn
 from timm.optim import Lars, param_groups_layer_decay, param_groups_weight_decay
+from timm.utils import ModelEmaV3
 from torch.optim import AdamW, Optimizer
 
 from util.arguments import fraction, natural_float, natural_int, positive_float, positive_int
 from util.errors import InputError
 
 Group = argparse._ArgumentGroup
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -198,6 +202,26 @@ def build_lars(model: nn.Module, *, weight_decay: float, momentum: float = 0.9) 
     return Lars(groups, lr=0.0, momentum=momentum, trust_coeff=0.001, eps=0.0)
 
 
+def build_ema(model: nn.Module, decay: float | None, num_steps: int) -> ModelEmaV3 | None:
+    """Build a moving average of the weights that follows them closely at first; None without decay.
+
+    The decay of step n, counted from 0, is n / (n + 9) until it reaches `decay`, so an average is
+    over the last tenth of a short run instead of over its random start.
+
+    Args:
+        num_steps: of the run; a decay that it is too short for is warned of.
+    """
+    if decay is None:
+        return None
+    if decay**num_steps > 0.1:
+        _logger.warning(
+            "--ema %g averages over about %d steps, but the run has %d: the average is over about "
+            "the last tenth of the steps so far instead",
+            *(decay, round(1 / (1 - decay)), num_steps),
+        )
+    return ModelEmaV3(model, decay, use_warmup=True, warmup_gamma=9, warmup_power=1)
+
+
 def set_lr(optimizer: Optimizer, lr: float) -> None:
     """Set the learning rate of every parameter group for the next step."""
     for group in optimizer.param_groups:
@@ -323,7 +347,8 @@ def add_finetune_args(
         "--ema",
         type=fraction,
         metavar="DECAY",
-        help="keep and evaluate a moving average of the weights; a decay such as 0.9999 (off)",
+        help="keep and evaluate a moving average of the weights; a decay such as 0.9999, lower at "
+        "the start of a run (off)",
     )
     return group
 

@@ -4,6 +4,7 @@ torchrun runs this file as a script, which runs main_pretrain.py for every line 
 """
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -18,7 +19,7 @@ import torch.distributed as dist
 import main_pretrain
 from tests.helpers.files import write_images
 from tests.helpers.models import use_nano_models
-from tests.helpers.processes import ROOT, command, finish, start
+from tests.helpers.processes import NANO_MAIN, ROOT, command, finish, free_port, start
 from tests.helpers.runs import TINY, run
 from util.compute import distributed
 from util.compute.distributed import (
@@ -191,12 +192,43 @@ def test_an_error_in_all_processes_is_reported_once(tmp_path):
 # One process
 
 
-def test_without_torchrun_there_is_one_process(monkeypatch):
-    # Even inside a SLURM job or with a leftover variable.
-    slurm = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
-    for name, value in {"WORLD_SIZE": "4", "RANK": "1", **slurm}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+IN_A_JOB = {"SLURM_JOB_ID": 7, "SLURM_NTASKS": 8, "SLURM_PROCID": 0, "SLURM_LOCALID": 0}
+TWO = {"WORLD_SIZE": 2, "RANK": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets exactly the given variables of those that launchers set."""
+    launchers = ("SLURM_", "OMPI_", "PMI_", "MPI_")
+    for name in os.environ:
+        if name.startswith(launchers):
+            monkeypatch.delenv(name)
+    for name in (*TWO, "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def set_all(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+
+    return set_all
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"WORLD_SIZE": "", "RANK": "", "LOCAL_RANK": " "},
+        {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0},
+        IN_A_JOB,  # a script of sbatch, or a shell of salloc
+        {**IN_A_JOB, "SLURM_STEP_NUM_TASKS": 1, "WORLD_SIZE": ""},
+        {**IN_A_JOB, "SLURM_STEP_NUM_TASKS": 8, "SLURM_PTY_PORT": 35000},  # srun --pty bash
+        {**IN_A_JOB, "SLURM_STEP_NUM_TASKS": 8, "WORLD_SIZE": 1},
+        {"OMPI_COMM_WORLD_SIZE": 1, "OMPI_COMM_WORLD_LOCAL_RANK": 0},
+        {"PMI_SIZE": 8},  # srun's, too
+    ],
+)
+def test_alone_there_is_one_process(environment, variables):
+    environment(**variables)
     assert init_distributed("cpu") == CPU
     assert (rank(), world_size(), is_main_process()) == (0, 1, True)
     assert not dist.is_initialized()
@@ -210,36 +242,145 @@ def test_without_torchrun_there_is_one_process(monkeypatch):
     assert model.weight.grad is not None
 
 
-def test_incomplete_variables_are_refused(monkeypatch):
-    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    monkeypatch.delenv("MASTER_PORT", raising=False)
-    with pytest.raises(InputError, match="which also need MASTER_ADDR and MASTER_PORT"):
+# Launchers
+
+
+@pytest.mark.slow
+def test_processes_join_without_a_local_rank(tmp_path):
+    # As in Kubernetes, where each is the only one of its pod.
+    images = write_images(tmp_path / "images", 16)
+    port = free_port()
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    folders = [tmp_path / "0", tmp_path / "1"]
+    started = []
+    for number, folder in enumerate(folders):
+        argv = [NANO_MAIN, "pretrain", *TINY, "--data_path", images, "--output_dir", folder]
+        started.append(start(command(*argv), RANK=str(number), **variables))
+    ends = [finish(process) for process in started]
+    assert [code for code, *_ in ends] == [0, 0], ends
+    assert "x 2 (processes)" in ends[0][1]
+    assert folders[0].exists() and not folders[1].exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "launcher"),
+    [
+        ({**IN_A_JOB, "SLURM_STEP_NUM_TASKS": 2}, "srun"),
+        ({**IN_A_JOB, "SLURM_STEP_NUM_TASKS": 2, "WORLD_SIZE": ""}, "srun"),
+        ({"OMPI_COMM_WORLD_SIZE": 2, "OMPI_COMM_WORLD_LOCAL_RANK": 1}, "mpirun"),
+        ({"PMI_SIZE": 2, "MPI_LOCALRANKID": 0}, "mpirun"),
+    ],
+)
+def test_processes_that_would_each_be_alone_are_refused(environment, variables, launcher):
+    environment(**variables)
+    message = f"{launcher} has started 2 processes that .* torchrun or scripts/launch_slurm.py"
+    with pytest.raises(InputError, match=message):
         init_distributed("cpu")
 
 
-def test_a_port_in_use_is_named(monkeypatch):
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number, not 'two'"),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE must be a whole number, not '-2'"),
+        ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE must be a whole number"),
+        ({**TWO, "RANK": "first"}, "RANK must be a whole number, not 'first'"),
+        ({**TWO, "LOCAL_RANK": "-1"}, "LOCAL_RANK must be a whole number, not '-1'"),
+        ({**TWO, "RANK": 5}, "RANK is 5, but WORLD_SIZE is 2: "),
+        ({"WORLD_SIZE": 0}, "RANK is 0, but WORLD_SIZE is 0: "),
+        ({"WORLD_SIZE": 1, "RANK": 1}, "RANK is 1, but WORLD_SIZE is 1: "),
+        ({"RANK": 1}, "RANK is 1, but WORLD_SIZE is not set: "),
+        ({**TWO, "MASTER_PORT": "http"}, "MASTER_PORT must be a whole number"),
+        ({**TWO, "MASTER_PORT": 99999}, "MASTER_PORT must be between 1 and 65535, not 99999"),
+        ({**TWO, "MASTER_ADDR": "", "MASTER_PORT": ""}, "need MASTER_ADDR and MASTER_PORT: "),
+        ({"WORLD_SIZE": 4}, "need RANK, MASTER_ADDR and MASTER_PORT: .*, or unset WORLD_SIZE"),
+    ],
+)
+def test_wrong_or_incomplete_variables_are_refused(environment, variables, message):
+    environment(**variables)
+    with pytest.raises(InputError, match=message) as caught:
+        init_distributed("cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_number_of_processes_that_is_no_number_is_refused(environment):
+    environment(LOCAL_WORLD_SIZE="all")
+    with pytest.raises(InputError, match="LOCAL_WORLD_SIZE must be a whole number, not 'all'"):
+        cores_per_process()
+
+
+def test_a_port_in_use_is_named(environment):
     with socket.create_server(("", 0)) as listener:
         port = listener.getsockname()[1]
-        variables = {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost"}
-        for name, value in {**variables, "MASTER_PORT": port}.items():
-            monkeypatch.setenv(name, str(value))
+        environment(**{**TWO, "RANK": 0, "MASTER_PORT": port})
         with pytest.raises(RunError, match=f"port {port} of localhost, .*, is already in use"):
             init_distributed("cpu")
 
 
-def test_nccl_is_given_the_gpu_of_its_process(monkeypatch):
-    variables = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost"}
-    for name, value in {**variables, "MASTER_PORT": "1"}.items():
-        monkeypatch.setenv(name, value)
-    zeros, asked = torch.zeros, {}
-    monkeypatch.setattr(torch, "zeros", lambda *size, device: zeros(*size))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(distributed, "_open_store", lambda *_: None)
-    monkeypatch.setattr(dist, "init_process_group", lambda *_, **options: asked.update(options))
-    assert init_distributed("cuda") == asked["device_id"] == torch.device("cuda", 1)
+@pytest.fixture
+def join(monkeypatch):
+    """Joins processes in name only on this many GPUs; returns the device and NCCL's options."""
+
+    def join(num_gpus, device="cuda", error=None):
+        options = {}
+
+        def init_process_group(*_, **given):
+            options.update(given)
+            if error is not None:
+                raise error
+
+        zeros = torch.zeros
+        monkeypatch.setattr(torch, "zeros", lambda *size, device: zeros(*size))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(distributed, "_open_store", lambda *_: None)
+        monkeypatch.setattr(dist, "init_process_group", init_process_group)
+        return init_distributed(device), options
+
+    return join
+
+
+SRUN = {"SLURM_STEP_NUM_TASKS": 2, "SLURM_LOCALID": 1}
+MPIRUN = {"OMPI_COMM_WORLD_SIZE": 2, "OMPI_COMM_WORLD_LOCAL_RANK": 1}
+
+
+@pytest.mark.parametrize(
+    ("variables", "num_gpus", "device", "index"),
+    [
+        ({"LOCAL_RANK": 1}, 2, "cuda", 1),
+        ({"LOCAL_RANK": 1}, 2, "cuda:0", 1),  # several processes do not share the named GPU
+        ({}, 1, "cuda", 0),  # a pod's only one
+        ({}, 4, "cuda:3", 3),
+        (SRUN, 2, "cuda", 1),
+        (SRUN, 1, "cuda", 0),  # srun shows each process its own
+        (MPIRUN, 2, "cuda:0", 1),
+        ({**SRUN, "LOCAL_RANK": 0}, 2, "cuda", 0),
+    ],
+)
+def test_nccl_is_given_the_gpu_of_its_process(
+    environment, join, variables, num_gpus, device, index
+):
+    environment(**TWO, **variables)
+    chosen, options = join(num_gpus, device)
+    assert chosen == options["device_id"] == torch.device("cuda", index)
+
+
+@pytest.mark.parametrize("variables", [{}, {"SLURM_STEP_NUM_TASKS": 4, "SLURM_LOCALID": 0}])
+def test_a_gpu_is_not_guessed(environment, join, variables):
+    # The tasks of srun are not the processes: there are twice as many.
+    environment(**TWO, **variables)
+    with pytest.raises(InputError, match=r"process 1 .* which of the 2 GPUs .*: set LOCAL_RANK"):
+        join(2)
+
+
+def test_two_processes_on_one_gpu_are_told(environment, join):
+    environment(**TWO)
+    error = dist.DistBackendError("Duplicate GPU detected : rank 1 and rank 0 both on CUDA device")
+    with pytest.raises(RunError, match="process 1 has the same GPU as another: set LOCAL_RANK"):
+        join(1, error=error)
+
+
+# Cores and devices
 
 
 @pytest.mark.parametrize(
@@ -290,10 +431,12 @@ def test_devices_that_cannot_compute_are_refused(device):
         ("cuda:0", 2, 3, 2, "cuda:2"),  # several processes do not share the named GPU
     ],
 )
-def test_missing_gpus_are_refused(monkeypatch, device, local_rank, num_processes, num_gpus, wanted):
+def test_missing_gpus_are_refused(
+    environment, monkeypatch, device, local_rank, num_processes, num_gpus, wanted
+):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
-    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
-    monkeypatch.setenv("WORLD_SIZE", str(num_processes))
+    places = {"LOCAL_RANK": local_rank, "RANK": local_rank, "WORLD_SIZE": num_processes}
+    environment(**{**TWO, **places})
     with pytest.raises(InputError, match=f"{wanted} not found .*: {num_gpus}"):
         init_distributed(device)
 

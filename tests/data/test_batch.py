@@ -11,7 +11,7 @@ from tests.helpers.training import MEAN, STD, HostReads
 from util.data import batch
 from util.data.batch import Box, Normalization, Sample, collate, denormalize, resize_crop
 from util.data.decode import read_pixels
-from util.data.transforms import pretrain_transform
+from util.data.transforms import PRETRAIN_VIEW, ViewSettings, eval_transform, pretrain_transform
 from util.errors import RunError
 
 
@@ -36,10 +36,11 @@ def test_resizing_as_a_gpu_does_differs_only_by_rounding():
 
 
 def test_flips_and_normalization_are_left_to_the_device_and_are_torchvisions():
-    transform = pretrain_transform((24, 32), MEAN, STD, num_crops=6)
+    view = ViewSettings(vflip=0.5)
+    transform = pretrain_transform((24, 32), MEAN, STD, view, num_crops=6)
     image = photo()
     crops = transform(read_pixels(image), "test", 1)
-    assert {True, False} == set(crops.flips)
+    assert {True, False} == set(crops.flips) == set(crops.vertical_flips)
     batch = collate([Sample(crops, label=3, broken=[("a", "b")])])
     assert batch.images.dtype == torch.uint8
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
@@ -47,13 +48,15 @@ def test_flips_and_normalization_are_left_to_the_device_and_are_torchvisions():
     assert labels.tolist() == [3] * 6
     assert batch.broken == [("a", "b")]
     normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
-    for got, pixels, flip in zip(images, crops.pixels, crops.flips, strict=True):
-        assert torch.equal(got, normalize(pixels.flip(2) if flip else pixels))
+    flips = zip(crops.flips, crops.vertical_flips, strict=True)
+    for got, pixels, (flip, vertical) in zip(images, crops.pixels, flips, strict=True):
+        pixels = pixels.flip(2) if flip else pixels
+        assert torch.equal(got, normalize(pixels.flip(1) if vertical else pixels))
 
 
 def test_completing_a_batch_reads_nothing_from_the_device(monkeypatch):
-    batch = batches_of("cpu", 3)
-    assert batch.flips is not None
+    batch = batches_of("cpu", 3, ViewSettings(vflip=0.5))
+    assert batch.flips is not None and batch.vertical_flips is not None
     with monkeypatch.context() as patch, HostReads(patch) as reads:
         batch.to(CPU)
     assert reads.found == []
@@ -68,8 +71,9 @@ def test_every_value_is_normalized_as_torchvision_does_bit_for_bit():
 # Decoding on the device, here the CPU
 
 
-def batches_of(decode, num_crops=1):
-    transform = pretrain_transform((24, 32), MEAN, STD, num_crops=num_crops, decode=decode)
+def batches_of(decode, num_crops=1, view=PRETRAIN_VIEW):
+    options = {"num_crops": num_crops, "decode": decode}
+    transform = pretrain_transform((24, 32), MEAN, STD, view, **options)
     cases = ["usual", "EXIF 6", "gray", "CMYK", "usual", "with a tail"]
     samples = []
     for index, case in enumerate(cases):
@@ -79,12 +83,23 @@ def batches_of(decode, num_crops=1):
 
 
 @pytest.mark.parametrize("num_crops", [1, 3])
-def test_decoding_on_the_device_gives_the_batch_that_workers_decode(num_crops):
-    later, now = (batches_of(decode, num_crops) for decode in ("gpu", "cpu"))
+@pytest.mark.parametrize("vflip", [0, 0.5])
+def test_decoding_on_the_device_gives_the_batch_that_workers_decode(num_crops, vflip):
+    view = ViewSettings(vflip=vflip)
+    later, now = (batches_of(decode, num_crops, view) for decode in ("gpu", "cpu"))
     assert len(later.encoded.lengths) == 3  # the plain ones with an end marker
     assert len(later.images) == 3 * num_crops
     for got, expected in zip(later.to(CPU), now.to(CPU), strict=True):
         assert torch.equal(got, expected)
+
+
+def test_crops_with_and_without_vertical_flips_share_a_batch():
+    image, never = read_pixels(photo()), eval_transform((24, 32), MEAN, STD)
+    always = pretrain_transform((24, 32), MEAN, STD, ViewSettings(hflip=0.0, vflip=1.0))
+    crops = [transform(image, "test") for transform in (never, always)]
+    images, _ = collate([Sample(own, None, []) for own in crops]).to(CPU)
+    pixels = torch.stack([crops[0].pixels[0], crops[1].pixels[0].flip(1)])
+    assert torch.equal(images, Normalization(MEAN, STD)(pixels))
 
 
 @pytest.mark.parametrize("decode", ["cpu", "gpu"])

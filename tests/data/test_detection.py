@@ -119,8 +119,15 @@ def test_jitter_resizes_crops_and_flips_within_its_range(size):
     assert 0.9 / 1.9 - 0.1 < share < 0.9 / 1.9 + 0.1
     assert min(factors) < 0.15 and max(factors) > 0.9
     assert 0.4 < sum(view.flip for view in views) / len(views) < 0.6
+    assert not any(view.vertical_flip for view in views)
     cropped = [view for view in views if view.box.width < size[1]]
     assert len({view.box.left for view in cropped}) > min(3, size[1] // 4)
+
+
+def test_jitter_flips_as_often_as_is_asked():
+    views = [LargeScaleJitter(SIDE, hflip=0.0, vflip=0.25).view((48, 64), n) for n in range(400)]
+    assert not any(view.flip for view in views)
+    assert 0.17 < sum(view.vertical_flip for view in views) / len(views) < 0.33
 
 
 @pytest.mark.parametrize(
@@ -146,7 +153,7 @@ def test_boxes_are_where_the_masks_of_their_rectangles_are():
     rng, shown = np.random.default_rng(0), 0
     for number in range(300):
         size = tuple(rng.integers(10, 120, 2).tolist())
-        view = LargeScaleJitter(SIDE).view(size, number)
+        view = LargeScaleJitter(SIDE, vflip=0.5).view(size, number)
         rectangle, box = random_rectangle(rng, size)
         (found,) = view.boxes(torch.tensor([box], dtype=torch.float32))
         height, width = view.size
@@ -169,6 +176,8 @@ def test_boxes_are_moved_scaled_mirrored_and_clipped_without_rounding():
     assert view.boxes(boxes).tolist() == expected
     mirrored = [[45 - right, top, 45 - left, bottom] for left, top, right, bottom in expected]
     assert view._replace(flip=True).boxes(boxes).tolist() == mirrored
+    turned = [[left, 10 - bottom, right, 10 - top] for left, top, right, bottom in expected]
+    assert view._replace(vertical_flip=True).boxes(boxes).tolist() == turned
     assert view.boxes(torch.zeros(0, 4)).shape == (0, 4)
 
 

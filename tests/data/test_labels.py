@@ -48,12 +48,12 @@ def test_some_numbers_among_words_are_words():
 @pytest.mark.parametrize("missing", [None, -1, -1.0, "-1", "", " ", NAN])
 def test_missing_labels_are_counted(missing):
     found = read_labels([0, missing, missing] if missing != "" else ["0", "", ""])
-    assert found.fault == "2 of 3 are missing (-1 or null)"
+    assert found.fault == "2 of 3 are missing (empty, -1 or null)"
     assert found.indices == []
 
 
 def test_one_missing_label_is_enough():
-    assert read_labels(["cat", None, "dog"]).fault == "1 of 3 is missing (-1 or null)"
+    assert read_labels(["cat", None, "dog"]).fault == "1 of 3 is missing (empty, -1 or null)"
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,21 @@ def test_further_pages_of_tiff_files_are_counted(tmp_path, packed):
     assert block_of(open_train("", source))[-1] == line
 
 
+@pytest.mark.parametrize(
+    ("counts", "share"),
+    [
+        ((6, 1), "86%"),
+        ((3, 1), None),  # one and a half times the even share, and no more
+        ((2, *[1] * 19), "9.5%"),
+    ],
+)
+def test_the_share_of_the_commonest_class_is_told_where_it_is_large(tmp_path, counts, share):
+    write(tmp_path, **{f"class_{number}": count for number, count in enumerate(counts)})
+    lines = block_of(open_train("", tmp_path))[2:]
+    expected = f"  the commonest class, class_0, has {share} of the images"
+    assert lines == ([expected] if share else [])
+
+
 def test_ten_folders_are_listed_and_then_counted(tmp_path):
     write(tmp_path, **{f"class_{number}": 1 for number in range(13)})
     (first, _) = block_of(open_train("", tmp_path))

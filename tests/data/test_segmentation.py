@@ -489,6 +489,16 @@ def test_the_whole_image_at_its_size_is_only_flipped():
     assert 5 < sum(flipped) < 25
 
 
+@pytest.mark.parametrize(("hflip", "vflip"), [(0, 0), (1, 0), (0, 1), (1, 1)])
+def test_image_and_labels_are_flipped_along_the_sides_given(hflip, vflip):
+    image, labels = pair_of_blocks()
+    image[:, 0] = 255
+    transform = augmentation((48, 64), scale=(1, 1), hflip=hflip, vflip=vflip)
+    got = transform(image, labels, 0)
+    dims = [-1] * hflip + [-2] * vflip
+    assert all(map(torch.equal, got, (image.flip(dims), labels.flip(dims))))
+
+
 def test_what_lies_outside_the_image_is_unlabeled_and_mean():
     image, labels = pair_of_blocks()
     got, got_labels = augmentation((60, 100), scale=(1, 1))(image, labels, 3)

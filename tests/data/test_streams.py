@@ -141,7 +141,7 @@ def test_indices_are_labels(tmp_path, form):
         ({"json": b"{}"}, "1 in SHARD has png, json but no cls: write the index"),
         ({"cls": b"cat"}, "in SHARD, labels are words (cat): write the index"),
         ({"cls": b"0.5"}, "in SHARD, 0.5 cannot be the index of a class: write the index"),
-        ({"cls": b"-1"}, "in SHARD, 2 of 2 are missing (-1 or null): write the index"),
+        ({"cls": b"-1"}, "in SHARD, 2 of 2 are missing (empty, -1 or null): write the index"),
         ({"cls": b"\xff"}, "in SHARD, labels are words"),
     ],
 )

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy.stats import ks_2samp
+from timm.data.transforms_factory import transforms_imagenet_eval
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms as v1
 from torchvision.transforms import InterpolationMode, v2
@@ -13,7 +14,9 @@ from util.data.batch import Box, Sample, collate, denormalize, resize_crop
 from util.data.images import IndexedImages
 from util.data.loaders import build_train_loader
 from util.data.transforms import (
+    LABELED_VIEW,
     AugmentSettings,
+    ViewSettings,
     default_crop_pct,
     draw_box,
     draw_clipped_box,
@@ -52,11 +55,11 @@ def assert_same_distribution(ours, theirs, size):
 
 
 @pytest.mark.parametrize("size", [(375, 500), (500, 333), (64, 64), (100, 180)])
-@pytest.mark.parametrize("min_area", [0.2, 0.08])
-def test_boxes_are_distributed_as_torchvisions(size, min_area):
+@pytest.mark.parametrize("area", [(0.2, 1.0), (0.08, 1.0), (0.3, 0.5)])
+def test_boxes_are_distributed_as_torchvisions(size, area):
     rng, image = random.Random(0), torch.empty(3, *size)
-    ours = np.array([draw_box(rng, *size, min_area) for _ in range(4000)])
-    arguments = image, [min_area, 1.0], [3 / 4, 4 / 3]
+    ours = np.array([draw_box(rng, *size, area) for _ in range(4000)])
+    arguments = image, area, [3 / 4, 4 / 3]
     theirs = np.array([v1.RandomResizedCrop.get_params(*arguments) for _ in range(4000)])
     assert_same_distribution(ours, theirs, size)
 
@@ -64,7 +67,7 @@ def test_boxes_are_distributed_as_torchvisions(size, min_area):
 @pytest.mark.parametrize("size", [(375, 500), (500, 333), (64, 64), (10, 1000), (1, 1)])
 def test_a_probes_boxes_are_drawn_once_and_clipped(size):
     rng, theirs = random.Random(0), np.random.default_rng(0)
-    ours = np.array([draw_clipped_box(rng, *size, 0.08) for _ in range(4000)])
+    ours = np.array([draw_clipped_box(rng, *size, (0.08, 1.0)) for _ in range(4000)])
     area = theirs.uniform(0.08, 1, 4000) * size[0] * size[1]
     aspect = np.exp(theirs.uniform(np.log(3 / 4), np.log(4 / 3), 4000))
     sizes = np.stack([np.sqrt(area / aspect), np.sqrt(area * aspect)], axis=1).round()
@@ -87,7 +90,7 @@ def test_only_a_probes_boxes_are_clipped():
 def test_the_box_of_an_extreme_image_is_torchvisions(size):
     arguments = torch.empty(3, *size), [0.9, 1.0], [3 / 4, 4 / 3]
     theirs = {v1.RandomResizedCrop.get_params(*arguments) for _ in range(50)}
-    ours = {tuple(draw_box(random.Random(seed), *size, 0.9)) for seed in range(50)}
+    ours = {tuple(draw_box(random.Random(seed), *size, (0.9, 1.0))) for seed in range(50)}
     assert ours == theirs
 
 
@@ -96,9 +99,64 @@ def test_crops_follow_from_the_seed_and_the_first_ones_stay_with_more():
     first = few.draw(45, 67, 0, 1, 2)
     assert first == few.draw(45, 67, 0, 1, 2) == tuple(x[:2] for x in many.draw(45, 67, 0, 1, 2))
     assert first != few.draw(45, 67, 0, 1, 3)
-    boxes, flips = pretrain_transform((16, 16), *IDENTITY, num_crops=1000).draw(45, 67, 0)
+    boxes, flips, vertical = few_crops(num_crops=1000).draw(45, 67, 0)
     assert len(set(boxes)) > 900
     assert 430 < sum(flips) < 570
+    assert not any(vertical)
+
+
+def few_crops(num_crops=3, **view):
+    view = ViewSettings(**{"crop_area": (0.2, 1.0), **view})
+    return pretrain_transform((16, 16), *IDENTITY, view, num_crops=num_crops)
+
+
+def test_crops_and_flips_are_those_of_versions_without_flags_for_them():
+    boxes = [Box(2, 6, 41, 43), Box(2, 13, 42, 38), Box(1, 6, 44, 42)]
+    flips, unflipped = [False, False, True], [False] * 3
+    assert few_crops().draw(45, 67, "augment", 0, 3, 0) == (boxes, flips, unflipped)
+    with_vertical = few_crops(vflip=0.5).draw(45, 67, "augment", 0, 3, 0)
+    assert with_vertical[0][0] == boxes[0] and with_vertical[1][0] == flips[0]
+
+
+@pytest.mark.parametrize("view", [{"hflip": 0.0}, {"hflip": 1.0}, {"vflip": 0.0, "hflip": 0.3}])
+def test_how_often_crops_are_flipped_left_to_right_leaves_the_crops(view):
+    boxes, flips, _ = few_crops(**view).draw(45, 67, 5)
+    assert boxes == few_crops().draw(45, 67, 5)[0]
+    assert view["hflip"] == 0.3 or flips == [bool(view["hflip"])] * 3
+
+
+@pytest.mark.parametrize("area", [(0.25, 0.25), (0.5, 0.6), (1.0, 1.0)])
+def test_areas_of_crops_are_in_the_range_given(area):
+    boxes, _, _ = few_crops(num_crops=300, crop_area=area).draw(300, 300, 0)
+    areas = np.array([box.height * box.width for box in boxes]) / 300**2
+    assert area[0] - 0.01 < areas.min() and areas.max() < area[1] + 0.01
+    assert np.ptp(areas) >= 0.9 * (area[1] - area[0])
+
+
+@pytest.mark.parametrize("area", [(0, 1), (0.5, 0.2), (0.2, 1.1), (float("nan"), 1)])
+def test_a_range_of_areas_that_is_none_is_one_sentence(area):
+    with pytest.raises(InputError, match=r"--crop_area takes the smallest .* such as 0\.2 1, not"):
+        ViewSettings(crop_area=area)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda view: pretrain_transform((32, 48), *IDENTITY, view),
+        lambda view: probe_transform((32, 48), *IDENTITY, view),
+        lambda view: finetune((32, 48), view=view),
+    ],
+)
+@pytest.mark.parametrize(("hflip", "vflip"), [(0, 0), (1, 0), (0, 1), (1, 1), (0.5, 0.25)])
+def test_images_are_flipped_as_often_as_is_asked(build, hflip, vflip):
+    transform = build(ViewSettings(hflip, vflip, (0.9, 1.0)))
+    count = 1 if {hflip, vflip} <= {0, 1} else 300
+    image = coordinates_image(64)
+    crops = torch.cat([prepared(transform, image, index) for index in range(count)])
+    mirrored = (crops[:, 0, 16, -2] < crops[:, 0, 16, 1]).float().mean()
+    upside_down = (crops[:, 1, -2, 24] < crops[:, 1, 1, 24]).float().mean()
+    assert mirrored == pytest.approx(hflip, abs=0.1 * (count > 1))
+    assert upside_down == pytest.approx(vflip, abs=0.1 * (count > 1))
 
 
 # Results of transforms
@@ -110,9 +168,9 @@ def coordinates_image(side=256):
     return Image.fromarray(np.stack([columns, rows, 0 * rows], axis=-1))
 
 
-def finetune(size=(32, 48), normalization=IDENTITY, **options):
+def finetune(size=(32, 48), normalization=IDENTITY, view=LABELED_VIEW, **options):
     plain = {"auto_augment": "none", "reprob": 0.0}
-    return finetune_transform(size, *normalization, AugmentSettings(**(plain | options)))
+    return finetune_transform(size, *normalization, AugmentSettings(**(plain | options)), view)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +228,37 @@ def test_eval_transform_equals_torchvisions_for_squares():
         assert 255 * difference.abs().max() < 2.5
 
 
+@pytest.mark.parametrize("mode", ["center", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("crop_pct", [0.875, 0.9, 0.95, 1.0])
+@pytest.mark.parametrize("size", [(224, 224), (48, 66)])
+def test_eval_transform_is_timms(size, mode, interpolation, crop_pct):
+    options = {"crop_pct": crop_pct, "interpolation": interpolation}
+    timms = transforms_imagenet_eval(size, **options, crop_mode=mode, normalize=False)
+    ours = eval_transform(size, *IDENTITY, **options, squash=mode == "squash")
+    torch.manual_seed(0)
+    for width, height in ((300, 500), (640, 333), (50, 40)):
+        noise = torch.randint(256, (height, width, 3), dtype=torch.uint8)
+        image = Image.fromarray(noise.numpy())
+        difference = (ours(noise.permute(2, 0, 1)).pixels[0].int() - timms(image).int()).abs()
+        assert difference.max() <= 2
+        assert difference.float().mean() < 0.1
+
+
+def test_another_interpolation_is_refused():
+    with pytest.raises(ValueError, match="bicubic"):
+        eval_transform((32, 32), MEAN, STD, interpolation="lanczos")
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_a_long_image_is_interpolated_as_any_other(interpolation):
+    ramp = torch.arange(200, dtype=torch.uint8).expand(3, 2, 200)
+    transform = eval_transform((16, 16), *IDENTITY, interpolation=interpolation)
+    whole = resize_crop(ramp, Box(0, 0, 2, 200), (16, 1600), interpolation)
+    difference = transform(ramp).pixels[0].int() - whole[:, :, 792:808].int()
+    assert difference.abs().max() <= 1
+
+
 @pytest.mark.parametrize("image_size", [(400, 100), (100, 400), (256, 256), (7, 5)])
 def test_eval_transform_cuts_the_center_without_padding(image_size):
     image = Image.new("RGB", image_size, "white")
@@ -184,7 +273,7 @@ def test_the_center_of_a_long_image_is_that_of_the_whole_image_resized(image_siz
     noise = torch.randint(256, (3, *image_size), dtype=torch.uint8)
     transform = eval_transform((20, 28), *IDENTITY, crop_pct=0.8)
     scale = max(25 / image_size[0], 35 / image_size[1])
-    whole = [int(side * scale) for side in image_size]
+    whole = [round(side * scale) for side in image_size]
     top, left = (round((a - b) / 2) for a, b in zip(whole, (20, 28), strict=True))
     resized = resize_crop(noise, Box(0, 0, *image_size), whole)
     expected = resized[:, top : top + 20, left : left + 28].int()

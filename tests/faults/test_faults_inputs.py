@@ -31,6 +31,7 @@ import main_knn
 import main_linprobe
 import main_pretrain
 from scripts import export_encoder, prepare_dataset, visualize_reconstruction
+from scripts.export import to_hugging_face
 from tests.helpers.files import RunsCode, write_classes, write_images
 from tests.helpers.models import crossmae_nano, use_nano_models
 from tests.helpers.processes import ROOT, command, finish, start
@@ -116,7 +117,7 @@ FITTING = {
     ],
     "linprobe": ["--input_size 1000000", "--finetune IMAGES"],
     "knn": ["--input_size 1000000", "--finetune FILE", "--output_dir FILE", "--num_classes 2"],
-    "export": ["--output FILE", "--output missing/x", "--format timm"],
+    "export": ["--output FILE", "--output missing/x", "--format mae", "--format onnx"],
     "visualize": ["--images FILE", "--images EMPTY", "--mask_ratio 0.99"],
     "prepare": ["--output_dir FILE", "--data_path EMPTY", "--output_dir missing/x"],
 }
@@ -152,7 +153,7 @@ def places(tmp_path, monkeypatch):
         monkeypatch.setattr(main, "train_one_epoch", trains)
     monkeypatch.setattr(main_knn, "extract_features", trains)
     monkeypatch.setattr(prepare_dataset, "prepare", trains)
-    monkeypatch.setattr(export_encoder, "write_folder", trains)
+    monkeypatch.setattr(to_hugging_face, "write_folder", trains)
     monkeypatch.setattr(visualize_reconstruction, "draw_reconstructions", trains)
     paths = {name: tmp_path / "in" / name for name in ("IMAGES", "FILE", "EMPTY")}
     write_classes(paths["IMAGES"])

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -49,6 +50,12 @@ def start(words, cwd=ROOT, **variables):
     process = subprocess.Popen(words, cwd=cwd, env=env, **pipes)
     _started.append(process)
     return process
+
+
+def free_port():
+    """A port that nothing uses."""
+    with socket.create_server(("", 0)) as listener:
+        return listener.getsockname()[1]
 
 
 def finish(process):

@@ -187,7 +187,7 @@ def test_images_need_not_be_square(tmp_path, images):
 
 def test_no_images_are_refused(tmp_path, argv, capsys):
     del argv["--data_path"]
-    assert refuse(tmp_path, capsys, main, argv, {}).endswith("give --data_path")
+    assert refuse(tmp_path, capsys, main, argv, {}).endswith("give --data_path or --data_csv")
 
 
 def test_images_without_labels_are_refused(tmp_path, argv, capsys):

@@ -101,3 +101,17 @@ def test_an_old_python_is_refused(install, tmp_path):
     assert "Python 3.10 or newer is needed" in done.stderr
     assert calls == []
     assert not (tmp_path / ".venv").exists()
+
+
+def test_shell_scripts_keep_their_line_ends_on_every_system():
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+
+    listed = git("ls-files")
+    if listed.returncode:
+        pytest.skip("this is no git repository")
+    files = [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+    scripts = [name for name in files if (ROOT / name).read_bytes().startswith(b"#!")]
+    assert "scripts/setup.sh" in files and scripts
+    attributes = git("check-attr", "eol", "--", *scripts, "scripts/setup.sh").stdout.splitlines()
+    assert [line for line in attributes if not line.endswith(": eol: lf")] == []

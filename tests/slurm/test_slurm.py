@@ -205,3 +205,13 @@ def test_a_rejection_by_sbatch_is_reported_in_one_sentence(images, tmp_path):
     assert len(err.splitlines()) == 1
     assert "launch_slurm.py: error: sbatch rejected the job: " in err
     assert "invalid partition" in err
+
+
+@pytest.mark.faults
+def test_tasks_of_a_plain_srun_are_refused_with_the_launcher_s_name(images, tmp_path):
+    argv = command("main_pretrain.py", *six_epochs(images, tmp_path / "run"))
+    code, _, err = finish(start(["srun", "-n", "2", *argv]))
+    assert code == 2
+    assert err.count("error: srun has started 2 processes that do not know each other: ") == 2
+    assert "scripts/launch_slurm.py" in err
+    assert not (tmp_path / "run").exists()

@@ -486,7 +486,8 @@ def test_weights_beyond_a_plain_vit_are_refused_by_name(tmp_path, name):
             "values in cls_token",
         ),
         (lambda s: s | {"fc_norm.weight": torch.ones(32)}, "both norm and fc_norm"),
-        (lambda s: s | {"module.cls_token": s["cls_token"]}, "twice"),
+        (lambda s: s | {"_orig_mod.cls_token": s["cls_token"]}, "twice"),
+        (lambda s: s | {"teacher.cls_token": s["cls_token"]}, "has teacher.cls_token, which"),
     ],
 )
 def test_files_without_a_whole_encoder_are_refused(tmp_path, change, reason):

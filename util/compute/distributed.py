@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from util.compute.launchers import Place, find_place, whole_number
 from util.errors import InputError, RunError
 
 MAX_DEFAULT_WORKERS = 32  # per process: more would not feed a GPU faster, and each takes memory
@@ -20,9 +21,7 @@ TIMEOUT_MINUTES = 30.0  # default for how long processes wait for each other
 
 
 def init_distributed(device: str, *, timeout_minutes: float | None = None) -> torch.device:
-    """Join the other processes if torchrun started several; return this process's device.
-
-    Only torchrun's variables count, so that a shell inside a SLURM job stays a single process.
+    """Join the other processes of the run, if there are any; return this process's device.
 
     Args:
         device: "cuda", "cuda:1", "cpu", "mps", ...; with several processes on GPUs, each uses the
@@ -30,24 +29,11 @@ def init_distributed(device: str, *, timeout_minutes: float | None = None) -> to
         timeout_minutes: maximum wait for another process; None: TIMEOUT_MINUTES.
 
     Raises:
-        InputError: the device is not available, or some of torchrun's variables are not set.
+        InputError: the device is not available, or the environment is wrong (see `find_place`).
         RunError: some processes did not join.
     """
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"unknown --device {device}: use cuda, cuda:N or cpu") from error
-    starts_several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ
-    if chosen.type == "cuda":
-        num_gpus = torch.cuda.device_count()
-        local_rank = os.environ.get("LOCAL_RANK", "0") if starts_several else chosen.index or 0
-        chosen = torch.device("cuda", int(local_rank))
-        if chosen.index >= num_gpus:
-            advice = "start fewer processes" if starts_several else "use a lower N in cuda:N"
-            raise InputError(
-                f"{chosen} not found (GPUs on this machine: {num_gpus}): "
-                + (f"{advice}, or --device cpu" if num_gpus else "use --device cpu")
-            )
+    place = find_place()
+    chosen = _choose_device(device, place)
     try:
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
@@ -56,22 +42,58 @@ def init_distributed(device: str, *, timeout_minutes: float | None = None) -> to
         raise InputError(
             f"--device {device} is not available on this machine: use cuda, cuda:N or cpu"
         ) from error
-    if starts_several and not dist.is_initialized():
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        # NCCL would otherwise guess which GPU a process uses.
-        device_id = chosen if chosen.type == "cuda" else None
-        _join_processes(backend, timeout_minutes or TIMEOUT_MINUTES, device_id)
+    if place.world_size > 1 and not dist.is_initialized():
+        _join_processes(place, chosen, timeout_minutes or TIMEOUT_MINUTES)
     return chosen
 
 
-def _join_processes(backend: str, timeout_minutes: float, device_id: torch.device | None) -> None:
-    missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
-    if missing:
+def _choose_device(name: str, place: Place) -> torch.device:
+    """Return the device of a name, and of several processes on GPUs, this one's.
+
+    Raises:
+        InputError: the name is unknown, or this machine lacks the GPU, or several could be meant.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"unknown --device {name}: use cuda, cuda:N or cpu") from error
+    if device.type != "cuda":
+        return device
+    num_gpus = torch.cuda.device_count()
+    index = _gpu_index(device.index, place, num_gpus)
+    if index >= num_gpus:
+        advice = "use a lower N in cuda:N" if index == device.index else "start fewer processes"
         raise InputError(
-            f"WORLD_SIZE requests several processes, which also need {' and '.join(missing)}: "
-            "start the run with torchrun, or unset WORLD_SIZE"
+            f"cuda:{index} not found (GPUs on this machine: {num_gpus}): "
+            + (f"{advice}, or --device cpu" if num_gpus else "use --device cpu")
         )
-    number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return torch.device("cuda", index)
+
+
+def _gpu_index(chosen: int | None, place: Place, num_gpus: int) -> int:
+    """Return the number of this process's GPU, which may not exist.
+
+    Args:
+        chosen: the user's choice, for processes whose local rank nothing says.
+        num_gpus: that this process sees; a launcher may show each process only its own.
+    """
+    if place.local_rank is not None:
+        return place.local_rank
+    if place.world_size > 1 and num_gpus > 1:
+        if place.launched_rank is not None:
+            return place.launched_rank
+        if chosen is None:
+            raise InputError(
+                f"process {place.rank} cannot tell which of the {num_gpus} GPUs is its own: set "
+                "LOCAL_RANK to its number among the processes on this machine, as torchrun does"
+            )
+    return chosen or 0
+
+
+def _join_processes(place: Place, device: torch.device, timeout_minutes: float) -> None:
+    number, count = place.rank, place.world_size
+    # NCCL would otherwise guess which GPU a process uses.
+    backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     # A minute longer than the watchdog waits (util.compute.watchdog): its message says more.
     timeout = timedelta(minutes=timeout_minutes + 1)
     try:
@@ -87,6 +109,11 @@ def _join_processes(backend: str, timeout_minutes: float, device_id: torch.devic
             ) from error
         if not isinstance(error, dist.DistError):
             raise
+        if "Duplicate GPU" in str(error):
+            raise RunError(
+                f"process {number} has the same GPU as another: set LOCAL_RANK to its number among "
+                "the processes on this machine, or start one process per GPU"
+            ) from error
         raise RunError(
             f"process {number} could not reach the other processes of the run, {count} in total, "
             f"through {host}: check that all have started"
@@ -129,7 +156,7 @@ def available_cores() -> int:
 
 def cores_per_process() -> int:
     """CPU cores for this process if several run on the machine."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = whole_number("LOCAL_WORLD_SIZE") or 1
     nodes = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split(",")  # such as 8(x2),4
     tasks = {node.partition("(")[0] for node in nodes}
     if processes > 1 and str(processes) in tasks:  # each is a SLURM task with its own cores
@@ -178,6 +205,15 @@ def all_gather(values: Tensor) -> Tensor:
     rows = [torch.empty_like(values) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, values)
     return torch.stack(rows)
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """Sum a tensor, of one shape in all processes, over them, on every process."""
+    if not dist.is_initialized():
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total
 
 
 def all_gather_objects(values: list) -> list:

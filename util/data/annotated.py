@@ -35,6 +35,7 @@ class AnnotatedImages(Dataset):
 
     num_crops = 1  # of an image, for StepLoader
     classes = None  # of an image; its objects or pixels have classes
+    notes = ()  # for the log
 
     def __init__(
         self, names: Sequence[str], folder: Path, *, seed: int, replace_broken: bool

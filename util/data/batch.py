@@ -27,23 +27,30 @@ class Box(NamedTuple):
     width: int
 
 
-def resize_crop(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
-    """Crop a box and resize it, bicubic and antialiased: uint8 (3, h, w) to uint8 (3, H, W)."""
+def resize_crop(
+    image: Tensor, box: Box, size: Sequence[int], interpolation: str = "bicubic"
+) -> Tensor:
+    """Crop a box and resize it, antialiased: uint8 (3, h, w) to uint8 (3, H, W).
+
+    Args:
+        interpolation: bicubic or bilinear.
+    """
     top, left, height, width = box
     crop = image[None, :, top : top + height, left : left + width]
     if image.device.type == "cpu":
         # The fast kernel takes and returns channels-last memory.
-        return _resize(crop.contiguous(memory_format=torch.channels_last), size)[0]
-    return _resize_in_float(crop, size)[0]
+        return _resize(crop.contiguous(memory_format=torch.channels_last), size, interpolation)[0]
+    return _resize_in_float(crop, size, interpolation)[0]
 
 
-def _resize(images: Tensor, size: Sequence[int]) -> Tensor:
-    return F.interpolate(images, size, mode="bicubic", antialias=True)
+def _resize(images: Tensor, size: Sequence[int], interpolation: str = "bicubic") -> Tensor:
+    return F.interpolate(images, size, mode=interpolation, antialias=True)
 
 
-def _resize_in_float(images: Tensor, size: Sequence[int]) -> Tensor:
+def _resize_in_float(images: Tensor, size: Sequence[int], interpolation: str = "bicubic") -> Tensor:
     """`_resize` of uint8 images on GPUs, which lack an integer kernel."""
-    return _resize(images.float(), size).round_().clamp_(0, 255).to(torch.uint8)
+    resized = _resize(images.float(), size, interpolation)
+    return resized.round_().clamp_(0, 255).to(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -76,11 +83,12 @@ class Crops(NamedTuple):
     """K crops of one image from a worker, and the steps that are left to the device."""
 
     pixels: list[Tensor]  # K of (3, H, W): uint8, or normalized float32
-    flips: list[bool]  # K, not yet applied
+    flips: list[bool]  # K, left to right, not yet applied
     normalization: Normalization | None  # not yet applied; None if it has been
     jpeg: Tensor | None = None  # uint8 (bytes,), to be decoded; `pixels` is empty then
     boxes: Sequence[Box] = ()  # K, to be cropped from it and resized to `size`
     size: tuple[int, int] = (0, 0)
+    vertical_flips: Sequence[bool] = ()  # K, top to bottom, not yet applied; empty for none
 
 
 def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -95,7 +103,7 @@ class Sample(NamedTuple):
     """Crops and label of one image, and the broken images that were skipped to reach it."""
 
     crops: Crops
-    label: int | None
+    label: int | float | Tensor | None  # an index, a number, or (N,) with 1 for each of its classes
     broken: list[tuple[str, str]]
 
 
@@ -129,11 +137,13 @@ class Batch(NamedTuple):
     """A micro-batch from a worker, completed by `to` or `raw`."""
 
     images: Tensor  # (B, 3, H, W): uint8, channels last in memory, or normalized float32
-    labels: Tensor | None  # (B,), int64; None if an image has none
+    labels: Tensor | None
+    """(B,) int64, (B, N) float32 of 0 and 1, or (B,) float32, by task; None if an image has none"""
     broken: list[tuple[str, str]]  # (file name, reason), each time a broken image was read
-    flips: Tensor | None = None  # (B,), bool; None if no image is flipped
+    flips: Tensor | None = None  # (B,), bool, left to right; None if no image is flipped
     normalization: Normalization | None = None  # of uint8 images
     encoded: EncodedCrops | None = None  # crops that are not yet among `images`
+    vertical_flips: Tensor | None = None  # (B,), bool, top to bottom; None if no image is
 
     @property
     def num_images(self) -> int:
@@ -141,7 +151,7 @@ class Batch(NamedTuple):
         return len(self.images if self.encoded is None else self.encoded.is_encoded)
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Return images (B, 3, H, W), normalized float32, and labels (B,) on the device.
+        """Return images (B, 3, H, W), normalized float32, and labels on the device.
 
         The host waits for the device only if the device decodes JPEGs.
         """
@@ -159,7 +169,8 @@ class Batch(NamedTuple):
 
         Copies to a GPU overlap with the computation of the previous batch.
         """
-        names = [name for name in ("images", "labels", "flips") if getattr(self, name) is not None]
+        names = ("images", "labels", "flips", "vertical_flips")
+        names = [name for name in names if getattr(self, name) is not None]
         on_gpu = device.type == "cuda"
         with torch.cuda.stream(copy_stream(device)) if on_gpu else nullcontext():
             copies = {n: getattr(self, n).to(device, non_blocking=True) for n in names}
@@ -176,8 +187,9 @@ class Batch(NamedTuple):
         if self.encoded is not None:
             decoded, others = iter(self.encoded.decode(images.device)), iter(images)
             images = torch.stack([next(decoded if e else others) for e in self.encoded.is_encoded])
-        if self.flips is not None:
-            images = torch.where(self.flips.view(-1, 1, 1, 1), images.flip(3), images)
+        for flips, dim in ((self.flips, 3), (self.vertical_flips, 2)):
+            if flips is not None:
+                images = torch.where(flips.view(-1, 1, 1, 1), images.flip(dim), images)
         return images
 
 
@@ -194,15 +206,28 @@ def collate(samples: list[Sample | InputError | RunError]) -> Batch | InputError
             return sample
     crops = [sample.crops for sample in samples]
     labels = [sample.label for sample in samples for _ in sample.crops.flips]
-    flips = list(itertools.chain.from_iterable(c.flips for c in crops))
     return Batch(
         images=_stack([pixels for c in crops for pixels in c.pixels]),
-        labels=None if None in labels else torch.tensor(labels),
+        labels=_join_labels(labels),
         broken=[entry for sample in samples for entry in sample.broken],
-        flips=torch.tensor(flips) if any(flips) else None,
+        flips=_join_flips([c.flips for c in crops]),
         normalization=crops[0].normalization,
         encoded=_join_encoded(crops),
+        vertical_flips=_join_flips([c.vertical_flips or [False] * len(c.flips) for c in crops]),
     )
+
+
+def _join_labels(labels: Sequence[int | float | Tensor | None]) -> Tensor | None:
+    if any(label is None for label in labels):
+        return None
+    if isinstance(labels[0], Tensor):
+        return torch.stack(list(labels))
+    return torch.tensor(labels)
+
+
+def _join_flips(flips: Sequence[Sequence[bool]]) -> Tensor | None:
+    joined = list(itertools.chain.from_iterable(flips))
+    return torch.tensor(joined) if any(joined) else None
 
 
 def _stack(pixels: list[Tensor]) -> Tensor:

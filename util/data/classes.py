@@ -4,11 +4,12 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from timm.data import ImageNetInfo
 from torch import Tensor
 
 from util.data.images import IndexedImages, class_names
 from util.data.streams import StreamedImages
-from util.errors import InputError, first_few
+from util.errors import InputError, counted, first_few
 
 _logger = logging.getLogger(__name__)
 
@@ -45,6 +46,8 @@ def check_classes(
         if known != named[reference]:
             raise _differing_classes(role, known, reference, named[reference])
 
+    if isinstance(train_set, IndexedImages) and train_set.is_table:
+        _check_trained(train_set)
     words = getattr(getattr(val_set, "reader", None), "has_word_labels", False)
     if words and train_set is not None and names["training images"] is None:
         raise InputError(
@@ -78,6 +81,58 @@ def check_classes(
             f"({first_few(named[reference])}): correct --num_classes or the path of the images"
         )
     return num_classes
+
+
+def _check_trained(images: IndexedImages) -> None:
+    """Refuse names of classes in a table that only validation images have."""
+    sizes = images.class_sizes()
+    untrained = [name for label, name in enumerate(images.classes or ()) if not sizes[label]]
+    if untrained and images.reader.has_word_labels:
+        raise InputError(
+            f"{counted(len(untrained), 'class', 'classes')} of {images.place} "
+            f"({first_few(untrained)}) {'has' if len(untrained) == 1 else 'have'} no training "
+            "image: correct these labels, leave their rows out, or move some to training"
+        )
+
+
+def match_classes(
+    images: IndexedImages, num_outputs: int, classes: Sequence[str] | None
+) -> list[int] | None:
+    """Find the output of a head for each label of validation images, by the names of classes.
+
+    Args:
+        num_outputs: of the head.
+        classes: names of the outputs, if they are known.
+
+    Returns:
+        None if labels are outputs: the classes are the same, or one side has no names.
+
+    Raises:
+        InputError: the head lacks a class, or see `check_classes`.
+    """
+    names = _checked_class_names("validation images", images, _places(None, images))
+    if classes is None or names is None:
+        check_classes(None, images, num_outputs, classes)
+        return None
+    new = sorted(set(names) - set(classes))
+    if new:
+        raise InputError(
+            f"{counted(len(new), 'class', 'classes')} of the validation images ({first_few(new)}) "
+            f"{'is' if len(new) == 1 else 'are'} not among the {len(classes)} of the checkpoint "
+            f"({first_few(classes)}): leave these images out, or give another path"
+        )
+    output_of = {name: output for output, name in enumerate(classes)}
+    outputs = [output_of[name] for name in names]
+    return None if outputs == list(range(num_outputs)) else outputs
+
+
+def imagenet_classes(names: Sequence[str] | None, num_outputs: int) -> list[str] | None:
+    """Return the names of ImageNet-1K's classes, if these are some of them and a head has as many.
+
+    Released heads do not name their classes.
+    """
+    known = ImageNetInfo("imagenet-1k").label_names()
+    return known if num_outputs == len(known) and names and set(names) <= set(known) else None
 
 
 def check_output_order(path: str | Path, images: IndexedImages, dataset: str) -> None:
@@ -129,10 +184,10 @@ def _checked_class_names(
             f"some of the {role} are outside the class folders: move each image into the folder "
             "of its class"
         )
-    if names is not None and len(names) < 2:
-        raise InputError(
-            f"the {role} have only one class ({names[0]}): use a path that has one folder per class"
-        )
+    several = isinstance(images, IndexedImages) and images.task == "multilabel"
+    if names is not None and len(names) < 2 and not several:
+        advice = "use a path that has one folder per class" if listed else "add another class"
+        raise InputError(f"the {role} have only one class ({names[0]}): {advice}")
     return names
 
 

@@ -8,6 +8,7 @@ so a run resumes at the start of an epoch.
 
 import logging
 import re
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Literal
@@ -19,11 +20,13 @@ from util.data.broken_images import reason_of
 from util.data.files import open_files, split_folder
 from util.data.hub import HubImages, adapt_stream_reader
 from util.data.images import IndexedImages, Transform
+from util.data.labels import TaskName
 from util.data.layout import ClassFolder
 from util.data.packed import kind_of
 from util.data.settings import DataSettings
 from util.data.sources import OWN_SOURCES
 from util.data.streams import StreamedImages
+from util.data.table import TableSource, check_apart
 from util.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -125,26 +128,83 @@ def build_dataset(
     return None
 
 
-def open_val(data: DataSettings, transform: Transform, *, seed: int) -> IndexedImages | None:
+def open_val(
+    data: DataSettings,
+    transform: Transform,
+    *,
+    seed: int,
+    task: TaskName = "classification",
+    classes: Sequence[str] | None = None,
+) -> IndexedImages | None:
     """Open only the validation images; training images may be missing.
 
     Args:
         data: its `val_path` (a folder, packed or not, or a .tar file) is taken as given; without
             one, the dataset's own validation images are opened.
+        task: what the labels are for.
+        classes: of a checkpoint, for the labels of a table; None for the table's own.
 
     Returns:
         None if the source has no validation images.
 
     Raises:
-        InputError: see `build_dataset`.
+        InputError: see `build_dataset` and `TableSource.open`.
     """
+    return _open_val(data, transform, _tables(data)[1], seed=seed, task=task, classes=classes)
+
+
+def _open_val(
+    data: DataSettings,
+    transform: Transform,
+    table: TableSource | None,
+    *,
+    seed: int,
+    task: TaskName,
+    classes: Sequence[str] | None,
+) -> IndexedImages | None:
+    """Open the validation images.
+
+    Args:
+        table: that has them, if one has.
+        classes: of the training images or a checkpoint, for a table's labels; None for its own.
+    """
+    if table is not None:
+        images = table.open("validation", task=task, classes=classes)
+        return None if images is None else IndexedImages(images, transform, seed=seed)
     options = {"split": "validation", "transform": transform, "seed": seed}
     options["class_folder"] = data.class_folder
     if data.val_path:
         # Classes in the order of the training images'.
         name = data.name if data.name.lower() in IMAGE_FOLDERS else ""
-        return build_dataset(name, data.val_path, search_split=False, **options)
-    return build_dataset(data.name, data.data_path, **options)
+        images = build_dataset(name, data.val_path, search_split=False, **options)
+    else:
+        images = build_dataset(data.name, data.data_path, **options)
+    if images is not None:
+        _check_task(task, "--val_csv" if data.data_csv else "--data_csv")
+    return images
+
+
+def _tables(data: DataSettings) -> tuple[TableSource | None, TableSource | None]:
+    """The tables that have the training and the validation images, perhaps the same one."""
+    table = None
+    has_other = bool(data.val_csv or data.val_path)
+    if data.data_csv:
+        folder = data.data_path and Path(data.data_path)
+        splits = ("train",) if has_other else ("train", "validation")
+        options = {"splits": splits, "fraction": data.val_fraction}
+        table = TableSource(Path(data.data_csv), folder, "--data_path", **options)
+    if data.val_csv is None:
+        return table, None if has_other else table
+    folder = data.val_path
+    if folder is None and data.data_csv:
+        folder = data.data_path or Path(data.data_csv).parent
+    folder = folder and Path(folder)
+    return table, TableSource(Path(data.val_csv), folder, "--val_path", alone=True)
+
+
+def _check_task(task: TaskName, flag: str) -> None:
+    if task != "classification":
+        raise InputError(f"--task {task} takes labels from a table: give it by {flag}")
 
 
 def open_train_val(
@@ -154,31 +214,44 @@ def open_train_val(
     *,
     seed: int,
     batch_size: int = 1,
+    task: TaskName = "classification",
 ) -> tuple[IndexedImages | StreamedImages, IndexedImages | None]:
     """Open the training images, and the validation images if there are any.
 
     Args:
         batch_size: micro-batch size, a hint for timm's streams.
+        task: what the labels are for.
 
     Raises:
-        InputError: see `build_dataset`; or `data` names only validation images.
+        InputError: see `build_dataset`, `TableSource.open` and `check_apart`; or `data` names only
+            validation images.
     """
-    if data.val_path and not (data.data_path or data.dataset):
+    val_flag = "--val_csv" if data.val_csv else "--val_path" if data.val_path else None
+    if val_flag and not (data.data_path or data.dataset or data.data_csv):
         raise InputError(
-            "--val_path gives only the validation images: give the training images with "
-            "--data_path or --dataset"
+            f"{val_flag} gives only the validation images: give the training images with "
+            "--data_path, --dataset or --data_csv"
         )
-    train_set = build_dataset(
-        data.name,
-        data.data_path,
-        split="train",
-        transform=train_transform,
-        seed=seed,
-        num_samples=data.num_samples,
-        batch_size=batch_size,
-        class_folder=data.class_folder,
-    )
-    return train_set, open_val(data, val_transform, seed=seed)
+    table, val_table = _tables(data)
+    if table is not None:
+        train_set = IndexedImages(table.open("train", task=task), train_transform, seed=seed)
+    else:
+        _check_task(task, "--data_csv")
+        train_set = build_dataset(
+            data.name,
+            data.data_path,
+            split="train",
+            transform=train_transform,
+            seed=seed,
+            num_samples=data.num_samples,
+            batch_size=batch_size,
+            class_folder=data.class_folder,
+        )
+    options = {"seed": seed, "task": task, "classes": train_set.classes}
+    val_set = _open_val(data, val_transform, val_table, **options)
+    if table is not None and val_table is not None and val_set is not None:
+        check_apart(train_set.reader, val_set.reader)
+    return train_set, val_set
 
 
 def _places365_options(root: str, split: str) -> dict[str, bool]:

@@ -19,7 +19,7 @@ from util.data.coco import CocoFile, CocoImage, read_coco
 from util.data.decode import read_pixels
 from util.data.images import names_hash
 from util.data.jitter import LargeScaleJitter, View, WholeImage
-from util.data.settings import add_color_args, add_reading_args, check_std
+from util.data.settings import add_color_args, add_flip_args, add_reading_args, check_colors
 from util.errors import InputError, counted
 
 SPLITS = {"train": ("train2017", "train"), "val": ("val2017", "val")}
@@ -43,13 +43,15 @@ class DetectionSettings:
     limit_images: int | None = None
     lsj_scale: tuple[float, float] = (0.1, 2.0)
     aug: bool = True
+    hflip: float = 0.5
+    vflip: float = 0.0
     mean: list[float] | None = None
     std: list[float] | None = None
     max_broken: float = 0.01
     num_workers: int = 0
 
     def __post_init__(self) -> None:
-        check_std(self.std)
+        check_colors(self.mean, self.std)
         if self.lsj_scale[0] > self.lsj_scale[1]:
             raise InputError(f"--lsj_scale takes the smaller factor first, not {self.lsj_scale}")
         for split in SPLITS:
@@ -58,7 +60,15 @@ class DetectionSettings:
 
     def recipe(self) -> dict[str, object]:
         """What has to stay the same within a run, besides the images."""
-        return {"augmentation": self.aug, "--lsj_scale": list(self.lsj_scale) if self.aug else None}
+        augmentation = {
+            "--lsj_scale": list(self.lsj_scale),
+            "--hflip": self.hflip,
+            "--vflip": self.vflip,
+        }
+        return {
+            "augmentation": self.aug,
+            **{flag: value if self.aug else None for flag, value in augmentation.items()},
+        }
 
     def find(self, split: str) -> tuple[Path, Path] | None:
         """Annotation file and folder of images of "train" or "val"; None if there is no such split.
@@ -127,6 +137,7 @@ def add_detection_data_args(parser: argparse.ArgumentParser) -> None:
         metavar=("MIN", "MAX"),
         help="large-scale jitter: range of an image's longer side over INPUT_SIZE (0.1 2)",
     )
+    add_flip_args(group)
     group.add_argument(
         "--no_aug",
         dest="aug",
@@ -290,7 +301,7 @@ def open_detection(
         )
     path, folder = found
     file = read_coco(path, masks=masks, max_broken=settings.max_broken)
-    transform = LargeScaleJitter(side, tuple(settings.lsj_scale))
+    transform = LargeScaleJitter(side, tuple(settings.lsj_scale), settings.hflip, settings.vflip)
     if not settings.aug:
         transform = WholeImage(side)
     images = file.images[: settings.limit_images]

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -9,14 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from util.data.batch import Crops, Sample
 from util.data.broken_images import reason_of, too_many_broken
 from util.data.decode import Record
-from util.data.labels import index_of
+from util.data.labels import TaskName, index_of
 from util.data.layout import ImageList
 from util.data.sampler import evenly_spaced
+from util.data.table import TableImages
 from util.errors import InputError
 
 MAX_BROKEN_IN_A_ROW = 100
@@ -70,7 +74,9 @@ class IndexedImages(Dataset):
     Attributes:
         place: where the images are from.
         listed: what was found in their folders; None if they are not from folders.
+        task: what their labels are for.
         unlabeled: why images have no labels; None if they have.
+        notes: sentences for the log about a table.
         classes: names in the order of labels; None if the source has no names or labels.
     """
 
@@ -85,7 +91,12 @@ class IndexedImages(Dataset):
         self.transform = transform
         self.seed = seed
         self.listed: ImageList | None = getattr(self.reader, "listed", None)
+        self.is_table = isinstance(self.reader, TableImages)
+        if self.is_table:
+            place = self.reader.place
         self.place = place or (self.listed.root if self.listed else type(self.reader).__name__)
+        self.task: TaskName = self.reader.task if self.is_table else "classification"
+        self.notes: list[str] = self.reader.notes if self.is_table else []
         self.unlabeled: str | None = getattr(self.reader, "unlabeled", None)
         self.classes = class_names(self.reader) if self.labeled else None
         self.num_classes = len(self.classes) if self.classes else None
@@ -125,10 +136,13 @@ class IndexedImages(Dataset):
         return [self.name(index) for index in evenly_spaced(len(self), 1000)]
 
     def class_sizes(self) -> Counter[int] | None:
-        """Count the images of each label; None if labels are not known before they are read."""
+        """Count the images of each label; None if labels are not known before, or are numbers."""
         found = (getattr(self.reader, name, None) for name in ("labels", "targets"))
         labels = next((labels for labels in found if labels is not None), None)
-        return None if labels is None else Counter(map(int, labels))
+        if labels is None or self.task == "regression":
+            return None
+        sets = labels if self.task == "multilabel" else [labels]
+        return Counter(map(int, itertools.chain.from_iterable(sets)))
 
     def identity(self) -> dict[str, object]:
         """Return what distinguishes these images from others, in whichever folder they are.
@@ -136,11 +150,14 @@ class IndexedImages(Dataset):
         The hash of names covers up to 1,000 evenly spaced images, below their class folders.
         """
         names = [Path(self.name(i)).name for i in evenly_spaced(len(self), 1000)]
-        return {
+        identity = {
             "number of training images": len(self),
             "hash of their names": names_hash(names),
             "hash of the names of classes": names_hash(self.classes),
         }
+        if self.is_table:
+            identity["hash of the labels"] = names_hash(list(map(str, self.reader.labels or [])))
+        return identity
 
     def content_hash(self) -> str | None:
         """Return a digest of the first bytes of up to 100 evenly spaced files.
@@ -175,8 +192,16 @@ class IndexedImages(Dataset):
                 broken.append((self.name(candidate), reason_of(error)))
                 continue
             crops = self.transform(image, "augment", self.seed, epoch, index)
-            return Sample(crops, index_of(label) if self.labeled else None, broken)
+            return Sample(crops, self._label_of(label), broken)
         raise too_many_broken(broken)
+
+    def _label_of(self, label: object) -> int | float | Tensor | None:
+        """Return an image's label in the form that a batch of the task takes."""
+        if not self.labeled:
+            return None
+        if self.task == "multilabel":
+            return torch.zeros(self.num_classes).index_fill_(0, torch.tensor(label).long(), 1.0)
+        return label if self.task == "regression" else index_of(label)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[Sample | InputError]:
         """Return a micro-batch; PyTorch's DataLoader calls this method if it exists.

@@ -23,8 +23,10 @@ class View(NamedTuple):
     size: tuple[int, int]
     """(height, width) that it is resized to."""
     flip: bool
+    """Left to right."""
     side: int
     """Of the square, in pixels."""
+    vertical_flip: bool = False
 
     def image(self, image: Tensor, fill: Sequence[float]) -> Tensor:
         """Image uint8 (3, h, w) -> (3, side, side), with `fill` in [0, 1] outside."""
@@ -50,11 +52,16 @@ class View(NamedTuple):
         if self.flip:
             left, top, right, bottom = boxes.unbind(dim=1)
             boxes = torch.stack((width - right, top, width - left, bottom), dim=1)
+        if self.vertical_flip:
+            left, top, right, bottom = boxes.unbind(dim=1)
+            boxes = torch.stack((left, height - bottom, right, height - top), dim=1)
         return boxes
 
     def _place(self, image: Tensor, fill: Sequence[int]) -> Tensor:
         if self.flip:
             image = image.flip(-1)
+        if self.vertical_flip:
+            image = image.flip(-2)
         height, width = self.size
         return v2f.pad(image, [0, 0, self.side - width, self.side - height], fill=list(fill))
 
@@ -66,10 +73,13 @@ class LargeScaleJitter:
     Args:
         side: of the square, in pixels.
         scale: range of the image's longer side after resizing, over the square's.
+        hflip, vflip: fractions that are flipped left to right and top to bottom.
     """
 
     side: int
     scale: tuple[float, float] = (0.1, 2.0)
+    hflip: float = 0.5
+    vflip: float = 0.0
 
     def view(self, size: Sequence[int], *seed_parts: int | str) -> View:
         """Draw a view of an image of (height, width), by the seed.
@@ -80,8 +90,10 @@ class LargeScaleJitter:
         factor = self.side / max(size) * rng.uniform(*self.scale)
         shown = [min(side, max(1, round(self.side / factor))) for side in size]
         top, left = (rng.randint(0, side - own) for side, own in zip(size, shown, strict=True))
-        flip = rng.random() < 0.5
-        return View(Box(top, left, *shown), _resized(shown, factor, self.side), flip, self.side)
+        flip = rng.random() < self.hflip
+        vertical_flip = self.vflip > 0 and rng.random() < self.vflip
+        size = _resized(shown, factor, self.side)
+        return View(Box(top, left, *shown), size, flip, self.side, vertical_flip)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ class JointAugmentation:
         short_side: of the image before it is scaled; None leaves its size.
         scale: range of the factor.
         photometric: vary brightness, contrast, saturation and hue.
+        hflip, vflip: fractions that are flipped left to right and top to bottom.
     """
 
     size: tuple[int, int]
@@ -32,6 +33,8 @@ class JointAugmentation:
     short_side: int | None = None
     scale: tuple[float, float] = (0.5, 2.0)
     photometric: bool = True
+    hflip: float = 0.5
+    vflip: float = 0.0
 
     def __call__(
         self, image: Tensor, labels: Tensor, *seed_parts: int | str
@@ -45,8 +48,10 @@ class JointAugmentation:
         crop = [min(sides) for sides in zip(self.size, size, strict=True)]
         box = self.draw_box(rng, labels, crop)
         image, labels = (v2f.crop(x, *box, *crop) for x in (image, labels))
-        if rng.random() < 0.5:
+        if rng.random() < self.hflip:
             image, labels = v2f.horizontal_flip(image), v2f.horizontal_flip(labels)
+        if self.vflip > 0 and rng.random() < self.vflip:
+            image, labels = v2f.vertical_flip(image), v2f.vertical_flip(labels)
         if self.photometric:
             with seeded(*seed_parts):
                 image = v2.RandomPhotometricDistort()(image)

@@ -247,7 +247,9 @@ class ImageList:
         """Why the images have no labels; None if they have."""
         if self.classes != ("",):
             return None
-        tables = f" ({first_few(self.tables)} may hold labels)" if self.tables else ""
+        tables = (
+            f" ({first_few(self.tables)} may hold labels, see --data_csv)" if self.tables else ""
+        )
         return f"{self.root} has no class folders{tables}: sort the images into one per class"
 
 

@@ -11,6 +11,7 @@ from util.errors import counted, first_few
 
 ARCHIVES = (".zip", ".7z", ".rar", ".tgz", ".tbz", ".txz", ".gz", ".bz2", ".xz", ".zst", ".lz4")
 HUB_FILES = (".parquet", ".arrow")
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
 SIDECARS = (".cls", ".json", ".txt")  # beside the images in a webdataset
 LOOKED_AT = 20  # members of an archive
 
@@ -25,6 +26,8 @@ def how_to_read_file(file: Path) -> str:
         command = f"tar -xf {name} -C FOLDER" if is_tar else f"7z x {name} -oFOLDER"
         command = f"unzip -q {name} -d FOLDER" if suffix == ".zip" else command
         return f"unpack it once ({command}) and give that folder instead"
+    if suffix in TABLES:
+        return f"if it lists images and their classes, give it by --data_csv {name}"
     if is_image(file.name):
         return f"it is one image; give its folder, {shlex.quote(str(file.parent))}"
     return "give a folder or a .tar file that contains images"

@@ -19,6 +19,7 @@ MAX_FOLDERS = 10
 MAX_PASSED_OVER = 5  # names and suffixes, the commonest
 MAX_TIFFS = 1000  # looked at for further pages
 EXTREMES = ("smallest", "largest")  # classes
+COMMON = 1.5  # times the even share, from which the share of the largest class is told
 
 _logger = logging.getLogger(__name__)
 
@@ -31,12 +32,14 @@ class Images(Protocol):
         place: where they are from.
         classes: names in the order of labels, if they are known.
         listed: what was found in their folders; None if they are not from folders.
+        notes: sentences for the log about a table.
     """
 
     num_samples: int
     place: str
     classes: Sequence[str] | None
     listed: ImageList | None
+    notes: Sequence[str]
 
     def file_names(self) -> list[str]:
         """Return the names of the images' files, or of their shards."""
@@ -92,8 +95,11 @@ def describe(images: Images, classes: Sequence[str] | None = None) -> dict[str, 
         described["links_that_lead_back"] = listed.loops
         described["not_read"] = listed.left
         described["notes"] = listed.notes + _notes(images, listed)
+    if images.notes:
+        described["notes"] = list(images.notes)
     if names := classes or images.classes:
-        described["classes"] = _describe_classes(names, images.class_sizes())
+        sizes = images.class_sizes()
+        described["classes"] = _describe_classes(names, sizes, images.num_samples)
     return described
 
 
@@ -125,13 +131,17 @@ def _commonest(counts: Counter[str]) -> dict[str, int]:
     return {**found, "others": rest} if rest else found
 
 
-def _describe_classes(names: Sequence[str], sizes: Counter[int] | None) -> dict[str, object]:
+def _describe_classes(
+    names: Sequence[str], sizes: Counter[int] | None, num_images: int
+) -> dict[str, object]:
     names = [name or "(no class)" for name in names]  # of images outside class folders
     described = {"number": len(names), "first": names[0], "last": names[-1]}
     if sizes is not None:
         counts = [sizes[label] for label in range(len(names))]
         for what, count in zip(EXTREMES, (min(counts), max(counts)), strict=True):
             described[what] = {"name": names[counts.index(count)], "images": count}
+        if max(counts) > COMMON * sizes.total() / len(names):
+            described["share_of_largest"] = max(counts) / num_images
     return described
 
 
@@ -158,6 +168,10 @@ def lines_of(role: str, described: Mapping[str, object]) -> list[str]:
                 else f"; smallest {ends[0][0]} ({ends[0][1]}), largest {ends[1][0]} ({ends[1][1]})"
             )
         lines.append(line)
+        if share := classes.get("share_of_largest"):
+            percent = f"{100 * share:.0f}%" if share > 0.1 else f"{100 * share:.2g}%"
+            name = classes["largest"]["name"]
+            lines.append(f"  the commonest class, {name}, has {percent} of the images")
     passed_over = [
         f"{what}: {_counts(described[key])}"
         for what, key in (("hidden", "hidden"), ("other files", "other_suffixes"))

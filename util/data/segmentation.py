@@ -19,7 +19,7 @@ from util.data.decode import read_pixels
 from util.data.joint_transforms import JointAugmentation, WholeImage, scaled_size
 from util.data.masks import ADE20K_NAMES, LabelRule, Pair, list_pairs, read_class_names, read_mask
 from util.data.sampler import evenly_spaced
-from util.data.settings import add_color_args, add_reading_args, check_std
+from util.data.settings import add_color_args, add_flip_args, add_reading_args, check_colors
 from util.errors import InputError, counted
 
 MAX_CLASSES = 2**15 - 1  # labels are int16
@@ -76,6 +76,8 @@ class SegmentationSettings:
     short_side: int | None = None
     scale: tuple[float, float] = (0.5, 2.0)
     photometric: bool = True
+    hflip: float = 0.5
+    vflip: float = 0.0
     mean: list[float] | None = None
     std: list[float] | None = None
     max_broken: float = 0.01
@@ -84,7 +86,7 @@ class SegmentationSettings:
     """Of the layout; None: those of `dataset`."""
 
     def __post_init__(self) -> None:
-        check_std(self.std)
+        check_colors(self.mean, self.std)
         if self.scale[0] > self.scale[1]:
             raise InputError(f"--scale takes the smaller factor first, not {self.scale}")
 
@@ -94,6 +96,8 @@ class SegmentationSettings:
             **{f"--{name}": getattr(self.layout, name) for name in TRAINED},
             "--scale": list(self.scale),
             "--photometric": self.photometric,
+            "--hflip": self.hflip,
+            "--vflip": self.vflip,
         }
 
     @property
@@ -183,6 +187,7 @@ def add_segmentation_data_args(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="vary brightness, contrast, saturation and hue in training (on)",
     )
+    add_flip_args(group)
     add_color_args(group, inherited="from --finetune's file, else ")
     add_reading_args(group)
 
@@ -356,7 +361,13 @@ def open_segmentation(
     classes = open_classes(settings)
     rule = label_rule(settings, classes)
     augmentation = JointAugmentation(
-        crop_size, tuple(mean), layout.short_side, tuple(settings.scale), settings.photometric
+        crop_size,
+        tuple(mean),
+        layout.short_side,
+        tuple(settings.scale),
+        settings.photometric,
+        settings.hflip,
+        settings.vflip,
     )
     options = {"normalization": Normalization(tuple(mean), tuple(std)), "seed": seed}
     pairs = list_pairs(root, layout.train)

@@ -7,12 +7,21 @@ from dataclasses import dataclass
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from util.arguments import finite_float, natural_float, number, positive_int, process_count
+from util.arguments import (
+    finite_float,
+    fraction,
+    natural_float,
+    number,
+    positive_int,
+    process_count,
+    ratio,
+)
 from util.compute.distributed import default_workers
 from util.data.layout import CLASS_FOLDERS, ClassFolder
 from util.data.packed import kind_of
 from util.data.sources import OWN_SOURCES
 from util.errors import InputError
+from util.normalization import check_scale
 
 MIN_CROP_PCT = 0.1  # below it, a resized image takes more than 100 times a crop's memory
 
@@ -29,6 +38,11 @@ class DataSettings:
     """None to infer it, see `name`."""
     data_path: str | None = None
     val_path: str | None = None
+    data_csv: str | None = None
+    """Table of images and labels, below `data_path` if that is given, see `util.data.table`."""
+    val_csv: str | None = None
+    val_fraction: float | None = None
+    """Share of `data_csv` that is held out for validation."""
     num_samples: int | None = None
     """Images per epoch of a stream."""
     class_folder: ClassFolder = "auto"
@@ -45,19 +59,38 @@ class DataSettings:
     def __post_init__(self) -> None:
         if self.input_size and len(self.input_size) > 2:
             raise InputError("--input_size takes one side, or a height and a width")
-        check_std(self.std)
+        check_colors(self.mean, self.std)
+        if self.data_csv:
+            has_folders = self.val_path and not self.val_csv
+            further = {
+                "--dataset": self.dataset,
+                "--num_samples": self.num_samples,
+                "--class_folder": self.class_folder != "auto" and not has_folders,
+            }
+            if given := [flag for flag, value in further.items() if value]:
+                raise InputError(
+                    f"--data_csv lists the images and their classes: leave out {', '.join(given)}"
+                )
+        if self.val_fraction is not None and not self.data_csv:
+            raise InputError("--val_fraction holds out images of --data_csv: leave it out")
+        if self.val_fraction is not None and (self.val_csv or self.val_path):
+            flag = "--val_csv" if self.val_csv else "--val_path"
+            raise InputError(f"{flag} gives the validation images: leave --val_fraction out")
 
     @property
     def name(self) -> str:
         """The dataset's name: as given, else inferred from a path, else the digits."""
+        if self.data_csv or (self.val_csv and not (self.dataset or self.data_path)):
+            return "table"
         path = self.data_path or self.val_path
         return self.dataset or (kind_of(path) if path else "digits")
 
 
-def check_std(std: Sequence[float] | None) -> None:
-    """Raise InputError if a channel's --std is not above 0."""
+def check_colors(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    """Raise InputError for a --std that is not above 0, or values of pixels from 0 to 255."""
     if std and min(std) <= 0:
         raise InputError(f"--std must be above 0 in every channel, not {std}")
+    check_scale(mean, std)
 
 
 def check_decoder(decode: str, device: torch.device) -> None:
@@ -89,6 +122,7 @@ def add_data_args(parser: argparse.ArgumentParser, *, input_size: int | None) ->
     group.add_argument(
         "--val_path", help="folder or .tar file of validation images (val/ in --data_path)"
     )
+    add_table_args(group)
     group.add_argument(
         "--num_samples",
         type=positive_int,
@@ -114,6 +148,29 @@ def add_data_args(parser: argparse.ArgumentParser, *, input_size: int | None) ->
             "(224 / 256 up to 224 px, 1 above)",
         )
     add_reading_args(group)
+
+
+def add_table_args(group: argparse._ActionsContainer) -> None:
+    """Add the flags for tables of images."""
+    group.add_argument(
+        "--data_csv",
+        metavar="FILE",
+        help="table with the columns path, label and perhaps split and group (.csv, .tsv, .txt or "
+        ".jsonl); paths start from --data_path, else from its folder",
+    )
+    group.add_argument(
+        "--val_csv",
+        metavar="FILE",
+        help="table of validation images; paths start from --val_path, else as in --data_csv, "
+        "else from its folder (rows of DATA_CSV whose split is val)",
+    )
+    group.add_argument(
+        "--val_fraction",
+        type=ratio,
+        metavar="F",
+        help="fraction of DATA_CSV to hold out for validation, by group if there is such a column "
+        "(none)",
+    )
 
 
 def add_class_folder_arg(group: argparse._ActionsContainer) -> None:
@@ -156,6 +213,18 @@ def add_reading_args(group: argparse._ArgumentGroup) -> None:
         help="loader processes for each training process (seven eighths of its CPU cores, "
         "%(default)s on this machine)",
     )
+
+
+def add_flip_args(group: argparse._ArgumentGroup) -> None:
+    """Add the flags for how often training images are flipped."""
+    for name, how, share in (("hflip", "left to right", 0.5), ("vflip", "top to bottom", 0.0)):
+        group.add_argument(
+            f"--{name}",
+            type=fraction,
+            default=share,
+            metavar="P",
+            help=f"fraction of training images that are flipped {how} (%(default)s)",
+        )
 
 
 def add_crop_args(parser: argparse.ArgumentParser) -> None:

@@ -41,7 +41,7 @@ class StreamedImages(IterableDataset):
         self.is_sharded = hasattr(self.reader, "sample_shuffle_size")  # a webdataset
         if self.is_sharded:
             self.place += f" ({counted(len(self.file_names()), 'shard')})"
-        self.listed = None
+        self.listed, self.notes = None, []
         self.num_samples = self.reader.num_samples
         self.classes = class_names(self.reader)
         self.num_classes = len(self.classes) if self.classes else None

@@ -14,9 +14,10 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 
-from util.arguments import fraction, natural_float, positive_int
+from util.arguments import finite_float, fraction, natural_float, positive_int
 from util.data.batch import Box, Crops, Normalization, resize_crop
 from util.data.decode import Jpeg, Record, read_for_device, read_pixels, read_rgb
+from util.data.settings import add_flip_args
 from util.errors import InputError
 from util.seeding import fold_seed, seeded
 
@@ -27,52 +28,88 @@ AUTO_AUGMENT = (
     r"|(v0r?|originalr?|3a)(-mstd\d+(\.\d+)?)?"
 )
 
+INTERPOLATIONS = ("bicubic", "bilinear")  # of evaluation
+
 # Largest size of a resized image that is computed whole, as a multiple of the size it covers.
 MAX_COVER = 16
 
 
-def draw_size(rng: random.Random, height: int, width: int, min_area: float) -> tuple[int, int]:
+@dataclass(frozen=True)
+class ViewSettings:
+    """How training images are cropped and flipped; see the flags.
+
+    Raises:
+        InputError: the range of areas is empty, or not in (0, 1].
+    """
+
+    hflip: float = 0.5
+    """Fraction that is flipped left to right."""
+    vflip: float = 0.0
+    """Fraction that is flipped top to bottom."""
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    """Range of a crop's area, as fractions of the image's."""
+
+    def __post_init__(self) -> None:
+        smallest, largest = self.crop_area
+        if not 0 < smallest <= largest <= 1:
+            raise InputError(
+                "--crop_area takes the smallest and the largest fraction of an image's area, above "
+                f"0 and up to 1, such as 0.2 1, not {smallest:g} {largest:g}"
+            )
+
+    def recipe(self) -> dict[str, object]:
+        """What has to stay the same within a run."""
+        flips = {"--hflip": self.hflip, "--vflip": self.vflip}
+        return {**flips, "--crop_area": list(self.crop_area)}
+
+
+PRETRAIN_VIEW = ViewSettings(crop_area=(0.2, 1.0))  # MAE's
+LABELED_VIEW = ViewSettings()  # of fine-tuning and linear probes, MAE's and torchvision's
+
+
+def draw_size(
+    rng: random.Random, height: int, width: int, area: tuple[float, float]
+) -> tuple[int, int]:
     """Draw the (height, width) of a crop, which may not fit into the image.
 
-    Its area is uniform in [min_area, 1] of the image's, log(width / height) uniform in
-    [log(3/4), log(4/3)].
+    Its area is uniform, log(width / height) uniform in [log(3/4), log(4/3)].
 
     Args:
-        min_area: fraction of the image's area, in (0, 1].
+        area: range of the area, as fractions of the image's, in (0, 1].
     """
-    area = height * width * rng.uniform(min_area, 1)
+    pixels = height * width * rng.uniform(*area)
     aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-    return round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+    return round(math.sqrt(pixels / aspect)), round(math.sqrt(pixels * aspect))
 
 
-def draw_box(rng: random.Random, height: int, width: int, min_area: float) -> Box:
+def draw_box(rng: random.Random, height: int, width: int, area: tuple[float, float]) -> Box:
     """Draw a random crop, distributed like torchvision's RandomResizedCrop.
 
     A size (see `draw_size`) that does not fit into the image is drawn again; after ten tries, the
     crop is the largest centered one with these aspect ratios.
     """
     for _ in range(10):
-        h, w = draw_size(rng, height, width, min_area)
+        h, w = draw_size(rng, height, width, area)
         if 0 < h <= height and 0 < w <= width:
             return Box(rng.randint(0, height - h), rng.randint(0, width - w), h, w)
     h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
     return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
-def draw_clipped_box(rng: random.Random, height: int, width: int, min_area: float) -> Box:
+def draw_clipped_box(rng: random.Random, height: int, width: int, area: tuple[float, float]) -> Box:
     """Draw a random crop whose size (see `draw_size`) is clipped to the image, as MAE's probe."""
-    h, w = draw_size(rng, height, width, min_area)
+    h, w = draw_size(rng, height, width, area)
     h, w = min(max(h, 1), height), min(max(w, 1), width)
     return Box(rng.randint(0, height - h), rng.randint(0, width - w), h, w)
 
 
 @dataclass(frozen=True)
 class RandomCrops:
-    """Random crops of an image, half of them flipped; the device flips and normalizes.
+    """Random crops of an image, some of them flipped; the device flips and normalizes.
 
     Args:
         size: (height, width) in pixels.
-        min_area: smallest area of a crop, as a fraction of the image's.
+        view: their areas, and how many are flipped.
         num_crops: K, crops per image. The k-th is the same for any larger K.
         decode: where JPEGs are decoded, by the worker (cpu) or on the device (gpu).
         clip: draw the boxes with `draw_clipped_box` instead of `draw_box`.
@@ -80,7 +117,7 @@ class RandomCrops:
 
     size: tuple[int, int]
     normalization: Normalization
-    min_area: float
+    view: ViewSettings
     num_crops: int = 1
     decode: Literal["cpu", "gpu"] = "cpu"
     clip: bool = False
@@ -89,22 +126,26 @@ class RandomCrops:
         """Return the pixels (3, h, w), or a file that the device decodes."""
         return read_pixels(record) if self.decode == "cpu" else read_for_device(record)
 
-    def draw(self, height: int, width: int, *seed_parts: int | str) -> tuple[list[Box], list[bool]]:
-        """Draw the crops' boxes in an image of this size, and which of them are flipped."""
-        rng, boxes, flips = random.Random(fold_seed(*seed_parts)), [], []
+    def draw(
+        self, height: int, width: int, *seed_parts: int | str
+    ) -> tuple[list[Box], list[bool], list[bool]]:
+        """Draw the crops' boxes in an image of this size, and which are flipped along each side."""
+        rng, boxes, flips, vertical = random.Random(fold_seed(*seed_parts)), [], [], []
         draw = draw_clipped_box if self.clip else draw_box
         for _ in range(self.num_crops):
-            boxes.append(draw(rng, height, width, self.min_area))
-            flips.append(rng.random() < 0.5)
-        return boxes, flips
+            boxes.append(draw(rng, height, width, self.view.crop_area))
+            flips.append(rng.random() < self.view.hflip)
+            # Without vertical flips nothing is drawn for them, as before they existed.
+            vertical.append(self.view.vflip > 0 and rng.random() < self.view.vflip)
+        return boxes, flips, vertical
 
     def __call__(self, image: Jpeg | Tensor, *seed_parts: int | str) -> Crops:
         """Return crops of an image; see `Transform`."""
-        boxes, flips = self.draw(*image.shape[1:], *seed_parts)
+        boxes, flips, vertical_flips = self.draw(*image.shape[1:], *seed_parts)
+        crops = Crops([], flips, self.normalization, vertical_flips=vertical_flips)
         if isinstance(image, Jpeg):
-            return Crops([], flips, self.normalization, image.data, boxes, self.size)
-        pixels = [resize_crop(image, box, self.size) for box in boxes]
-        return Crops(pixels, flips, self.normalization)
+            return crops._replace(jpeg=image.data, boxes=boxes, size=self.size)
+        return crops._replace(pixels=[resize_crop(image, box, self.size) for box in boxes])
 
 
 @dataclass(frozen=True)
@@ -113,33 +154,44 @@ class CenterCrop:
 
     Args:
         size: (height, width) of the crop.
-        cover_size: (height, width) that the resized image just covers.
+        cover_size: (height, width) that the resized image just covers, or has if `squash`.
+        interpolation: one of INTERPOLATIONS.
+        squash: do not keep the aspect ratio.
     """
 
     size: tuple[int, int]
     cover_size: tuple[int, int]
     normalization: Normalization
+    interpolation: str = "bicubic"
+    squash: bool = False
     num_crops: ClassVar[int] = 1
     read = staticmethod(read_pixels)
 
     def __call__(self, image: Tensor, *_: int | str) -> Crops:
         """Return the crop of an image (3, h, w); see `Transform`."""
-        _, height, width = image.shape
-        scale = max(self.cover_size[0] / height, self.cover_size[1] / width)
-        # Truncated, so that for square sizes this equals torchvision's Resize of the short side.
-        cover = [max(self.cover_size[0], int(height * scale))]
-        cover.append(max(self.cover_size[1], int(width * scale)))
+        whole = Box(0, 0, *image.shape[1:])
+        cover = self.cover_size if self.squash else self._cover(whole.height, whole.width)
         top, left = (round((c - s) / 2) for c, s in zip(cover, self.size, strict=True))
         box = Box(top, left, *self.size)
         if math.prod(cover) > MAX_COVER * math.prod(self.cover_size):
-            crop = crop_of_resized(image, cover, box)
+            crop = crop_of_resized(image, cover, box, self.interpolation)
         else:
-            resized = resize_crop(image, Box(0, 0, height, width), cover)  # (3, *cover)
+            resized = resize_crop(image, whole, cover, self.interpolation)  # (3, *cover)
             crop = resized[:, top : top + box.height, left : left + box.width]
         return Crops([crop], [False], self.normalization)
 
+    def _cover(self, height: int, width: int) -> tuple[int, int]:
+        """Size that covers `cover_size` with the aspect ratio of an image."""
+        scale = max(self.cover_size[0] / height, self.cover_size[1] / width)
+        # As timm: squares by torchvision's Resize, which truncates, others by its own, rounded.
+        whole = int if self.cover_size[0] == self.cover_size[1] else round
+        sides = zip(self.cover_size, (height, width), strict=True)
+        return tuple(max(covered, whole(side * scale)) for covered, side in sides)
 
-def crop_of_resized(image: Tensor, size: Sequence[int], box: Box) -> Tensor:
+
+def crop_of_resized(
+    image: Tensor, size: Sequence[int], box: Box, interpolation: str = "bicubic"
+) -> Tensor:
     """Resize an image (3, h, w) to a size and crop a box, computing only the pixels of the box.
 
     Pillow resizes, which rounds differently from `resize_crop`.
@@ -148,7 +200,8 @@ def crop_of_resized(image: Tensor, size: Sequence[int], box: Box) -> Tensor:
     top, bottom = (y * source.height / size[0] for y in (box.top, box.top + box.height))
     left, right = (x * source.width / size[1] for x in (box.left, box.left + box.width))
     edges = (left, top, right, bottom)
-    crop = source.resize((box.width, box.height), Image.Resampling.BICUBIC, box=edges)
+    resampling = Image.Resampling[interpolation.upper()]
+    crop = source.resize((box.width, box.height), resampling, box=edges)
     return torch.from_numpy(np.array(crop)).permute(2, 0, 1)
 
 
@@ -174,11 +227,12 @@ def pretrain_transform(
     img_size: Sequence[int],
     mean: Sequence[float],
     std: Sequence[float],
+    view: ViewSettings = PRETRAIN_VIEW,
     *,
     num_crops: int = 1,
     decode: Literal["cpu", "gpu"] = "cpu",
 ) -> RandomCrops:
-    """Build MAE's augmentation: a random crop of 20 to 100% of the area, and a horizontal flip.
+    """Build MAE's augmentation: a random crop and flips.
 
     Args:
         img_size: (height, width) in pixels.
@@ -186,14 +240,17 @@ def pretrain_transform(
         num_crops, decode: see `RandomCrops`.
     """
     normalization = Normalization(tuple(mean), tuple(std))
-    return RandomCrops(tuple(img_size), normalization, 0.2, num_crops, decode)
+    return RandomCrops(tuple(img_size), normalization, view, num_crops, decode)
 
 
 def probe_transform(
-    img_size: Sequence[int], mean: Sequence[float], std: Sequence[float]
+    img_size: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    view: ViewSettings = LABELED_VIEW,
 ) -> RandomCrops:
-    """Build MAE's augmentation of a linear probe: a clipped crop of 8 to 100%, and a flip."""
-    return RandomCrops(tuple(img_size), Normalization(tuple(mean), tuple(std)), 0.08, clip=True)
+    """Build MAE's augmentation of a linear probe: a clipped random crop and flips."""
+    return RandomCrops(tuple(img_size), Normalization(tuple(mean), tuple(std)), view, clip=True)
 
 
 @dataclass(frozen=True)
@@ -225,8 +282,9 @@ def finetune_transform(
     mean: Sequence[float],
     std: Sequence[float],
     augment: AugmentSettings,
+    view: ViewSettings = LABELED_VIEW,
 ) -> Augmentation:
-    """Build timm's augmentation: crop of 8 to 100% of the area, flip, RandAugment, random erasing.
+    """Build timm's augmentation: random crop, flips, RandAugment, random erasing.
 
     Args:
         img_size: (height, width) in pixels.
@@ -236,7 +294,9 @@ def finetune_transform(
     transform = create_transform(
         img_size,
         is_training=True,
-        scale=(0.08, 1.0),
+        scale=tuple(view.crop_area),
+        hflip=view.hflip,
+        vflip=view.vflip,
         interpolation="bicubic",
         mean=mean,
         std=std,
@@ -259,6 +319,9 @@ def eval_transform(
     mean: Sequence[float],
     std: Sequence[float],
     crop_pct: float = 1.0,
+    *,
+    interpolation: str = "bicubic",
+    squash: bool = False,
 ) -> CenterCrop:
     """Build the transform that resizes to cover `img_size / crop_pct` and crops the center.
 
@@ -266,11 +329,32 @@ def eval_transform(
         img_size: (height, width) in pixels.
         mean, std: of the RGB channels, on the [0, 1] scale.
         crop_pct: side of the crop over the side it is cut from, in (0, 1]; MAE's is 224 / 256.
+        interpolation: one of INTERPOLATIONS.
+        squash: resize to exactly `img_size / crop_pct`, whatever the image's aspect ratio.
     """
     if not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct must lie in (0, 1], not {crop_pct}")
-    cover_size = tuple(round(side / crop_pct) for side in img_size)
-    return CenterCrop(tuple(img_size), cover_size, Normalization(tuple(mean), tuple(std)))
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"interpolation must be one of {INTERPOLATIONS}, not {interpolation}")
+    cover_size = tuple(int(side / crop_pct) for side in img_size)  # as MAE and timm
+    normalization = Normalization(tuple(mean), tuple(std))
+    return CenterCrop(tuple(img_size), cover_size, normalization, interpolation, squash)
+
+
+def add_view_args(parser: argparse.ArgumentParser, *, crop_area: tuple[float, float]) -> None:
+    """Add the flags of ViewSettings; `crop_area` is the default."""
+    group = parser.add_argument_group("random views")
+    group.add_argument(
+        "--crop_area",
+        "--scale",
+        type=finite_float,
+        nargs=2,
+        default=list(crop_area),
+        metavar=("LO", "HI"),
+        help="smallest and largest area of a random crop, as fractions of the image's "
+        f"({crop_area[0]:g} {crop_area[1]:g})",
+    )
+    add_flip_args(group)
 
 
 def add_augmentation_args(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from signal import Signals
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -33,6 +34,18 @@ NAME = re.compile(r"checkpoint-e(\d+)-s(\d+)\.pth")
 BEST_NAME = "checkpoint-best.pth"
 
 _logger = logging.getLogger(__name__)
+
+
+class Best(NamedTuple):
+    """How the best epoch is chosen: by a metric, and among equals by the lower validation loss."""
+
+    metric: str
+    lowest: bool = False
+
+    def rank(self, stats: dict[str, float]) -> tuple[float, float]:
+        """Return what is highest in the best epoch."""
+        value = stats[self.metric]
+        return -value if self.lowest else value, -stats.get("val_loss", 0.0)
 
 
 @dataclass
@@ -265,24 +278,26 @@ class CheckpointWriter:
             self._delete_old(path)
         return path
 
-    def save_if_best(self, stats: dict[str, float], *, by: str) -> None:
-        """Save the weights, without the optimizer, if this is the best epoch so far.
+    def save_if_best(self, stats: dict[str, float], *, by: Best) -> None:
+        """Save the weights that were measured, without the optimizer, if they are the best so far.
 
         Args:
-            stats: metrics of the epoch that was just finished.
-            by: the metric to maximize; if `stats` lacks it, nothing is saved.
+            stats: metrics of the epoch that was just finished; without that of `by`, nothing is
+                saved.
         """
         progress = self.state.progress
         before = progress.best
-        if by in stats and (before is None or stats[by] > before[by]):
+        known = before is not None and by.metric in before  # a run may change its metric
+        if by.metric in stats and (not known or by.rank(stats) > by.rank(before)):
             progress.best = {"epoch": progress.epoch, **stats}
             written = self._write(self.folder / BEST_NAME, self._weights)
             if not broadcast_object(bool(written)):
                 progress.best = before  # so that the next good epoch is saved
 
     def _weights(self) -> dict:
+        """The weights that are measured: averaged ones, if there are any."""
         state = self.state.state_dict()
-        return {name: state[name] for name in ("model", "ema", "progress")}
+        return {"model": state["ema"] or state["model"], "progress": state["progress"]}
 
     def _write(self, path: Path, take_state: Callable[[], dict]) -> Path | None:
         state = gather_state(take_state())

@@ -1,12 +1,17 @@
 """Resuming of runs: choice of the checkpoint, check that it is of the same run, and output."""
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from util.compute.distributed import broadcast_object, is_main_process, world_size
+from util.compute.distributed import (
+    all_gather_objects,
+    broadcast_object,
+    is_main_process,
+    world_size,
+)
 from util.data.loaders import StepLoader
 from util.data.segmentation import SegmentationSettings
 from util.data.settings import DataSettings
@@ -22,10 +27,24 @@ from util.runs.checkpoint import (
 from util.runs.lock import lock_folder
 from util.runs.run import RunSettings, write_args
 from util.runs.run_log import RunLog
-from util.weights.files import check_format, read_weights_file, unknown_content
+from util.weights.encoder import StartingPoint
+from util.weights.files import (
+    WeightsNotFoundError,
+    check_format,
+    read_weights_file,
+    unknown_content,
+)
 
-EFFECTIVE_BATCH = "effective batch size"  # key in the fixed settings
-CONTENT = "hash of the content of 100 images, by class"  # key in the settings that may change
+# Keys in the fixed settings.
+EFFECTIVE_BATCH = "effective batch size"
+WEIGHTS_HASH = "hash of the weights it starts from"
+# Keys in the settings that may change. Checkpoints without the second are of a version whose
+# average did not follow the weights more closely at first, so it counts as given.
+CONTENT = "hash of the content of 100 images, by class"
+EMA_DECAY = "decay of the first steps with --ema"
+
+SOURCES = ("data_path", "val_path", "data_csv", "val_csv")  # settings of the data
+CLASSIFIERS = ("finetune", "linprobe")  # kinds of checkpoints that `read_encoder` reads
 
 _logger = logging.getLogger(__name__)
 
@@ -37,6 +56,7 @@ def changeable_settings(
     lr: float,
     amp: str,
     fsdp: bool | None = None,
+    ema: float | None = None,
 ) -> dict[str, object]:
     """Collect the settings that may change on resume.
 
@@ -44,6 +64,7 @@ def changeable_settings(
         optim: with all defaults filled in.
         lr: peak learning rate.
         fsdp: whether the model is sharded; None if the program has no such option.
+        ema: decay of a moving average; None if there is none.
     """
     settings = {
         "--epochs": optim.epochs,
@@ -52,10 +73,10 @@ def changeable_settings(
         "--min_lr": optim.min_lr,
         "--clip_grad": optim.clip_grad,
         "--amp": amp,
-        "--data_path": data.data_path,
-        **({"--val_path": data.val_path} if hasattr(data, "val_path") else {}),
+        **{f"--{name}": getattr(data, name) for name in SOURCES if hasattr(data, name)},
         "processes": world_size(),
     }
+    settings |= {} if ema is None else {EMA_DECAY: "n / (n + 9)"}
     return settings if fsdp is None else {**settings, "--fsdp": fsdp}
 
 
@@ -194,6 +215,61 @@ def checkpoint_to_evaluate(run: RunSettings, finetune: str | None, kind: str) ->
             f"--eval found no checkpoint in {run.folder}: give a fine-tuned one with --finetune"
         )
     return path
+
+
+class Origin(NamedTuple):
+    """What a run once started from."""
+
+    digest: str | None
+    """Hash of the weights; None if they were random."""
+    is_gone: bool = False
+    """Whether they were not found: the run's own checkpoint has all weights."""
+
+
+def start_or_continue(
+    find_start: Callable[..., StartingPoint],
+    finetune: str | None,
+    run: RunSettings,
+    kind: str,
+    **given: object,
+) -> tuple[StartingPoint, Origin]:
+    """Find what a run starts from; if its weights are gone, the run's own checkpoint is enough.
+
+    Args:
+        find_start: `models.starting_point`.
+        finetune: path or address of the weights; None for random ones.
+        kind: one of KINDS.
+        given: model, img_size, mean and std as the user gave them, each of which may be None.
+
+    Returns:
+        The starting point, of the run's own checkpoint if the weights are gone, and the origin.
+
+    Raises:
+        WeightsNotFoundError: the weights are gone, and the run has no checkpoint.
+        InputError: see `find_start` and `read_resume`.
+    """
+    start = missing = None
+    try:
+        start = find_start(finetune, **given)
+    except WeightsNotFoundError as error:
+        missing = error
+    missing = next(filter(None, all_gather_objects([missing])), None)
+    if missing is None:
+        return start, Origin(start.weights and start.weights.hash())
+    found = read_resume(run.folder, run.resume, kind, list_checkpoints(run.folder))
+    if found is None:
+        raise missing
+    path, checkpoint = found
+    _logger.info("%s; that is not needed: %s has all weights of this run", missing, path)
+    with unknown_content(path):
+        origin = Origin(checkpoint["identity"][WEIGHTS_HASH], is_gone=True)
+        if kind in CLASSIFIERS:
+            return find_start(path, **given), origin
+        known = {"model": checkpoint["model_name"]}
+        known["img_size"] = checkpoint["model_options"]["img_size"]
+        known |= {name: checkpoint[name] for name in ("mean", "std")}
+        given = {name: known[name] if value is None else value for name, value in given.items()}
+        return find_start(None, **given), origin
 
 
 def read_resume(

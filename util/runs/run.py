@@ -154,6 +154,8 @@ def start_logging() -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.INFO if is_main_process() else logging.WARNING)
+    for client in ("httpx", "httpx2"):  # of huggingface_hub, with a line for every request
+        logging.getLogger(client).setLevel(logging.WARNING)
 
 
 def log_lines(text: str) -> None:

@@ -130,7 +130,7 @@ def training_steps(
         grad_norm = precision.step(state.optimizer, model)
         state.optimizer.zero_grad(set_to_none=True)
         if state.ema is not None:
-            state.ema.update(state.model)
+            state.ema.update(state.model, step=progress.step + 1)
         meters.update(
             loss=step.loss, grad_norm=grad_norm, num_images=num_images, step=progress.step
         )

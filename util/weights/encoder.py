@@ -13,16 +13,18 @@ import torch
 import torch.nn as nn
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed
-from timm.models import clean_state_dict
 from torch import Tensor
 
-from util.errors import InputError, counted
-from util.weights.files import (
-    KINDS,
-    check_format,
-    read_weights_file,
-    save_safetensors,
-    unknown_content,
+from util.errors import InputError, counted, first_few
+from util.weights.files import save_safetensors, unknown_content
+from util.weights.locations import read_weights
+from util.weights.metadata import (
+    ENCODER_FORMAT,
+    check_mean_std,
+    check_metadata,
+    hf_metadata,
+    own_metadata,
+    timm_metadata,
 )
 from util.weights.names import (
     BLOCK_PARTS,
@@ -30,20 +32,19 @@ from util.weights.names import (
     ENCODER,
     HUGGING_FACE,
     MIXING_WEIGHTS,
-    PRETRAINED,
-    TIMM,
     WeightNames,
+    find_encoders,
 )
 
 MAX_LISTED = 20  # names in the log
 
 _logger = logging.getLogger(__name__)
 
-# Keys of the weights in a file, moving averages first; without one, the file is the state dict.
-_MOVING_AVERAGES = ("ema", "state_dict_ema", "model_ema")
+# Keys of the weights in a file, moving averages first.
+_MOVING_AVERAGES = ("ema", "state_dict_ema", "model_ema", "teacher")  # "student" is averaged
 _STATE_KEYS = (*_MOVING_AVERAGES, "state_dict", "model")
-ENCODER_FORMAT = "crossmae-encoder"  # in the metadata of an encoder-only file
-OLD_KEYS = {"crop_share": "crop_pct"}  # names in earlier versions
+AVERAGE_PREFIX = r"(?:^|[._])(?:ema|teacher)[._]"
+PATCH_WEIGHT = "patch_embed.proj.weight"
 
 
 class EncoderWeights(NamedTuple):
@@ -62,9 +63,15 @@ class EncoderWeights(NamedTuple):
     """Per channel, as in training; None if the file does not say."""
     classes: list[str] | None = None
     pool: str | None = None
-    """What a head classifies: "avg", the patch tokens' mean, or "cls", the class token."""
+    """What a head classifies, see VisionTransformer: "avg", "cls" or "norm_avg"."""
     crop_pct: float | None = None
-    """`crop_pct` of the `eval_transform` that a classifier was evaluated with."""
+    interpolation: str | None = None
+    squash: bool | None = None
+    """As in the `eval_transform` that a classifier was evaluated with."""
+    task: str | None = None
+    """What the head was trained for: "classification", "multilabel" or "regression"."""
+    target_scale: tuple[float, float] | None = None
+    """Mean and std of a regression's targets; the head predicts (target - mean) / std."""
     num_heads: int | None = None
     norm_eps: float | None = None
     left_out: tuple[str, ...] = ()
@@ -73,7 +80,7 @@ class EncoderWeights(NamedTuple):
     @property
     def shape(self) -> tuple[int, int, int]:
         """patch_size, embed_dim, depth."""
-        embed_dim, _, patch_size, _ = self.encoder["patch_embed.proj.weight"].shape
+        embed_dim, _, patch_size, _ = self.encoder[PATCH_WEIGHT].shape
         return patch_size, embed_dim, count_blocks(self.encoder)
 
     @property
@@ -84,7 +91,7 @@ class EncoderWeights(NamedTuple):
     @property
     def in_chans(self) -> int:
         """Input channels C."""
-        return self.encoder["patch_embed.proj.weight"].shape[1]
+        return self.encoder[PATCH_WEIGHT].shape[1]
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -140,15 +147,15 @@ def read_encoder(path: str | Path) -> EncoderWeights:
 
     Args:
         path: a checkpoint of this project, an encoder-only file, released CrossMAE or MAE weights,
-            a timm ViT, or a Hugging Face ViT (its file or folder).
+            or a timm or Hugging Face ViT (its file or folder); or its address, see `local_path`.
 
     Raises:
-        InputError: the file is missing or damaged, lacks an encoder, or has parts our ViT lacks.
+        WeightsNotFoundError: it does not exist, or its address cannot be reached.
+        InputError: the file is damaged, lacks an encoder, or has parts our ViT lacks.
     """
-    file = _file_of(Path(path))
-    content = read_weights_file(file)
+    content, folder = read_weights(path)
     with unknown_content(path):
-        weights = _read_encoder(content, file)
+        weights = _read_encoder(content, path, folder)
     if weights.left_out:
         groups = sorted({re.split(r"\.", name)[0] for name in weights.left_out})
         _logger.info(
@@ -158,24 +165,13 @@ def read_encoder(path: str | Path) -> EncoderWeights:
     return weights
 
 
-def _file_of(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    names = ("model.safetensors", "pytorch_model.bin")
-    file = next((path / name for name in names if (path / name).is_file()), None)
-    if file is None:
-        raise InputError(f"{' or '.join(names)} not found in {path}: give the path of a file")
-    return file
+def _read_encoder(content: dict, path: str | Path, folder: Path) -> EncoderWeights:
+    """Read an encoder from a file's content, and its metadata from there or a folder.
 
-
-def _read_encoder(content: dict, path: Path) -> EncoderWeights:
-    key = next((key for key in _STATE_KEYS if content.get(key) is not None), None)
-    state = content if key is None else content[key]
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise InputError(f"no encoder in {path}, which has no named weights: use another file")
-    if key in _MOVING_AVERAGES:
-        _logger.info("%s: reading the moving average of the weights", path)
-    names, renamed, left_out = _rename(state, path)
+    Args:
+        path: what the user gave.
+    """
+    names, renamed, left_out = _rename(_find_state(content, path), path)
     # Only floating-point tensors are converted: a batch norm's counter stays an integer.
     renamed = {n: t.detach().float() if t.is_floating_point() else t for n, t in renamed.items()}
     bad = next((name for name, tensor in renamed.items() if not tensor.isfinite().all()), None)
@@ -185,11 +181,16 @@ def _read_encoder(content: dict, path: Path) -> EncoderWeights:
     head_state = {name: t for name, t in renamed.items() if name not in encoder}
     has_head = any(name.startswith("head.") for name in head_state)
     _check_complete(encoder, head_state, path)
+    encoder[PATCH_WEIGHT] = _as_convolution(encoder[PATCH_WEIGHT], path)
 
-    metadata = _own_metadata(content, path)
+    metadata = own_metadata(content, path)
     if names is HUGGING_FACE:
-        metadata |= _hf_metadata(path.parent)
-    *_, patch_height, patch_size = encoder["patch_embed.proj.weight"].shape
+        metadata |= hf_metadata(folder)
+    elif not metadata:
+        metadata = timm_metadata(folder, head_state)
+        if metadata:
+            _logger.info("%s: taking mean, std, crop and classes from its config.json", path)
+    *_, patch_height, patch_size = encoder[PATCH_WEIGHT].shape
     if patch_height != patch_size:
         raise InputError(
             f"{path} has patches of {patch_height} x {patch_size} px, but only square ones are "
@@ -197,12 +198,12 @@ def _read_encoder(content: dict, path: Path) -> EncoderWeights:
         )
     _, num_positions, _ = encoder["pos_embed"].shape
     img_size = _image_size(num_positions - 1, patch_size, metadata, path)
-    mean, std = check_mean_std(metadata.get("mean"), metadata.get("std"))
-    _check_metadata(metadata)
+    mean, std = check_mean_std(metadata.get("mean"), metadata.get("std"), path)
+    check_metadata(metadata)
     pool = (
         "avg" if "fc_norm.weight" in head_state else "cls" if "norm.weight" in head_state else None
     )
-    return EncoderWeights(
+    weights = EncoderWeights(
         encoder,
         head_state,
         img_size,
@@ -212,36 +213,105 @@ def _read_encoder(content: dict, path: Path) -> EncoderWeights:
         classes=metadata.get("classes") if has_head else None,
         pool=metadata.get("pool") or (pool if has_head else None),
         crop_pct=metadata.get("crop_pct"),
+        interpolation=metadata.get("interpolation"),
+        squash=metadata.get("squash"),
+        task=metadata.get("task"),
+        target_scale=metadata.get("target_scale") and tuple(metadata["target_scale"]),
         num_heads=metadata.get("num_heads"),
         norm_eps=metadata.get("norm_eps"),
         left_out=tuple(left_out),
     )
+    if weights.classes and weights.num_classes not in (None, len(weights.classes)):
+        counts = (len(weights.classes), weights.num_classes)
+        _logger.warning("%s names %d classes but has %d outputs: leaving out names", path, *counts)
+        return weights._replace(classes=None)
+    return weights
 
 
-def _rename(state: dict, path: Path) -> tuple[WeightNames, dict[str, Tensor], list[str]]:
+def _find_state(content: dict, path: str | Path) -> dict[str, Tensor]:
+    """Return a file's table of tensors: under a known key, else its only one, else the file.
+
+    Tables that have a class token go first: a moving average may be named beside its counters.
+    """
+    tables = [key for key, value in content.items() if _has_tensors(value)]
+    tables = [key for key in tables if any(n.endswith("cls_token") for n in content[key])] or tables
+    key = next((key for key in _STATE_KEYS if key in tables), None)
+    if key in _MOVING_AVERAGES:
+        _logger.info("%s: reading the moving average of the weights", path)
+    elif key is None and len(tables) == 1:
+        key = tables[0]
+        _logger.info("%s: reading the weights under %r", path, key)
+    state = content if key is None else content[key]
+    if not _has_tensors(state):
+        held = f"only {first_few(list(map(str, content)))}" if content else "nothing"
+        raise InputError(f"no encoder in {path}, which holds {held}: use another file")
+    return state
+
+
+def _has_tensors(value: object) -> bool:
+    """Whether a value is a table with tensors in it, by names."""
+    return (
+        isinstance(value, dict)
+        and all(isinstance(name, str) for name in value)
+        and any(isinstance(tensor, Tensor) for tensor in value.values())
+    )
+
+
+def _rename(
+    state: dict[str, Tensor], path: str | Path
+) -> tuple[WeightNames, dict[str, Tensor], list[str]]:
     """Find a file's naming scheme; return it, the renamed weights and the names left out."""
-    cleaned = clean_state_dict(state)  # without the prefixes of DDP and torch.compile
-    found = (n for n in (PRETRAINED, TIMM, HUGGING_FACE) if "cls_token" in map(n.rename, cleaned))
-    names = next(found, None)
-    if names is None:
-        raise InputError(
-            f"no encoder in {path}: use a ViT with a class token whose weights are named as "
-            "in this project, the released CrossMAE or MAE, timm or Hugging Face"
-        )
-    new_names = {name: names.rename(name) for name in cleaned}
-    unknown = [name for name, new in new_names.items() if new is None]
+    cleaned = {name.replace("_orig_mod.", ""): t for name, t in state.items()}  # torch.compile's
+    names, prefix = _choose_encoder(list(cleaned), path)
+    outside = [name for name in cleaned if not name.startswith(prefix)]
+    within = {n.removeprefix(prefix): t for n, t in cleaned.items() if n.startswith(prefix)}
+    new_names = {name: names.rename(name) for name in within}
+    unknown = [prefix + name for name, new in new_names.items() if new is None]
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise InputError(
             f"{path} has {unknown[0]}{more}, which a plain ViT does not have: use another file"
         )
-    if any(re.fullmatch(MIXING_WEIGHTS, name) for name in cleaned):
+    if any(re.fullmatch(MIXING_WEIGHTS, name) for name in within):
         new_names = {n: "" if new.startswith("norm.") else new for n, new in new_names.items()}
     kept = {name: new for name, new in new_names.items() if new}
     if len(set(kept.values())) < len(kept) or len(cleaned) < len(state):
         raise InputError(f"{path} has a weight twice, under two names: use another file")
-    renamed = {new: cleaned[name] for name, new in kept.items()}
-    return names, _join_qkv(renamed), [name for name, new in new_names.items() if not new]
+    renamed = {new: within[name] for name, new in kept.items()}
+    left_out = [*outside, *(prefix + name for name, new in new_names.items() if not new)]
+    return names, _join_qkv(renamed), left_out
+
+
+def _choose_encoder(names: list[str], path: str | Path) -> tuple[WeightNames, str]:
+    """Return the naming scheme of a file's encoder and the prefix of its names, which is logged.
+
+    Of several encoders, the moving average counts.
+    """
+    found = find_encoders(names)
+    if "" in found:  # any other is refused by its names
+        return found[""], ""
+    if len(found) > 1:
+        averages = {p: scheme for p, scheme in found.items() if re.search(AVERAGE_PREFIX, p)}
+        if len(averages) == 1:
+            _logger.info(
+                "%s: of the encoders %s, %s is taken for the moving average",
+                *(path, first_few(list(found)), next(iter(averages))),
+            )
+            found = averages
+    if not found:
+        raise InputError(
+            f"no encoder in {path}, which has {first_few(names)}: use a ViT with a class token "
+            "whose weights are named as in this project, the released CrossMAE or MAE, timm or "
+            "Hugging Face"
+        )
+    if len(found) > 1:
+        raise InputError(
+            f"{path} has several encoders ({first_few(list(found))}): save the one to use on its "
+            "own"
+        )
+    [(prefix, scheme)] = found.items()
+    _logger.info("%s: the encoder's names have the prefix %s, which is stripped", path, prefix)
+    return scheme, prefix
 
 
 def _join_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -254,7 +324,30 @@ def _join_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return joined
 
 
-def _check_complete(encoder: dict[str, Tensor], head_state: dict[str, Tensor], path: Path) -> None:
+def _as_convolution(weight: Tensor, path: str | Path) -> Tensor:
+    """Return the weight of a patch embedding as a convolution's; a linear layer's is reshaped.
+
+    Its inputs are ordered as in timm, which reads such weights too: channels, rows, columns.
+    """
+    if weight.ndim != 2:
+        return weight
+    dim, inputs = weight.shape
+    side = math.isqrt(inputs // 3)
+    if 3 * side**2 != inputs:
+        raise InputError(
+            f"{path} has a linear patch embedding of {inputs} inputs, which are not the pixels of "
+            "a square RGB patch: use another file"
+        )
+    _logger.info(
+        "%s: the linear patch embedding is read as timm's: its inputs are channels, rows, columns",
+        path,
+    )
+    return weight.reshape(dim, 3, side, side)
+
+
+def _check_complete(
+    encoder: dict[str, Tensor], head_state: dict[str, Tensor], path: str | Path
+) -> None:
     needed = [
         *EMBEDDING_NAMES,
         *(
@@ -274,103 +367,34 @@ def _check_complete(encoder: dict[str, Tensor], head_state: dict[str, Tensor], p
         )
 
 
-def _own_metadata(content: dict, path: Path) -> dict:
-    """Return the metadata of a file of this project: img_size, mean, std and the like."""
-    metadata = content.get("metadata", {})
-    if metadata.get("format") == ENCODER_FORMAT:
-        values = {key: json.loads(value) for key, value in metadata.items() if key != "format"}
-        return {OLD_KEYS.get(key, key): value for key, value in values.items()}
-    if "model_options" not in content:
-        return {}
-    kind = str(content.get("format")).removeprefix("crossmae-")
-    check_format(content, path, kind)
-    options = content["model_options"]
-    return {
-        "kind": f"{KINDS[kind]} checkpoint of this project",
-        "img_size": options["img_size"],
-        "pool": options.get("pool"),
-        "mean": content["mean"],
-        "std": content["std"],
-        "classes": content.get("classes"),
-        "crop_pct": content.get("crop_pct", content.get("crop_share")),
-    }
-
-
-def check_mean_std(
-    mean: Sequence[float] | None, std: Sequence[float] | None
-) -> tuple[list[float] | None, list[float] | None]:
-    """Check and return a file's mean and std of the RGB channels, each of which may be None.
-
-    Raises:
-        TypeError, ValueError: one is not three finite numbers, or a std is not above 0.
-    """
-    checked = [None if v is None else [float(x) for x in v] for v in (mean, std)]
-    for values in filter(None, checked):
-        if len(values) != 3 or not all(map(math.isfinite, values)):
-            raise ValueError(f"{values} are not three finite numbers")
-    if std is not None and min(checked[1]) <= 0:
-        raise ValueError(f"std must be above 0, not {std}")
-    return tuple(checked)
-
-
-def _check_metadata(metadata: dict) -> None:
-    """Raise TypeError or ValueError if a file has invalid settings."""
-    classes, pool, crop_pct = (metadata.get(name) for name in ("classes", "pool", "crop_pct"))
-    if not all(isinstance(name, str) for name in classes or []):
-        raise TypeError("class names must be strings")
-    if pool not in (None, "avg", "cls") or not 0 < (1 if crop_pct is None else crop_pct) <= 1:
-        raise ValueError(f"pool {pool}, crop_pct {crop_pct}")
-    if not 0 <= (metadata.get("norm_eps") or 0) < 1:
-        raise ValueError(f"layer_norm_eps {metadata['norm_eps']}")
-
-
-def _hf_metadata(folder: Path) -> dict:
-    """Return the metadata in the files beside Hugging Face weights, where they exist."""
-    config = _read_json(folder / "config.json")
-    processor = _read_json(folder / "preprocessor_config.json")
-    activation = config.get("hidden_act", "gelu")
-    if activation != "gelu":
-        raise InputError(
-            f"{folder / 'config.json'} has hidden_act {activation}, but our ViT uses gelu: use "
-            "another file"
-        )
-    labels = config.get("id2label") or {}
-    classes = [labels[key] for key in sorted(labels, key=int)]
-    if classes == [f"LABEL_{i}" for i in range(len(classes))]:  # Hugging Face's placeholders
-        classes = None
-    return {
-        "img_size": config.get("image_size"),
-        "num_heads": config.get("num_attention_heads"),
-        "norm_eps": config.get("layer_norm_eps"),
-        "mean": processor.get("image_mean"),
-        "std": processor.get("image_std"),
-        "classes": classes,
-    }
-
-
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}): copy it again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, not named settings")
-    return content
-
-
-def _image_size(num_patches: int, patch_size: int, metadata: dict, path: Path) -> tuple[int, int]:
+def _image_size(
+    num_patches: int, patch_size: int, metadata: dict, path: str | Path
+) -> tuple[int, int]:
     """Return height and width in whole patches: from the metadata, else of a square."""
     size = metadata.get("img_size") or math.isqrt(num_patches) * patch_size
-    height, width = map(int, (size, size) if isinstance(size, int) else size)
-    rows, columns = height // patch_size, width // patch_size
+    rows, columns = (side // patch_size for side in _as_pair(size))
+    if (usual := metadata.get("usual_size")) is not None:
+        their_rows, their_columns = (side // patch_size for side in _as_pair(usual))
+        if their_rows * their_columns == num_patches:
+            rows, columns = their_rows, their_columns
+        else:
+            _logger.warning(
+                "%s has positions for %d patches, which images of %d x %d beside it do not have: "
+                "going by the positions",
+                *(path, num_patches, *_as_pair(usual)),
+            )
     if rows * columns != num_patches or rows < 1:
+        height, width = _as_pair(size)
         raise InputError(
             f"{path} has position embeddings of {num_patches} patches, but images of "
             f"{height} x {width} have {rows} x {columns}: use another file"
         )
     return rows * patch_size, columns * patch_size
+
+
+def _as_pair(size: int | Sequence[int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
 
 
 def load_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> None:
@@ -421,7 +445,7 @@ def fit_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> dic
         InputError: the weights do not fit the model.
     """
     _check_sizes(model, weights)
-    norms = {"avg": ("fc_norm.",), "cls": ("norm.",), None: ()}[model.pool]
+    norms = {"avg": ("fc_norm.",), "cls": ("norm.",), "norm_avg": ("norm.",), None: ()}[model.pool]
     wanted = (*norms, "head.") if head else norms
     state = {
         **weights.encoder,
@@ -486,16 +510,24 @@ def input_format(
     Args:
         img_size: the user's choice; one side, or height and width.
         mean, std: the user's choice, on the [0, 1] scale. If neither the user nor the weights give
-            them, they are ImageNet's.
+            them, they are ImageNet's, which the log says.
         default_size: side in pixels if there are no weights.
     """
     own_size = weights.img_size if weights else (default_size, default_size)
     own_mean, own_std = (weights.mean, weights.std) if weights else (None, None)
     height, width = tuple(img_size) * (2 // len(img_size)) if img_size else own_size
+    values = {"mean": mean or own_mean, "std": std or own_std}
+    if weights and None in values.values():
+        untold = " and ".join(name for name, value in values.items() if value is None)
+        _logger.info(
+            "the %s does not tell the %s of its training: taking ImageNet's (many of timm's ViTs "
+            "need --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5)",
+            *(weights.kind, untold),
+        )
     return (
         (height, width),
-        list(mean or own_mean or IMAGENET_DEFAULT_MEAN),
-        list(std or own_std or IMAGENET_DEFAULT_STD),
+        list(values["mean"] or IMAGENET_DEFAULT_MEAN),
+        list(values["std"] or IMAGENET_DEFAULT_STD),
     )
 
 

@@ -3,9 +3,10 @@
 import argparse
 import pickle
 import pickletools
+import re
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -15,12 +16,18 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from util.errors import InputError, as_input_error
+from util.errors import InputError, as_input_error, first_few
+from util.weights.values import HARMLESS
 
 VERSION = 1  # of this project's checkpoints
 MAX_PICKLE = 2**23  # bytes of a file that are not tensors; a ViT-H's checkpoint has 2**19
 MAX_TUPLES = 100_000  # a ViT-H's checkpoint has 13,000; deep nesting of many more crashes Python
 MAX_SHARED = 4  # tensors may share bytes, but a small file must not fill the memory
+SAVE_WEIGHTS = (
+    "keep only its weights, with the program that wrote it: content = torch.load(FILE, "
+    'weights_only=False); torch.save({"model": weights}, "weights.pth"), where weights is '
+    'content["model"], content["state_dict"] or content.state_dict()'
+)
 KINDS = {
     "pretrain": "pre-training",
     "finetune": "fine-tuning",
@@ -30,28 +37,33 @@ KINDS = {
 }
 
 
+class WeightsNotFoundError(InputError):
+    """A file of weights does not exist, or its address cannot be reached."""
+
+
 def read_weights_file(path: str | Path) -> dict:
     """Load a weights file onto the CPU without running code from it.
 
-    A file of `torch.save` may hold only plain values, tensors and the argparse.Namespace of
-    released checkpoints. In the zip format, its checksums are verified first. The memory needed is
-    proportional to the file size. A .safetensors file becomes {"model", "metadata"}.
+    A file of `torch.save` may hold only plain values, tensors, the argparse.Namespace of released
+    checkpoints, and harmless values, which are skipped (see `util.weights.values`). In the zip
+    format, its checksums are verified first. The memory needed is proportional to the file size. A
+    .safetensors file becomes {"model", "metadata"}.
 
     Raises:
-        InputError: the file is missing, damaged, not a weights file, would run code, or expands to
-            far more than its size.
+        WeightsNotFoundError: the file is missing.
+        InputError: it is damaged, not a weights file, would run code, or expands to far more than
+            its size.
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"checkpoint not found: {path}")
+        raise WeightsNotFoundError(f"checkpoint not found: {path}")
     try:
         content = _load_checked(path)
     except InputError:
         raise
     except pickle.UnpicklingError as error:
-        raise InputError(
-            f"refusing to load {path}: it is not a weights file, or loading it would run code"
-        ) from error
+        foreign = re.findall(r"GLOBAL (\S+) w", str(error))  # the first, in torch.load's message
+        raise _refusal(path, foreign) from error
     except Exception as error:  # a damaged file can make a reader fail in any way
         raise InputError(
             f"{path} is truncated, damaged or not a weights file ({type(error).__name__}): copy it "
@@ -69,7 +81,7 @@ def _load_checked(path: Path) -> object:
             # Copies, because the tensors of a mapped file change and vanish with it.
             state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             return {"model": state, "metadata": file.metadata() or {}}
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with torch.serialization.safe_globals([argparse.Namespace, *HARMLESS]):
         with path.open("rb") as file:
             is_zip = file.read(4) == b"PK\x03\x04"  # torch.load's own test
             if not is_zip:
@@ -80,10 +92,20 @@ def _load_checked(path: Path) -> object:
                 _check_archive(archive, path)
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             if foreign:
-                raise InputError(
-                    f"refusing to load {path}: loading it would run code ({', '.join(foreign)})"
-                )
+                raise _refusal(path, foreign)
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _refusal(path: Path, foreign: Collection[str]) -> InputError:
+    """Error for a pickle that names foreign types or functions, if it is known which."""
+    if not foreign:
+        return InputError(
+            f"refusing to load {path}: it is not a weights file, or loading it would run code"
+        )
+    return InputError(
+        f"refusing to load {path}: loading it would run code ({first_few(sorted(foreign))}); if "
+        f"you trust it, {SAVE_WEIGHTS}"
+    )
 
 
 def _check_archive(archive: zipfile.ZipFile, path: Path) -> None:
@@ -118,6 +140,11 @@ def _check_pickles(file: BinaryIO, path: Path, size: int = 0) -> None:
     with suppress(ValueError):  # the end, or not a pickle
         for _ in range(5):
             for opcode, argument, position in pickletools.genops(file):
+                if opcode.name == "PROTO" and argument > 3:
+                    raise InputError(
+                        f"refusing to load {path}: it has pickle protocol {argument} instead of "
+                        f"torch.save's 2; if you trust it, {SAVE_WEIGHTS}"
+                    )
                 num_tuples += opcode.name.startswith("TUPLE")
                 if max(position, size) > MAX_PICKLE or num_tuples > MAX_TUPLES:
                     raise InputError(

@@ -1,7 +1,8 @@
 """Names of a ViT's weights in this project, timm and Hugging Face."""
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -77,6 +78,28 @@ HUGGING_FACE = WeightNames(
 )
 # Next to one of these, a final norm is that of a mix of feature maps, not the last (App. A.3).
 MIXING_WEIGHTS = r"decoder\.inter_block_attention\..+|wfm\..+"
+
+
+def find_encoders(names: Collection[str]) -> dict[str, WeightNames]:
+    """Return the naming scheme of each encoder among names, by the prefix of its names.
+
+    The scheme of this project counts only where it knows all names: other programs also have an
+    `encoder.`, as a prefix.
+    """
+
+    def schemes(prefix: str, cls_token: str) -> Iterator[WeightNames]:
+        within = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        if PRETRAINED.rename(cls_token) and None not in map(PRETRAINED.rename, within):
+            yield PRETRAINED
+        yield from (s for s in (TIMM, HUGGING_FACE) if s.rename(cls_token) == "cls_token")
+
+    found = {}
+    for name in names:
+        parts = name.split(".") if name.endswith("cls_token") else []
+        prefixes = ("".join(f"{part}." for part in parts[:i]) for i in range(len(parts)))
+        encoders = ((p, s) for p in prefixes for s in schemes(p, name.removeprefix(p)))
+        found.update(itertools.islice(encoders, 1))  # the shortest prefix counts
+    return found
 
 
 def hugging_face_names(

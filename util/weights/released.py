@@ -39,6 +39,22 @@ def from_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def to_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the weights of a masked autoencoder to those of released checkpoints.
+
+    Raises:
+        InputError: a weight has no name there.
+    """
+    renamed = {}
+    for name, tensor in state.items():
+        found = [(theirs, p) for theirs, p in RELEASED_PREFIXES.items() if name.startswith(p)]
+        if not found:
+            raise InputError(f"released MAE and CrossMAE have no {name}")
+        theirs, prefix = found[0]
+        renamed[theirs + name.removeprefix(prefix)] = tensor
+    return renamed
+
+
 def released_feature_maps(
     depth: int, *, weight_fm: bool, use_input: bool, use_fm: list[int] | None
 ) -> str | list[int]:

@@ -1,0 +1,1 @@
+"""The formats of `scripts/export_encoder.py`, a file each."""

@@ -1,0 +1,162 @@
+"""What is exported: a checkpoint's weights, and how images are prepared for them."""
+
+import logging
+from typing import NamedTuple
+
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from models import find_size
+from models_vit import SIZES, VisionTransformer, build_vit, fold_probe
+from util.data.transforms import default_crop_pct
+from util.errors import InputError
+from util.weights.encoder import EncoderWeights, load_encoder, read_encoder
+from util.weights.metadata import TASKS
+
+# A weight that only a decoder of this method has, in our checkpoints and in released ones.
+DECODERS = {
+    "CrossMAE": {
+        "decoder.blocks.0.cross_attn.q.weight",
+        "decoder_blocks.0.cross_attn.q.weight",
+    },
+    "MAE": {"decoder.embed.weight", "decoder_embed.weight"},
+}
+
+_logger = logging.getLogger(__name__)
+
+
+class Preparation(NamedTuple):
+    """What `eval_transform` does to an image before the model sees it."""
+
+    img_size: tuple[int, int]
+    mean: list[float]
+    std: list[float]
+    crop_pct: float
+    interpolation: str
+    squash: bool
+
+    @property
+    def cover_size(self) -> tuple[int, int]:
+        """Height and width that a resized image covers before it is cropped."""
+        height, width = (int(side / self.crop_pct) for side in self.img_size)
+        return height, width
+
+    def __str__(self) -> str:
+        """Such as `224 x 224 px, mean=(...), std=(...), crop_pct=0.875, bicubic`."""
+        words = [
+            f"{self.img_size[0]} x {self.img_size[1]} px",
+            f"mean={tuple(self.mean)}",
+            f"std={tuple(self.std)}",
+            f"crop_pct={self.crop_pct}",
+            self.interpolation,
+        ]
+        return ", ".join(words + ["squeezed, not cropped"] * self.squash)
+
+
+class Source(NamedTuple):
+    """A checkpoint to export."""
+
+    checkpoint: str
+    weights: EncoderWeights
+    size: str
+    """Such as base_patch16."""
+    images: Preparation
+    encoder_only: bool
+
+    @property
+    def method(self) -> str | None:
+        """The method whose decoder the checkpoint has, or None."""
+        left_out = set(self.weights.left_out)
+        return next((method for method, names in DECODERS.items() if names & left_out), None)
+
+
+def read_source(checkpoint: str, *, encoder_only: bool) -> Source:
+    """Read a checkpoint.
+
+    Args:
+        checkpoint: what `read_encoder` reads.
+        encoder_only: without its head and its decoder.
+
+    Raises:
+        InputError: it cannot be read, or its size is unknown.
+    """
+    weights = read_encoder(checkpoint)
+    try:
+        size = find_size(*weights.shape)
+    except ValueError as error:
+        raise InputError(f"{checkpoint} cannot be exported: {error}") from error
+    if encoder_only:
+        weights = without_head(weights)
+    return Source(checkpoint, weights, size, preparation(weights), encoder_only)
+
+
+def without_head(weights: EncoderWeights) -> EncoderWeights:
+    """Leave out the head and what is known about it, but not the norm before it."""
+    norms = {n: t for n, t in weights.head_state.items() if not n.startswith("head.")}
+    about = dict.fromkeys(("classes", "pool", "task", "target_scale"))
+    return weights._replace(head_state=norms, **about)
+
+
+def without_fc_norm(weights: EncoderWeights) -> EncoderWeights:
+    """Leave out the head and fc_norm, which libraries that normalize every token lack."""
+    weights = without_head(weights)
+    norms = {n: t for n, t in weights.head_state.items() if n.startswith("norm.")}
+    return weights._replace(head_state=norms)
+
+
+def preparation(weights: EncoderWeights) -> Preparation:
+    """Return how images are prepared; without a mean and std in the file, as for ImageNet."""
+    if weights.mean is None or weights.std is None:
+        _logger.info("the checkpoint has no mean and std, so ImageNet's are taken")
+    crop_pct = weights.crop_pct
+    return Preparation(
+        weights.img_size,
+        list(weights.mean or IMAGENET_DEFAULT_MEAN),
+        list(weights.std or IMAGENET_DEFAULT_STD),
+        default_crop_pct(weights.img_size) if crop_pct is None else crop_pct,
+        weights.interpolation or "bicubic",
+        bool(weights.squash),
+    )
+
+
+def problem_type(weights: EncoderWeights) -> str:
+    """Return Hugging Face's name of what the head was trained for."""
+    names = {task: name for name, task in TASKS.items()}
+    return names[weights.task or "classification"]
+
+
+def linear_head(weights: EncoderWeights) -> EncoderWeights:
+    """Fold a probe's normalization and a regression's scale into the head's linear layer."""
+    head_state = fold_probe(weights.head_state)
+    if weights.target_scale is not None:
+        mean, std = weights.target_scale
+        head_state["head.weight"] = head_state["head.weight"] * std
+        head_state["head.bias"] = head_state["head.bias"] * std + mean
+    return weights._replace(head_state=head_state, target_scale=None)
+
+
+def build(weights: EncoderWeights, size: str, *, head: bool = True) -> VisionTransformer:
+    """Build a new model that fits the weights, with their head or without one."""
+    pool = "norm_avg" if weights.pool == "norm_avg" else "cls"
+    return build_vit(
+        SIZES[size],
+        img_size=weights.img_size,
+        in_chans=weights.in_chans,
+        num_classes=(weights.num_classes or 0) if head else 0,
+        pool="avg" if "fc_norm.weight" in weights.head_state else pool,
+    )
+
+
+def complete(weights: EncoderWeights, size: str) -> VisionTransformer:
+    """Build a model and load the weights; a norm that they lack has scale 1 and shift 0.
+
+    Args:
+        weights: with a head that is one linear layer, see `linear_head`, or without one.
+
+    Raises:
+        InputError: the weights do not fit a ViT of that size.
+    """
+    model = build(weights, size)
+    load_encoder(model, weights, head=weights.num_classes is not None)
+    if not any(name in weights.head_state for name in ("norm.weight", "fc_norm.weight")):
+        _logger.info("no final norm was trained: writing one with scale 1 and shift 0")
+    return model.eval()
