@@ -26,7 +26,7 @@ from util.arguments import Parser
 from util.errors import InputError
 from util.runs.run import run_main, start_run
 from util.weights.encoder import fit_encoder, save_encoder
-from util.weights.files import write_new
+from util.weights.files import check_new, write_new
 
 _logger = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     start_run(device="cpu", seed=0)
+    check_new(Path(args.output), flag="--output")
     source = read_source(args.checkpoint, encoder_only=args.encoder_only)
     _logger.info("images: %s", source.images)
     FORMATS[args.format](source, Path(args.output))

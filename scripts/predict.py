@@ -315,6 +315,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.features and args.features.suffix != ".npy":
         raise InputError(f"--features {args.features} is an array: give it the suffix .npy")
     args.table = args.output or args.features.with_suffix(".csv")
+    check_new(args.table, flag="--output" if args.output else "--features")
+    if args.features:
+        check_new(args.features, flag="--features")
     if args.table == args.features:
         raise InputError(f"--output and --features are both {args.table}: choose another one")
     return args

@@ -7,17 +7,28 @@ from pathlib import Path
 from torch import Tensor
 
 from scripts.export.source import Source
+from util.errors import InputError
 from util.weights.files import save_safetensors
 
 PAPERS = {
     "CrossMAE": "https://arxiv.org/abs/2401.14391",
     "MAE": "https://arxiv.org/abs/2111.06377",
 }
+FILE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".onnx", ".safetensors", ".npz")
 MAX_LISTED = 50  # classes in a model card
 TASKS = {
     "multilabel": "Several classes can apply to an image: scores are sigmoids of the outputs.",
     "regression": "The output is the predicted value.",
 }
+
+
+def check_folder_name(output: Path) -> None:
+    """Raise InputError for the name of a file; other suffixes may be parts of a version."""
+    if output.suffix.lower() in FILE_SUFFIXES:
+        raise InputError(
+            f"--output {output} would be a folder: leave {output.suffix} out (a file for timm ends "
+            "in .pth or .safetensors)"
+        )
 
 
 def write_folder(
@@ -45,7 +56,8 @@ def model_card(source: Source, *, library: str, usage: str, more: str = "") -> s
         more: text about the code.
     """
     weights, images = source.weights, source.images
-    tag = "image-classification" if weights.num_classes else "image-feature-extraction"
+    classifies = weights.num_classes and weights.task != "regression"
+    tag = "image-classification" if classifies else "image-feature-extraction"
     size, _, patch_size = source.size.partition("_patch")
     kind = f"A ViT-{size} with patches of {patch_size} px"
     method = source.method

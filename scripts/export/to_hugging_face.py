@@ -10,7 +10,7 @@ from torch import Tensor
 from models import load_model
 from models_crossmae import MaskedAutoencoder
 from models_vit import NORM_EPS, SIZES
-from scripts.export.folder import model_card, write_folder
+from scripts.export.folder import check_folder_name, model_card, write_folder
 from scripts.export.source import (
     Preparation,
     Source,
@@ -63,6 +63,7 @@ def write_hugging_face(source: Source, output: Path) -> None:
         "config.json": config,
         "preprocessor_config.json": processor_config(source.images),
     }
+    check_folder_name(output)
     write_new(output, partial(write_folder, state, settings, card))
     _logger.info("transformers.%s.from_pretrained(%r%s)", name, str(output), option)
 
@@ -132,8 +133,10 @@ def read_mae(source: Source) -> tuple[MaskedAutoencoder, float] | None:
     """Load a whole model and its mask ratio if ViTMAE can represent it; otherwise, log why not."""
     if source.encoder_only:
         return None
-    if source.method != "MAE":
-        reason = "the checkpoint has no MAE decoder that this project can read"
+    if source.method == "CrossMAE":
+        reason = "ViTMAE has no decoder with cross-attention"
+    elif source.method != "MAE":
+        reason = "the checkpoint has no decoder"
     else:
         model, training = load_model(source.checkpoint)
         if model.mixer is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from models_vit import SIZES
-from scripts.export.folder import model_card, write_folder
+from scripts.export.folder import check_folder_name, model_card, write_folder
 from scripts.export.source import Source, complete, linear_head, problem_type
 from util.weights.encoder import save_encoder
 from util.weights.files import write_new
@@ -37,6 +37,7 @@ def write_timm(source: Source, output: Path) -> None:
     else:
         card = model_card(source, library="timm", usage=USAGE, more=more(source))
         settings = {"config.json": timm_config(source)}
+        check_folder_name(output)
         write_new(output, partial(write_folder, state, settings, card))
         _logger.info("timm.create_model(%r, pretrained=True)", f"local-dir:{output}")
 

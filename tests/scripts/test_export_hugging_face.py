@@ -58,8 +58,8 @@ def close(actual, expected):
 @pytest.mark.parametrize(
     ("factory", "feature_maps", "reason"),
     [
-        (crossmae_nano, "all", "no MAE decoder"),
-        (crossmae_nano, "last", "no MAE decoder"),
+        (crossmae_nano, "all", "no decoder with cross-attention"),
+        (crossmae_nano, "last", "no decoder with cross-attention"),
         (mae_nano, "all", "no inter-block attention"),
     ],
 )

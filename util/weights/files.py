@@ -224,9 +224,14 @@ def save_safetensors(state: Mapping[str, Tensor], path: Path, metadata: dict[str
 
 
 def check_new(path: Path, *, flag: str) -> None:
-    """Raise InputError if something exists at a path that the user gave as `flag`."""
+    """Raise InputError if something exists at a path that the user gave as `flag`, or cannot."""
     if path.exists() or path.is_symlink():
         raise InputError(f"{path} already exists: delete it first, or choose another {flag}")
+    if not path.parent.is_dir():
+        raise InputError(
+            f"cannot write {flag} {path}: {path.parent} is not a folder, so create it, or choose "
+            f"another {flag}"
+        )
 
 
 def write_new(path: Path, write: Callable[[Path], None], *, flag: str = "--output") -> None:
