@@ -281,7 +281,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--top", type=positive_int, default=TOP, help="classes to name for an image (%(default)s)"
     )
     parser.add_argument(
-        "--pool", choices=POOLS, help="what the features are, see main_knn.py (as trained, or avg)"
+        "--pool",
+        choices=POOLS,
+        help="what the features are, see main_knn.py (the head's, or avg without a head)",
     )
     parser.add_argument("--device", help="cuda, cuda:N or cpu (cuda if available)")
     group = parser.add_argument_group("images")
@@ -354,8 +356,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if num_broken == len(images):
             raise InputError(f"none of the images in {args.images} can be read, see above")
     written = " and ".join(str(path) for path in (args.table, args.features) if path)
-    broken = f", {counted(num_broken, 'broken one')} among them" if num_broken else ""
-    _logger.info("wrote %s to %s%s", counted(len(images), "image"), written, broken)
+    broken = f", {counted(num_broken, 'broken image')} among them" if num_broken else ""
+    _logger.info("wrote %s to %s%s", counted(len(images), "row"), written, broken)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ def check_scale(
         ours = " ".join(f"{n} {_listed(x / 255 for x in values)}" for n, values in large.items())
         verb = "," if owner else " is" if len(large) == 1 else " are"
         raise InputError(
-            f"{owner}{theirs}{verb} for pixels from 0 to 255, but here they lie in [0, 1]: use "
-            f"{ours}"
+            f"{owner}{theirs}{verb} for pixels from 0 to 255, but here they lie in [0, 1]: "
+            f"{'write there' if owner else 'use'} {ours}"
         )
 
 

@@ -100,7 +100,7 @@ def test_a_broken_image_keeps_its_row_and_is_named(checkpoint, images, capsys):
     assert (broken["path"], broken["class"], broken["score_3"]) == (BROKEN, "", "")
     out = capsys.readouterr().out
     assert f"Broken image: {BROKEN} ({broken['error']})" in out
-    assert "wrote 9 images to" in out and "1 broken one among them" in out
+    assert "wrote 9 rows to" in out and "1 broken image among them" in out
 
 
 @pytest.mark.parametrize("options", [["--batch_size", 2], ["--batch_size", 4, "--num_workers", 2]])

@@ -416,6 +416,6 @@ def test_mean_and_std_of_pixels_up_to_255_in_a_file_are_refused(tmp_path):
     timm_folder(tmp_path, {"pretrained_cfg": PIXELS})
     message = refusal(tmp_path)
     assert f"{tmp_path}/config.json has mean 123.675" in message
-    assert "use mean 0.485 0.456 0.406 std 0.229 0.224 0.225" in message
+    assert "write there mean 0.485 0.456 0.406 std 0.229 0.224 0.225" in message
     stored(tmp_path / "w.pth", finetuned(vit_nano(num_classes=3)) | PIXELS)
     assert "w.pth has mean 123.675" in refusal(tmp_path / "w.pth")
