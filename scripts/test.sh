@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs the quick tests: 5 to 10 minutes on 2 CPU cores. With --all it runs every
-# test, the slow ones, the faults and SLURM's too: 20 to 40 minutes. Other arguments go to pytest.
+# Sets up .venv and runs the quick tests: 5 to 15 minutes on 2 CPU cores. With --all it runs every
+# test, the slow ones, the faults and SLURM's too: 20 to 50 minutes. Other arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
