@@ -234,13 +234,12 @@ def evaluate_only(
     weights = start.weights
     check_num_classes(path, weights, encoder.num_classes)
     crop_pct = data.crop_pct or weights.crop_pct or default_crop_pct(start.img_size)
-    how = {"interpolation": weights.interpolation or "bicubic", "squash": bool(weights.squash)}
     kind = weights.task or "classification"
     if task not in (kind, TaskSettings.task):
         raise InputError(f"{path} was trained for --task {kind}: leave --task {task} out")
     if only_these_classes and kind != "classification":
         raise InputError(f"--only_these_classes is not for --task {kind}: leave it out")
-    transform = eval_transform(*start.input_format, crop_pct, **how)
+    transform = eval_transform(*start.input_format, crop_pct, **weights.resizing)
     names = weights.classes if kind == "multilabel" else None  # others are matched below
     val_set = open_val(data, transform, seed=run.seed, task=kind, classes=names)
     if val_set is None:
@@ -261,14 +260,14 @@ def evaluate_only(
     if outputs is not None and only_these_classes:
         keep_outputs(model, outputs)
         num_outputs, classes, outputs = len(outputs), val_set.classes, None
-    aim = task_of(weights, num_outputs, outputs)
+    trained_for = task_of(weights, num_outputs, outputs)
     example = blank_images(start.img_size, device)
     # Not sharded, because processes may have different numbers of images.
     precision = place_model(model, replace(compute, fsdp=False), device, example)
     sizes = {"batch_size": batch_size, "num_workers": data.num_workers}
     loader = build_eval_loader(val_set, **sizes, device=device)
     broken = BrokenImages(len(val_set), data.max_broken)
-    scores = evaluate(model, loader, task=aim, precision=precision, broken=broken)
+    scores = evaluate(model, loader, task=trained_for, precision=precision, broken=broken)
     if table := scores.table(classes):
         log_lines(table)
     _logger.info("%s: %s", path, describe(scores.stats()))
@@ -375,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if encoder.keep_head and classes is None and data.dataset is None:
             check_output_order(encoder.finetune, train_set, data.name)
     classes = classes or train_set.classes
-    task = build_task(aim, train_set, num_classes, smoothing=mix.smoothing)
+    task = build_task(aim, train_set, num_classes, smoothing=mix.smoothing, device=device)
     if encoder.keep_head and isinstance(task, Regression):
         head_state = rescale_head(weights.head_state, weights.target_scale, task.scale)
         weights = weights._replace(head_state=head_state)
@@ -385,9 +384,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     # The model
-    pool = encoder.pool or "avg"
-    if encoder.keep_head:
-        pool = encoder.pool or weights.pool
+    pool = encoder.pool or (weights.pool if encoder.keep_head else "avg")
     options = {
         "img_size": list(start.img_size),
         "num_classes": task.num_outputs,

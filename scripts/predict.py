@@ -336,8 +336,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, start = load(args.checkpoint, data, args.pool, needs_head=args.output is not None)
     weights = start.weights
     crop = data.crop_pct or weights.crop_pct or default_crop_pct(start.img_size)
-    how = {"interpolation": weights.interpolation or "bicubic", "squash": bool(weights.squash)}
-    images = ImageFiles(args.images, eval_transform(*start.input_format, crop, **how))
+    images = ImageFiles(args.images, eval_transform(*start.input_format, crop, **weights.resizing))
     reading = Reading.of(weights, args.top) if args.output else None
     example = blank_images(start.img_size, device)
     precision = place_model(model, take(ComputeSettings, args), device, example)

@@ -113,8 +113,7 @@ def preparation(weights: EncoderWeights) -> Preparation:
         list(weights.mean or IMAGENET_DEFAULT_MEAN),
         list(weights.std or IMAGENET_DEFAULT_STD),
         default_crop_pct(weights.img_size) if crop_pct is None else crop_pct,
-        weights.interpolation or "bicubic",
-        bool(weights.squash),
+        **weights.resizing,
     )
 
 

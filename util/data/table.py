@@ -160,7 +160,7 @@ def find_columns(header: Sequence[str], path: Path) -> dict[str, str]:
     """Find the columns of a table by their names.
 
     Raises:
-        InputError: there is none of paths, or a column may be either of two.
+        InputError: there is no column of paths, or a column may be either of two.
     """
     found = {}
     for role, names in COLUMNS.items():

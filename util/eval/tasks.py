@@ -125,7 +125,7 @@ class Classification:
 
     Args:
         smoothing: label smoothing, in [0, 1).
-        class_weights: (N,), of the images of each class in the loss.
+        class_weights: (N,), of the images of each class in the loss; on the model's device.
         output_of: (C,), the output of each label, if labels are indices into other classes.
     """
 
@@ -143,8 +143,11 @@ class Classification:
         """See Task; targets are labels (B,), or shares of the classes (B, N)."""
         if self.class_weights is None:
             return F.cross_entropy(logits, targets, label_smoothing=self.smoothing)
-        weight = self.class_weights.to(logits.device, non_blocking=True)
-        options = {"weight": weight, "label_smoothing": self.smoothing, "reduction": "none"}
+        options = {
+            "weight": self.class_weights,
+            "label_smoothing": self.smoothing,
+            "reduction": "none",
+        }
         # PyTorch's own mean would weight an image by the others of its micro-batch.
         return F.cross_entropy(logits, targets, **options).mean()
 
@@ -239,7 +242,8 @@ class Multilabel:
     """Any number of classes for each image; the loss is binary cross-entropy of each class.
 
     Args:
-        class_weights: (N,), of the images with each class, relative to those without it.
+        class_weights: (N,), of the images with each class, relative to those without it; on the
+            model's device.
     """
 
     num_outputs: int
@@ -251,9 +255,7 @@ class Multilabel:
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """See Task; targets are (B, N), 1 for the classes of an image."""
-        weight = self.class_weights
-        weight = weight if weight is None else weight.to(logits.device, non_blocking=True)
-        return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weight)
+        return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=self.class_weights)
 
     def measurement(self, device: torch.device) -> "Outputs":
         """See Task."""
@@ -428,12 +430,14 @@ def build_task(
     num_outputs: int,
     *,
     smoothing: float = 0.0,
+    device: torch.device | str = "cpu",
 ) -> Task:
     """Build what a head is trained for.
 
     Args:
         num_outputs: classes; ignored for a regression.
         smoothing: of labels.
+        device: of the model.
 
     Raises:
         InputError: the weights of classes cannot be known, or all numbers are equal.
@@ -446,7 +450,7 @@ def build_task(
         return Regression((mean.item(), std.item()))
     weights = None
     if settings.class_weights:
-        weights = balanced_weights(train_set, num_outputs, settings.task)
+        weights = balanced_weights(train_set, num_outputs, settings.task).to(device)
     if settings.task == "multilabel":
         return Multilabel(num_outputs, weights)
     return Classification(num_outputs, smoothing, weights)

@@ -111,6 +111,11 @@ class EncoderWeights(NamedTuple):
         """Whether the head normalizes features first."""
         return "head.0.running_var" in self.head_state
 
+    @property
+    def resizing(self) -> dict[str, object]:
+        """How images are resized for an evaluation, as arguments of `eval_transform`."""
+        return {"interpolation": self.interpolation or "bicubic", "squash": bool(self.squash)}
+
     def hash(self) -> str:
         """Return a digest of all weights that does not depend on the file they come from."""
         digest = hashlib.blake2b(digest_size=8)
