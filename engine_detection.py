@@ -1,6 +1,6 @@
 """Training on boxes and masks, and average precision on validation images."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from util.compute.precision import Precision
 from util.data.broken_images import BrokenImages
 from util.data.coco import CocoImage
 from util.data.detection import DetectionBatch, DetectionImages
-from util.data.loaders import StepLoader
+from util.data.loaders import StepLoader, show_progress
 from util.data.sampler import evenly_spaced
 from util.errors import InputError
 from util.eval.coco_ap import (
@@ -30,8 +30,7 @@ from util.runs.checkpoint import TrainState
 from util.runs.run_log import RunLog
 from util.runs.training import training_steps
 from util.seeding import seed_everything
-
-MIN_SCORE = 0.5  # of what pictures show
+from util.settings.detection import MIN_SCORE
 
 
 def train_one_epoch(
@@ -94,7 +93,7 @@ def detect(
 
 def evaluate(
     model: nn.Module,
-    loader: Iterable[DetectionBatch],
+    loader: Collection[DetectionBatch],
     images: DetectionImages,
     *,
     precision: Precision,
@@ -115,7 +114,7 @@ def evaluate(
         InputError: too many images cannot be read, or there is nothing to score.
     """
     results: list[tuple[int, list[dict]]] = []  # of each image, by its position
-    for batch in loader:
+    for batch in show_progress(loader, "validation"):
         broken.add(batch.broken)
         if batch.num_images:
             detected = detect(model, batch, images, precision=precision)

@@ -1,6 +1,6 @@
 """Training on labels, for fine-tuning and linear probing, and scores on validation images."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn as nn
@@ -11,12 +11,12 @@ from util.compute.precision import Precision
 from util.data.batch import Batch
 from util.data.broken_images import BrokenImages
 from util.data.images import IndexedImages
-from util.data.loaders import StepLoader
+from util.data.loaders import StepLoader, show_progress
 from util.data.mixing import mix_images
 from util.data.streams import StreamedImages
 from util.eval.confusion import draw_confusion
 from util.eval.tasks import ClassScores, Scores, Task
-from util.runs.checkpoint import TrainState
+from util.runs.checkpoint import Progress, TrainState
 from util.runs.resume import WEIGHTS_HASH
 from util.runs.run_log import RunLog
 from util.runs.training import training_steps
@@ -70,7 +70,7 @@ def train_one_epoch(
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    loader: Iterable[Batch],
+    loader: Collection[Batch],
     *,
     task: Task,
     precision: Precision,
@@ -90,7 +90,7 @@ def evaluate(
     model.eval()
     device = precision.device
     measurement = task.measurement(device)
-    for batch in loader:
+    for batch in show_progress(loader, "validation"):
         task.check(batch.labels)
         images, labels = batch.to(device)  # (B, C, H, W), (B,) or (B, N)
         with precision.autocast():
@@ -101,7 +101,9 @@ def evaluate(
     return measurement.scores()
 
 
-def show(scores: Scores, classes: Sequence[str] | None, run_log: RunLog, *, step: int) -> None:
+def show(
+    scores: Scores, classes: Sequence[str] | None, run_log: RunLog, *, progress: Progress
+) -> None:
     """Save the latest scores of all classes, and the confusion matrix, in a run's folder.
 
     Args:
@@ -109,9 +111,10 @@ def show(scores: Scores, classes: Sequence[str] | None, run_log: RunLog, *, step
     """
     if not is_main_process():
         return
-    run_log.save_json("classes", {"step": step, **scores.as_json(classes)})
+    run_log.save_json("classes", {"step": progress.step, **scores.as_json(classes)})
     if isinstance(scores, ClassScores) and scores.confusion is not None:
-        run_log.log_image("confusion", draw_confusion(scores.confusion, classes), step)
+        picture = draw_confusion(scores.confusion, classes)
+        run_log.log_image("confusion", picture, progress.epoch)
 
 
 def describe_classifier(

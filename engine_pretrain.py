@@ -1,7 +1,7 @@
 """The pre-training step: draw masks, encode visible patches, predict a part of the masked ones."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn as nn
@@ -15,10 +15,12 @@ from util.eval.knn import describe_knn
 from util.masking import Masking, TokenSplit
 from util.patches import RawImages
 from util.runs.checkpoint import TrainState, last_checkpoint
-from util.runs.run import RunSettings
+from util.runs.rows import cells
 from util.runs.run_log import read_log
+from util.runs.start import tensorboard_command
 from util.runs.training import training_steps
 from util.seeding import generator_for
+from util.settings.run import RunSettings
 
 FIGURE = "reconstructions"
 
@@ -97,23 +99,26 @@ def train_one_epoch(
     return state.end_epoch()
 
 
-def report(run: RunSettings) -> None:
+def report(run: RunSettings, notes: Mapping[str, str] | None) -> None:
     """Log the results of a finished run and the paths of its files.
+
+    Args:
+        notes: see `util.runs.rows.cells`.
 
     Raises:
         RunError: the last checkpoint could not be written.
     """
-    last = read_log(run.folder)[-1]
+    log = read_log(run.folder)
+    first, last = log[0], log[-1]
     path = last_checkpoint(run.folder, last["epoch"])
     if "val_loss" in last:
-        _logger.info(
-            "validation loss %.4f, masked-patch PSNR %.2f dB over %s",
-            *(last["val_loss"], last["val_psnr"], counted(last["val_images"], "image")),
-        )
-    if "knn10" in last:
-        _logger.info("pre-trained encoder: %s", describe_knn(last))
+        measured = {name: last[name] for name in last if name.startswith(("val_", "blind_"))}
+        number = counted(last["val_images"], "validation image")
+        _logger.info("%s: %s", number, ", ".join(cells(measured, notes)))
+    if "knn20" in last:
+        _logger.info("%s", describe_knn(last, first if first["epoch"] == 0 else {}))
     _logger.info("checkpoint: %s", path)
-    _logger.info("TensorBoard: %s", run.log_folder)
+    _logger.info("TensorBoard: %s", tensorboard_command(run))
     figure = run.folder / f"{FIGURE}.png"
     if figure.exists():
         _logger.info("figure: %s", figure)

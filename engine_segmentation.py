@@ -1,7 +1,7 @@
 """Training on masks, and mIoU on validation images."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from util.compute.distributed import broadcast_buffers, is_main_process, rank
 from util.compute.precision import Precision
 from util.data.broken_images import BrokenImages
-from util.data.loaders import StepLoader
+from util.data.loaders import StepLoader, show_progress
 from util.data.masks import UNLABELED
 from util.data.sampler import evenly_spaced
 from util.data.segmentation import SegmentationBatch, SegmentationImages
@@ -49,6 +49,12 @@ def segmentation_loss(maps: Sequence[Tensor], labels: Tensor, aux_weight: float)
         for logits in maps
     ]
     return sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
+
+
+def blank_loss(model: nn.Module, aux_weight: float, images: Tensor) -> Tensor:
+    """Loss of a training step on images whose every pixel is of the first class."""
+    labels = images.new_zeros((len(images), *images.shape[2:]), dtype=torch.long)
+    return segmentation_loss(model(images), labels, aux_weight)
 
 
 def train_one_epoch(
@@ -91,7 +97,7 @@ def train_one_epoch(
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    loader: Iterable[SegmentationBatch],
+    loader: Collection[SegmentationBatch],
     *,
     classes: Sequence[str],
     windows: Windows,
@@ -112,7 +118,7 @@ def evaluate(
     """
     broadcast_buffers(model)
     confusion = Confusion(len(classes), precision.device)
-    for batch in loader:
+    for batch in show_progress(loader, "validation"):
         broken.add(batch.broken)
         if batch.num_images:
             confusion.add(*predict_classes(model, batch, windows=windows, precision=precision))

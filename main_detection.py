@@ -15,103 +15,51 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from engine_detection import evaluate, show, train_one_epoch
-from models import (
+from util.arguments import (
+    Parser,
+    check_arguments,
+    check_new,
+    check_output_folders,
+    given_options,
+    take,
+)
+from util.errors import InputError
+from util.settings.compute import ComputeSettings, add_memory_args, add_precision_args
+from util.settings.detection import DetectionSettings, add_detection_data_args
+from util.settings.model import (
     DetectorSettings,
     EncoderSettings,
     add_detector_args,
     add_encoder_args,
-    build_detector,
-    load_detector,
-    starting_point,
 )
-from util.arguments import Parser, check_output_folders, given_options, take
-from util.compute.batch_size import plan_batches
-from util.compute.distributed import data_parallel, is_main_process, world_size
-from util.compute.precision import blank_images
-from util.compute.setup import ComputeSettings, add_memory_args, add_precision_args, place_model
-from util.data.broken_images import BrokenImages
-from util.data.detection import (
-    DetectionSettings,
-    add_detection_data_args,
-    check_classes,
-    open_detection,
-    open_validation,
-)
-from util.data.images import names_hash
-from util.data.loaders import build_eval_loader, build_iteration_loader
-from util.data.report import report_images
-from util.errors import InputError
-from util.eval.coco_ap import describe
-from util.optim import (
+from util.settings.optim import (
     FineTuneSettings,
     IterationSettings,
     add_finetune_args,
     add_iteration_args,
-    build_ema,
-    build_layer_decay_adamw,
 )
-from util.runs.checkpoint import Best, TrainState
-from util.runs.report import report
-from util.runs.resume import (
-    EFFECTIVE_BATCH,
-    EMA_DECAY,
-    WEIGHTS_HASH,
-    RunRecord,
-    changeable_settings,
-    checkpoint_to_evaluate,
-    log_settings,
-    open_run,
-    start_or_continue,
-)
-from util.runs.run import RunSettings, add_run_args, log_lines, run_main, start_run
-from util.schedule import plan_learning_rate, step_lr
-from util.weights.encoder import load_encoder
-from util.weights.files import check_new, unknown_content, write_new
+from util.settings.run import RunSettings, add_run_args
 
 SETTINGS = (RunSettings, DetectionSettings, IterationSettings, ComputeSettings)
 SETTINGS += (EncoderSettings, DetectorSettings, FineTuneSettings)
 OF_THE_CHECKPOINT = {"--mean", "--std", *(f"--{field.name}" for field in fields(DetectorSettings))}
-BEST = Best("val_box_ap")
 TURNED_OFF = {"--masks": "--no_masks", "--rel_pos": "--no_rel_pos"}
 WARMUP_ITERS = 250
-MEMORY_ADVICE = (
-    "use a lower --batch_size with the same --effective_batch_size, or --memory medium or low"
-)
-
-_logger = logging.getLogger(__name__)
-
-
-class Recipe(NamedTuple):
-    """Hyperparameters that depend on the model's size (ViTDet)."""
-
-    epochs: int
-    layer_decay: float
-    drop_path: float
-
-
-SMALL_RECIPE = Recipe(epochs=100, layer_decay=0.7, drop_path=0.1)
-LARGE_RECIPE = Recipe(epochs=100, layer_decay=0.8, drop_path=0.4)
-HUGE_RECIPE = Recipe(epochs=75, layer_decay=0.9, drop_path=0.5)
-RECIPES = {
-    "large_patch16": LARGE_RECIPE,
-    "huge_patch14": HUGE_RECIPE,
-    "giant_patch14": HUGE_RECIPE,  # ViTDet has no ViT-g
-}
+FIRST_FLAGS = ("--finetune", "--data_path", "--output_dir", "--input_size", "--window_size")
+FIRST_FLAGS += ("--batch_size", "--epochs", "--lr", "--eval", "--device")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read and check the command line; defaults are ViTDet's for COCO."""
     parser = Parser(
         prog="main_detection.py",
+        usage="main_detection.py --finetune WEIGHTS --data_path COCO [flags]",
+        first=FIRST_FLAGS,
         description="Fine-tune an encoder for object detection and instance segmentation, or "
         "evaluate the result.",
     )
-    add_run_args(parser, output_dir="output/detection", save_every=1)
-    add_detection_data_args(parser)
     add_encoder_args(parser, pool=None)
+    add_detection_data_args(parser)
     add_detector_args(parser)
     add_iteration_args(
         parser,
@@ -121,6 +69,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         lr=1e-4,
         weight_decay=0.1,
     )
+    add_run_args(parser, output_dir="output/detection", save_every=1)
     add_precision_args(parser, compile_modes=())
     add_memory_args(parser, fsdp=False)
     group = add_finetune_args(parser)
@@ -147,6 +96,69 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.dump_json and not args.eval:
         raise InputError("--dump_json needs --eval")
     return args
+
+
+if __name__ == "__main__":
+    check_arguments(parse_args)  # before the imports below, which take seconds
+
+import torch
+
+from engine_detection import evaluate, show, train_one_epoch
+from models import build_detector, load_detector, starting_point
+from util.compute.batch_size import plan_batches
+from util.compute.distributed import data_parallel, is_main_process, world_size
+from util.compute.precision import blank_images
+from util.compute.setup import place_model
+from util.data.broken_images import BrokenImages
+from util.data.detection import check_classes, open_detection, open_validation
+from util.data.images import names_hash
+from util.data.loaders import build_eval_loader, build_iteration_loader
+from util.data.report import report_images
+from util.eval.coco_ap import describe
+from util.optim import build_ema, build_layer_decay_adamw
+from util.runs.checkpoint import Best, TrainState
+from util.runs.report import report
+from util.runs.resume import (
+    EFFECTIVE_BATCH,
+    EMA_DECAY,
+    MAX_ITERS,
+    WEIGHTS_HASH,
+    RunRecord,
+    changeable_settings,
+    checkpoint_to_evaluate,
+    open_run,
+    start_or_continue,
+)
+from util.runs.run import log_lines, run_main, start_run
+from util.runs.start import describe_encoder, describe_images, log_start
+from util.schedule import plan_learning_rate, step_lr
+from util.weights.encoder import load_encoder
+from util.weights.files import unknown_content, write_new
+
+BEST = Best("val_box_ap")
+MEMORY_ADVICE = (
+    "use a lower --batch_size with the same --effective_batch_size, or --memory medium or low"
+)
+
+_logger = logging.getLogger(__name__)
+
+
+class Recipe(NamedTuple):
+    """Hyperparameters that depend on the model's size (ViTDet)."""
+
+    epochs: int
+    layer_decay: float
+    drop_path: float
+
+
+SMALL_RECIPE = Recipe(epochs=100, layer_decay=0.7, drop_path=0.1)
+LARGE_RECIPE = Recipe(epochs=100, layer_decay=0.8, drop_path=0.4)
+HUGE_RECIPE = Recipe(epochs=75, layer_decay=0.9, drop_path=0.5)
+RECIPES = {
+    "large_patch16": LARGE_RECIPE,
+    "huge_patch14": HUGE_RECIPE,
+    "giant_patch14": HUGE_RECIPE,  # ViTDet has no ViT-g
+}
 
 
 def evaluate_only(
@@ -274,7 +286,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         EFFECTIVE_BATCH: loader.effective_batch_size,
     }
     may_change = changeable_settings(optim, data, lr=lr.peak, amp=precision.amp, ema=tuning.ema)
-    log_settings({**fixed, **may_change})
     header = {
         "model_name": name,
         "model_options": options,
@@ -282,9 +293,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         "std": start.std,
         "classes": list(images.classes),
     }
-    length = ("--max_iters", iterations.steps_per_epoch)
+    length = (MAX_ITERS, iterations.steps_per_epoch)
     given = given_options(args, parse_args([])) | {EMA_DECAY}
-    record = RunRecord("detection", fixed, may_change, header, vars(args), given, length, found)
+    record = RunRecord(
+        "detection",
+        fixed,
+        may_change,
+        header,
+        vars(args),
+        given,
+        length,
+        found,
+        evaluated_every=int(val_loader is not None),
+    )
+    log_start(
+        run,
+        optim,
+        record,
+        model=describe_encoder(start, encoder.finetune, model),
+        images=describe_images(images.train, images.val),
+        precision=precision,
+        loader=loader,
+        batches=batches,
+        lr=lr,
+    )
     with open_run(state, loader, run, record) as (checkpoints, run_log):
         progress, parallel_model = state.progress, data_parallel(model, device)
         while progress.epoch < optim.epochs:
@@ -319,4 +351,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, trains=True, memory_advice=MEMORY_ADVICE)
+    run_main(main, memory_advice=MEMORY_ADVICE)

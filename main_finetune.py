@@ -14,125 +14,49 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from engine_finetune import describe_classifier, evaluate, show, train_one_epoch
-from models import (
-    EncoderSettings,
-    add_encoder_args,
-    build_classifier,
-    load_classifier,
-    starting_point,
-)
-from models_vit import fold_probe, keep_outputs, rescale_head
-from util.arguments import Parser, check_output_folders, given_options, take
-from util.compute.batch_size import plan_batches
-from util.compute.compiling import compile_model
-from util.compute.distributed import data_parallel, is_main_process
-from util.compute.precision import blank_images
-from util.compute.setup import ComputeSettings, add_memory_args, add_precision_args, place_model
-from util.compute.sharding import unsharded
-from util.data.broken_images import BrokenImages
-from util.data.classes import (
-    check_classes,
-    check_output_order,
-    imagenet_classes,
-    match_classes,
-)
-from util.data.datasets import open_train_val, open_val
-from util.data.loaders import build_eval_loader, build_loaders
-from util.data.mixing import MixSettings, add_mix_args, build_mixup
-from util.data.report import report_images
-from util.data.settings import DataSettings, add_data_args
-from util.data.transforms import (
-    LABELED_VIEW,
-    AugmentSettings,
-    ViewSettings,
-    add_augmentation_args,
-    add_view_args,
-    default_crop_pct,
-    eval_transform,
-    finetune_transform,
+from util.arguments import (
+    Parser,
+    check_arguments,
+    check_new,
+    check_output_folders,
+    given_options,
+    take,
 )
 from util.errors import InputError
-from util.eval.tasks import (
-    Classification,
-    Multilabel,
-    Regression,
-    Task,
-    TaskSettings,
-    add_task_args,
-    build_task,
-    describe,
+from util.settings.compute import ComputeSettings, add_memory_args, add_precision_args
+from util.settings.data import DataSettings, add_data_args
+from util.settings.evaluation import TaskSettings, add_task_args
+from util.settings.model import EncoderSettings, add_encoder_args
+from util.settings.optim import FineTuneSettings, OptimSettings, add_finetune_args, add_optim_args
+from util.settings.run import RunSettings, add_run_args
+from util.settings.views import (
+    LABELED_VIEW,
+    AugmentSettings,
+    MixSettings,
+    ViewSettings,
+    add_augmentation_args,
+    add_mix_args,
+    add_view_args,
 )
-from util.optim import (
-    FineTuneSettings,
-    OptimSettings,
-    add_finetune_args,
-    add_optim_args,
-    build_ema,
-    build_layer_decay_adamw,
-)
-from util.runs.checkpoint import Best, TrainState
-from util.runs.report import report
-from util.runs.resume import (
-    CONTENT,
-    EFFECTIVE_BATCH,
-    EMA_DECAY,
-    RunRecord,
-    changeable_settings,
-    checkpoint_to_evaluate,
-    log_settings,
-    open_run,
-    start_or_continue,
-)
-from util.runs.run import RunSettings, add_run_args, log_lines, run_main, start_run, write_json
-from util.schedule import plan_learning_rate
-from util.weights.encoder import EncoderWeights, load_encoder
-from util.weights.files import check_new, write_new
 
 SETTINGS = (RunSettings, DataSettings, OptimSettings, ComputeSettings)
 SETTINGS += (EncoderSettings, TaskSettings, FineTuneSettings)
 SETTINGS += (ViewSettings, AugmentSettings, MixSettings)
-MEMORY_ADVICE = (
-    "use a lower --batch_size with the same --effective_batch_size, or --memory medium or low"
-)
-
-_logger = logging.getLogger(__name__)
-
-
-class Recipe(NamedTuple):
-    """Hyperparameters that depend on the model's size (Table 11 and the authors' commands)."""
-
-    epochs: int
-    blr: float
-    layer_decay: float
-    drop_path: float
-
-
-SMALL_RECIPE = Recipe(epochs=100, blr=5e-4, layer_decay=0.65, drop_path=0.1)
-HUGE_RECIPE = Recipe(epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.3)
-RECIPES = {
-    "tiny_patch4": SMALL_RECIPE,
-    "tiny_patch16": SMALL_RECIPE,
-    "small_patch16": SMALL_RECIPE,
-    "base_patch16": SMALL_RECIPE,
-    "large_patch16": Recipe(epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.2),
-    "huge_patch14": HUGE_RECIPE,
-    "giant_patch14": HUGE_RECIPE,  # the paper has no ViT-g
-}
 WARMUP_EPOCHS = 5  # at most a tenth of the run
+FIRST_FLAGS = ("--finetune", "--data_path", "--val_path", "--data_csv", "--output_dir")
+FIRST_FLAGS += ("--batch_size", "--epochs", "--lr", "--eval", "--device")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read and check the command line; defaults are the paper's (Table 11)."""
     parser = Parser(
         prog="main_finetune.py",
+        usage="main_finetune.py --finetune WEIGHTS --data_path IMAGES [flags]",
+        first=FIRST_FLAGS,
         description="Fine-tune an encoder, train one from scratch, or evaluate a classifier.",
     )
-    add_run_args(parser, output_dir="output/finetune", save_every=1)
-    add_data_args(parser, input_size=None)
     add_encoder_args(parser, pool="avg")
+    add_data_args(parser, input_size=None)
     add_task_args(parser)
     add_optim_args(
         parser,
@@ -143,6 +67,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         warmup_epochs=f"{WARMUP_EPOCHS}, at most EPOCHS / 10",
         min_lr=1e-6,
     )
+    add_run_args(parser, output_dir="output/finetune", save_every=1)
     add_precision_args(parser)
     add_memory_args(parser)
     group = add_finetune_args(parser)
@@ -200,6 +125,83 @@ def turn_off_mixing(args: argparse.Namespace, given: Collection[str]) -> None:
         if f"--{name}" in given and getattr(args, name):
             raise InputError(f"--{name} is for --task classification: leave it out")
         setattr(args, name, 0.0)
+
+
+if __name__ == "__main__":
+    check_arguments(parse_args)  # before the imports below, which take seconds
+
+import torch
+
+from engine_finetune import describe_classifier, evaluate, show, train_one_epoch
+from models import build_classifier, load_classifier, starting_point
+from models_vit import fold_probe, keep_outputs, rescale_head
+from util.compute.batch_size import plan_batches
+from util.compute.compiling import compile_model
+from util.compute.distributed import data_parallel, is_main_process
+from util.compute.memory import check_step, foresee_step
+from util.compute.precision import blank_images
+from util.compute.setup import place_model
+from util.compute.sharding import unsharded
+from util.data.broken_images import BrokenImages
+from util.data.classes import (
+    check_classes,
+    check_output_order,
+    imagenet_classes,
+    match_classes,
+)
+from util.data.datasets import open_train_val, open_val
+from util.data.loaders import build_eval_loader, build_loaders
+from util.data.mixing import build_mixup
+from util.data.report import report_images
+from util.data.transforms import default_crop_pct, eval_transform, finetune_transform
+from util.eval.tasks import Classification, Multilabel, Regression, Task, build_task, describe
+from util.optim import build_ema, build_layer_decay_adamw
+from util.runs.checkpoint import Best, TrainState
+from util.runs.report import report
+from util.runs.resume import (
+    CONTENT,
+    EFFECTIVE_BATCH,
+    EMA_DECAY,
+    RunRecord,
+    changeable_settings,
+    checkpoint_to_evaluate,
+    open_run,
+    start_or_continue,
+)
+from util.runs.run import log_lines, run_main, start_run, write_json
+from util.runs.start import describe_encoder, describe_images, log_start
+from util.schedule import plan_learning_rate
+from util.weights.encoder import EncoderWeights, load_encoder
+from util.weights.files import write_new
+
+MEMORY_ADVICE = (
+    "use a lower --batch_size with the same --effective_batch_size, or --memory medium or low"
+)
+
+_logger = logging.getLogger(__name__)
+
+
+class Recipe(NamedTuple):
+    """Hyperparameters that depend on the model's size (Table 11 and the authors' commands)."""
+
+    epochs: int
+    blr: float
+    layer_decay: float
+    drop_path: float
+
+
+SMALL_RECIPE = Recipe(epochs=100, blr=5e-4, layer_decay=0.65, drop_path=0.1)
+HUGE_RECIPE = Recipe(epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.3)
+RECIPES = {
+    "micro_patch4": SMALL_RECIPE,
+    "tiny_patch4": SMALL_RECIPE,
+    "tiny_patch16": SMALL_RECIPE,
+    "small_patch16": SMALL_RECIPE,
+    "base_patch16": SMALL_RECIPE,
+    "large_patch16": Recipe(epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.2),
+    "huge_patch14": HUGE_RECIPE,
+    "giant_patch14": HUGE_RECIPE,  # the paper has no ViT-g
+}
 
 
 def resolve_recipe(args: argparse.Namespace, size: str) -> Recipe:
@@ -397,6 +399,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         load_encoder(model, weights, head=encoder.keep_head)
     example = blank_images(start.img_size, device)
     precision = place_model(model, compute, device, example, optim)
+    step = foresee_step(
+        model,
+        example,
+        precision,
+        mode=compute.memory,
+        batch_size=batches.batch_size,
+        has_average=tuning.ema is not None,
+    )
+    memory = check_step(step, *batches)
     ema = build_ema(model, tuning.ema, optim.epochs * loader.steps_per_epoch)
     compile_model(model, compute.compile, device=device)
 
@@ -431,9 +442,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     computed = {"amp": precision.amp, "fsdp": compute.fsdp, "ema": tuning.ema}
     may_change = changeable_settings(optim, data, lr=lr.peak, **computed)
     may_change |= {"--best_by": aim.best_by, CONTENT: train_set.content_hash()}
-    log_settings({**fixed, **may_change})
     given = given_options(args, parse_args([])) | {EMA_DECAY}
-    record = RunRecord("finetune", fixed, may_change, header, vars(args), given, data=found)
+    record = RunRecord(
+        "finetune",
+        fixed,
+        may_change,
+        header,
+        vars(args),
+        given,
+        data=found,
+        evaluated_every=int(val_loader is not None),
+    )
+    log_start(
+        run,
+        optim,
+        record,
+        model=describe_encoder(start, encoder.finetune, model),
+        images=describe_images(train_set, val_set),
+        precision=precision,
+        loader=loader,
+        batches=batches,
+        lr=lr,
+        memory=memory,
+    )
     with open_run(state, loader, run, record) as (checkpoints, run_log):
         progress, parallel_model = state.progress, data_parallel(model, device)
         mixup, best = build_mixup(mix, task.num_outputs), Best(*aim.best)
@@ -460,7 +491,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     stats |= {f"raw_{n}": value for n, value in raw.items() if n != "val_images"}
                     scores = measure(ema.module, broken=BrokenImages(len(val_set), data.max_broken))
                 stats |= scores.stats()
-                show(scores, classes, run_log, step=progress.step)
+                show(scores, classes, run_log, progress=progress)
                 if progress.epoch == optim.epochs and (table := scores.table(classes)):
                     log_lines(table)
             run_log.end_epoch(stats, epoch=progress.epoch, step=progress.step)
@@ -473,4 +504,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, trains=True, memory_advice=MEMORY_ADVICE)
+    run_main(main, memory_advice=MEMORY_ADVICE)

@@ -1,8 +1,8 @@
 """Evaluate frozen features by k-NN and logistic regression, without training.
 
-python main_knn.py --finetune PRETRAINED --data_path IMAGES
-python main_knn.py --finetune PRETRAINED --data_path IMAGES --untrained --shots 1 5 10
-torchrun --standalone --nproc_per_node 8 main_knn.py --finetune PRETRAINED --data_path IMAGES
+python main_knn.py --checkpoint PRETRAINED --data_path IMAGES
+python main_knn.py --checkpoint PRETRAINED --data_path IMAGES --untrained --shots 1 5 10
+torchrun --standalone --nproc_per_node 8 main_knn.py --checkpoint PRETRAINED --data_path IMAGES
 """
 
 import argparse
@@ -10,42 +10,23 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from models import build_classifier, starting_point
-from models_vit import POOLS
-from util.arguments import Parser, positive_float, positive_int, seed_number, take
-from util.compute.compiling import compile_model
-from util.compute.distributed import is_main_process
-from util.compute.precision import blank_images
-from util.compute.setup import ComputeSettings, add_precision_args, place_model
-from util.data.broken_images import BrokenImages
-from util.data.classes import check_labels
-from util.data.datasets import open_train_val
-from util.data.images import IndexedImages
-from util.data.loaders import build_eval_loader
-from util.data.report import report_images
-from util.data.settings import DataSettings, add_data_args
-from util.data.transforms import default_crop_pct, eval_transform
+from util.arguments import Parser, check_arguments, positive_float, positive_int, seed_number, take
 from util.errors import counted
-from util.eval.frozen_features import (
-    LabeledFeatures,
-    accuracies,
-    accuracy_table,
-    check_measurable,
-)
-from util.eval.knn import extract_features
-from util.runs.run import run_main, start_run, write_args, write_json
-from util.weights.encoder import load_encoder
+from util.settings.compute import ComputeSettings, add_precision_args
+from util.settings.data import DataSettings, add_data_args
+from util.settings.model import POOLS, add_checkpoint_arg
 
 REPORT = "knn.json"
-MEMORY_ADVICE = "lower --batch_size"
-
-_logger = logging.getLogger(__name__)
+FIRST_FLAGS = ("--checkpoint", "--data_path", "--val_path", "--output_dir", "--untrained")
+FIRST_FLAGS += ("--k", "--shots", "--logistic", "--device")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read and check the command line."""
     parser = Parser(
         prog="main_knn.py",
+        usage="main_knn.py --checkpoint WEIGHTS --data_path IMAGES [flags]",
+        first=FIRST_FLAGS,
         description="Evaluate frozen features by k-NN and logistic regression.",
     )
     group = parser.add_argument_group("run")
@@ -64,12 +45,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_data_args(parser, input_size=None)
     group = parser.add_argument_group("encoder")
-    group.add_argument(
-        "--finetune",
-        required=True,
-        metavar="PATH",
-        help="weights: a checkpoint of this project or of the released CrossMAE or MAE code, or a "
-        "timm or Hugging Face ViT",
+    add_checkpoint_arg(
+        group,
+        "weights: a checkpoint of this project or of the released CrossMAE or MAE code, or a timm "
+        "or Hugging Face ViT",
     )
     group.add_argument(
         "--untrained",
@@ -124,6 +103,37 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+if __name__ == "__main__":
+    check_arguments(parse_args)  # before the imports below, which take seconds
+
+from models import build_classifier, starting_point
+from util.compute.compiling import compile_model
+from util.compute.distributed import is_main_process
+from util.compute.precision import blank_images
+from util.compute.setup import place_model
+from util.data.broken_images import BrokenImages
+from util.data.classes import check_labels
+from util.data.datasets import open_train_val
+from util.data.images import IndexedImages
+from util.data.loaders import build_eval_loader
+from util.data.report import report_images
+from util.data.transforms import default_crop_pct, eval_transform
+from util.eval.frozen_features import (
+    LabeledFeatures,
+    accuracies,
+    accuracy_table,
+    check_measurable,
+)
+from util.eval.knn import extract_features
+from util.runs.run import run_main, start_run, write_args, write_json
+from util.runs.start import describe_device, describe_encoder, log_block
+from util.weights.encoder import load_encoder
+
+MEMORY_ADVICE = "lower --batch_size"
+
+_logger = logging.getLogger(__name__)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate the features of one file of weights."""
     args = parse_args(argv)
@@ -131,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = start_run(device=args.device, seed=args.seed)
     output_dir = Path(args.output_dir)
 
-    start = starting_point(args.finetune, img_size=data.input_size, mean=data.mean, std=data.std)
+    start = starting_point(args.checkpoint, img_size=data.input_size, mean=data.mean, std=data.std)
     crop_pct = data.crop_pct or default_crop_pct(start.img_size)
     transform = eval_transform(*start.input_format, crop_pct)
     train_set, val_set = open_train_val(
@@ -144,6 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     example = blank_images(start.img_size, device)
     precision = place_model(model.eval(), compute, device, example)
     compile_model(model, compute.compile, device=device)
+    encoder = describe_encoder(start, args.checkpoint, model)
+    log_block({"device": describe_device(precision), "model": encoder})
     versions = write_args(output_dir, vars(args), found)
 
     def features_of(images: IndexedImages) -> LabeledFeatures:
@@ -182,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = {
         "args": vars(args),
         "versions": versions,
-        "weights": args.finetune,
+        "weights": args.checkpoint,
         "model": f"vit_{start.size}",
         "pool": args.pool,
         "input_size": list(start.img_size),

@@ -7,62 +7,30 @@ torchrun --standalone --nproc_per_node 8 main_linprobe.py --finetune PRETRAINED 
 import argparse
 from collections.abc import Sequence
 
-from engine_finetune import describe_classifier, evaluate, show, train_one_epoch
-from models import EncoderSettings, add_encoder_args, build_classifier, starting_point
-from models_vit import make_linear_probe
-from util.arguments import Parser, given_options, take
-from util.compute.batch_size import plan_batches
-from util.compute.compiling import compile_model
-from util.compute.distributed import broadcast_buffers, data_parallel, is_main_process
-from util.compute.precision import blank_images
-from util.compute.setup import ComputeSettings, add_precision_args, place_model
-from util.data.broken_images import BrokenImages
-from util.data.classes import check_classes
-from util.data.datasets import open_train_val
-from util.data.loaders import build_loaders
-from util.data.report import report_images
-from util.data.settings import DataSettings, add_data_args
-from util.data.transforms import (
-    LABELED_VIEW,
-    ViewSettings,
-    add_view_args,
-    default_crop_pct,
-    eval_transform,
-    probe_transform,
-)
-from util.eval.tasks import Classification, describe
-from util.optim import OptimSettings, add_optim_args, build_lars
-from util.runs.checkpoint import Best, TrainState
-from util.runs.report import report
-from util.runs.resume import (
-    CONTENT,
-    EFFECTIVE_BATCH,
-    RunRecord,
-    changeable_settings,
-    log_settings,
-    open_run,
-    start_or_continue,
-)
-from util.runs.run import RunSettings, add_run_args, log_lines, run_main, start_run
-from util.schedule import plan_learning_rate
-from util.weights.encoder import load_encoder
+from util.arguments import Parser, check_arguments, given_options, take
+from util.settings.compute import ComputeSettings, add_precision_args
+from util.settings.data import DataSettings, add_data_args
+from util.settings.model import EncoderSettings, add_encoder_args
+from util.settings.optim import OptimSettings, add_optim_args
+from util.settings.run import RunSettings, add_run_args
+from util.settings.views import LABELED_VIEW, ViewSettings, add_view_args
 
 SETTINGS = (RunSettings, DataSettings, OptimSettings, ComputeSettings, EncoderSettings)
 SETTINGS += (ViewSettings,)
-BEST = Best("val_top1")
-WARMUP_FRACTION = 1 / 9  # of the epochs: 10 of 90
-CROPS = "random crops"  # key in the settings that may change
-MEMORY_ADVICE = "use a lower --batch_size with the same --effective_batch_size"
+FIRST_FLAGS = ("--finetune", "--data_path", "--val_path", "--output_dir", "--batch_size")
+FIRST_FLAGS += ("--epochs", "--blr", "--pool", "--device")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read and check the command line; defaults are MAE's, which the paper adopts."""
     parser = Parser(
-        prog="main_linprobe.py", description="Train a linear classifier on frozen features."
+        prog="main_linprobe.py",
+        usage="main_linprobe.py --finetune WEIGHTS --data_path IMAGES [flags]",
+        first=FIRST_FLAGS,
+        description="Train a linear classifier on frozen features.",
     )
-    add_run_args(parser, output_dir="output/linprobe", save_every=1)
-    add_data_args(parser, input_size=None)
     add_encoder_args(parser, pool="cls")
+    add_data_args(parser, input_size=None)
     add_optim_args(
         parser,
         batch_size=512,
@@ -71,12 +39,54 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         weight_decay=0.0,
         warmup_epochs="EPOCHS / 9",
     )
+    add_run_args(parser, output_dir="output/linprobe", save_every=1)
     add_precision_args(parser)
     add_view_args(parser, crop_area=LABELED_VIEW.crop_area)
     args = parser.parse_args(argv)
     for group in SETTINGS:
         take(group, args)
     return args
+
+
+if __name__ == "__main__":
+    check_arguments(parse_args)  # before the imports below, which take seconds
+
+from engine_finetune import describe_classifier, evaluate, show, train_one_epoch
+from models import build_classifier, starting_point
+from models_vit import make_linear_probe
+from util.compute.batch_size import plan_batches
+from util.compute.compiling import compile_model
+from util.compute.distributed import broadcast_buffers, data_parallel, is_main_process
+from util.compute.memory import check_step, foresee_step
+from util.compute.precision import blank_images
+from util.compute.setup import place_model
+from util.data.broken_images import BrokenImages
+from util.data.classes import check_classes
+from util.data.datasets import open_train_val
+from util.data.loaders import build_loaders
+from util.data.report import report_images
+from util.data.transforms import default_crop_pct, eval_transform, probe_transform
+from util.eval.tasks import Classification, describe
+from util.optim import build_lars
+from util.runs.checkpoint import Best, TrainState
+from util.runs.report import report
+from util.runs.resume import (
+    CONTENT,
+    EFFECTIVE_BATCH,
+    RunRecord,
+    changeable_settings,
+    open_run,
+    start_or_continue,
+)
+from util.runs.run import log_lines, run_main, start_run
+from util.runs.start import describe_encoder, describe_images, log_start
+from util.schedule import plan_learning_rate
+from util.weights.encoder import load_encoder
+
+BEST = Best("val_top1")
+WARMUP_FRACTION = 1 / 9  # of the epochs: 10 of 90
+CROPS = "random crops"  # key in the settings that may change
+MEMORY_ADVICE = "use a lower --batch_size with the same --effective_batch_size"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -115,6 +125,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     make_linear_probe(model, num_classes)
     example = blank_images(start.img_size, device)
     precision = place_model(model, compute, device, example, optim)
+    sizes = {"batch_size": batches.batch_size, "moments": 1}
+    step = foresee_step(model, example, precision, mode=None, **sizes)
+    memory = check_step(step, *batches)
     compile_model(model, compute.compile, device=device)
 
     # How it is trained
@@ -137,10 +150,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     may_change = changeable_settings(optim, data, lr=lr.peak, amp=precision.amp)
     may_change[CONTENT] = train_set.content_hash()
     may_change[CROPS] = "drawn once and clipped"
-    log_settings({**fixed, **may_change})
     # Counted as given, because checkpoints without it are of a version that cropped differently.
     given = given_options(args, parse_args([])) | {CROPS}
-    record = RunRecord("linprobe", fixed, may_change, header, vars(args), given, data=found)
+    record = RunRecord(
+        "linprobe",
+        fixed,
+        may_change,
+        header,
+        vars(args),
+        given,
+        data=found,
+        evaluated_every=int(val_loader is not None),
+    )
+    log_start(
+        run,
+        optim,
+        record,
+        model=describe_encoder(start, encoder.finetune, model),
+        images=describe_images(train_set, val_set),
+        precision=precision,
+        loader=loader,
+        batches=batches,
+        lr=lr,
+        memory=memory,
+    )
     with open_run(state, loader, run, record) as (checkpoints, run_log):
         progress, parallel_model = state.progress, data_parallel(model, device)
         while progress.epoch < optim.epochs:
@@ -161,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 broken = BrokenImages(len(val_set), data.max_broken)
                 scores = evaluate(model, val_loader, task=task, precision=precision, broken=broken)
                 stats |= scores.stats()
-                show(scores, train_set.classes, run_log, step=progress.step)
+                show(scores, train_set.classes, run_log, progress=progress)
                 if progress.epoch == optim.epochs:
                     log_lines(scores.table(train_set.classes))
             run_log.end_epoch(stats, epoch=progress.epoch, step=progress.step)
@@ -179,4 +212,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, trains=True, memory_advice=MEMORY_ADVICE)
+    run_main(main, memory_advice=MEMORY_ADVICE)

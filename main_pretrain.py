@@ -9,53 +9,35 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 
-from engine_pretrain import FIGURE, blank_batch, report, train_one_epoch
-from models import ModelSettings, add_model_args, build_model
-from util.arguments import Parser, given_options, take
-from util.compute.batch_size import plan_batches
-from util.compute.compiling import COMPILE_MODES, compile_model
-from util.compute.distributed import data_parallel, is_main_process
-from util.compute.setup import ComputeSettings, add_memory_args, add_precision_args, place_model
-from util.compute.sharding import unsharded
-from util.data.broken_images import BrokenImages
-from util.data.datasets import open_train_val
-from util.data.loaders import build_loaders
-from util.data.report import report_images
-from util.data.settings import DataSettings, add_crop_args, add_data_args, check_decoder
-from util.data.transforms import (
-    PRETRAIN_VIEW,
-    ViewSettings,
-    add_view_args,
-    eval_transform,
-    pretrain_transform,
-)
+from util.arguments import Parser, check_arguments, given_options, take
 from util.errors import InputError
-from util.eval.knn import describe_knn
-from util.eval.monitor import MonitorSettings, add_monitor_args, draw, measure, open_monitor
-from util.masking import Masking, MaskSettings, add_masking_args
-from util.optim import OptimSettings, add_optim_args, build_adamw
-from util.runs.checkpoint import TrainState
-from util.runs.resume import CONTENT, EFFECTIVE_BATCH, RunRecord, changeable_settings, open_run
-from util.runs.run import RunSettings, add_run_args, run_main, start_run
-from util.schedule import plan_learning_rate
-
-SETTINGS = (RunSettings, DataSettings, OptimSettings, ComputeSettings)
-SETTINGS += (ModelSettings, MaskSettings, MonitorSettings, ViewSettings)
-MEMORY_ADVICE = (
-    "use a lower --batch_size, or auto on a GPU, with the same --effective_batch_size, or --memory "
-    "medium or low"
+from util.settings.compute import (
+    COMPILE_MODES,
+    ComputeSettings,
+    add_memory_args,
+    add_precision_args,
 )
+from util.settings.data import DataSettings, add_crop_args, add_data_args
+from util.settings.evaluation import MonitorSettings, add_monitor_args
+from util.settings.masking import MaskSettings, add_masking_args
+from util.settings.model import ModelSettings, add_model_args
+from util.settings.optim import OptimSettings, add_optim_args
+from util.settings.run import RunSettings, add_run_args
+from util.settings.views import PRETRAIN_VIEW, ViewSettings, add_view_args
 
-_logger = logging.getLogger(__name__)
+FIRST_FLAGS = ("--data_path", "--input_size", "--model", "--norm_pix_loss", "--pred_ratio")
+FIRST_FLAGS += ("--batch_size", "--effective_batch_size", "--epochs", "--output_dir", "--device")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read and check the command line; defaults are the paper's (Table 10, App. A.6)."""
-    parser = Parser(prog="main_pretrain.py", description="Pre-train CrossMAE or MAE.")
-    add_run_args(parser, output_dir="output/pretrain")
-    add_data_args(parser, input_size=224)
-    add_crop_args(parser)
-    add_view_args(parser, crop_area=PRETRAIN_VIEW.crop_area)
+    parser = Parser(
+        prog="main_pretrain.py",
+        usage="main_pretrain.py --data_path IMAGES [flags]",
+        description="Pre-train CrossMAE or MAE.",
+        first=FIRST_FLAGS,
+    )
+    add_data_args(parser, input_size=224, holds_out=True)
     add_model_args(parser, model="crossmae_vit_base_patch16")
     add_masking_args(parser, mask_ratio=0.75)
     add_optim_args(
@@ -66,6 +48,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         weight_decay=0.05,
         auto_batch_size=True,
     )
+    add_run_args(parser, output_dir="output/pretrain")
+    add_view_args(parser, crop_area=PRETRAIN_VIEW.crop_area)
+    add_crop_args(parser)
     add_precision_args(parser, compile_modes=COMPILE_MODES)
     add_memory_args(parser)
     add_monitor_args(parser)
@@ -80,6 +65,44 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "predicts all masked patches at once (Sec. 3.3), so leave --pred_ratio out"
         )
     return args
+
+
+if __name__ == "__main__":
+    check_arguments(parse_args)  # before the imports below, which take seconds
+
+from engine_pretrain import FIGURE, blank_batch, report, train_one_epoch
+from models import build_model
+from util.compute.batch_size import plan_batches
+from util.compute.compiling import compile_model
+from util.compute.distributed import data_parallel, is_main_process
+from util.compute.memory import check_step, foresee_step
+from util.compute.setup import place_model
+from util.compute.sharding import unsharded
+from util.data.broken_images import BrokenImages
+from util.data.datasets import open_train_val
+from util.data.decode import check_decoder
+from util.data.loaders import build_loaders
+from util.data.report import report_images
+from util.data.transforms import eval_transform, pretrain_transform
+from util.eval.knn import not_learning
+from util.eval.monitor import draw, measure, open_monitor
+from util.eval.reconstructions import BLIND, MOMENTS_NOTE
+from util.masking import Masking
+from util.optim import build_adamw
+from util.runs.checkpoint import TrainState
+from util.runs.resume import CONTENT, EFFECTIVE_BATCH, RunRecord, changeable_settings, open_run
+from util.runs.run import run_main, start_run
+from util.runs.start import describe_images, log_start, millions, num_parameters
+from util.schedule import plan_learning_rate
+
+SETTINGS = (RunSettings, DataSettings, OptimSettings, ComputeSettings)
+SETTINGS += (ModelSettings, MaskSettings, MonitorSettings, ViewSettings)
+MEMORY_ADVICE = (
+    "use a lower --batch_size, or auto, with the same --effective_batch_size, or --memory medium "
+    "or low"
+)
+
+_logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -104,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         plain_transform,
         seed=run.seed,
         batch_size=known_batch_size,
+        holds_out=True,
     )
     found = report_images(train_set, val_set)
 
@@ -114,9 +138,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     masking = Masking.of(masks, grid_size, seed=run.seed, all_masked=network.is_mae)
     example = partial(blank_batch, masking, options["img_size"], **colors, device=device)
     precision = place_model(model, compute, device, example, optim)
+    crops_together = {"multiple_of": args.repeated_aug}
+    step = foresee_step(model, example, precision, mode=compute.memory, batch_size=optim.batch_size)
     batches = plan_batches(
-        optim, model, example=example, precision=precision, multiple_of=args.repeated_aug
+        optim, model, step=step, example=example, precision=precision, **crops_together
     )
+    memory = check_step(step, *batches, **crops_together)
     compile_model(model, compute.compile, device=device, blocks=model.blocks)
     loader, val_loader = build_loaders(
         train_set, val_set, data, batches, seed=run.seed, device=device
@@ -165,6 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         val_loader,
         data,
         monitoring,
+        model_name=network.model,
         masking=masking,
         precision=precision,
         batch_size=batches.batch_size,
@@ -172,14 +200,44 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     # Settings that an older version's checkpoint lacks count as changed only if they were given.
     given = given_options(args, parse_args([]))
-    record = RunRecord("pretrain", fixed, may_change, header, vars(args), given, data=found)
+    record = RunRecord(
+        "pretrain",
+        fixed,
+        may_change,
+        header,
+        vars(args),
+        given,
+        data=found,
+        evaluated_every=monitor.evaluated_every,
+        notes={"val_psnr": MOMENTS_NOTE} if model.norm_pix_loss else None,
+    )
+    encoder, counts = num_parameters(model.encoder), masking.counts
+    log_start(
+        run,
+        optim,
+        record,
+        model=f"{network.model}: encoder {millions(encoder)} parameters, decoder "
+        f"{millions(num_parameters(model) - encoder)}",
+        images=f"{describe_images(train_set, val_set)}; {counts.visible} of "
+        f"{counts.patches} patches seen, {counts.predicted} predicted"
+        + (f"\nblind: results of {BLIND[model.norm_pix_loss]}" if val_set else ""),
+        precision=precision,
+        loader=loader,
+        batches=batches,
+        lr=lr,
+        memory=memory,
+    )
     with open_run(state, loader, run, record) as (checkpoints, run_log):
         progress, parallel_model = state.progress, data_parallel(model, device)
-        if monitor.knn_loaders and progress.step == 0:
+        if progress.step == 0:
+            if monitor.knn_loaders:
+                _logger.info("measuring the k-NN accuracy of the untrained network")
             with unsharded(model, build) as full_model:
                 untrained = measure(full_model, monitor, 0)
-            run_log.log_scalars(untrained, 0, "epoch")
-            _logger.info("untrained encoder: %s", describe_knn(untrained))
+                figure = draw(full_model, monitor, 0)
+            if figure is not None:
+                run_log.log_image(FIGURE, figure, 0)
+            run_log.start(untrained)
 
         while progress.epoch < optim.epochs:
             stats = train_one_epoch(
@@ -198,13 +256,18 @@ def main(argv: Sequence[str] | None = None) -> None:
                 stats |= measure(full_model, monitor, progress.epoch, is_last=is_last)
                 figure = draw(full_model, monitor, progress.epoch, is_last=is_last)
             if figure is not None:
-                run_log.log_image(FIGURE, figure, progress.step)
+                run_log.log_image(FIGURE, figure, progress.epoch)
             run_log.end_epoch(stats, epoch=progress.epoch, step=progress.step)
+            if progress.epoch == monitor.first_judged(optim.epochs):
+                so_far = {"epoch": progress.epoch, "epochs": optim.epochs}
+                so_far["normalized"] = model.norm_pix_loss
+                if warning := not_learning(stats, run_log.untrained, **so_far):
+                    _logger.warning("%s", warning)
             checkpoints.end_epoch(is_last=is_last)
 
     if is_main_process():
-        report(run)
+        report(run, record.notes)
 
 
 if __name__ == "__main__":
-    run_main(main, trains=True, memory_advice=MEMORY_ADVICE)
+    run_main(main, memory_advice=MEMORY_ADVICE)

@@ -13,96 +13,45 @@ from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
-import torch
-import torch.nn as nn
-
-from engine_segmentation import evaluate, show, train_one_epoch
-from models import (
-    EncoderSettings,
-    HeadSettings,
-    add_encoder_args,
-    add_head_args,
-    build_segmenter,
-    load_segmenter,
-    starting_point,
-)
-from util.arguments import Parser, check_output_folders, given_options, take
-from util.compute.batch_size import plan_batches
-from util.compute.compiling import compile_model
-from util.compute.distributed import data_parallel, is_main_process, world_size
-from util.compute.precision import blank_images, blank_pairs
-from util.compute.setup import ComputeSettings, add_memory_args, add_precision_args, place_model
-from util.data.batch import Normalization
-from util.data.broken_images import BrokenImages
-from util.data.images import names_hash
-from util.data.loaders import build_eval_loader, build_iteration_loader
-from util.data.report import report_images
-from util.data.segmentation import (
-    TRAINED,
-    SegmentationSettings,
-    add_segmentation_data_args,
-    label_rule,
-    open_classes,
-    open_segmentation,
-    open_validation,
+from util.arguments import (
+    Parser,
+    check_arguments,
+    check_new,
+    check_output_folders,
+    given_options,
+    take,
 )
 from util.errors import InputError
-from util.eval.miou import WindowSettings, add_window_args, describe
-from util.optim import (
+from util.settings.compute import ComputeSettings, add_memory_args, add_precision_args
+from util.settings.evaluation import WindowSettings, add_window_args
+from util.settings.model import EncoderSettings, HeadSettings, add_encoder_args, add_head_args
+from util.settings.optim import (
     FineTuneSettings,
     IterationSettings,
     add_finetune_args,
     add_iteration_args,
-    build_ema,
-    build_layer_decay_adamw,
 )
-from util.runs.checkpoint import Best, TrainState
-from util.runs.report import report
-from util.runs.resume import (
-    EFFECTIVE_BATCH,
-    EMA_DECAY,
-    WEIGHTS_HASH,
-    RunRecord,
-    changeable_settings,
-    checkpoint_to_evaluate,
-    log_settings,
-    open_run,
-    start_or_continue,
-)
-from util.runs.run import (
-    RunSettings,
-    add_run_args,
-    log_lines,
-    run_main,
-    start_run,
-    write_json,
-)
-from util.schedule import linear_lr, plan_learning_rate
-from util.weights.encoder import load_encoder
-from util.weights.files import check_new, unknown_content, write_new
+from util.settings.run import RunSettings, add_run_args
+from util.settings.segmentation import TRAINED, SegmentationSettings, add_segmentation_data_args
 
 SETTINGS = (RunSettings, SegmentationSettings, IterationSettings, ComputeSettings)
 SETTINGS += (EncoderSettings, HeadSettings, WindowSettings, FineTuneSettings)
 OF_THE_CHECKPOINT = {"--mean", "--std", *(f"--{field.name}" for field in fields(HeadSettings))}
 WARMUP_ITERS = 1500
-BEST = Best("val_miou")
-MEMORY_ADVICE = (
-    "use a lower --batch_size with the same --effective_batch_size, or --memory medium or low; in "
-    "an evaluation, a lower --window_batch"
-)
-
-_logger = logging.getLogger(__name__)
+FIRST_FLAGS = ("--finetune", "--data_path", "--output_dir", "--head", "--crop_size")
+FIRST_FLAGS += ("--batch_size", "--max_iters", "--lr", "--eval", "--device")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read and check the command line; defaults are MAE's for ADE20K, except for the head."""
     parser = Parser(
         prog="main_segmentation.py",
+        usage="main_segmentation.py --finetune WEIGHTS --data_path FOLDER [flags]",
+        first=FIRST_FLAGS,
         description="Fine-tune an encoder for semantic segmentation, or evaluate the result.",
     )
-    add_run_args(parser, output_dir="output/segmentation", save_every=1)
-    add_segmentation_data_args(parser)
     add_encoder_args(parser, pool=None)
+    add_segmentation_data_args(parser)
     add_head_args(parser)
     add_window_args(parser)
     add_iteration_args(
@@ -113,6 +62,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         lr=1e-4,
         weight_decay=0.05,
     )
+    add_run_args(parser, output_dir="output/segmentation", save_every=1)
     add_precision_args(parser)
     add_memory_args(parser, fsdp=False)
     group = add_finetune_args(parser, layer_decay=0.65, drop_path=0.1)
@@ -139,6 +89,56 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+if __name__ == "__main__":
+    check_arguments(parse_args)  # before the imports below, which take seconds
+
+import torch
+import torch.nn as nn
+
+from engine_segmentation import blank_loss, evaluate, show, train_one_epoch
+from models import build_segmenter, load_segmenter, starting_point
+from util.compute.batch_size import plan_batches
+from util.compute.compiling import compile_model
+from util.compute.distributed import data_parallel, is_main_process, world_size
+from util.compute.memory import check_step, foresee_step
+from util.compute.precision import blank_images, blank_pairs
+from util.compute.setup import place_model
+from util.data.batch import Normalization
+from util.data.broken_images import BrokenImages
+from util.data.images import names_hash
+from util.data.loaders import build_eval_loader, build_iteration_loader
+from util.data.report import report_images
+from util.data.segmentation import label_rule, open_classes, open_segmentation, open_validation
+from util.eval.miou import Windows, describe
+from util.optim import build_ema, build_layer_decay_adamw
+from util.runs.checkpoint import Best, TrainState
+from util.runs.report import report
+from util.runs.resume import (
+    EFFECTIVE_BATCH,
+    EMA_DECAY,
+    MAX_ITERS,
+    WEIGHTS_HASH,
+    RunRecord,
+    changeable_settings,
+    checkpoint_to_evaluate,
+    open_run,
+    start_or_continue,
+)
+from util.runs.run import log_lines, run_main, start_run, write_json
+from util.runs.start import describe_encoder, describe_images, log_start
+from util.schedule import linear_lr, plan_learning_rate
+from util.weights.encoder import load_encoder
+from util.weights.files import unknown_content, write_new
+
+BEST = Best("val_miou")
+MEMORY_ADVICE = (
+    "use a lower --batch_size with the same --effective_batch_size, or --memory medium or low; in "
+    "an evaluation, a lower --window_batch"
+)
+
+_logger = logging.getLogger(__name__)
+
+
 def evaluate_only(
     path: str | Path,
     data: SegmentationSettings,
@@ -161,7 +161,7 @@ def evaluate_only(
     val_set = open_validation(data, label_rule(data, classes), normalization=normalization)
     report_images(None, val_set, classes)
     precision = place_model(model, compute, device, blank_images(model.img_size, device))
-    windows = window.windows(model.img_size, model.patch_size)
+    windows = Windows.of(window, model.img_size, model.patch_size)
     sizes = {"batch_size": 1, "num_workers": data.num_workers}
     scores = evaluate(
         model,
@@ -225,7 +225,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         load_encoder(model, start.weights, head=False)
     if device.type == "cuda" and world_size() > 1:  # does not exist on CPUs
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    precision = place_model(model, compute, device, blank_pairs(head.crop, device), optim)
+    example = blank_pairs(head.crop, device)
+    precision = place_model(model, compute, device, example, optim)
+    step = foresee_step(
+        model,
+        example,
+        precision,
+        mode=compute.memory,
+        batch_size=batches.batch_size,
+        forward=partial(blank_loss, model, head.auxiliary),
+        has_average=tuning.ema is not None,
+    )
+    memory = check_step(step, *batches)
     ema = build_ema(model, tuning.ema, iterations.max_iters)
     compile_model(model, compute.compile, device=device)
 
@@ -257,7 +268,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         EFFECTIVE_BATCH: loader.effective_batch_size,
     }
     may_change = changeable_settings(optim, data, lr=lr.peak, amp=precision.amp, ema=tuning.ema)
-    log_settings({**fixed, **may_change})
     header = {
         "model_name": name,
         "model_options": options,
@@ -266,10 +276,32 @@ def main(argv: Sequence[str] | None = None) -> None:
         "classes": list(images.classes),
         **{name: getattr(data.layout, name) for name in TRAINED},
     }
-    length = ("--max_iters", iterations.steps_per_epoch)
+    length = (MAX_ITERS, iterations.steps_per_epoch)
     given = given_options(args, parse_args([])) | {EMA_DECAY}
-    record = RunRecord("segmentation", fixed, may_change, header, vars(args), given, length, found)
-    windows = window.windows(model.img_size, model.patch_size)
+    record = RunRecord(
+        "segmentation",
+        fixed,
+        may_change,
+        header,
+        vars(args),
+        given,
+        length,
+        found,
+        evaluated_every=int(val_loader is not None),
+    )
+    log_start(
+        run,
+        optim,
+        record,
+        model=describe_encoder(start, encoder.finetune, model),
+        images=describe_images(images.train, images.val),
+        precision=precision,
+        loader=loader,
+        batches=batches,
+        lr=lr,
+        memory=memory,
+    )
+    windows = Windows.of(window, model.img_size, model.patch_size)
     how = {"classes": images.classes, "windows": windows, "precision": precision}
     with open_run(state, loader, run, record) as (checkpoints, run_log):
         progress, parallel_model = state.progress, data_parallel(model, device)
@@ -305,4 +337,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, trains=True, memory_advice=MEMORY_ADVICE)
+    run_main(main, memory_advice=MEMORY_ADVICE)

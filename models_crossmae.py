@@ -19,7 +19,6 @@ from torch import Tensor
 
 from models_vit import (
     Mlp,
-    ModelSize,
     SelfAttention,
     ViT,
     attend,
@@ -33,8 +32,8 @@ from models_vit import (
 from util.kernels import linear_combinations
 from util.masking import TokenSplit
 from util.patches import RawImages, gather_patches, gather_tokens, patch_moments
+from util.settings.model import IBA_INITS, ModelSize
 
-IBA_INITS = ("normal", "xavier")
 HEAD_DIM = 32  # width of a decoder's attention heads by default
 
 
@@ -354,7 +353,7 @@ def inter_block_attention(
 
 def decoder_width(encoder_width: int) -> int:
     """Default E: MAE's 512, or less for a small encoder."""
-    return {192: 128, 384: 256}.get(encoder_width, 512)
+    return {128: 96, 192: 128, 384: 256}.get(encoder_width, 512)
 
 
 def build_autoencoder(

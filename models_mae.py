@@ -12,9 +12,10 @@ from models_crossmae import (
     build_autoencoder,
     inter_block_attention,
 )
-from models_vit import Block, ModelSize, fixed_positions, layer_norm, learned_token, xavier_linear
+from models_vit import Block, fixed_positions, layer_norm, learned_token, xavier_linear
 from util.masking import TokenSplit
 from util.patches import gather_tokens
+from util.settings.model import ModelSize
 
 
 class MAEDecoder(nn.Module):

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from models_vit import GridBlock, SelfAttention, ViT, attend, split_heads
 from util.patches import patchify
+from util.settings.model import HEADS
 
-HEADS = ("linear", "upernet")
 POOL_SCALES = (1, 2, 3, 6)  # of UperNet's pyramid pooling
 AUXILIARY_MAP, AUXILIARY_DIM = 2, 256  # the map that the auxiliary head reads, and its width
 

@@ -4,7 +4,6 @@ Parameters have timm's and MAE's names, so weights move between projects without
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -15,33 +14,9 @@ from torch import Tensor
 from util.kernels import scaled_dot_product_attention
 from util.patches import RawImages, patchify
 from util.pos_embed import sincos_table
+from util.settings.model import POOLS, ModelSize
 
 NORM_EPS = 1e-6  # of every norm, as in MAE
-
-
-class ModelSize(NamedTuple):
-    """An encoder's size (Sec. 4, App. A.6)."""
-
-    patch_size: int
-    embed_dim: int
-    depth: int
-    num_heads: int
-    img_size: int = 224
-    mlp_dim: int | None = None
-    """None is 4 x embed_dim."""
-
-
-SIZES = {
-    "tiny_patch4": ModelSize(4, 192, 12, 3, img_size=32),
-    "tiny_patch16": ModelSize(16, 192, 12, 3),
-    "small_patch16": ModelSize(16, 384, 12, 6),
-    "base_patch16": ModelSize(16, 768, 12, 12),
-    "large_patch16": ModelSize(16, 1024, 24, 16),
-    "huge_patch14": ModelSize(14, 1280, 32, 16),
-    # Not in the paper: Zhai et al., Scaling Vision Transformers, Table 2.
-    "giant_patch14": ModelSize(14, 1408, 40, 16, mlp_dim=6144),
-}
-POOLS = ("avg", "cls", "norm_avg")
 
 
 def layer_norm(dim: int) -> nn.LayerNorm:

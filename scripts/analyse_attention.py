@@ -7,30 +7,45 @@ tokens, and among these to the token itself, in every block and head; O/attentio
 where single masked patches attend in a few images. It needs matplotlib.
 """
 
+import argparse
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.analysis.flags import ImageSettings, analysis_parser
+from util.arguments import check_arguments, natural_int, take
+from util.errors import InputError, counted
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line."""
+    parser = analysis_parser(__doc__)
+    parser.add_argument(
+        "--patches",
+        type=natural_int,
+        nargs="+",
+        help="masked patches whose attention is drawn, from 0 at the top left, row by row (the "
+        "one nearest to the center)",
+    )
+    args = parser.parse_args(argv)
+    take(ImageSettings, args)
+    return args
+
+
+if __name__ == "__main__":
+    check_arguments(parse_args)  # before the imports below, which take seconds
+
 import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from scripts.analysis.inputs import (
-    MEMORY_ADVICE,
-    ImageSettings,
-    Subject,
-    analysis_parser,
-    open_images,
-    start_analysis,
-)
+from scripts.analysis.inputs import MEMORY_ADVICE, Subject, open_images, start_analysis
 from scripts.analysis.outputs import log_table, open_output, write_report
-from util.arguments import natural_int, take
 from util.data.batch import denormalize
-from util.errors import InputError, counted
 from util.eval.attention import (
     KEYS,
     READINGS,
@@ -208,15 +223,7 @@ def choose_patches(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and draw attention."""
-    parser = analysis_parser(__doc__)
-    parser.add_argument(
-        "--patches",
-        type=natural_int,
-        nargs="+",
-        help="masked patches whose attention is drawn, from 0 at the top left, row by row (the "
-        "one nearest to the center)",
-    )
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     settings = take(ImageSettings, args)
     device = start_analysis(args)
 

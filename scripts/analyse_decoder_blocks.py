@@ -7,32 +7,40 @@ energy by spatial frequency, and the PSNR after it; O/decoder_blocks_pictures.pn
 a few images and their running sums. It needs matplotlib.
 """
 
+import argparse
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.analysis.flags import ImageSettings, analysis_parser
+from util.arguments import check_arguments, take
+from util.errors import counted
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line."""
+    args = analysis_parser(__doc__).parse_args(argv)
+    take(ImageSettings, args)
+    return args
+
+
+if __name__ == "__main__":
+    check_arguments(parse_args)  # before the imports below, which take seconds
+
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from scripts.analysis.inputs import (
-    MEMORY_ADVICE,
-    ImageSettings,
-    Subject,
-    analysis_parser,
-    open_images,
-    start_analysis,
-)
+from scripts.analysis.inputs import MEMORY_ADVICE, Subject, open_images, start_analysis
 from scripts.analysis.outputs import log_table, open_output, write_report
-from util.arguments import take
 from util.data.batch import denormalize
-from util.errors import counted
 from util.eval.decoder_blocks import BlockShares, block_levels, level_pixels, measure_blocks
-from util.eval.figures import GRAY, MOMENTS_NOTE, reconstruction_panels
+from util.eval.figures import GRAY, reconstruction_panels
 from util.eval.plots import SEQUENTIAL, new_figure, picture_grid, show_picture
+from util.eval.reconstructions import MOMENTS_NOTE
 from util.masking import TokenSplit
 from util.runs.run import run_main
 
@@ -129,15 +137,14 @@ def draw_stack(subject: Subject, images: Tensor, split: TokenSplit) -> "Figure":
                 title = "input" if title == "block 0" else title
                 show_picture(axes, cell[image].numpy(), title)
     notes = ["Upper rows: each part alone, its contrast raised. Lower rows: their sum so far."]
-    notes += [MOMENTS_NOTE] * model.norm_pix_loss
+    notes += [f"With {MOMENTS_NOTE}."] * model.norm_pix_loss
     figure.supxlabel("\n".join(notes), fontsize=8)
     return figure
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and draw the parts of reconstructions."""
-    parser = analysis_parser(__doc__)
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     settings = take(ImageSettings, args)
     device = start_analysis(args)
 

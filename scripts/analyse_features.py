@@ -9,6 +9,7 @@ of the patches' features as colors, after the mean of each place is subtracted, 
 token attends. It needs matplotlib.
 """
 
+import argparse
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,26 +17,76 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.analysis.flags import MAX_SHOWN, add_device_args, add_loader_args
+from util.arguments import Parser, check_arguments, positive_int, take
+from util.errors import InputError, counted
+from util.settings.data import (
+    DataSettings,
+    add_crop_pct_arg,
+    add_table_args,
+    add_val_fraction_arg,
+)
+from util.settings.model import add_checkpoint_arg
+
+NUM_IMAGES = 10_000  # the features of all blocks are kept, 40 kB an image for ViT-B
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    add_checkpoint_arg(
+        parser,
+        "any file that main_knn.py reads: a checkpoint of this project or of the released CrossMAE "
+        "or MAE code, or a timm or Hugging Face ViT",
+    )
+    parser.add_argument("--output_dir", required=True, help="folder for results")
+    add_device_args(parser)
+    group = parser.add_argument_group("images")
+    group.add_argument("--data_path", help="folder of labeled images, with train/ and val/")
+    group.add_argument("--dataset", help="kind of --data_path, see main_pretrain.py (folder)")
+    group.add_argument("--val_path", help="folder of validation images (val/ in --data_path)")
+    add_table_args(group)
+    add_val_fraction_arg(group)
+    group.add_argument(
+        "--images",
+        nargs="+",
+        help=f"files or folders of images to draw, at most {MAX_SHOWN} (some of val/)",
+    )
+    group.add_argument(
+        "--num_images",
+        type=positive_int,
+        default=NUM_IMAGES,
+        help="limit on the training images that vote, and on validation images, evenly spaced "
+        "(%(default)s)",
+    )
+    add_crop_pct_arg(group)
+    add_loader_args(group)
+    args = parser.parse_args(argv)
+    data = take(DataSettings, args)
+    if not (data.data_path or data.dataset or data.data_csv):
+        raise InputError("k-NN accuracy needs labeled images: give --data_path or --data_csv")
+    return args
+
+
+if __name__ == "__main__":
+    check_arguments(parse_args)  # before the imports below, which take seconds
+
 import torch
 import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from models import build_classifier, starting_point
 from scripts.analysis.inputs import (
-    MAX_SHOWN,
     MEMORY_ADVICE,
-    add_device_args,
-    add_loader_args,
     list_images,
     read_images,
     sample_images,
     start_analysis,
 )
 from scripts.analysis.outputs import log_table, open_output, write_report
-from util.arguments import Parser, positive_int, take
 from util.compute.precision import Precision
 from util.data.batch import Batch, denormalize
 from util.data.broken_images import BrokenImages
@@ -43,9 +94,7 @@ from util.data.classes import check_labels
 from util.data.datasets import open_train_val
 from util.data.images import IndexedImages
 from util.data.loaders import build_eval_loader
-from util.data.settings import DataSettings, add_table_args, crop_pct
 from util.data.transforms import default_crop_pct, eval_transform
-from util.errors import InputError, counted
 from util.eval.block_features import (
     block_features,
     class_attention,
@@ -64,7 +113,6 @@ if TYPE_CHECKING:
 
 NEIGHBORS = (10, 20, 100)
 NUM_FOR_MEAN = 500
-NUM_IMAGES = 10_000  # the features of all blocks are kept, 40 kB an image for ViT-B
 
 _logger = logging.getLogger(__name__)
 
@@ -148,43 +196,8 @@ def shown_images(paths: list[str] | None, val_set: IndexedImages) -> Batch:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and draw the features of every block."""
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        help="any file that main_knn.py --finetune reads: a checkpoint of this project or of the "
-        "released CrossMAE or MAE code, or a timm or Hugging Face ViT",
-    )
-    parser.add_argument("--output_dir", required=True, help="folder for results")
-    add_device_args(parser)
-    group = parser.add_argument_group("images")
-    group.add_argument("--data_path", help="folder of labeled images, with train/ and val/")
-    group.add_argument("--dataset", help="kind of --data_path, see main_pretrain.py (folder)")
-    group.add_argument("--val_path", help="folder of validation images (val/ in --data_path)")
-    add_table_args(group)
-    group.add_argument(
-        "--images",
-        nargs="+",
-        help=f"files or folders of images to draw, at most {MAX_SHOWN} (some of val/)",
-    )
-    group.add_argument(
-        "--num_images",
-        type=positive_int,
-        default=NUM_IMAGES,
-        help="limit on the training images that vote, and on validation images, evenly spaced "
-        "(%(default)s)",
-    )
-    group.add_argument(
-        "--crop_pct",
-        type=crop_pct,
-        help="side of the center crop over the side of a resized image (224 / 256 up to 224 px, "
-        "1 above)",
-    )
-    add_loader_args(group)
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     data = take(DataSettings, args)
-    if not (data.data_path or data.dataset or data.data_csv):
-        raise InputError("k-NN accuracy needs labeled images: give --data_path or --data_csv")
     device = start_analysis(args)
 
     start = starting_point(args.checkpoint, img_size=None, mean=None, std=None)

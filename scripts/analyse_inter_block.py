@@ -9,28 +9,33 @@ start. With images, the shares are also those of weights times the size of their
 matplotlib.
 """
 
+import argparse
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.analysis.flags import ImageSettings, analysis_parser
+from util.arguments import check_arguments, take
+from util.errors import InputError, counted
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line."""
+    return analysis_parser(__doc__, draws=False).parse_args(argv)
+
+
+if __name__ == "__main__":
+    check_arguments(parse_args)  # before the imports below, which take seconds
+
 import numpy as np
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from scripts.analysis.inputs import (
-    MEMORY_ADVICE,
-    ImageSettings,
-    Subject,
-    analysis_parser,
-    open_images,
-    start_analysis,
-)
+from scripts.analysis.inputs import MEMORY_ADVICE, Subject, open_images, start_analysis
 from scripts.analysis.outputs import log_table, open_output, write_report
-from util.arguments import take
-from util.errors import InputError, counted
 from util.eval.inter_block import (
     Trend,
     centers,
@@ -117,8 +122,7 @@ def plot(readings: dict[str, Reading], map_ids: Sequence[int]) -> "Figure":
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw and test the weights of inter-block attention."""
-    parser = analysis_parser(__doc__, draws=False)
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     device = start_analysis(args)
 
     subject = Subject.load(

@@ -20,28 +20,81 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from util.arguments import (
+    Parser,
+    check_arguments,
+    check_output_folders,
+    positive_int,
+    process_count,
+)
+from util.errors import InputError, RunError
+from util.normalization import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+REPEATED_AUG = 4
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line."""
+    parser = Parser(prog="benchmark_loader.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--data_path", required=True, help="folder or tar of images")
+    parser.add_argument(
+        "--also", nargs="+", default=[], metavar="PATH", help="other images, such as prepared ones"
+    )
+    parser.add_argument(
+        "--rounds", "--repeats", type=positive_int, default=7, help="turns (%(default)s)"
+    )
+    parser.add_argument(
+        "--num_images",
+        type=positive_int,
+        default=1000,
+        help="images to read per measurement, at least, repeating them if necessary (%(default)s)",
+    )
+    parser.add_argument(
+        "--num_workers", type=process_count, default=1, help="loader processes (%(default)s)"
+    )
+    parser.add_argument(
+        "--batch_size", type=positive_int, default=64, help="images per batch (%(default)s)"
+    )
+    parser.add_argument(
+        "--input_size", type=positive_int, default=224, help="crop size in pixels (%(default)s)"
+    )
+    parser.add_argument("--json", metavar="PATH", help="file for all numbers and the machine")
+    args = parser.parse_args(argv)
+    if args.num_workers and not Path("/proc/self/stat").exists():
+        raise InputError(
+            "/proc, which has the CPU time of workers, was not found: use --num_workers 0"
+        )
+    if args.batch_size % REPEATED_AUG:
+        raise InputError(
+            f"--batch_size {args.batch_size} must be a multiple of {REPEATED_AUG}, because one of "
+            "the loaders takes as many crops per image"
+        )
+    check_output_folders(args.json and Path(args.json))
+    return args
+
+
+if __name__ == "__main__":
+    check_arguments(parse_args)  # before the imports below, which take seconds
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as v1
 from torchvision.transforms import functional
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from scripts.benchmark.step import describe_machine
-from util.arguments import Parser, check_output_folders, positive_int, process_count
+from util.compute.signals import ignore_signals
 from util.data.batch import Sample, collate, denormalize
 from util.data.datasets import build_dataset
 from util.data.images import IndexedImages
 from util.data.loaders import build_train_loader
 from util.data.transforms import pretrain_transform
-from util.errors import InputError, RunError
 from util.runs.run import run_main, start_logging, versions, write_json
 
-REPEATED_AUG = 4
 NUM_COMPARED = 64  # images whose pixels are compared
 MAX_DIFFERENCE = 0.1  # mean, on a scale of 255
 NORMALIZATION = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
@@ -97,6 +150,7 @@ def reference_epochs(args: argparse.Namespace, images: IndexedImages) -> Iterato
         shuffle=True,
         num_workers=args.num_workers,
         persistent_workers=args.num_workers > 0,
+        worker_init_fn=ignore_signals,
     )
     while True:
         yield from (len(pixels) for pixels, _ in loader)
@@ -162,14 +216,14 @@ def pixel_difference(images: IndexedImages, size: tuple[int, int]) -> float:
 
 
 def measure(
-    loaders: dict[str, Callable[[], Iterator[int]]], *, repeats: int, num_images: int
+    loaders: dict[str, Callable[[], Iterator[int]]], *, rounds: int, num_images: int
 ) -> Iterator[dict[str, list[float]]]:
     """Measure every loader once per round; yield all speeds so far, in images per CPU second."""
     speeds = {name: [] for name in loaders}
-    for number in range(1, repeats + 1):
+    for number in range(1, rounds + 1):
         for name, epochs in loaders.items():
             speeds[name].append(images_per_second(epochs(), num_images))
-        _logger.info("round %d of %d", number, repeats)
+        _logger.info("round %d of %d", number, rounds)
         yield speeds
 
 
@@ -196,44 +250,6 @@ def table(results: dict[str, dict[str, float]]) -> str:
         for name, r in results.items()
     ]
     return "\n".join(lines)
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read and check the command line."""
-    parser = Parser(prog="benchmark_loader.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--data_path", required=True, help="folder or tar of images")
-    parser.add_argument(
-        "--also", nargs="+", default=[], metavar="PATH", help="other images, such as prepared ones"
-    )
-    parser.add_argument("--repeats", type=positive_int, default=7, help="rounds (%(default)s)")
-    parser.add_argument(
-        "--num_images",
-        type=positive_int,
-        default=1000,
-        help="images to read per measurement, at least, repeating them if necessary (%(default)s)",
-    )
-    parser.add_argument(
-        "--num_workers", type=process_count, default=1, help="loader processes (%(default)s)"
-    )
-    parser.add_argument(
-        "--batch_size", type=positive_int, default=64, help="images per batch (%(default)s)"
-    )
-    parser.add_argument(
-        "--input_size", type=positive_int, default=224, help="crop size in pixels (%(default)s)"
-    )
-    parser.add_argument("--json", metavar="PATH", help="file for all numbers and the machine")
-    args = parser.parse_args(argv)
-    if args.num_workers and not Path("/proc/self/stat").exists():
-        raise InputError(
-            "/proc, which has the CPU time of workers, was not found: use --num_workers 0"
-        )
-    if args.batch_size % REPEATED_AUG:
-        raise InputError(
-            f"--batch_size {args.batch_size} must be a multiple of {REPEATED_AUG}, because one of "
-            "the loaders takes as many crops per image"
-        )
-    check_output_folders(args.json and Path(args.json))
-    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -271,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "args": vars(args),
         "pixel_difference": difference,
     }
-    found = measure(loaders, repeats=args.repeats, num_images=args.num_images)
+    found = measure(loaders, rounds=args.rounds, num_images=args.num_images)
     for done, speeds in enumerate(found, start=1):
         content |= {"rounds_done": done, "results": summarize(speeds), "rounds": speeds}
         if args.json is None:

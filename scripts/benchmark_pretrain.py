@@ -21,137 +21,31 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-import torch.nn as nn
-from torch import Tensor
-from torch.optim import Optimizer
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models import MODELS, build_model
-from models_crossmae import HEAD_DIM, MaskedAutoencoder, decoder_width
-from models_vit import SIZES
-from scripts.benchmark.against import compare_interleaved, flag_words, run_python
-from scripts.benchmark.step import MeasuredStep, describe_machine, measure_interleaved
-from scripts.benchmark.tables import (
-    against_table,
-    draw,
-    flops_table,
-    follow_flops,
-    kernels_text,
-    main_table,
+from util.arguments import (
+    Parser,
+    check_arguments,
+    check_output_folders,
+    natural_int,
+    positive_int,
+    ratio,
 )
-from util.arguments import Parser, check_output_folders, natural_int, positive_int, ratio
-from util.compute.compiling import COMPILE_MODES, RECOMPILE_LIMIT, compile_model
-from util.compute.precision import AMP_DTYPES, ATTENTION_BACKENDS, Precision
-from util.compute.recompute import MEMORY_MODES, set_memory
 from util.errors import InputError, counted
-from util.flops import ForwardFlops, crossmae_decoder_flops, encoder_flops, mae_decoder_flops
-from util.masking import TokenCounts, count_tokens, random_split
-from util.optim import build_adamw, set_lr
-from util.runs.run import run_main, start_run, versions, write_json
+from util.settings.compute import AMP_DTYPES, ATTENTION_BACKENDS, COMPILE_MODES, MEMORY_MODES
+from util.settings.model import MODEL_NAMES, SIZES
 
 # transformers' ViTMAEForPreTraining in our sizes.
-HF_SIZES = {f"hf_vitmae_{s.partition('_')[0]}": s for s in SIZES if s != "tiny_patch4"}
+HF_SIZES = {f"hf_vitmae_{s.partition('_')[0]}": s for s in SIZES if not s.endswith("_patch4")}
 # Models that --against compares -> their names in the reference program, which lacks ViT-g.
 THEIR_SIZES = [s for s in HF_SIZES.values() if s != "giant_patch14"]
 THEIR_MODELS = {f"crossmae_vit_{s}": s.partition("_")[0] for s in THEIR_SIZES}
-AGAINST_NOTE = (
-    "Times faster: theirs / ours, median over rounds. Bytes: ours / theirs, saved per image of the "
-    "batch, which may include weights, and for one more image; peak memory of a GPU."
-)
-NUM_PROFILED, NUM_KEPT = 40, 25  # kernels in --profile's tables, and in the JSON file
-MAX_COMPILED = RECOMPILE_LIMIT // 2  # rows: one graph each, or two if memory modes differ
-LAST_MAP, SELF_ATTENTION = {"feature_maps": "last"}, {"decoder_self_attention": True}
-# The paper's rows as (kind of model, options that differ from the defaults), and its results.
-PRESETS: dict[str, tuple[list[tuple[str, dict]], str]] = {
-    "table 4": (
-        [("mae", {}), ("crossmae", {"pred_ratio": 0.75}), ("crossmae", {"pred_ratio": 0.25})],
-        "Table 4, 1024 images on each of 2 A100s: time 1, 0.90, 0.68, memory 1, 0.85, 0.54.",
-    ),
-    "table 5": (
-        [("mae", {})]
-        + [
-            ("crossmae", {"pred_ratio": pred_ratio, "variant": variant})
-            for pred_ratio in (0.75, 0.25)
-            for variant in (SELF_ATTENTION, LAST_MAP, {})
-        ],
-        "Table 5 separates cross-attention, inter-block attention and partial prediction.",
-    ),
-    "table 18": (
-        [("mae", {}), ("mae", {"batch_divisor": 2}), ("crossmae", {"pred_ratio": 0.25})],
-        "Table 18, 1024 images on each of 4 A100s of 80 GB: MAE runs out of memory and needs two "
-        "halves; CrossMAE takes 0.65 of that time.",
-    ),
-    "figure 7": (
-        [("mae", {})]
-        + [
-            ("crossmae", {"pred_ratio": pred_ratio, "decoder_depth": depth})
-            for pred_ratio, depth in itertools.product((0.15, 0.25, 0.75), (1, 4, 8, 12))
-        ],
-        "Fig. 7, App. C: decoder FLOPs up to 3.7 times lower than MAE's.",
-    ),
-}
 
 
-@dataclass(frozen=True)
-class Config:
-    """Configuration measured in a row."""
-
-    model: str
-    pred_ratio: float | None  # None: every masked patch is predicted, as in MAE
-    decoder_depth: int
-    input_size: int
-    dtype: str
-    memory: str
-    batch_size: int
-    mask_ratio: float
-    variant: str = "{}"  # further options of the model, as JSON because a Config must be hashable
-
-    @property
-    def size(self) -> str:
-        """One of SIZES."""
-        return HF_SIZES.get(self.model) or self.model.partition("_vit_")[2]
-
-    @property
-    def label(self) -> str:
-        """Fig. 7's (prediction ratio, decoder blocks), and options that differ."""
-        values = [f"{self.pred_ratio or self.mask_ratio:g}", f"{self.decoder_depth}"]
-        values += [f"{name}={value}" for name, value in json.loads(self.variant).items()]
-        return f"({', '.join(values)})"
-
-    def count_tokens(self) -> TokenCounts:
-        """Count the visible and predicted patches."""
-        num_patches = (self.input_size // SIZES[self.size].patch_size) ** 2
-        return count_tokens(num_patches, self.mask_ratio, self.pred_ratio)
-
-    def count_flops(self) -> ForwardFlops:
-        """Count operations per image; the extra work of transformers' MAE is not included."""
-        size, counts, options = SIZES[self.size], self.count_tokens(), json.loads(self.variant)
-        patch_dim = 3 * size.patch_size**2
-        sizes = {"encoder_dim": size.embed_dim, "dim": decoder_width(size.embed_dim)}
-        sizes |= {"depth": self.decoder_depth, "patch_dim": patch_dim}
-        tokens = (counts.visible, counts.predicted)
-        if self.model.startswith("crossmae"):
-            maps = 0 if options.get("feature_maps") == "last" else 1 + size.depth
-            self_attends = options.get("decoder_self_attention", False)
-            decoder = crossmae_decoder_flops(*tokens, maps=maps, self_attends=self_attends, **sizes)
-        else:
-            decoder = mae_decoder_flops(*tokens, **sizes)
-        encoder = encoder_flops(
-            counts.visible,
-            dim=size.embed_dim,
-            depth=size.depth,
-            patch_dim=patch_dim,
-            mlp_dim=size.mlp_dim,
-        )
-        return ForwardFlops(encoder, decoder)
-
-
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read and check the command line."""
     parser = Parser(description=__doc__.splitlines()[0])
-    names = [*MODELS, *HF_SIZES]
+    names = [*MODEL_NAMES, *HF_SIZES]
     parser.add_argument("--table", type=int, choices=(4, 5, 18), help="measure the paper's rows")
     parser.add_argument("--figure", type=int, choices=(7,), help="measure the paper's points")
     parser.add_argument(
@@ -272,6 +166,126 @@ def chosen_preset(args: argparse.Namespace) -> str | None:
     if args.table or args.figure:
         return f"table {args.table}" if args.table else f"figure {args.figure}"
     return None
+
+
+if __name__ == "__main__":
+    check_arguments(parse_args)  # before the imports below, which take seconds
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from models import build_model
+from models_crossmae import HEAD_DIM, MaskedAutoencoder, decoder_width
+from scripts.benchmark.against import compare_interleaved, flag_words, run_python
+from scripts.benchmark.step import MeasuredStep, describe_machine, measure_interleaved
+from scripts.benchmark.tables import (
+    against_table,
+    draw,
+    flops_table,
+    follow_flops,
+    kernels_text,
+    main_table,
+)
+from util.compute.compiling import RECOMPILE_LIMIT, compile_model
+from util.compute.precision import Precision
+from util.compute.recompute import set_memory
+from util.flops import ForwardFlops, crossmae_decoder_flops, encoder_flops, mae_decoder_flops
+from util.masking import TokenCounts, count_tokens, random_split
+from util.optim import build_adamw, set_lr
+from util.runs.run import run_main, start_run, versions, write_json
+
+AGAINST_NOTE = (
+    "Times faster: theirs / ours, median over rounds. Bytes: ours / theirs, saved per image of the "
+    "batch, which may include weights, and for one more image; peak memory of a GPU."
+)
+NUM_PROFILED, NUM_KEPT = 40, 25  # kernels in --profile's tables, and in the JSON file
+MAX_COMPILED = RECOMPILE_LIMIT // 2  # rows: one graph each, or two if memory modes differ
+LAST_MAP, SELF_ATTENTION = {"feature_maps": "last"}, {"decoder_self_attention": True}
+# The paper's rows as (kind of model, options that differ from the defaults), and its results.
+PRESETS: dict[str, tuple[list[tuple[str, dict]], str]] = {
+    "table 4": (
+        [("mae", {}), ("crossmae", {"pred_ratio": 0.75}), ("crossmae", {"pred_ratio": 0.25})],
+        "Table 4, 1024 images on each of 2 A100s: time 1, 0.90, 0.68, memory 1, 0.85, 0.54.",
+    ),
+    "table 5": (
+        [("mae", {})]
+        + [
+            ("crossmae", {"pred_ratio": pred_ratio, "variant": variant})
+            for pred_ratio in (0.75, 0.25)
+            for variant in (SELF_ATTENTION, LAST_MAP, {})
+        ],
+        "Table 5 separates cross-attention, inter-block attention and partial prediction.",
+    ),
+    "table 18": (
+        [("mae", {}), ("mae", {"batch_divisor": 2}), ("crossmae", {"pred_ratio": 0.25})],
+        "Table 18, 1024 images on each of 4 A100s of 80 GB: MAE runs out of memory and needs two "
+        "halves; CrossMAE takes 0.65 of that time.",
+    ),
+    "figure 7": (
+        [("mae", {})]
+        + [
+            ("crossmae", {"pred_ratio": pred_ratio, "decoder_depth": depth})
+            for pred_ratio, depth in itertools.product((0.15, 0.25, 0.75), (1, 4, 8, 12))
+        ],
+        "Fig. 7, App. C: decoder FLOPs up to 3.7 times lower than MAE's.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Configuration measured in a row."""
+
+    model: str
+    pred_ratio: float | None  # None: every masked patch is predicted, as in MAE
+    decoder_depth: int
+    input_size: int
+    dtype: str
+    memory: str
+    batch_size: int
+    mask_ratio: float
+    variant: str = "{}"  # further options of the model, as JSON because a Config must be hashable
+
+    @property
+    def size(self) -> str:
+        """One of SIZES."""
+        return HF_SIZES.get(self.model) or self.model.partition("_vit_")[2]
+
+    @property
+    def label(self) -> str:
+        """Fig. 7's (prediction ratio, decoder blocks), and options that differ."""
+        values = [f"{self.pred_ratio or self.mask_ratio:g}", f"{self.decoder_depth}"]
+        values += [f"{name}={value}" for name, value in json.loads(self.variant).items()]
+        return f"({', '.join(values)})"
+
+    def count_tokens(self) -> TokenCounts:
+        """Count the visible and predicted patches."""
+        num_patches = (self.input_size // SIZES[self.size].patch_size) ** 2
+        return count_tokens(num_patches, self.mask_ratio, self.pred_ratio)
+
+    def count_flops(self) -> ForwardFlops:
+        """Count operations per image; the extra work of transformers' MAE is not included."""
+        size, counts, options = SIZES[self.size], self.count_tokens(), json.loads(self.variant)
+        patch_dim = 3 * size.patch_size**2
+        sizes = {"encoder_dim": size.embed_dim, "dim": decoder_width(size.embed_dim)}
+        sizes |= {"depth": self.decoder_depth, "patch_dim": patch_dim}
+        tokens = (counts.visible, counts.predicted)
+        if self.model.startswith("crossmae"):
+            maps = 0 if options.get("feature_maps") == "last" else 1 + size.depth
+            self_attends = options.get("decoder_self_attention", False)
+            decoder = crossmae_decoder_flops(*tokens, maps=maps, self_attends=self_attends, **sizes)
+        else:
+            decoder = mae_decoder_flops(*tokens, **sizes)
+        encoder = encoder_flops(
+            counts.visible,
+            dim=size.embed_dim,
+            depth=size.depth,
+            patch_dim=patch_dim,
+            mlp_dim=size.mlp_dim,
+        )
+        return ForwardFlops(encoder, decoder)
 
 
 def list_configs(args: argparse.Namespace, device: torch.device) -> list[Config]:

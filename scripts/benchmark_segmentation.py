@@ -7,27 +7,52 @@ backward and AdamW on synthetic images on the device. Every round gives each a t
 is a third row. Results are a Markdown table on stdout.
 """
 
+import argparse
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from util.arguments import Parser, check_arguments, check_output_folders, positive_int
+from util.errors import InputError
+from util.settings.compute import AMP_DTYPES
+from util.settings.model import AUX_WEIGHT, HEAD_DIM, SIZES
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="base_patch16", help="(%(default)s)")
+    parser.add_argument("--input_size", type=positive_int, default=512, help="px (%(default)s)")
+    parser.add_argument("--batch_size", type=positive_int, default=2, help="(%(default)s)")
+    parser.add_argument("--dtype", choices=AMP_DTYPES, help="(bf16 if the device supports it)")
+    parser.add_argument("--rounds", type=positive_int, default=3, help="turns (%(default)s)")
+    parser.add_argument("--device", help="cuda, cuda:N or cpu (cuda if available)")
+    parser.add_argument("--threads", type=positive_int, default=1, help="on a CPU (%(default)s)")
+    parser.add_argument("--json", type=Path, help="output file for all numbers")
+    args = parser.parse_args(argv)
+    check_output_folders(args.json)
+    if args.batch_size < 2:
+        raise InputError("UperNet cannot normalize a batch of 1: use --batch_size 2")
+    return args
+
+
+if __name__ == "__main__":
+    check_arguments(parse_args)  # before the imports below, which take seconds
+
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from engine_segmentation import segmentation_loss
-from models import AUX_WEIGHT, HEAD_DIM, build_segmenter
+from models import build_segmenter
 from models_upernet import AUXILIARY_DIM, POOL_SCALES, default_out_indices
-from models_vit import SIZES
 from scripts.benchmark.step import MeasuredStep, describe_machine, measure_interleaved
 from scripts.benchmark.tables import markdown
-from util.arguments import Parser, check_output_folders, positive_int
-from util.compute.precision import AMP_DTYPES, Precision
-from util.errors import InputError
+from util.compute.precision import Precision
 from util.optim import build_adamw, set_lr
 from util.runs.run import run_main, start_run, versions, write_json
 
@@ -114,19 +139,7 @@ def build_steps(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the table, and write the requested file."""
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, default="base_patch16", help="(%(default)s)")
-    parser.add_argument("--input_size", type=positive_int, default=512, help="px (%(default)s)")
-    parser.add_argument("--batch_size", type=positive_int, default=2, help="(%(default)s)")
-    parser.add_argument("--dtype", choices=AMP_DTYPES, help="(bf16 if the device supports it)")
-    parser.add_argument("--rounds", type=positive_int, default=3, help="turns (%(default)s)")
-    parser.add_argument("--device", help="cuda, cuda:N or cpu (cuda if available)")
-    parser.add_argument("--threads", type=positive_int, default=1, help="on a CPU (%(default)s)")
-    parser.add_argument("--json", type=Path, help="output file for all numbers")
-    args = parser.parse_args(argv)
-    check_output_folders(args.json)
-    if args.batch_size < 2:
-        raise InputError("UperNet cannot normalize a batch of 1: use --batch_size 2")
+    args = parse_args(argv)
     device = start_run(device=args.device, seed=0)
     if device.type == "cpu":
         torch.set_num_threads(args.threads)

@@ -4,44 +4,44 @@
     python scripts/compare_reconstructions.py --checkpoints A B C --table --data_path D \\
         --images DIR|FILES --output F.png
 
-Columns: original, masked, and each checkpoint's reconstruction with the visible patches. F.json has
-PSNR and SSIM of the drawn images or, with --table, of all images in --data_path.
+Each image is shown as the original, with its visible patches only, and as each checkpoint's result:
+the visible patches and the predictions for all others. F.json has PSNR and SSIM of the drawn images
+or, with --table, of all images in --data_path.
 """
 
+import argparse
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.analysis.inputs import (
-    CHECKPOINT_HELP,
-    MEMORY_ADVICE,
-    AnalysisImages,
-    ImageSettings,
-    Subject,
-    add_image_args,
-    add_mask_args,
-    open_images,
-    start_analysis,
-)
-from scripts.analysis.outputs import log_table
-from util.arguments import Parser, check_output_folders, take
-from util.data.batch import denormalize
+from scripts.analysis.flags import CHECKPOINT_HELP, ImageSettings, add_image_args, add_mask_args
+from scripts.analysis.pictures import check_picture_path
+from util.arguments import Parser, check_arguments, take
 from util.errors import InputError, counted
-from util.eval.figures import COLUMNS, MOMENTS_NOTE, draw_figure, reconstruction_panels
-from util.eval.reconstructions import predicted_pixels, reconstruction_scores
-from util.runs.run import run_main, set_aside, versions, write_json
 
-SSIM_SIDE = 11  # pixels of its window
 
-_logger = logging.getLogger(__name__)
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoints", required=True, nargs="+", help=CHECKPOINT_HELP)
+    add_mask_args(parser)
+    parser.add_argument("--output", type=Path, required=True, help="such as figure.png")
+    parser.add_argument(
+        "--table",
+        action="store_true",
+        help="measure the images in --data_path, not only those that are drawn (off)",
+    )
+    add_image_args(parser)
+    args = parser.parse_args(argv)
+    settings = take(ImageSettings, args)
+    check_picture_path(args.output)
+    if args.table and not (settings.data_path or settings.dataset):
+        raise InputError("--table needs images to measure: give --data_path")
+    label_checkpoints(args.checkpoints)  # refuses one that is named twice
+    return args
 
 
 def label_checkpoints(paths: Sequence[str]) -> list[str]:
@@ -57,6 +57,31 @@ def label_checkpoints(paths: Sequence[str]) -> list[str]:
     if len(set(paths)) < len(paths):
         raise InputError("--checkpoints names a file twice: leave one out")
     return list(paths)
+
+
+if __name__ == "__main__":
+    check_arguments(parse_args)  # before the imports below, which take seconds
+
+import torch
+from torch import Tensor
+
+from scripts.analysis.inputs import (
+    MEMORY_ADVICE,
+    AnalysisImages,
+    Subject,
+    open_images,
+    start_analysis,
+)
+from scripts.analysis.outputs import log_table, save_picture
+from util.data.batch import denormalize
+from util.eval.figures import LABELS, draw_figure, masked_share, reconstruction_panels
+from util.eval.reconstructions import MOMENTS_NOTE, predicted_pixels, reconstruction_scores
+from util.masking import TokenSplit
+from util.runs.run import run_main, versions, write_json
+
+SSIM_SIDE = 11  # pixels of its window
+
+_logger = logging.getLogger(__name__)
 
 
 def check_comparable(subjects: Sequence[Subject], paths: Sequence[str]) -> None:
@@ -103,49 +128,19 @@ def draw(subject: Subject, images: AnalysisImages) -> list[Tensor]:
     return [panel.cpu() for panel in panels]
 
 
-def save_picture(figure: np.ndarray, path: Path) -> None:
-    """Write the figure; an earlier one is renamed to include its time.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}")
-    try:
-        Image.fromarray(figure).save(temporary)
-        set_aside(path)
-        temporary.replace(path)
-    except (OSError, ValueError) as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot write --output {path}: {error}") from error
-
-
-def moments_note(subjects: dict[str, Subject]) -> str:
-    """Say which columns have the originals' patch moments."""
+def title_of(subjects: dict[str, Subject], split: TokenSplit) -> str:
+    """Say what is masked, and which columns have the originals' patch moments."""
     normalized = [name for name, subject in subjects.items() if subject.model.norm_pix_loss]
-    if len(normalized) == len(subjects):
-        return MOMENTS_NOTE
-    return f"{', '.join(normalized)}: {MOMENTS_NOTE}" if normalized else ""
+    if not normalized:
+        return masked_share(split)
+    where = "" if len(normalized) == len(subjects) else f" in {', '.join(normalized)}"
+    return f"{masked_share(split)}; {MOMENTS_NOTE}{where}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare checkpoints."""
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoints", required=True, nargs="+", help=CHECKPOINT_HELP)
-    add_mask_args(parser)
-    parser.add_argument("--output", type=Path, required=True, help="such as figure.png")
-    parser.add_argument(
-        "--table",
-        action="store_true",
-        help="measure the images in --data_path, not only those that are drawn (off)",
-    )
-    add_image_args(parser)
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     settings = take(ImageSettings, args)
-    check_output_folders(args.output)
-    if args.output.suffix.lower() not in Image.registered_extensions():
-        raise InputError(f"--output {args.output} is not a picture: call it figure.png, say")
-    if args.table and not (settings.data_path or settings.dataset):
-        raise InputError("--table needs images to measure: give --data_path")
     names = label_checkpoints(args.checkpoints)
     device = start_analysis(args)
 
@@ -163,8 +158,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     panels = [draw(subject, opened[name]) for name, subject in subjects.items()]
     columns = [*panels[0][:2], *(own[3] for own in panels)]
-    note = moments_note(subjects)
-    save_picture(draw_figure(columns, [*COLUMNS[:2], *names], note=note), args.output)
+    _, split = subjects[names[0]].shown(opened[names[0]])
+    title = title_of(subjects, split)
+    save_picture(draw_figure(columns, [*LABELS[:2], *names], title=title), args.output)
 
     results = {}
     for (name, subject), path in zip(subjects.items(), args.checkpoints, strict=True):

@@ -18,6 +18,42 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from util.arguments import Parser, check_arguments, check_output_folders, positive_int, ratio
+from util.errors import counted
+from util.settings.compute import MEMORY_MODES
+from util.settings.masking import MaskSettings
+from util.settings.model import MODEL_NAMES
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=MODEL_NAMES,
+        default=["crossmae_vit_base_patch16"],
+        metavar="NAME",
+        help=f"{', '.join(MODEL_NAMES)} (crossmae_vit_base_patch16)",
+    )
+    parser.add_argument("--batch_size", type=positive_int, default=1024, help="(%(default)s)")
+    parser.add_argument("--input_size", type=positive_int, default=224, help="(%(default)s)")
+    parser.add_argument("--mask_ratio", type=ratio, default=0.75, help="(%(default)s)")
+    parser.add_argument("--pred_ratio", type=ratio, default=0.25, help="(%(default)s)")
+    parser.add_argument(
+        "--memory", nargs="+", choices=MEMORY_MODES, default=MEMORY_MODES, help="(all)"
+    )
+    parser.add_argument("--json", type=Path, help="output file for all numbers")
+    args = parser.parse_args(argv)
+    check_output_folders(args.json)
+    return args
+
+
+if __name__ == "__main__":
+    check_arguments(parse_args)  # before the imports below, which take seconds
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -25,18 +61,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from engine_pretrain import step_noise
-from models import MODELS, build_model
+from models import build_model
 from models_crossmae import MaskedAutoencoder
 from scripts.benchmark.tables import markdown
-from util.arguments import Parser, check_output_folders, positive_int, ratio
 from util.compute.precision import Precision
-from util.compute.recompute import MEMORY_MODES, set_memory
+from util.compute.recompute import set_memory
 from util.data.batch import Batch, Normalization
-from util.errors import counted
-from util.masking import Masking, MaskSettings
+from util.masking import Masking
 from util.optim import build_adamw
 from util.runs.run import run_main, start_logging, versions, write_json
 
@@ -229,30 +261,6 @@ def rows_of(counter: OperationCounter) -> list[dict[str, object]]:
     ]
     keys = ("operations", "gb", "tflop")
     return [*rows, {"class": "sum", **{key: sum(row[key] for row in rows) for key in keys}}]
-
-
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read and check the command line."""
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        choices=MODELS,
-        default=["crossmae_vit_base_patch16"],
-        metavar="NAME",
-        help=f"{', '.join(MODELS)} (crossmae_vit_base_patch16)",
-    )
-    parser.add_argument("--batch_size", type=positive_int, default=1024, help="(%(default)s)")
-    parser.add_argument("--input_size", type=positive_int, default=224, help="(%(default)s)")
-    parser.add_argument("--mask_ratio", type=ratio, default=0.75, help="(%(default)s)")
-    parser.add_argument("--pred_ratio", type=ratio, default=0.25, help="(%(default)s)")
-    parser.add_argument(
-        "--memory", nargs="+", choices=MEMORY_MODES, default=MEMORY_MODES, help="(all)"
-    )
-    parser.add_argument("--json", type=Path, help="output file for all numbers")
-    args = parser.parse_args(argv)
-    check_output_folders(args.json)
-    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,6 +5,7 @@
 The same code writes the same bytes: the picture has no randomness and no date.
 """
 
+import argparse
 import math
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,19 @@ from xml.sax.saxutils import escape
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from util.arguments import Parser
+from util.arguments import Parser, check_arguments
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line."""
+    parser = Parser(prog="draw_decoder.py", description="Draw CrossMAE's decoder.")
+    parser.add_argument("--output", default="docs/decoder.svg", help="(%(default)s)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    check_arguments(parse_args)  # before the imports below, which take seconds
+
 from util.runs.run import run_main
 
 WIDTH, HEIGHT = 830, 474
@@ -265,9 +278,7 @@ def draw() -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the file."""
-    parser = Parser(prog="draw_decoder.py", description="Draw CrossMAE's decoder.")
-    parser.add_argument("--output", default="docs/decoder.svg", help="(%(default)s)")
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     Path(args.output).write_text(draw(), encoding="utf-8", newline="\n")
 
 

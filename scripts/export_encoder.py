@@ -9,6 +9,7 @@ names, for this project. The log has the line that loads the output. C is any fi
 `util.weights.encoder.read_encoder` reads.
 """
 
+import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -17,16 +18,44 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from util.arguments import Parser, check_arguments, check_new
+from util.errors import InputError
+from util.settings.model import add_checkpoint_arg
+
+FORMATS = ("timm", "hf", "mae", "onnx", "safetensors")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    add_checkpoint_arg(
+        parser, "checkpoint of this project, released weights, or weights of timm or Hugging Face"
+    )
+    parser.add_argument("--format", required=True, choices=FORMATS, help="kind of output")
+    parser.add_argument(
+        "--output",
+        required=True,
+        help="new folder for timm and hf; new file, with its usual suffix, for the others",
+    )
+    parser.add_argument(
+        "--encoder_only", action="store_true", help="leave out the head or the decoder"
+    )
+    args = parser.parse_args(argv)
+    check_new(Path(args.output), flag="--output")
+    return args
+
+
+if __name__ == "__main__":
+    check_arguments(parse_args)  # before the imports below, which take seconds
+
 from scripts.export.source import Source, build, read_source
 from scripts.export.to_hugging_face import write_hugging_face
 from scripts.export.to_mae import write_mae
 from scripts.export.to_onnx import write_onnx
 from scripts.export.to_timm import write_timm
-from util.arguments import Parser
-from util.errors import InputError
 from util.runs.run import run_main, start_run
 from util.weights.encoder import fit_encoder, save_encoder
-from util.weights.files import check_new, write_new
+from util.weights.files import write_new
 
 _logger = logging.getLogger(__name__)
 
@@ -43,38 +72,18 @@ def write_own(source: Source, output: Path) -> None:
     write_new(output, partial(save_encoder, source.weights))
 
 
-FORMATS: dict[str, Callable[[Source, Path], None]] = {
-    "timm": write_timm,
-    "hf": write_hugging_face,
-    "mae": write_mae,
-    "onnx": write_onnx,
-    "safetensors": write_own,
-}
+WRITERS: dict[str, Callable[[Source, Path], None]] = dict(
+    zip(FORMATS, (write_timm, write_hugging_face, write_mae, write_onnx, write_own), strict=True)
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Export one checkpoint."""
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        help="checkpoint of this project, released weights, or weights of timm or Hugging Face",
-    )
-    parser.add_argument("--format", required=True, choices=FORMATS, help="kind of output")
-    parser.add_argument(
-        "--output",
-        required=True,
-        help="new folder for timm and hf; new file, with its usual suffix, for the others",
-    )
-    parser.add_argument(
-        "--encoder_only", action="store_true", help="leave out the head or the decoder"
-    )
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     start_run(device="cpu", seed=0)
-    check_new(Path(args.output), flag="--output")
     source = read_source(args.checkpoint, encoder_only=args.encoder_only)
     _logger.info("images: %s", source.images)
-    FORMATS[args.format](source, Path(args.output))
+    WRITERS[args.format](source, Path(args.output))
     _logger.info("wrote %s", args.output)
 
 

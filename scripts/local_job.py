@@ -4,7 +4,9 @@
 
 LOG is a path in which %j is replaced by this process's id and %t by a task's number. SIGUSR1 and
 SIGTERM are passed on. If tasks end by SIGUSR1, after saving, all tasks start again; otherwise the
-job ends with the code of the first task that failed. scripts/launch_slurm.py starts this script.
+job ends with the code of the first task that failed. scripts/launch.py starts this script.
+
+If LOG is "-", tasks write to the terminal, Ctrl-C is passed on, too, and nothing starts again.
 """
 
 import math
@@ -13,8 +15,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
+HERE = "-"  # instead of a log
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+OF_A_TERMINAL = (signal.SIGINT, signal.SIGHUP)
 SECONDS_TO_END = 30  # for the other tasks after one has failed, as under SLURM
 
 
@@ -27,12 +34,21 @@ def job_port(number: int) -> int:
     return 20000 + number % 10000
 
 
-def run_tasks(words: list[str], logs: list[Path], received: list[int]) -> list[int]:
+def recorded(*numbers: int) -> list[int]:
+    """Record signals from now on, unless they are ignored; return the list that grows."""
+    received = []
+    for number in numbers:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, _: received.append(number))
+    return received
+
+
+def run_tasks(words: list[str], logs: Sequence[Path | None], received: list[int]) -> list[int]:
     """Run one task per log until all have ended; return their exit codes as in a shell.
 
     Args:
         words: the command of every task.
-        logs: are appended to.
+        logs: are appended to; None for this process's own output.
         received: signals to pass on; may grow while tasks run.
     """
     shared = {
@@ -44,11 +60,17 @@ def run_tasks(words: list[str], logs: list[Path], received: list[int]) -> list[i
     }
     # Otherwise each task would use all cores.
     shared.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // len(logs), 1)))
+    # Otherwise PyTorch prints pages about a process that has ended, below the run's last line.
+    shared.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     tasks = []
     for rank, log in enumerate(logs):
         env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with log.open("ab") as file:
-            tasks.append(subprocess.Popen(words, stdout=file, stderr=file, env=env))
+        # In a session of its own, a task receives a terminal's Ctrl-C once: from this process.
+        with nullcontext() if log is None else log.open("ab") as file:
+            process = subprocess.Popen(
+                words, stdout=file, stderr=file, env=env, start_new_session=True
+            )
+        tasks.append(process)
 
     passed_on, deadline = 0, math.inf
     while None in (codes := [task.poll() for task in tasks]):
@@ -67,9 +89,10 @@ def run_tasks(words: list[str], logs: list[Path], received: list[int]) -> list[i
 
 def main(pattern: str, num_tasks: str, *words: str) -> int:
     """Run a job; return its exit code."""
-    received = []
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, _: received.append(number))
+    if pattern == HERE:
+        codes = run_tasks(list(words), [None] * int(num_tasks), recorded(*SIGNALS, *OF_A_TERMINAL))
+        return next(filter(None, codes), 0)
+    received = recorded(*SIGNALS)
     pattern = pattern.replace("%j", str(os.getpid()))
     logs = [Path(pattern.replace("%t", str(rank))) for rank in range(int(num_tasks))]
     logs[0].parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ as a seed, are one series: a line through their mean, and an area from the lowes
 needs matplotlib.
 """
 
+import argparse
 import statistics
 import sys
 from collections.abc import Sequence
@@ -15,8 +16,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from util.arguments import Parser, check_output_folders
+from util.arguments import Parser, check_arguments, check_output_folders
 from util.errors import InputError
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="folders of runs")
+    parser.add_argument("--metrics", nargs="+", required=True, help="such as val_box_ap")
+    parser.add_argument("--output", type=Path, required=True, help="such as figure.png")
+    args = parser.parse_args(argv)
+    check_output_folders(args.output)
+    return args
+
+
+if __name__ == "__main__":
+    check_arguments(parse_args)  # before the imports below, which take seconds
+
 from util.eval.plots import new_figure, save_figure
 from util.runs.run import run_main, start_logging
 from util.runs.run_log import read_log
@@ -44,13 +61,8 @@ def series_of(folders: Sequence[Path]) -> dict[str, list[Path]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw the plot."""
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="folders of runs")
-    parser.add_argument("--metrics", nargs="+", required=True, help="such as val_box_ap")
-    parser.add_argument("--output", type=Path, required=True, help="such as figure.png")
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     start_logging()
-    check_output_folders(args.output)
 
     figure = new_figure(4.5 * len(args.metrics), 3.2)
     all_axes = figure.subplots(1, len(args.metrics), squeeze=False)

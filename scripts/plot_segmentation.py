@@ -7,6 +7,7 @@ dot for each run, a bar for their mean. Classes are in the order of their pixels
 matplotlib.
 """
 
+import argparse
 import json
 import statistics
 import sys
@@ -15,9 +16,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.plot_runs import series_of
-from util.arguments import Parser, check_output_folders
+from util.arguments import Parser, check_arguments, check_output_folders
 from util.errors import InputError
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="folders of runs")
+    parser.add_argument("--output", type=Path, required=True, help="such as figure.png")
+    args = parser.parse_args(argv)
+    check_output_folders(args.output)
+    return args
+
+
+if __name__ == "__main__":
+    check_arguments(parse_args)  # before the imports below, which take seconds
+
+from scripts.plot_runs import series_of
 from util.eval.plots import new_figure, save_figure
 from util.runs.run import run_main, start_logging
 
@@ -54,12 +70,8 @@ def group_runs(folders: Sequence[Path]) -> dict[str, list[dict[str, dict]]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw the plot."""
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="folders of runs")
-    parser.add_argument("--output", type=Path, required=True, help="such as figure.png")
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     start_logging()
-    check_output_folders(args.output)
     figure = new_figure(9, 3.6)
 
     series = group_runs(args.runs)

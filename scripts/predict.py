@@ -23,36 +23,97 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from util.arguments import Parser, check_arguments, check_new, positive_int, process_count, take
+from util.errors import InputError, counted
+from util.machine import default_workers
+from util.settings.compute import ComputeSettings, add_precision_args
+from util.settings.data import DataSettings, add_color_args, add_crop_pct_arg
+from util.settings.model import POOLS, add_checkpoint_arg
+
+TOP = 5  # classes
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line; the result has the path of the `table`, too."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    add_checkpoint_arg(
+        parser,
+        "any file that main_finetune.py evaluates, or for features alone, any that it starts from",
+    )
+    parser.add_argument("--images", required=True, type=Path, help="folder of images")
+    parser.add_argument("--output", type=Path, help="new CSV file of predictions (none)")
+    parser.add_argument("--features", type=Path, help="new .npy file of features (none)")
+    parser.add_argument(
+        "--top", type=positive_int, default=TOP, help="classes to name for an image (%(default)s)"
+    )
+    parser.add_argument(
+        "--pool",
+        choices=POOLS,
+        help="what the features are, see main_knn.py (the head's, or avg without a head)",
+    )
+    parser.add_argument("--device", help="cuda, cuda:N or cpu (cuda if available)")
+    group = parser.add_argument_group("images")
+    group.add_argument(
+        "--batch_size", type=positive_int, default=64, help="images at a time (%(default)s)"
+    )
+    group.add_argument(
+        "--num_workers",
+        type=process_count,
+        default=default_workers(),
+        help="loader processes (seven eighths of the CPU cores, %(default)s on this machine)",
+    )
+    group.add_argument(
+        "--input_size",
+        type=positive_int,
+        nargs="+",
+        metavar="PX",
+        help="side of the square input, or height and width (as trained)",
+    )
+    add_color_args(group, inherited="from --checkpoint, else ")
+    add_crop_pct_arg(group, inherited="from --checkpoint, else ")
+    add_precision_args(parser, compile_modes=())
+    args = parser.parse_args(argv)
+    if not (args.output or args.features):
+        raise InputError("nothing to write: give --output, --features or both")
+    if args.features and args.features.suffix != ".npy":
+        raise InputError(f"--features {args.features} is an array: give it the suffix .npy")
+    args.table = args.output or args.features.with_suffix(".csv")
+    check_new(args.table, flag="--output" if args.output else "--features")
+    if args.features:
+        check_new(args.features, flag="--features")
+    if args.table == args.features:
+        raise InputError(f"--output and --features are both {args.table}: choose another one")
+    return args
+
+
+if __name__ == "__main__":
+    check_arguments(parse_args)  # before the imports below, which take seconds
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from models import build_classifier, load_classifier, starting_point
-from models_vit import POOLS, VisionTransformer
-from util.arguments import Parser, positive_int, process_count, take
-from util.compute.distributed import default_workers, world_size
+from models_vit import VisionTransformer
+from util.compute.distributed import world_size
 from util.compute.precision import Precision, blank_images
-from util.compute.setup import ComputeSettings, add_precision_args, place_model
+from util.compute.setup import place_model
 from util.data.batch import Batch, Crops, Sample
 from util.data.broken_images import reason_of
 from util.data.layout import images_below
 from util.data.loaders import build_eval_loader
-from util.data.settings import DataSettings, add_color_args, crop_pct
 from util.data.transforms import (
     CenterCrop,
     default_crop_pct,
     eval_transform,
 )
-from util.errors import InputError, counted
 from util.runs.run import run_main, start_run
 from util.weights.encoder import EncoderWeights, StartingPoint, load_encoder
-from util.weights.files import check_new
 
-TOP = 5  # classes
 MEMORY_ADVICE = "lower --batch_size"
 
 _logger = logging.getLogger(__name__)
@@ -264,65 +325,6 @@ def write_results(
         if array:
             array.write(result.features.numpy().astype("<f4").tobytes())
     return num_broken
-
-
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read and check the command line; the result has the path of the `table`, too."""
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        help="any file that main_finetune.py --eval reads, or for features alone, --finetune",
-    )
-    parser.add_argument("--images", required=True, type=Path, help="folder of images")
-    parser.add_argument("--output", type=Path, help="new CSV file of predictions (none)")
-    parser.add_argument("--features", type=Path, help="new .npy file of features (none)")
-    parser.add_argument(
-        "--top", type=positive_int, default=TOP, help="classes to name for an image (%(default)s)"
-    )
-    parser.add_argument(
-        "--pool",
-        choices=POOLS,
-        help="what the features are, see main_knn.py (the head's, or avg without a head)",
-    )
-    parser.add_argument("--device", help="cuda, cuda:N or cpu (cuda if available)")
-    group = parser.add_argument_group("images")
-    group.add_argument(
-        "--batch_size", type=positive_int, default=64, help="images at a time (%(default)s)"
-    )
-    group.add_argument(
-        "--num_workers",
-        type=process_count,
-        default=default_workers(),
-        help="loader processes (seven eighths of the CPU cores, %(default)s on this machine)",
-    )
-    group.add_argument(
-        "--input_size",
-        type=positive_int,
-        nargs="+",
-        metavar="PX",
-        help="side of the square input, or height and width (as trained)",
-    )
-    add_color_args(group, inherited="from --checkpoint, else ")
-    group.add_argument(
-        "--crop_pct",
-        type=crop_pct,
-        help="side of the center crop over the side of a resized image (from --checkpoint, else "
-        "224 / 256 up to 224 px, 1 above)",
-    )
-    add_precision_args(parser, compile_modes=())
-    args = parser.parse_args(argv)
-    if not (args.output or args.features):
-        raise InputError("nothing to write: give --output, --features or both")
-    if args.features and args.features.suffix != ".npy":
-        raise InputError(f"--features {args.features} is an array: give it the suffix .npy")
-    args.table = args.output or args.features.with_suffix(".csv")
-    check_new(args.table, flag="--output" if args.output else "--features")
-    if args.features:
-        check_new(args.features, flag="--features")
-    if args.table == args.features:
-        raise InputError(f"--output and --features are both {args.table}: choose another one")
-    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:

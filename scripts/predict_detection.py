@@ -7,29 +7,55 @@ all of them in COCO's result format, with file_name beside image_id, and O/categ
 of their categories.
 """
 
+import argparse
 import json
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from util.arguments import Parser, check_arguments, fraction, take
+from util.errors import InputError, counted
+from util.settings.compute import ComputeSettings, add_precision_args
+from util.settings.detection import MIN_SCORE
+from util.settings.model import add_checkpoint_arg
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    add_checkpoint_arg(parser, "checkpoint of main_detection.py")
+    parser.add_argument("--images", required=True, help="folder of images")
+    parser.add_argument("--output_dir", required=True, help="new folder for pictures and results")
+    parser.add_argument(
+        "--min_score",
+        type=fraction,
+        default=MIN_SCORE,
+        help="lowest score of an object that is drawn (%(default)s)",
+    )
+    parser.add_argument("--device", help="cuda, cuda:N or cpu (cuda if available)")
+    add_precision_args(parser, compile_modes=())
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    check_arguments(parse_args)  # before the imports below, which take seconds
+
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from engine_detection import MIN_SCORE, found_objects
+from engine_detection import found_objects
 from models import load_detector
-from util.arguments import Parser, fraction, take
 from util.compute.precision import blank_images
-from util.compute.setup import ComputeSettings, add_precision_args, place_model
+from util.compute.setup import place_model
 from util.data.batch import Normalization
 from util.data.broken_images import reason_of
 from util.data.decode import read_pixels
 from util.data.jitter import WholeImage
 from util.data.masks import list_images
-from util.errors import InputError, counted
 from util.eval.coco_ap import as_results, scale_to_image
 from util.eval.overlays import draw_objects
 from util.runs.run import run_main, start_run
@@ -58,19 +84,7 @@ def new_folder(path: str) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Predict every image, and write pictures and results."""
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", required=True, help="checkpoint of main_detection.py")
-    parser.add_argument("--images", required=True, help="folder of images")
-    parser.add_argument("--output_dir", required=True, help="new folder for pictures and results")
-    parser.add_argument(
-        "--min_score",
-        type=fraction,
-        default=MIN_SCORE,
-        help="lowest score of an object that is drawn (%(default)s)",
-    )
-    parser.add_argument("--device", help="cuda, cuda:N or cpu (cuda if available)")
-    add_precision_args(parser, compile_modes=())
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     device = start_run(device=args.device, seed=0)
 
     files = list_images(Path(args.images))

@@ -6,31 +6,54 @@ O/NAME.png is the mask of DIR/NAME.jpg: its pixels are indices of classes, from 
 O/classes.txt, and its palette makes them visible. O/overlays/NAME.png shows it over the image.
 """
 
+import argparse
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from util.arguments import Parser, check_arguments, take
+from util.errors import InputError, counted
+from util.settings.compute import ComputeSettings, add_precision_args
+from util.settings.evaluation import WindowSettings, add_window_args
+from util.settings.model import add_checkpoint_arg
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    add_checkpoint_arg(parser, "checkpoint of main_segmentation.py")
+    parser.add_argument("--images", required=True, help="folder of images")
+    parser.add_argument("--output_dir", required=True, help="new folder for masks and overlays")
+    parser.add_argument("--device", help="cuda, cuda:N or cpu (cuda if available)")
+    add_window_args(parser)
+    add_precision_args(parser)
+    args = parser.parse_args(argv)
+    take(WindowSettings, args)
+    return args
+
+
+if __name__ == "__main__":
+    check_arguments(parse_args)  # before the imports below, which take seconds
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from engine_segmentation import predict_classes
 from models import load_segmenter
-from util.arguments import Parser, take
 from util.compute.precision import blank_images
-from util.compute.setup import ComputeSettings, add_precision_args, place_model
+from util.compute.setup import place_model
 from util.data.batch import Normalization
 from util.data.broken_images import reason_of
 from util.data.decode import read_pixels
 from util.data.joint_transforms import WholeImage
 from util.data.masks import list_images
 from util.data.segmentation import SegmentationBatch
-from util.errors import InputError, counted
-from util.eval.miou import WindowSettings, add_window_args
+from util.eval.miou import Windows
 from util.eval.overlays import class_colors, overlay
 from util.runs.run import run_main, start_run
 from util.weights.files import unknown_content
@@ -83,14 +106,7 @@ def save(image: Image.Image, path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Predict every image, and write masks and overlays."""
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", required=True, help="checkpoint of main_segmentation.py")
-    parser.add_argument("--images", required=True, help="folder of images")
-    parser.add_argument("--output_dir", required=True, help="new folder for masks and overlays")
-    parser.add_argument("--device", help="cuda, cuda:N or cpu (cuda if available)")
-    add_window_args(parser)
-    add_precision_args(parser)
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     device = start_run(device=args.device, seed=0)
 
     files = list_images(Path(args.images))
@@ -101,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     precision = place_model(
         model, take(ComputeSettings, args), device, blank_images(model.img_size, device)
     )
-    windows = take(WindowSettings, args).windows(model.img_size, model.patch_size)
+    windows = Windows.of(take(WindowSettings, args), model.img_size, model.patch_size)
     output = Path(args.output_dir)
     check_output(output, list(files))
 

@@ -1,7 +1,7 @@
 """Resize a folder of images once, so that training reads them faster.
 
     python scripts/prepare_dataset.py --data_path IMAGES --output_dir OUT [--format uint8]
-    python scripts/prepare_dataset.py --verify OUT
+    python scripts/prepare_dataset.py --verify --output_dir OUT
     python main_pretrain.py --data_path OUT ...
 
 jpeg writes OUT/train.tar and OUT/val.tar, with the folders and names of the original files. uint8
@@ -9,6 +9,7 @@ writes OUT/train/ and OUT/val/, with pixels that need no decoding, about six tim
 are the same for any number of processes; OUT/prepared.json lists the settings and broken images.
 """
 
+import argparse
 import hashlib
 import io
 import json
@@ -16,28 +17,82 @@ import logging
 import os
 import sys
 import tarfile
-from argparse import ArgumentTypeError
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from util.arguments import (
+    Parser,
+    check_arguments,
+    integer,
+    natural_float,
+    positive_int,
+    process_count,
+)
+from util.errors import InputError, RunError, counted
+from util.settings.data import add_class_folder_arg
+
+
+def jpeg_quality(text: str) -> int:
+    """Parse a JPEG quality."""
+    value = integer(text)
+    if not 1 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"must be between 1 and 100, not {text}")
+    return value
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--data_path", help="folder of images, optionally in train/ and val/, or a .tar file")
+    add("--output_dir", help="new folder for the prepared images")
+    side = "size to which the short side of larger images is resized (%(default)s)"
+    add("--short_side", type=positive_int, default=256, metavar="PX", help=side)
+    add_class_folder_arg(parser)
+    kinds = "JPEG files or raw pixels (%(default)s)"
+    add("--format", choices=("jpeg", "uint8"), default="jpeg", help=kinds)
+    add("--quality", type=jpeg_quality, default=95, help="of JPEG files, 1 to 100 (%(default)s)")
+    limit = "fraction of unreadable files above which to stop (%(default)s)"
+    add("--max_broken", type=natural_float, default=0.01, help=limit)
+    add(
+        "--num_workers",
+        type=process_count,
+        default=os.cpu_count() or 1,
+        help="processes (%(default)s)",
+    )
+    text = "only compare the files of an earlier OUTPUT_DIR with their checksums (off)"
+    add("--verify", action="store_true", help=text)
+    add("word", nargs="?", help=argparse.SUPPRESS)  # earlier, --verify took the folder
+    args = parser.parse_args(argv)
+    if args.word:
+        flags = "--verify --output_dir" if args.verify else "--data_path or --output_dir"
+        raise InputError(f"{args.word} stands without a flag: write {flags} before it")
+    if args.verify and args.data_path:
+        raise InputError("--verify reads only OUTPUT_DIR: leave --data_path out")
+    if not (args.output_dir and (args.data_path or args.verify)):
+        raise InputError("give --data_path and --output_dir, or --verify and --output_dir")
+    return args
+
+
+if __name__ == "__main__":
+    check_arguments(parse_args)  # before the imports below, which take seconds
+
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from util.arguments import Parser, integer, natural_float, positive_int, process_count
+from util.compute.signals import ignore_signals
 from util.data.broken_images import BrokenImages, reason_of
 from util.data.datasets import build_dataset
 from util.data.decode import read_rgb
 from util.data.images import IndexedImages, class_names
 from util.data.packed import write_packed
 from util.data.report import report_images
-from util.data.settings import add_class_folder_arg
-from util.errors import InputError, RunError, counted
 from util.runs.run import run_main, start_run
 from util.weights.files import write_new
 
@@ -107,7 +162,9 @@ def readable(
     """
     classes = class_names(images.reader)
     labels_left = set(range(len(classes)))
-    loader = DataLoader(prepared, batch_size=None, num_workers=num_workers)
+    loader = DataLoader(
+        prepared, batch_size=None, num_workers=num_workers, worker_init_fn=ignore_signals
+    )
     for index, image in enumerate(tqdm(loader, unit=" images", disable=None)):
         if isinstance(image, str):
             name = images.name(index)
@@ -132,14 +189,6 @@ def write_tar(path: Path, images: Iterable[tuple[str, bytes]]) -> None:
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
             tar.members.clear()  # else it would keep an entry for every file
-
-
-def jpeg_quality(text: str) -> int:
-    """Parse a JPEG quality."""
-    value = integer(text)
-    if not 1 <= value <= 100:
-        raise ArgumentTypeError(f"must be between 1 and 100, not {text}")
-    return value
 
 
 def jpeg_names(names: Sequence[str]) -> list[str]:
@@ -245,33 +294,11 @@ def verify(folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prepare or verify a dataset."""
-    parser = Parser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--data_path", help="folder of images, optionally in train/ and val/, or a .tar file")
-    add("--output_dir", help="new folder for the prepared images")
-    side = "size to which the short side of larger images is resized (%(default)s)"
-    add("--short_side", type=positive_int, default=256, metavar="PX", help=side)
-    add_class_folder_arg(parser)
-    kinds = "JPEG files or raw pixels (%(default)s)"
-    add("--format", choices=("jpeg", "uint8"), default="jpeg", help=kinds)
-    add("--quality", type=jpeg_quality, default=95, help="of JPEG files, 1 to 100 (%(default)s)")
-    limit = "fraction of unreadable files above which to stop (%(default)s)"
-    add("--max_broken", type=natural_float, default=0.01, help=limit)
-    add(
-        "--num_workers",
-        type=process_count,
-        default=os.cpu_count() or 1,
-        help="processes (%(default)s)",
-    )
-    add("--verify", metavar="OUT", help="only compare an earlier OUTPUT_DIR with its checksums")
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     start_run(device="cpu", seed=0)
     if args.verify:
-        verify(Path(args.verify))
+        verify(Path(args.output_dir))
         return
-    if not (args.data_path and args.output_dir):
-        raise InputError("give --data_path and --output_dir, or only --verify")
-
     options = {"transform": None, "seed": 0, "class_folder": args.class_folder}
     splits = {
         name: build_dataset("folder", args.data_path, split=split, **options)

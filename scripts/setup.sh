@@ -30,9 +30,9 @@ install_into_venv() {
         "$python" -m pip install --quiet --disable-pip-version-check \
             -c requirements-pinned.txt -r "$requirements" ||
             fail "pip could not install $requirements: see above"
+        check_torchvision "$python"
+        echo "$wanted" >"$stamp"
     fi
-    check_torchvision "$python"
-    echo "$wanted" >"$stamp"
 }
 
 # A torchvision wheel over a torch of another build installs without complaint and fails at import.

@@ -1,24 +1,53 @@
 """Draw a pre-trained model's reconstructions of images (Fig. 2).
 
-    python scripts/visualize_reconstruction.py --checkpoint C --images DIR|FILES --output F.png
+    python scripts/visualize_reconstruction.py --checkpoint C --images DIR|FILES
 
-Columns: original, masked, reconstruction, reconstruction with the visible patches. All masked
-patches are decoded, even if the model was trained to predict only some of them.
+Each image is shown as the original, with its visible patches only, and as the result: the visible
+patches and the predictions for all others, even if the model was trained to predict some of them.
+The title has the PSNR of the predicted patches, and that of one color in their place.
 """
 
+import argparse
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.analysis.inputs import CHECKPOINT_HELP, Subject, list_images, read_images
-from util.arguments import Parser, positive_int, ratio, seed_number
+from scripts.analysis.flags import CHECKPOINT_HELP, add_mask_args
+from scripts.analysis.pictures import check_picture_path
+from util.arguments import Parser, check_arguments, positive_int
+from util.settings.model import add_checkpoint_arg
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    add_checkpoint_arg(parser, CHECKPOINT_HELP)
+    parser.add_argument("--images", required=True, nargs="+", help="image files or folders")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("reconstruction.png"),
+        help="picture to write; an earlier one is renamed to include its time (%(default)s)",
+    )
+    parser.add_argument(
+        "--num_images", type=positive_int, default=8, help="maximum number of images (%(default)s)"
+    )
+    add_mask_args(parser)
+    args = parser.parse_args(argv)
+    check_picture_path(args.output)
+    return args
+
+
+if __name__ == "__main__":
+    check_arguments(parse_args)  # before the imports below, which take seconds
+
+from scripts.analysis.inputs import Subject, list_images, read_images
+from scripts.analysis.outputs import save_picture
 from util.compute.precision import Precision
-from util.errors import InputError, counted
+from util.errors import counted
 from util.eval.figures import draw_reconstructions
 from util.eval.monitor import val_split
 from util.runs.run import run_main, start_run
@@ -28,19 +57,7 @@ _logger = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw the figure."""
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
-    parser.add_argument("--images", required=True, nargs="+", help="image files or folders")
-    parser.add_argument("--output", required=True, help="output file, such as figure.png")
-    parser.add_argument(
-        "--num_images", type=positive_int, default=8, help="maximum number of images (%(default)s)"
-    )
-    parser.add_argument(
-        "--mask_ratio", type=ratio, help="fraction of patches that is masked (as trained)"
-    )
-    parser.add_argument("--seed", type=seed_number, default=0, help="of the masks (%(default)s)")
-    parser.add_argument("--device", help="cuda, cuda:N or cpu (cuda if available)")
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     device = start_run(device=args.device, seed=args.seed)
 
     files = list_images(args.images, args.num_images)
@@ -48,15 +65,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.checkpoint, device=device, seed=args.seed, mask_ratio=args.mask_ratio
     )
     images, _ = read_images(files, subject.transform).to(device)  # (B, 3, H, W)
-    split = val_split(subject.masking, range(len(images)), device)
     mean, std = subject.colors
     figure = draw_reconstructions(
-        subject.model, images, split, mean=mean, std=std, precision=Precision("fp32", device)
+        subject.model,
+        images,
+        val_split(subject.masking, range(len(images)), device),
+        mean=mean,
+        std=std,
+        precision=Precision("fp32", device),
+        name=subject.name,
     )
-    try:
-        Image.fromarray(figure).save(args.output)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot write --output {args.output}: {error}") from error
+    save_picture(figure, args.output)
     _logger.info("wrote %s with %s", args.output, counted(len(files), "image"))
 
 

@@ -2,16 +2,19 @@
 
 import argparse
 import math
+import re
 from pathlib import Path
 
 import pytest
 
 import main_knn
+import main_pretrain
 from tests.helpers.runs import MAINS
 from util.arguments import (
     MAX_COUNT,
     MAX_WORKERS,
     Parser,
+    check_arguments,
     finite_float,
     fraction,
     given_options,
@@ -22,7 +25,9 @@ from util.arguments import (
     process_count,
     ratio,
     seed_number,
+    take,
 )
+from util.settings.compute import ComputeSettings
 
 every_main = pytest.mark.parametrize("main", MAINS.values(), ids=MAINS.keys())
 
@@ -215,3 +220,59 @@ def test_the_options_that_were_given_are_those_that_differ_from_the_defaults():
     defaults = parser.parse_args([])
     assert given_options(parser.parse_args(["--a", "2"]), defaults) == {"--a"}
     assert given_options(parser.parse_args(["--a", "1"]), defaults) == set()
+
+
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        ("--mask_ration", "did you mean --mask_ratio?"),
+        ("--batchsize=4", "did you mean --batch_size?"),
+        ("--no_norm_pix_loss", "did you mean --no-norm_pix_loss?"),
+        ("--xyzzy", "--help lists all flags"),
+    ],
+)
+def test_a_misspelt_flag_gets_the_one_that_is_most_like_it(given, advice, capsys):
+    with pytest.raises(SystemExit) as end:
+        main_pretrain.parse_args([given, "0.5"])
+
+    assert end.value.code == 2
+    name = given.partition("=")[0]
+    assert capsys.readouterr().err == f"main_pretrain.py: error: unknown flag {name}: {advice}\n"
+
+
+def test_a_misspelt_flag_comes_before_a_missing_one(capsys):
+    parser = Parser(prog="x.py")
+    parser.add_argument("--output", required=True)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--ouput", "F"])
+
+    assert "did you mean --output?" in capsys.readouterr().err
+
+
+def test_negative_numbers_are_no_flags():
+    parser = Parser(prog="x.py")
+    parser.add_argument("--mean", type=float, nargs=2)
+
+    assert parser.parse_args(["--mean", "-0.5", "-1"]).mean == [-0.5, -1.0]
+
+
+@every_main
+def test_help_begins_with_what_a_newcomer_needs(main, capsys):
+    with pytest.raises(SystemExit):
+        main.parse_args(["--help"])
+
+    first = capsys.readouterr().out.split("flags to begin with:")[1].split("\n\n")[0]
+    assert set(re.findall(r"^  (--\w+)", first, re.MULTILINE)) == set(main.FIRST_FLAGS)
+
+
+@pytest.mark.parametrize(("rank", "printed"), [(None, True), ("0", True), ("1", False)])
+def test_of_several_processes_only_the_first_prints_a_mistake(rank, printed, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["main_pretrain.py", "--fsdp", "--compile"])
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as end:
+        check_arguments(lambda: take(ComputeSettings, main_pretrain.parse_args()))
+
+    assert end.value.code == 2
+    sentence = "main_pretrain.py: error: --compile cannot be combined with --fsdp"
+    assert capsys.readouterr().err.startswith(sentence) == printed

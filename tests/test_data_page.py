@@ -13,8 +13,8 @@ from scipy.io import savemat
 from tests.helpers.data import STILL, all_labels, encoded, write_parquet, write_tar
 from util.data.datasets import open_train_val
 from util.data.report import report_images
-from util.data.settings import DataSettings
 from util.errors import InputError
+from util.settings.data import DataSettings
 
 PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
 LAYOUT = re.compile(r"```text\n(.+?)\n```\n\n```bash\n(.+?)\n```\n\n```text\n(.+?)\n```", re.DOTALL)
@@ -68,12 +68,13 @@ def test_a_layout_is_read_as_the_page_says(tmp_path, monkeypatch, caplog, layout
     for line in layout.splitlines():
         write(line)
     settings = settings_of(command)
+    options = {"seed": 0, "holds_out": "main_pretrain.py" in command}
     if printed.startswith("error: "):
         with pytest.raises(InputError) as error:
-            open_train_val(settings, STILL, STILL, seed=0)
+            open_train_val(settings, STILL, STILL, **options)
         assert str(error.value) == printed.removeprefix("error: ")
         return
-    sets = open_train_val(settings, STILL, STILL, seed=0)
+    sets = open_train_val(settings, STILL, STILL, **options)
     with caplog.at_level(logging.INFO, logger="util.data.report"):
         caplog.clear()
         report_images(*sets)

@@ -9,11 +9,12 @@ from engine_detection import draw_detections, evaluate, found_objects, true_obje
 from tests.helpers.files import write_coco
 from util.compute.precision import Precision
 from util.data.broken_images import BrokenImages
-from util.data.detection import DetectionSettings, open_validation
+from util.data.detection import open_validation
 from util.data.loaders import build_eval_loader
 from util.errors import InputError
 from util.eval.coco_ap import as_results, scale_to_image
 from util.eval.overlays import DrawnObject, class_colors, draw_objects, side_by_side
+from util.settings.detection import DetectionSettings
 
 CPU = torch.device("cpu")
 

@@ -89,7 +89,7 @@ def test_a_broken_image_with_such_a_name_is_one_line_of_log_and_error(
     use_nano_models(monkeypatch)
     folder = write_images(tmp_path / "images", 40)
     (folder / NASTY).write_bytes(b"no image")
-    argv = [*TINY, "--data_path", folder, "--output_dir"]
+    argv = [*TINY, "--data_path", folder, "--val_fraction", 0, "--output_dir"]
     run(*argv, tmp_path / "run", "--max_broken", 0.5, "--epochs", 1)
     out = capsys.readouterr().out
     assert "\x1b" not in out

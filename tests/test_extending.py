@@ -94,8 +94,8 @@ def test_a_dataset(copy):
         pixels = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), np.uint8)
         np.savez(copy / "arrays" / split, images=pixels, labels=np.arange(count) % 2)
     out = succeeds(copy, train, *MAIN, *PRETRAIN)
-    assert "npz: 16 images, 2 steps per epoch, 8 validation images" in out
-    assert "10-NN" in out
+    assert "images   16 for training, 8 for validation" in out
+    assert "k-NN" in out
 
 
 def test_a_way_of_masking(copy, images):

@@ -17,22 +17,24 @@ from engine_pretrain import step_noise
 from engine_segmentation import segmentation_loss
 from models_crossmae import build_crossmae
 from models_mae import build_mae
-from models_upernet import HEADS, SegmentationViT
-from models_vit import ModelSize
+from models_upernet import SegmentationViT
 from models_vitdet import DetectionViT
 from tests.helpers.files import write_images
 from tests.helpers.runs import TINY, log_without_time, run, run_until
 from util.compute.batch_size import find_batch_size
 from util.compute.compiling import compile_model
-from util.compute.precision import ATTENTION_BACKENDS, Precision
-from util.compute.recompute import MEMORY_MODES, set_memory
+from util.compute.precision import Precision
+from util.compute.recompute import set_memory
 from util.data.batch import Batch, Normalization, Sample, collate
-from util.data.transforms import RandomCrops, ViewSettings
+from util.data.transforms import RandomCrops
 from util.errors import InputError
 from util.kernels import grid_attention
 from util.masking import Masking, count_tokens, random_split
 from util.optim import build_adamw, set_lr
 from util.runs.meters import EpochMeters
+from util.settings.compute import ATTENTION_BACKENDS, MEMORY_MODES
+from util.settings.model import HEADS, ModelSize
+from util.settings.views import ViewSettings
 
 pytestmark = [
     pytest.mark.gpu,

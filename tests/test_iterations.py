@@ -5,8 +5,8 @@ import itertools
 import pytest
 
 from util.errors import InputError
-from util.optim import IterationSettings
 from util.schedule import cosine_lr, linear_lr, lr_schedule, step_lr
+from util.settings.optim import IterationSettings
 
 WARMUP_ITERS = 1500  # MAE's for segmentation
 RUN = {"lr": 1e-4, "min_lr": 0.0, "warmup_steps": WARMUP_ITERS, "total_steps": 160_000}

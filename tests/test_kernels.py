@@ -1,5 +1,6 @@
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -189,8 +190,8 @@ def test_a_run_says_and_keeps_what_computes_it(processor, tmp_path, monkeypatch,
     use_nano_models(monkeypatch)
     images = write_images(tmp_path / "images", 8)
     run("--data_path", images, *TINY, "--device", "cpu", "--output_dir", tmp_path / "run")
-    first = capsys.readouterr().out.splitlines()[0]
-    assert "CPU: AVX2" in first and "float32 layers by pytorch" in first
+    (device,) = re.findall(r" device   (.*)", capsys.readouterr().out)
+    assert "CPU (AVX2, " in device and "float32 layers by pytorch" in device
     versions = json.loads((tmp_path / "run" / "args.json").read_text())["versions"]
     assert (versions["cpu_capability"], versions["cpu_linear"]) == ("AVX2", "pytorch")
 

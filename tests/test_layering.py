@@ -13,27 +13,30 @@ ROOT = Path(__file__).parent.parent
 
 # Which rooms of util each may import, besides itself and the ground. A new room is a decision.
 ROOMS = {
-    "compute": set(),
-    "weights": set(),
-    "data": {"compute"},
-    "eval": {"compute", "data"},
-    "runs": {"compute", "weights", "data"},
+    "settings": set(),
+    "compute": {"settings"},
+    "weights": {"settings"},
+    "data": {"settings", "compute"},
+    "eval": {"settings", "compute", "data"},
+    "runs": {"settings", "compute", "weights", "data"},
 }
 # Which layers each may import, besides what Python and other projects offer.
 MAY_IMPORT = {
     "script": {"script", "engine", "models.py", "model", "ground", *ROOMS},
     "main": {"engine", "models.py", "model", "ground", *ROOMS},
     "engine": {"ground", *ROOMS},
-    "models.py": {"model", "ground", "weights"},
-    "model": {"model", "ground"},
+    "models.py": {"model", "ground", "settings", "weights"},
+    "model": {"model", "ground", "settings"},
     **{room: {room, "ground", *others} for room, others in ROOMS.items()},
-    "ground": {"ground"},
+    "ground": {"ground", "settings"},
 }
+# All that the settings import: nothing that imports PyTorch.
+LIGHT = {"util.arguments", "util.errors", "util.machine", "util.normalization", "util.terminal"}
 # Each may import those before it; a model that is not named here may import all of them.
 MODEL_ORDER = ["models_vit", "models_crossmae", "models_mae"]
 SAY_NOTHING = {"misc", "utils", "helpers", "common"}
 # Asks each main's parse_args, so that a mistyped flag fails before the queue.
-LAUNCHER = "scripts.launch_slurm"
+LAUNCHER = "scripts.launch"
 
 
 def layer_of(module):
@@ -119,6 +122,14 @@ def test_imports_go_downwards_only():
     assert faults(sources) == []
 
 
+def test_settings_import_little():
+    sources = project_sources()
+    light = [name for name in sources if layer_of(name) == "settings" or name in LIGHT]
+    imports = {name: imports_of(sources[name], name, set(sources)) for name in light}
+
+    assert {name for found in imports.values() for name in found} <= {*light}
+
+
 def test_the_rooms_are_those_of_the_table():
     assert {path.parent.name for path in ROOT.glob("util/*/__init__.py")} == ROOMS.keys()
 
@@ -157,7 +168,7 @@ def test_the_rooms_are_those_of_the_table():
         ("engine_pretrain", "from engine_finetune import evaluate"),
         ("engine_pretrain", "import main_pretrain"),
         ("main_finetune", "from main_pretrain import main"),
-        ("main_pretrain", "from scripts.launch_slurm import submit"),
+        ("main_pretrain", "from scripts.launch import submit"),
         ("scripts.analyse_mixes", "from main_pretrain import build_model"),
         ("util.arguments", "if TYPE_CHECKING:\n    import main_pretrain"),
         ("somewhere", "import torch"),
@@ -182,7 +193,7 @@ def test_a_circle_is_found():
 def test_downward_imports_are_allowed():
     sources = {
         "scripts.analyse_mixes": "import models\nfrom models_mae import build_mae",
-        "scripts.launch_slurm": "import main_pretrain",
+        "scripts.launch": "import main_pretrain",
         "main_pretrain": "import engine_pretrain, models\nfrom util.runs import checkpoint",
         "engine_pretrain": "from util.runs.checkpoint import save\nimport torch",
         "models": "import models_mae\nfrom util.weights.files import read_weights_file",

@@ -186,7 +186,7 @@ def test_the_weights_of_any_file_are_where_training_starts(tmp_path, data, weigh
             torch.testing.assert_close(model.state_dict()[name], names[name], msg=name)
         out = capsys.readouterr().out
         new = "blocks.*.attn.rel_pos_h, blocks.*.attn.rel_pos_w, pyramid, rpn, roi_heads"
-        assert re.search(rf"newly initialized: {re.escape(new)}$", out, re.MULTILINE)
+        assert re.search(rf"new for this task: {re.escape(new)}$", out, re.MULTILINE)
         if path in weights.values():
             assert content["mean"] == [0.4, 0.5, 0.6]
 

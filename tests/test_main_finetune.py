@@ -12,7 +12,7 @@ from timm.data import ImageNetInfo
 import main_finetune
 import main_linprobe
 from main_finetune import Recipe, parse_args, resolve_recipe
-from models_vit import SIZES, ModelSize, build_vit
+from models_vit import build_vit
 from tests.helpers import runs
 from tests.helpers.data import write_shards
 from tests.helpers.files import copied, files_in, write_classes, write_images
@@ -29,6 +29,7 @@ from tests.helpers.runs import (
 )
 from util.runs.checkpoint import BEST_NAME, list_checkpoints, read_checkpoint
 from util.runs.run_log import read_log
+from util.settings.model import SIZES, ModelSize
 from util.weights.encoder import read_encoder
 
 SCRATCH = [*QUICK, "--model", "vit_tiny_patch4", "--input_size", "16"]
@@ -93,10 +94,10 @@ def released_like():
 WRITERS = {"released.pth": released_like, "timm.pth": timm_nano}
 SAID = {
     "pretrained": ("the pre-training checkpoint of this project", "fc_norm.weight, fc_norm.bias"),
-    "released.pth": ("the released or timm checkpoint", "not used here: norm.weight, norm.bias"),
+    "released.pth": ("the released or timm checkpoint", "not needed here: norm.weight, norm.bias"),
     "timm.pth": (
         "the released or timm checkpoint",
-        "not used here: norm.weight, norm.bias, head.weight",
+        "not needed here: norm.weight, norm.bias, head.weight",
     ),
 }
 
@@ -119,7 +120,7 @@ def test_a_run_starts_from_the_weights_of_a_file_and_says_what_is_new(
     out = capsys.readouterr().out
     assert all(words in out for words in SAID[source])
     assert f"loaded {len(weights.encoder)} tensors from " in out
-    assert "newly initialized: fc_norm.weight, fc_norm.bias, head.weight, head.bias" in out
+    assert "new for this task: fc_norm.weight, fc_norm.bias, head.weight, head.bias" in out
     assert "fine-tuning, last epoch (1): top-1" in out
 
 
@@ -127,7 +128,7 @@ def test_the_norm_of_the_file_is_taken_where_its_pooling_is(tmp_path, images, ca
     torch.save(released_like(), tmp_path / "released.pth")
     argv = [*QUICK, "--finetune", tmp_path / "released.pth", "--data_path", images, "--epochs", 1]
     finetune(*argv, "--pool", "cls", "--output_dir", tmp_path / "run")
-    assert "newly initialized: head.weight, head.bias\n" in capsys.readouterr().out
+    assert "new for this task: head.weight, head.bias\n" in capsys.readouterr().out
     assert last_checkpoint(tmp_path / "run")["model_options"]["pool"] == "cls"
 
 
@@ -193,8 +194,8 @@ def test_a_fine_tuned_classifier_can_be_fine_tuned_with_a_new_head(tmp_path, fin
     argv = [*QUICK, *PLAIN, "--finetune", finished[0] / BEST_NAME, "--dataset", "digits"]
     finetune(*argv, "--batch_size", 256, "--epochs", 1, "--output_dir", tmp_path)
     out = capsys.readouterr().out
-    assert "newly initialized: head.weight, head.bias\n" in out
-    assert "not used here: head.weight, head.bias\n" in out
+    assert "new for this task: head.weight, head.bias\n" in out
+    assert "not needed here: head.weight, head.bias\n" in out
     assert last_checkpoint(tmp_path)["model_options"]["num_classes"] == 10
     assert read_log(tmp_path)[-1]["val_images"] == 360
 
@@ -231,8 +232,8 @@ def test_defaults_are_those_of_table_11():
     assert (args.ema, args.clip_grad) == (None, None)
 
 
-def recipe_line(monkeypatch, capsys, *argv):
-    """What a run says that it is going to do, before it does anything."""
+def start_block(monkeypatch, capsys, *argv):
+    """What a run says that it is going to do, before it does anything: label -> text."""
 
     def stop(*args, **options):
         raise StoppedError
@@ -240,22 +241,32 @@ def recipe_line(monkeypatch, capsys, *argv):
     with monkeypatch.context() as patch, pytest.raises(StoppedError):
         patch.setattr(main_finetune, "open_run", stop)
         finetune(*argv)
-    (line,) = re.findall(r" recipe: (.*)", capsys.readouterr().out)
-    return line
+    out = re.sub(r"\n\S+ {10}", " ", capsys.readouterr().out)  # long lines go on in the next
+    labels = "device|model|images|step|run|recipe|output"
+    return dict(re.findall(rf"^\S+ ({labels}) +(.*)$", out, re.MULTILINE))
 
 
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
         # blr x effective batch / 256; warm-up of 5 epochs, at most a tenth of the run
-        ([], {"epochs": 100, "lr": 5e-4 / 32, "warmup_epochs": 5, "layer_decay": 0.65}),
-        (["--epochs", "20"], {"epochs": 20, "warmup_epochs": 2, "drop_path": 0.1}),
-        (["--epochs", "20", "--warmup_epochs", "7"], {"warmup_epochs": 7}),
-        (["--model", "vit_large_patch16"], {"lr": 1e-3 / 32, "warmup_epochs": 5, "epochs": 50}),
-        (["--model", "vit_huge_patch14"], {"layer_decay": 0.75, "drop_path": 0.3}),
-        (["--accum_iter", "4"], {"effective batch size": 32, "lr": 5e-4 / 8}),
-        (["--blr", "0.1", "--batch_size", "16"], {"lr": 0.1 / 16}),
-        (["--lr", "0.3", "--accum_iter", "4"], {"lr": 0.3}),
+        (
+            [],
+            {"run": {"100 epochs", "lr 1.563e-05 =", "warm-up 5 "}, "recipe": {"layer_decay 0.65"}},
+        ),
+        (["--epochs", "20"], {"run": {"20 epochs", "warm-up 2 "}, "recipe": {"drop_path 0.1"}}),
+        (["--epochs", "20", "--warmup_epochs", "7"], {"run": {"warm-up 7 "}}),
+        (
+            ["--model", "vit_large_patch16"],
+            {
+                "run": {"50 epochs", "lr 3.125e-05 =", "warm-up 5 "},
+                "model": {"vit_large_patch16, "},
+            },
+        ),
+        (["--model", "vit_huge_patch14"], {"recipe": {"layer_decay 0.75", "drop_path 0.3"}}),
+        (["--accum_iter", "4"], {"step": {"32 images = 8 x 4 "}, "run": {"lr 6.25e-05 ="}}),
+        (["--blr", "0.1", "--batch_size", "16"], {"run": {"lr 0.00625 ="}}),
+        (["--lr", "0.3", "--accum_iter", "4"], {"run": {"lr 0.3 as given"}}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -266,10 +277,11 @@ def test_a_run_says_its_recipe_with_what_was_resolved(
         monkeypatch.setitem(SIZES, name, NANO)
     place = ["--data_path", images, "--output_dir", tmp_path / "run"]
     options = [*SCRATCH[:2], *SCRATCH[4:], *argv]
-    line = recipe_line(monkeypatch, capsys, *options, *place)
-    said = {name: float(n) for name, n in re.findall(r"(\w[a-z_ ]*) ([\d.e-]+)(?:, |$)", line)}
-    assert {name: said[name] for name in expected} == pytest.approx(expected)
-    assert "auto_augment rand-m9-mstd0.5-inc1" in line
+    block = start_block(monkeypatch, capsys, *options, *place)
+    for label, parts in expected.items():
+        assert all(part in block[label] for part in parts), block[label]
+    assert "auto_augment rand-m9-mstd0.5-inc1" in block["recipe"]
+    assert "hash" not in " ".join(block.values())
 
 
 def test_the_learning_rate_falls_by_layer_and_follows_the_schedule(finished):
@@ -327,7 +339,8 @@ def test_digits_from_scratch(tmp_path, capsys):
     assert log[-1]["val_top1"] > 30  # 10 by chance
     assert log[-1]["val_top1"] < log[-1]["val_top5"]
     out = capsys.readouterr().out
-    assert "digits: 1437 images, 23 steps per epoch, 360 validation images" in out
+    assert "images   1,437 for training, 360 for validation" in out
+    assert re.search(r" epoch 2/2  loss \S+  val \S+  top-1 +\S+%", out)
     assert "training from scratch, last epoch (2)" in out
 
 
@@ -671,7 +684,7 @@ def test_a_run_continues_without_the_weights_that_it_started_from(
     finetune(*argv, "--epochs", 2, "--output_dir", folder)
     out = capsys.readouterr().out
     assert f"checkpoint not found: {weights}; that is not needed: {folder}/checkpoint-" in out
-    assert "newly initialized" not in out.partition("that is not needed")[2]
+    assert "new for this task" not in out.partition("that is not needed")[2]
     for part in ("model", "ema", "optimizer"):
         runs.assert_identical(
             last_checkpoint(folder)[part], last_checkpoint(tmp_path / "whole")[part]
@@ -698,7 +711,7 @@ def test_a_kept_head_starts_where_it_ended(tmp_path, images, finished, capsys):
     assert {name: line[name] for name in MEASURED} == pytest.approx(
         {name: before[name] for name in MEASURED}, rel=1e-4
     )
-    assert "newly initialized" not in capsys.readouterr().out
+    assert "new for this task" not in capsys.readouterr().out
 
 
 def test_a_kept_head_without_names_needs_an_order_that_is_clear(tmp_path, capsys):

@@ -49,7 +49,7 @@ def weights(images, tmp_path_factory):
 
 def measure(folder, weights, *argv):
     """Run main_knn.py; return its report."""
-    run(*QUICK, "--finetune", weights, "--output_dir", folder, *argv, main=main_knn.main)
+    run(*QUICK, "--checkpoint", weights, "--output_dir", folder, *argv, main=main_knn.main)
     return json.loads((folder / "knn.json").read_text())
 
 
@@ -63,7 +63,7 @@ def test_digits_from_start_to_end(tmp_path, weights, capsys):
     }
     assert report["num_images"] == {"training": 1437, "validation": 360}
     assert report["num_classes"] == 10
-    assert report["weights"] == report["args"]["finetune"] == str(weights)
+    assert report["weights"] == report["args"]["checkpoint"] == str(weights)
     assert report["model"] == "vit_tiny_patch4"
     assert {"commit", "python", "torch", "torchvision", "timm"} < set(report["versions"])
     for column in report["results"].values():

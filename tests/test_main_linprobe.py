@@ -81,12 +81,12 @@ def test_the_backbone_stays_bit_for_bit_that_of_the_file(
     if kind == "mae" and norm == "norm":
         assert_identical({name: model[name] for name in content.head_state}, content.head_state)
         assert not torch.equal(model["norm.bias"], torch.zeros(32))  # pre-training moved it
-        assert "newly initialized: head.weight, head.bias" in out
+        assert "new for this task: head.weight, head.bias" in out
     else:
         assert torch.equal(model[f"{norm}.weight"], torch.ones(32))
         assert torch.equal(model[f"{norm}.bias"], torch.zeros(32))
-        assert f"newly initialized: {norm}.weight, {norm}.bias, head.weight, head.bias" in out
-    assert ("not used here: norm.weight, norm.bias" in out) == (kind == "mae" and pool == "avg")
+        assert f"new for this task: {norm}.weight, {norm}.bias, head.weight, head.bias" in out
+    assert ("not needed here: norm.weight, norm.bias" in out) == (kind == "mae" and pool == "avg")
     assert model["head.1.bias"].abs().min() > 0
     assert model["head.0.num_batches_tracked"] == 10
     # Matrix and bias of the head have a momentum, and nothing else.
@@ -135,9 +135,9 @@ def test_a_probe_says_its_recipe(
     argv = ["--batch_size", 8, "--num_workers", 0, "--data_path", images, *options]
     argv += ["--finetune", weights["mae"], "--output_dir", tmp_path, "--log_every", 1]
     run_until(1, monkeypatch, *argv, main=main_linprobe.main)
-    pattern = r" epochs (\S+), warmup_epochs (\S+), lr (\S+), min_lr 0.0, "
+    pattern = r" run      (\S+) epochs of .*; lr (\S+) .*, warm-up (\S+) epoch"
     said = re.search(pattern, capsys.readouterr().out).groups()
-    assert [float(number) for number in said] == pytest.approx([epochs, warmup_epochs, lr])
+    assert [float(number) for number in said] == pytest.approx([epochs, lr, warmup_epochs])
 
 
 # A run from start to end

@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -16,8 +17,7 @@ import main_pretrain
 from engine_pretrain import train_one_epoch
 from main_pretrain import parse_args
 from models import MODELS, load_model
-from models_vit import SIZES
-from tests.helpers.files import RunsCode, copied, files_in, write_images
+from tests.helpers.files import RunsCode, copied, files_in, write_classes, write_images
 from tests.helpers.models import NANO, use_nano_models
 from tests.helpers.processes import command, finish, start
 from tests.helpers.runs import (
@@ -30,12 +30,15 @@ from tests.helpers.runs import (
     run_until,
     state_of,
 )
+from util.data.images import HELD_OUT
 from util.errors import InputError
 from util.eval import monitor
-from util.eval.monitor import evaluate
+from util.eval.monitor import evaluate, is_picture_due
+from util.eval.reconstructions import MOMENTS_NOTE
 from util.runs.checkpoint import list_checkpoints, read_checkpoint
 from util.runs.run import versions
 from util.runs.run_log import read_log
+from util.settings.model import SIZES
 
 MAE = ["--model", "mae_vit_tiny_patch4"]
 
@@ -83,18 +86,21 @@ def assert_complete(folder, num_epochs, *, has_val):
     assert records["args"]["output_dir"] == str(folder)
     assert {"commit", "python", "torch", "torchvision", "timm"} < set(records["versions"])
     assert re.fullmatch(r"[0-9a-f]{40}\+?|unknown", records["versions"]["commit"])
-    log = read_log(folder)
+    log = [line for line in read_log(folder) if line["epoch"]]  # 0: the untrained network
     assert [line["epoch"] for line in log] == list(range(1, num_epochs + 1))
     assert all({"step", "loss", "grad_norm", "lr", "broken_images"} <= set(line) for line in log)
     assert ("val_loss" in log[-1]) == has_val
     with Image.open(folder / "reconstructions.png") as figure:
         assert figure.mode == "RGB"
-    events = EventAccumulator(str(folder / "tensorboard")).Reload()
-    scalars = {"train/loss", "train/lr", "train/images_per_s", "epoch/loss"}
-    scalars |= {"epoch/val_loss", "epoch/val_psnr"} if has_val else set()
+    events = EventAccumulator(str(folder)).Reload()
+    learning = {"loss", "loss_by_step", "lr_by_step"}
+    learning |= {"val_loss", "val_psnr", "blind_loss"} if has_val else set()
+    scalars = {f"1_learning/{name}" for name in learning} | {"2_speed/images_per_s_by_step"}
     assert scalars <= set(events.Tags()["scalars"])
-    assert events.Scalars("epoch/loss")[-1].value == pytest.approx(log[-1]["loss"])
-    assert [picture.step for picture in events.Images("reconstructions")] == [log[-1]["step"]]
+    point = events.Scalars("1_learning/loss")[-1]
+    assert (point.step, point.value) == (num_epochs, pytest.approx(log[-1]["loss"]))
+    epochs = [n for n in range(num_epochs + 1) if is_picture_due(n, None) or n == num_epochs]
+    assert [picture.step for picture in events.Images("reconstructions")] == epochs
     name = f"checkpoint-e{num_epochs:04d}-s000000.pth"
     assert [path.name for path in list_checkpoints(folder)] == [name]
     assert is_finite(read_checkpoint(folder / name, "pretrain"))
@@ -146,17 +152,26 @@ def test_digits_from_start_to_end(tmp_path, capsys, nano):
     assert log[-1]["val_images"] == 360
     assert log[-1]["step"] == 2 * 12
     out = capsys.readouterr().out
-    assert "digits: 1437 images, 12 steps per epoch, 360 validation images" in out
-    assert out.index("validation loss") > out.index("saved")
-    val_loss, val_psnr = log[-1]["val_loss"], log[-1]["val_psnr"]
-    expected = (
-        f"validation loss {val_loss:.4f}, masked-patch PSNR {val_psnr:.2f} dB over 360 images"
-    )
+    first, last = read_log(tmp_path)[0], log[-1]
+    (block,) = re.findall(r" device   .*(?:\n.*)+ output   .*\n.*", out)
+    assert block.endswith(f"          tensorboard --logdir {tmp_path}")
+    for line in (
+        "images   1,437 for training, 360 for validation; 4 of 16 patches seen, 12 predicted",
+        "step     128 images = 128 x 1 (--accum_iter) x 1 (processes)",
+        "run      2 epochs of 12 steps, 24 steps; lr ",
+        f"output   {tmp_path} (with log.txt)\n",
+    ):
+        assert line in block
+    rows = re.findall(r" (epoch \d/2  .*)", out)
+    assert [row.split("  ")[0] for row in rows] == ["epoch 0/2", "epoch 1/2", "epoch 2/2"]
+    assert f"untrained  k-NN {first['knn20']:5.1f}%" in rows[0]
+    assert f"loss {last['loss']:.4f}  val {last['val_loss']:.4f} (blind " in rows[2]
+    assert f"PSNR {last['val_psnr']:.1f} dB ({MOMENTS_NOTE}; blind " in rows[2]
     *_, summary, knn, checkpoint, tensorboard, figure = out.splitlines()
-    assert summary.endswith(expected)
+    assert f"360 validation images: val {last['val_loss']:.4f} (blind " in summary
     assert checkpoint.endswith(f"checkpoint: {tmp_path}/checkpoint-e0002-s000000.pth")
-    assert f"10-NN {log[-1]['knn10']:.1f}%" in knn
-    assert tensorboard.endswith(f"TensorBoard: {tmp_path}/tensorboard")
+    assert knn.endswith(f"k-NN {first['knn20']:.1f}% (untrained) -> {last['knn20']:.1f}%")
+    assert tensorboard.endswith(f"TensorBoard: tensorboard --logdir {tmp_path}")
     assert figure.endswith(f"figure: {tmp_path}/reconstructions.png")
 
 
@@ -164,18 +179,14 @@ def test_a_run_shows_whether_it_learns_by_nearest_neighbors(tmp_path, capsys, mo
     monkeypatch.setitem(SIZES, "tiny_patch4", NANO)
     argv = [*TINY, "--dataset", "digits", "--batch_size", 128, "--epochs", 4, "--lr", "3e-3"]
     run(*argv, "--knn_every", 2, "--output_dir", tmp_path)
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    events = EventAccumulator(str(tmp_path)).Reload()
     for k in (10, 20, 100):
-        points = events.Scalars(f"epoch/knn{k}")
-        assert [point.step for point in points] == [0, 24, 48]  # the untrained encoder first
-        logged = [line.get(f"knn{k}") for line in read_log(tmp_path)]
-        assert logged == [
-            None,
-            pytest.approx(points[1].value),
-            None,
-            pytest.approx(points[2].value),
-        ]
-    assert "untrained encoder: 10-NN" in capsys.readouterr().out
+        points = events.Scalars(f"1_learning/knn{k}")
+        assert [point.step for point in points] == [0, 2, 4]  # the untrained encoder first
+        logged = {line["epoch"]: line.get(f"knn{k}") for line in read_log(tmp_path)}
+        values = {point.step: pytest.approx(point.value) for point in points}
+        assert logged == {1: None, 3: None, **values}
+    assert "measuring the k-NN accuracy of the untrained network" in capsys.readouterr().out
 
     # The same as main_knn.py measures on the checkpoint.
     argv = ["--finetune", list_checkpoints(tmp_path)[-1], "--dataset", "digits", "--no-logistic"]
@@ -214,11 +225,14 @@ def test_folder_with_validation_images(tmp_path, images, capsys, nano, model):
     run(*TINY, *model, "--data_path", images, "--eval_every", 1, "--output_dir", tmp_path)
     log = assert_complete(tmp_path, 2, has_val=True)
     assert [line["val_images"] for line in log] == [5, 5]
-    assert "folder: 37 images, 5 steps per epoch, 5 validation images" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "images   37 for training, 5 for validation" in out
+    assert "2 epochs of 5 steps, 10 steps" in out
 
 
 def test_folder_without_validation_images(tmp_path, images, capsys, nano):
-    run(*TINY, "--data_path", images / "train", "--output_dir", tmp_path)
+    argv = ["--data_path", images / "train", "--val_fraction", 0]
+    run(*TINY, *argv, "--output_dir", tmp_path)
     assert_complete(tmp_path, 2, has_val=False)
     out = capsys.readouterr().out
     assert "no validation images" in out
@@ -262,10 +276,14 @@ def test_options_train_an_epoch_and_load_again(tmp_path, images, nano, options):
 @pytest.mark.parametrize(
     ("options", "effective", "scale"),
     [
-        (["--pred_ratio", "0.25"], "16 = 8 x 2 (--accum_iter) x 1 (processes)", 16 / 256 / 3),
-        ([], "16 = 8 x 2 (--accum_iter) x 1 (processes)", 16 / 256),
-        (MAE, "16 = 8 x 2 (--accum_iter) x 1 (processes)", 16 / 256),
-        (["--mask_ratio", "0.5", "--blr", "0.1"], "16 = 8 x 2", 16 / 256),
+        (
+            ["--pred_ratio", "0.25"],
+            "16 images = 8 x 2 (--accum_iter) x 1",
+            16 / 256 / 3,
+        ),
+        ([], "16 images = 8 x 2 (--accum_iter) x 1", 16 / 256),
+        (MAE, "16 images = 8 x 2 (--accum_iter) x 1", 16 / 256),
+        (["--mask_ratio", "0.5", "--blr", "0.1"], "16 images = 8 x 2", 16 / 256),
     ],
 )
 def test_the_learning_rate_is_scaled_and_shown(
@@ -275,12 +293,13 @@ def test_the_learning_rate_is_scaled_and_shown(
     run(*argv, "--log_every", 1, "--output_dir", tmp_path)
     blr = 0.1 if "--blr" in options else 1.5e-4
     out = capsys.readouterr().out
-    assert f"effective batch size {effective}" in out
+    assert f"step     {effective}" in out
+    out = re.sub(r"\n\S+ {10}", " ", out)  # long lines go on in the next
     shown = re.search(r"lr (\S+) = (\S+) x (\S+) \(batch / 256 x pred_ratio / mask_ratio\)", out)
     assert [float(x) for x in shown.groups()] == pytest.approx([blr * scale, blr, scale], rel=1e-3)
     # Three steps up from 0 and three down, as the optimizer saw them.
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    rates = [point.value / (blr * scale) for point in events.Scalars("train/lr")]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    rates = [point.value / (blr * scale) for point in events.Scalars("1_learning/lr_by_step")]
     assert rates == pytest.approx([0, 1 / 3, 2 / 3, 1, 0.75, 0.25], abs=1e-5)
     groups = last_checkpoint(tmp_path)["optimizer"]["param_groups"]
     assert {group["lr"] for group in groups} == {read_log(tmp_path)[-1]["lr"]}
@@ -320,8 +339,8 @@ def test_a_stopped_run_with_several_crops_of_an_image_continues_bit_for_bit(
     num_images = len(list((images / "train").iterdir()))
     out = capsys.readouterr().out
     steps = -(-num_images // 2)  # of two images, four crops each
-    assert f"{num_images} images x 4 crops, {steps} steps per epoch" in out
-    assert "effective batch size 8 = 8 x 1" in out
+    assert f"1 epoch of {steps} steps;" in out
+    assert "8 images = 8 x 1 (--accum_iter) x 1 (processes), 4 crops of each image" in out
     stopped = tmp_path / "stopped"
     run_until(7, monkeypatch, *argv, *EACH_STEP, "--output_dir", stopped)
     run(*argv, "--num_workers", 1, "--output_dir", stopped)
@@ -348,6 +367,42 @@ def test_a_stopped_run_over_a_table_continues_bit_for_bit_wherever_the_table_is(
     run_until(1, monkeypatch, *argv, *EACH_STEP, *options, "--data_csv", tmp_path / "a.csv")
     run(*argv, *options, "--data_csv", tmp_path / "b.csv")
     assert_identical(state_of(stopped), state_of(tmp_path / "whole"))
+
+
+def test_a_stopped_run_with_held_out_images_continues_bit_for_bit(
+    tmp_path, monkeypatch, images, nano
+):
+    argv = [*TINY, "--data_path", images / "train", "--epochs", 1, "--vflip", 0]
+    run(*argv, "--output_dir", tmp_path / "whole")
+    stopped = [*argv, *EACH_STEP, "--output_dir", tmp_path / "stopped"]
+    run_until(1, monkeypatch, *stopped)
+    run(*stopped)
+    assert_identical(state_of(tmp_path / "stopped"), state_of(tmp_path / "whole"))
+    assert last_checkpoint(tmp_path / "whole")["identity"][HELD_OUT] == 3
+    assert "val_loss" in read_log(tmp_path / "whole")[-1]
+
+
+def test_a_run_that_trained_on_all_images_before_some_were_held_out_is_not_changed_silently(
+    tmp_path, images, capsys, nano
+):
+    argv = [*TINY, "--data_path", images / "train", "--output_dir", tmp_path, "--save_every", 1]
+    run(*argv, "--val_fraction", 0, "--epochs", 1)
+    path = list_checkpoints(tmp_path)[-1]
+    content = torch.load(path, weights_only=False)
+    assert content["identity"].pop(HELD_OUT) == 0  # as in older versions
+    torch.save(content, path)
+    sentence = refusal(capsys, *argv)
+    assert "number of training images was 37 and is now 34" in sentence
+    assert "(--val_fraction 0 trains on all images, as before)" in sentence
+    run(*argv, "--val_fraction", 0)
+    assert read_log(tmp_path)[-1]["epoch"] == 2
+
+
+def test_knn_accuracy_is_measured_on_held_out_images_of_class_folders(tmp_path, nano):
+    write_classes(tmp_path / "images")
+    shutil.rmtree(tmp_path / "images" / "val")
+    run(*TINY, "--data_path", tmp_path / "images", "--output_dir", tmp_path / "run", "--epochs", 1)
+    assert {"knn10", "val_loss"} <= set(read_log(tmp_path / "run")[-1])
 
 
 def test_a_table_with_other_labels_or_another_order_is_another_run(tmp_path, images, capsys, nano):
@@ -377,13 +432,13 @@ def test_a_finished_run_started_again_changes_nothing(tmp_path, finished, capsys
     folder = copied(before, tmp_path / "again")
     run(*argv, "--output_dir", folder)
     out = capsys.readouterr().out
-    assert "validation loss" in out
+    assert "5 validation images: val " in out
     assert f"checkpoint: {folder}/checkpoint-e0002-s000000.pth" in out
     same = [name for name in files_in(before) if name.endswith((".pth", ".jsonl", ".png"))]
     assert {n: files_in(folder)[n] for n in same} == {n: files_in(before)[n] for n in same}
-    for tag in ("epoch/val_loss", "train/loss"):
+    for tag in ("1_learning/val_loss", "1_learning/loss_by_step"):
         expected, points = (
-            [point.step for point in EventAccumulator(str(f / "tensorboard")).Reload().Scalars(tag)]
+            [point.step for point in EventAccumulator(str(f)).Reload().Scalars(tag)]
             for f in (before, folder)
         )
         assert points == expected
@@ -615,7 +670,8 @@ REFUSED = {
     "--hflip 1.5": "must be between 0 and 1, not 1.5",
     "--crop_area 1 0.2": "--crop_area takes the smallest and the largest fraction",
     "--data_csv nowhere.csv": "nowhere.csv does not exist: correct the path of the table",
-    "--val_fraction 0.1": "--val_fraction holds out images of --data_csv: leave it out",
+    "--val_fraction 0.1": "because there are validation images already",
+    "--val_share 1": "must be at least 0 and below 1, not 1",
     "--decode both": "invalid choice: 'both'",
     "--decoder_depth 2000": "decoder_depth must be between 1 and 1000, not 2000",
     "--decoder_embed_dim 20000": "decoder_embed_dim must be between 1 and 16384, not 20000",

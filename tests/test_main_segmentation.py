@@ -10,9 +10,7 @@ import torch
 from PIL import Image
 
 import main_segmentation
-import models_vit
 from models import load_segmenter
-from models_vit import ModelSize
 from scripts import predict_segmentation
 from tests.helpers import runs
 from tests.helpers.files import copied, files_in, write_masked_images
@@ -21,6 +19,8 @@ from tests.helpers.runs import EACH_STEP, assert_identical, refusal, run_until, 
 from util.compute import compiling
 from util.runs.checkpoint import BEST_NAME, list_checkpoints, read_checkpoint
 from util.runs.run_log import read_log
+from util.settings import model as model_settings
+from util.settings.model import ModelSize
 
 KIND = "segmentation"
 TINY = ["--batch_size", 2, "--max_iters", 6, "--eval_every", 3, "--num_workers", 0]
@@ -50,7 +50,7 @@ every_head = pytest.mark.parametrize("head", HEADS)
 @pytest.fixture
 def deeper(monkeypatch):
     """UperNet reads four blocks, which the nano model does not have."""
-    monkeypatch.setitem(models_vit.SIZES, "tiny_patch16", ModelSize(4, 32, 4, 2, img_size=16))
+    monkeypatch.setitem(model_settings.SIZES, "tiny_patch16", ModelSize(4, 32, 4, 2, img_size=16))
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,12 @@ from models_crossmae import (
     inter_block_attention,
 )
 from models_mae import build_mae
-from models_vit import ModelSize
 from tests.helpers.versions import aot_eager
 from util.compute.recompute import set_memory
 from util.errors import InputError
 from util.masking import TokenSplit, count_tokens, is_masked, random_split
 from util.patches import gather_patches
+from util.settings.model import ModelSize
 
 SMALL = ModelSize(4, 16, 3, 2, img_size=16)
 DECODER = {"decoder_embed_dim": 8, "decoder_depth": 2, "decoder_num_heads": 2}

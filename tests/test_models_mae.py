@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from models_mae import build_mae
-from models_vit import ModelSize
 from util.masking import count_tokens, random_split
+from util.settings.model import ModelSize
 
 SMALL = ModelSize(4, 16, 3, 2, img_size=(8, 20))
 L = 10

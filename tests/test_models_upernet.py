@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-import models_vit
-from models import HeadSettings, build_segmenter, load_segmenter
+from models import build_segmenter, load_segmenter
 from models_upernet import (
     POOL_SCALES,
     BiasedAttention,
@@ -20,12 +19,14 @@ from models_upernet import (
     UperNet,
     default_out_indices,
 )
-from models_vit import ModelSize, SelfAttention, ViT
+from models_vit import SelfAttention, ViT
 from tests.helpers.weights import finetuned, randomized, stored, vit_nano
 from util.errors import InputError
 from util.kernels import scaled_dot_product_attention
 from util.optim import build_layer_decay_adamw
 from util.pos_embed import sincos_table
+from util.settings import model as model_settings
+from util.settings.model import HeadSettings, ModelSize
 
 CLASSES = 5
 DEPTH = 4
@@ -563,7 +564,7 @@ def test_upernet_refuses_a_batch_of_one():
 @pytest.fixture
 def tiny(monkeypatch):
     """A tiny model under the name of a real one."""
-    monkeypatch.setitem(models_vit.SIZES, "tiny_patch4", SIZE)
+    monkeypatch.setitem(model_settings.SIZES, "tiny_patch4", SIZE)
 
 
 def checkpoint(model, options, **others):

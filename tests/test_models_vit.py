@@ -9,8 +9,6 @@ import torch.nn.functional as F
 
 from models import choose_size, find_size
 from models_vit import (
-    POOLS,
-    SIZES,
     Block,
     FeatureNorm,
     PatchEmbed,
@@ -25,6 +23,7 @@ from models_vit import (
 from tests.helpers.models import NANO, crossmae_nano, mae_nano
 from util.patches import patchify
 from util.pos_embed import sincos_table
+from util.settings.model import POOLS, SIZES
 
 vit_nano = partial(build_vit, NANO, num_classes=5)
 

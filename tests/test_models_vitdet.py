@@ -13,7 +13,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import roi_align
 from torchvision.ops.poolers import LevelMapper
 
-from models_vit import ModelSize, ViT
+from models_vit import ViT
 from models_vitdet import (
     ANCHOR_SIDES,
     ASPECT_RATIOS,
@@ -29,6 +29,7 @@ from models_vitdet import (
 from tests.helpers.weights import randomized
 from util.optim import build_layer_decay_adamw
 from util.patches import patchify
+from util.settings.model import ModelSize
 
 DEPTH, CLASSES = 4, 3
 SIZE = ModelSize(16, 32, DEPTH, 2, img_size=224)

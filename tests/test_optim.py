@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from models_vit import ModelSize, build_vit, make_linear_probe
+from models_vit import build_vit, make_linear_probe
 from tests.helpers.models import crossmae_nano, mae_nano
 from util.optim import build_adamw, build_lars, build_layer_decay_adamw, set_lr
+from util.settings.model import ModelSize
 
 MODELS = {
     "crossmae": crossmae_nano,

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 
 import main_finetune
-import main_knn
 import models
 from main_pretrain import parse_args
-from scripts import export_encoder, launch_slurm, visualize_reconstruction
+from scripts import export_encoder, launch, visualize_reconstruction
 from tests.helpers import runs
 from tests.helpers.files import write_classes, write_images
 from tests.helpers.processes import ROOT
@@ -96,7 +95,7 @@ def test_every_kind_of_command_is_found():
     assert {program(words) for words in (words for _, words in PYTHON)} >= {
         *MAINS,
         "scripts/export_encoder.py",
-        "scripts/launch_slurm.py",
+        "scripts/launch.py",
         "scripts/prepare_dataset.py",
         "scripts/visualize_reconstruction.py",
         "scripts/benchmark_pretrain.py",
@@ -118,8 +117,8 @@ def parse(name, argv, monkeypatch):
     """Parse a command line by its program; return the namespace where that is all it does."""
     if name in MAINS:
         return MAINS[name].parse_args(argv)
-    if name == "scripts/launch_slurm.py":
-        args, main_argv = launch_slurm.parse_args(argv)
+    if name == "scripts/launch.py":
+        args, main_argv = launch.parse_args(argv)
         MAINS[f"main_{args.main}.py"].parse_args(main_argv)
         return args
     parse_args = Parser.parse_args
@@ -153,9 +152,9 @@ def test_commands_parse(page, words, monkeypatch):
         assert args.output_dir.endswith("g25") == (args.pred_ratio == 0.25)
 
 
-@pytest.mark.parametrize("words", with_program("scripts/launch_slurm.py"), ids=" ".join)
+@pytest.mark.parametrize("words", with_program("scripts/launch.py"), ids=" ".join)
 def test_jobs_have_the_paper_s_batch(words):
-    args, main_argv = launch_slurm.parse_args(after(words, "scripts/launch_slurm.py"))
+    args, main_argv = launch.parse_args(after(words, "scripts/launch.py"))
     main_args = parse_args(main_argv)
     if main_args.effective_batch_size is not None:
         assert main_args.effective_batch_size == 4096
@@ -177,7 +176,7 @@ def test_checkpoints_that_are_read_have_been_written():
     folders = {parse_args(after(w, "main_pretrain.py")).output_dir for w in PRETRAININGS}
     for main in list(MAINS)[1:]:
         for words in with_program(main, ["README.md", "docs/downstream.md"]):
-            path = words[words.index("--finetune") + 1]
+            path = words[words.index("--checkpoint" if "--checkpoint" in words else "--finetune") + 1]
             if path.startswith("output/") and not path.endswith(BEST_NAME):
                 assert str(Path(path).parent) in folders
 
@@ -205,7 +204,7 @@ def test_ablations_of_the_paper_parse(options):
 def known_flags():
     """The flags of all programs here."""
     parsed = [main.parse_args(["--finetune", "x"]) for main in list(MAINS.values())[1:]]
-    parsed += [parse_args([]), launch_slurm.parse_args(["--main", "pretrain", "--"])[0]]
+    parsed += [parse_args([]), launch.parse_args(["--main", "pretrain", "--"])[0]]
     folders = ("util", "scripts")
     sources = [*ROOT.glob("*.py"), *(p for f in folders for p in (ROOT / f).rglob("*.py"))]
     written = (re.findall(r'"--([a-z]\w*)"', path.read_text()) for path in sources)
@@ -226,7 +225,7 @@ OTHER_FLAGS = {  # of torchrun, scancel and scripts/test.sh; of MAE; of an examp
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_that_are_named_exist(page):
     flags = set(re.findall(r"`(?:[\w.]+ )*--(\w+)", PAGES[page]))
-    assert flags - known_flags() - OTHER_FLAGS.get(page, set()) == set()
+    assert flags - known_flags() - OTHER_FLAGS.get(page, set()) <= {"logdir"}  # TensorBoard's
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -265,14 +264,11 @@ def test_the_readme_is_short():
 
 
 def test_the_quickstart_parses():
-    (words,) = (words for words in commands(QUICKSTART) if "main_pretrain.py" in words)
+    words, next_ones = (w for w in commands(QUICKSTART) if "main_pretrain.py" in w)
     args = parse_args([word for word in after(words, "main_pretrain.py") if word != "$@"])
     assert args.dataset == "digits"
     assert args.output_dir == "output/quickstart"
-    (words,) = (words for words in commands(QUICKSTART) if "main_knn.py" in words)
-    args = main_knn.parse_args(after(words, "main_knn.py"))
-    assert args.dataset == "digits"
-    assert args.untrained
+    assert parse_args(after(next_ones, "main_pretrain.py")).data_path == "/path/to/images"
 
 
 @pytest.mark.parametrize("model", ["crossmae_vit_base_patch16", "mae_vit_base_patch16"])
@@ -304,13 +300,11 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory, images):
-    """What the quickstart's programs log, on other images."""
+    """What the quickstart's program logs, on other images."""
     folder = tmp_path_factory.mktemp("logged")
     where = ["--data_path", images, "--output_dir", folder, "--num_workers", 0]
     with redirect_stdout(StringIO()) as log:
-        run(*SMALL, *QUICK, *where)
-        knn = ["--finetune", list_checkpoints(folder)[-1], "--untrained", "--no-logistic"]
-        run(*knn, *where, main=main_knn.main)
+        run(*SMALL, *QUICK, *where, "--no-norm_pix_loss")
     return [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in log.getvalue().splitlines()]
 
 

@@ -1,10 +1,12 @@
 """The learning rate."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
-from util.schedule import cosine_lr, scaled_lr
+from util.schedule import cosine_lr, odd_settings, plan_learning_rate, scaled_lr, step_lr
+from util.settings.optim import IterationSettings, OptimSettings
 
 # Table 10: base rate 1.5e-4, batch 4096, 800 epochs of which 40 warm up; ImageNet has 312 batches.
 STEPS_PER_EPOCH = 312
@@ -79,3 +81,79 @@ def test_rate_scales_with_batch_and_prediction_ratio(batch, mask_ratio, pred_rat
 def test_a_quarter_predicted_peaks_at_a_third():
     peak = scaled_lr(1.5e-4, 4096, mask_ratio=0.75, pred_ratio=0.25)
     assert cosine_lr(RUN["warmup_steps"], **RUN | {"lr": peak}) == pytest.approx(8e-4)
+
+
+# Warnings
+
+
+def warnings_of(num_images, batch_size, *, lr=None, blr=5e-4, epochs=100, warmup=5.0, each=None):
+    """Warnings for `batch_size` images a step; `each` of them if the others are accumulated."""
+    images = {"batch_size": batch_size}
+    if each is not None:
+        images = {"batch_size": each, "effective_batch_size": batch_size}
+    optim = OptimSettings(**images, epochs=epochs, warmup_epochs=warmup, lr=lr, blr=blr)
+    per_epoch = math.ceil(num_images / batch_size)
+    steps = SimpleNamespace(effective_batch_size=batch_size, steps_per_epoch=per_epoch)
+    return odd_settings(optim, steps, plan_learning_rate(optim, steps), num_images)
+
+
+IMAGENET = 1_281_167
+FITTING = {
+    "Table 10": (IMAGENET, 4096, {"blr": 1.5e-4, "epochs": 800, "warmup": 40}),
+    "Table 11": (IMAGENET, 1024, {"each": 128}),
+    "Table 12": (IMAGENET, 16384, {"blr": 0.1, "epochs": 90, "warmup": 10}),
+    "the quickstart": (1437, 32, {"lr": 1e-3, "epochs": 14, "warmup": 0.7}),
+    "the README's laptop": (6300, 32, {"lr": 1e-3, "epochs": 21, "warmup": 1.05}),
+    "fine-tuning 6,300 photographs": (6300, 32, {"lr": 1e-3, "epochs": 5, "warmup": 0.5}),
+}
+
+
+@pytest.mark.parametrize(("num_images", "batch", "options"), FITTING.values(), ids=FITTING)
+def test_the_papers_and_our_commands_get_no_warning(num_images, batch, options):
+    assert warnings_of(num_images, batch, **options) == []
+
+
+def test_a_batch_larger_than_the_data_is_warned_of():
+    assert warnings_of(200, 512) == [
+        "a step of 512 images is more than all 200 training images, and the learning rate is "
+        "scaled for 512: lower --batch_size, so that a step has about 8 images, and give --lr, "
+        "such as 0.001"
+    ]
+    (text,) = warnings_of(200, 4096, each=64, lr=1e-3)
+    assert text.endswith(
+        "200 training images: lower --effective_batch_size, so that a step has about 8 images"
+    )
+
+
+def test_epochs_of_few_steps_are_warned_of():
+    (text,) = warnings_of(512, 512, epochs=800)
+    assert text.startswith("an epoch of 512 images has only 1 step: lower --batch_size")
+    assert warnings_of(5 * 512, 512) == []
+
+
+def test_a_rate_scaled_down_for_a_tiny_batch_is_warned_of():
+    (text,) = warnings_of(200, 20)
+    assert text.startswith("lr 3.9e-05 is scaled down for 20 images a step")
+    assert text.endswith("--lr 0.001")
+    assert warnings_of(200, 20, lr=1e-3) == []
+
+
+def test_a_warm_up_that_takes_most_of_a_run_is_warned_of():
+    assert warnings_of(6300, 64, epochs=20, warmup=15) == [
+        "1485 of 1980 steps are warm-up of the learning rate: lower --warmup_epochs"
+    ]
+    assert "every step is warm-up of the learning rate: lower --warmup_epochs" in warnings_of(
+        64, 64, epochs=1, warmup=0.9
+    )
+    assert warnings_of(6300, 64, epochs=20, warmup=10) == []
+
+
+def test_runs_that_count_steps_are_warned_of_their_own_flags():
+    optim = IterationSettings(batch_size=16, max_iters=100, lr=1e-4, warmup_iters=80).optim()
+    steps = SimpleNamespace(effective_batch_size=16, steps_per_epoch=10)
+    lr = plan_learning_rate(optim, steps, curve=step_lr)
+    assert odd_settings(optim, steps, lr, 10, in_steps=True) == [
+        "a step of 16 images is more than all 10 training images: lower --batch_size, so that a "
+        "step has about 8 images",
+        "80 of 100 steps are warm-up of the learning rate: lower --warmup_iters",
+    ]

@@ -4,14 +4,21 @@ A group of settings is a frozen dataclass, defined with its flags next to the co
 """
 
 import argparse
+import difflib
 import math
+import os
 import re
-from collections.abc import Sequence
+import signal
+import sys
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import fields
+from io import StringIO
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from util.errors import InputError, escaped
+from util.terminal import keep_streams
 
 MAX_COUNT = 10**9  # the product of two larger counts would overflow
 MAX_WORKERS = 1000  # processes
@@ -19,17 +26,53 @@ MAX_WORKERS = 1000  # processes
 Settings = TypeVar("Settings")
 
 
+class Group:
+    """Group of flags in the help; those that a parser lists first go to its first group."""
+
+    def __init__(self, parser: "Parser", group: argparse._ArgumentGroup) -> None:
+        self.parser, self.group = parser, group
+
+    def add_argument(self, *names: str, **options: object) -> argparse.Action:
+        """Add a flag, as argparse does."""
+        comes_first = self.parser.first.intersection(names)
+        group = self.parser.first_group if comes_first else self.group
+        action = group.add_argument(*names, **options)
+        self.parser.flags += action.option_strings
+        return action
+
+
 class Parser(argparse.ArgumentParser):
     """Parser that refuses abbreviations and empty values, and reports errors in one line.
 
     It expands "~" at the beginning of paths, which a shell does not do in --flag=~/path.
+
+    Args:
+        first: flags that a newcomer needs, which the help shows before all others.
     """
 
-    def __init__(self, **options: object) -> None:
+    def __init__(self, *, first: Collection[str] = (), **options: object) -> None:
+        self.first, self.flags = set(first), []
         super().__init__(allow_abbrev=False, **options)
+        self.first_group = super().add_argument_group("flags to begin with")
+
+    def add_argument(self, *names: str, **options: object) -> argparse.Action:
+        """Add a flag without a group, as argparse does."""
+        action = super().add_argument(*names, **options)
+        self.flags += action.option_strings
+        return action
+
+    def add_argument_group(
+        self, *args: object, **options: object
+    ) -> argparse._ArgumentGroup | Group:
+        """Add a group; its flags that come first are listed elsewhere."""
+        group = super().add_argument_group(*args, **options)
+        # argparse itself adds groups before there is a first one.
+        return Group(self, group) if hasattr(self, "first_group") else group
 
     def parse_args(self, *args: Sequence[str] | None) -> argparse.Namespace:
         """Parse as argparse does, but refuse empty values, such as an unset shell variable's."""
+        words = args[0] if args and args[0] is not None else sys.argv[1:]
+        self._check_flags(map(str, words))
         parsed = super().parse_args(*args)
         for name, value in vars(parsed).items():
             if value == "" or (isinstance(value, list) and "" in value):
@@ -38,9 +81,48 @@ class Parser(argparse.ArgumentParser):
             setattr(parsed, name, list(expanded) if isinstance(value, list) else expanded)
         return parsed
 
+    def _check_flags(self, words: Iterable[str]) -> None:
+        """Exit if a flag is unknown, with the known one that is most like it."""
+        for word in words:
+            if word == "--":
+                return
+            flag = word.partition("=")[0]
+            if flag.startswith("--") and flag not in self.flags:
+                similar = difflib.get_close_matches(flag, self.flags, n=1)
+                advice = f"did you mean {similar[0]}?" if similar else "--help lists all flags"
+                self.error(f"unknown flag {flag}: {advice}")
+
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with code 2."""
         self.exit(2, f"{self.prog}: error: {escaped(message)}\n")
+
+
+def check_arguments(parse_args: Callable[[], object]) -> None:
+    """Parse the command line once early, so that --help and mistakes need no long imports.
+
+    Exits with code 0 after --help and 2 after a mistake. Of several processes that a launcher
+    started, only the first prints. From here on, Ctrl-C and closed streams do no harm.
+    """
+    keep_streams()
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # in the foreground
+        signal.signal(signal.SIGINT, _end_at_once)
+    is_first = os.environ.get("RANK", "0") == "0"
+    output, errors = (sys.stdout, sys.stderr) if is_first else (StringIO(), StringIO())
+    with redirect_stdout(output), redirect_stderr(errors):
+        try:
+            parse_args()
+        except InputError as error:
+            sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {escaped(str(error))}\n")
+            sys.exit(2)
+
+
+def _end_at_once(number: int, _: object) -> NoReturn:
+    """End the program on Ctrl-C while it imports, which leaves nothing behind."""
+    if os.environ.get("RANK", "0") == "0":
+        sentence = f"{Path(sys.argv[0]).name}: stopped by Ctrl-C\n"
+        with suppress(OSError):
+            os.write(2, (f"\n{sentence}" if os.isatty(2) else sentence).encode())
+    os._exit(128 + number)
 
 
 def at_home(value: object) -> object:
@@ -162,3 +244,14 @@ def check_output_folders(*paths: Path | None) -> None:
             raise InputError(
                 f"{path.parent} does not exist: create it, or choose another path for {path.name}"
             )
+
+
+def check_new(path: Path, *, flag: str) -> None:
+    """Raise InputError if something exists at a path that the user gave as `flag`, or cannot."""
+    if path.exists() or path.is_symlink():
+        raise InputError(f"{path} already exists: delete it first, or choose another {flag}")
+    if not path.parent.is_dir():
+        raise InputError(
+            f"cannot write {flag} {path}: {path.parent} is not a folder, so create it, or choose "
+            f"another {flag}"
+        )

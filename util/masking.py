@@ -1,8 +1,6 @@
 """Which patches the encoder sees and which the decoder predicts (Sec. 3.3, App. B.4)."""
 
-import argparse
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
@@ -10,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from util.arguments import ratio
 from util.errors import InputError
+from util.settings.masking import MASK_SAMPLINGS, MaskSettings
 
 
 class TokenSplit(NamedTuple):
@@ -114,12 +112,6 @@ def check_grid(grid_size: tuple[int, int], mask_ratio: float) -> None:
         )
 
 
-MASK_SAMPLINGS: dict[str, Callable[[Tensor, TokenCounts, tuple[int, int]], TokenSplit]] = {
-    "random": lambda noise, counts, _: random_split(noise, counts),
-    "grid": grid_split,
-}
-
-
 def split_tokens(
     noise: Tensor, counts: TokenCounts, grid_size: tuple[int, int], sampling: str
 ) -> TokenSplit:
@@ -130,37 +122,11 @@ def split_tokens(
         grid_size: patches (down, across).
         sampling: "random" (Sec. 3.3) or "grid" (Table 15).
     """
-    if sampling not in MASK_SAMPLINGS:
-        raise ValueError(
-            f"mask sampling must be one of {', '.join(MASK_SAMPLINGS)}, not {sampling!r}"
-        )
-    return MASK_SAMPLINGS[sampling](noise, counts, grid_size)
-
-
-@dataclass(frozen=True)
-class MaskSettings:
-    """Settings for how many patches are masked and predicted, and how they are sampled.
-
-    Raises:
-        InputError: pred_ratio is above mask_ratio.
-    """
-
-    mask_ratio: float
-    pred_ratio: float | None = None
-    """None: the mask ratio."""
-    mask_sampling: str = "random"
-
-    def __post_init__(self) -> None:
-        if self.pred_ratio is not None and self.pred_ratio > self.mask_ratio:
-            raise InputError(
-                f"--pred_ratio {self.pred_ratio} is above --mask_ratio {self.mask_ratio}, but only "
-                "masked patches can be predicted: lower --pred_ratio or raise --mask_ratio"
-            )
-
-    @property
-    def predicted(self) -> float:
-        """γ, the fraction of all patches that is predicted."""
-        return self.pred_ratio or self.mask_ratio
+    if sampling == "random":
+        return random_split(noise, counts)
+    if sampling == "grid":
+        return grid_split(noise, counts, grid_size)
+    raise ValueError(f"mask sampling must be one of {', '.join(MASK_SAMPLINGS)}, not {sampling!r}")
 
 
 @dataclass(frozen=True)
@@ -222,27 +188,3 @@ def is_masked(split: TokenSplit, num_patches: int) -> Tensor:
     """Bool (B, L), True where a patch is masked; for display."""
     mask = torch.ones(split.visible.shape[0], num_patches, dtype=torch.bool)
     return mask.to(split.visible.device).scatter(1, split.visible, False)
-
-
-def add_masking_args(parser: argparse.ArgumentParser, *, mask_ratio: float) -> None:
-    """Add the flags of MaskSettings."""
-    group = parser.add_argument_group("masking")
-    group.add_argument(
-        "--mask_ratio",
-        type=ratio,
-        default=mask_ratio,
-        help="fraction of patches that is masked (%(default)s)",
-    )
-    group.add_argument(
-        "--pred_ratio",
-        "--kept_mask_ratio",
-        type=ratio,
-        help="fraction of all patches that is predicted; the paper's efficiency claims use 0.25 "
-        "(the mask ratio)",
-    )
-    group.add_argument(
-        "--mask_sampling",
-        choices=MASK_SAMPLINGS,
-        default=MaskSettings.mask_sampling,
-        help="how masks are drawn; grid is from Table 15 (%(default)s)",
-    )

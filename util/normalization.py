@@ -5,6 +5,8 @@ from pathlib import Path
 
 from util.errors import InputError
 
+IMAGENET_DEFAULT_MEAN = (0.485, 0.456, 0.406)  # of pixels in [0, 1], as in timm
+IMAGENET_DEFAULT_STD = (0.229, 0.224, 0.225)
 # Of pixels in [0, 1], a mean is at most 1 and a std at most 0.5, or 1 without scaling. Of pixels
 # from 0 to 255, values are below 2 only if all images are almost black.
 MAX_UNIT = 2.0

@@ -1,16 +1,16 @@
 """Learning-rate schedule: the peak (App. A.6) and the curve over a run (Table 10)."""
 
-import logging
 import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Protocol
 
-from util.optim import OptimSettings
+from util.errors import counted
+from util.settings.optim import OptimSettings
 
 LR_FALLS = (8 / 9, 26 / 27)  # of a run, in `step_lr`
-
-_logger = logging.getLogger(__name__)
+FEW_STEPS = 4  # per epoch
+SMALL_BATCH = 64  # below, rates that are proportional to the batch size are too low
 
 
 class Steps(Protocol):
@@ -25,6 +25,8 @@ class LearningRate(NamedTuple):
 
     peak: float
     at: Callable[[int], float]
+    origin: str
+    """Where the peak comes from, for the log."""
 
 
 def scaled_lr(
@@ -113,7 +115,7 @@ def plan_learning_rate(
     pred_ratio: float = 1.0,
     curve: Callable[..., float] = cosine_lr,
 ) -> LearningRate:
-    """Determine a run's learning rate, and log where it comes from.
+    """Determine a run's learning rate.
 
     Args:
         optim: with epochs, warmup_epochs, and blr or lr set.
@@ -125,7 +127,6 @@ def plan_learning_rate(
         peak = scaled_lr(optim.blr, steps.effective_batch_size, **ratios)
         scale = "batch / 256" + (" x pred_ratio / mask_ratio" if mask_ratio < 1 else "")
         origin = f"= {optim.blr:g} x {peak / optim.blr:.4g} ({scale})"
-    _logger.info("lr %.4g %s", peak, origin)
     at = lr_schedule(
         lr=peak,
         min_lr=optim.min_lr,
@@ -134,4 +135,49 @@ def plan_learning_rate(
         steps_per_epoch=steps.steps_per_epoch,
         curve=curve,
     )
-    return LearningRate(peak, at)
+    return LearningRate(peak, at, origin)
+
+
+def odd_settings(
+    optim: OptimSettings, steps: Steps, lr: LearningRate, num_images: int, *, in_steps: bool = False
+) -> list[str]:
+    """Warn of settings that fit the data badly; each warning names the flag to change.
+
+    Args:
+        optim: with all defaults filled in.
+        num_images: crops in a pass over the training images.
+        in_steps: whether the length of the run is given in steps, not in epochs.
+    """
+    batch, per_epoch = steps.effective_batch_size, steps.steps_per_epoch
+    fewer = _fewer_in_a_step(optim, num_images)
+    warnings = []
+    if batch > num_images:
+        text = f"a step of {batch} images is more than all {num_images} training images"
+        if optim.lr is None and not in_steps:
+            text += f", and the learning rate is scaled for {batch}"
+        warnings.append(f"{text}: {fewer}")
+    elif per_epoch <= FEW_STEPS and not in_steps:
+        number = counted(per_epoch, "step")
+        warnings.append(f"an epoch of {num_images} images has only {number}: {fewer}")
+    if optim.lr is None and batch < SMALL_BATCH:
+        warnings.append(
+            f"lr {lr.peak:.2g} is scaled down for {counted(batch, 'image')} a step and may be too "
+            f"low: give one, such as --lr {2 * optim.blr:g}"
+        )
+    total, warmup = optim.epochs * per_epoch, round(optim.warmup_epochs * per_epoch)
+    if 2 * warmup > total:
+        flag = "--warmup_iters" if in_steps else "--warmup_epochs"
+        share = "every step" if warmup >= total else f"{warmup} of {counted(total, 'step')}"
+        verb = "is" if warmup >= total else "are"
+        warnings.append(f"{share} {verb} warm-up of the learning rate: lower {flag}")
+    return warnings
+
+
+def _fewer_in_a_step(optim: OptimSettings, num_images: int) -> str:
+    """Advice to take about a sixteenth of the images in each step, but at least 8."""
+    flag = "--batch_size" if optim.effective_batch_size is None else "--effective_batch_size"
+    size = 2 ** max(3, int(math.log2(num_images / 16)))
+    advice = f"lower {flag}, so that a step has about {counted(size, 'image')}"
+    if optim.lr is None and size < SMALL_BATCH:
+        advice += f", and give --lr, such as {2 * optim.blr:g}"
+    return advice

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models import load_model
-from util.arguments import Parser, positive_int, ratio, seed_number
+from scripts.analysis.flags import MAX_SHOWN, ImageSettings
 from util.compute.distributed import world_size
 from util.data.batch import Batch, Sample, collate
 from util.data.broken_images import BrokenImages, reason_of
@@ -23,18 +23,15 @@ from util.data.images import IndexedImages, Transform
 from util.data.layout import images_below
 from util.data.loaders import build_eval_loader
 from util.data.sampler import evenly_spaced
-from util.data.settings import DataSettings, add_reading_args
 from util.data.transforms import eval_transform
 from util.errors import InputError
+from util.eval.figures import readable_name
 from util.eval.monitor import masked_batches, val_split
 from util.eval.reconstructions import Colors
-from util.masking import Masking, MaskSettings, TokenSplit
+from util.masking import Masking, TokenSplit
 from util.runs.run import start_run
+from util.settings.masking import MaskSettings
 
-MAX_SHOWN = 8  # images in a figure
-CHECKPOINT_HELP = (
-    "checkpoint of main_pretrain.py, or a released CrossMAE or MAE checkpoint that has its decoder"
-)
 MEMORY_ADVICE = "lower --batch_size"
 
 _logger = logging.getLogger(__name__)
@@ -100,51 +97,22 @@ class FileBatches:
         return (read_images(part, self.transform) for part in self.parts)
 
 
-@dataclass(frozen=True)
-class ImageSettings:
-    """Which images an analysis measures and draws; see the flags.
+def open_measured(settings: ImageSettings, transform: Transform, seed: int) -> IndexedImages:
+    """Open the validation images of --data_path, or all of a folder without such.
 
     Raises:
-        InputError: no images are named.
+        InputError: they cannot be read by index; see also `build_dataset`.
     """
-
-    data_path: str | None = None
-    dataset: str | None = None
-    images: list[str] | None = None
-    num_images: int | None = None
-    batch_size: int = 32
-    num_workers: int = 0
-    max_broken: float = 0.01
-
-    def __post_init__(self) -> None:
-        if not (self.data_path or self.dataset or self.images):
-            raise InputError("no images: give --data_path, --images or both")
-
-    @property
-    def data(self) -> DataSettings:
-        """The images to measure."""
-        return DataSettings(
-            self.dataset,
-            self.data_path,
-            max_broken=self.max_broken,
-            num_workers=self.num_workers,
-        )
-
-    def open_measured(self, transform: Transform, seed: int) -> IndexedImages:
-        """Open the validation images of --data_path, or all of a folder without such.
-
-        Raises:
-            InputError: they cannot be read by index; see also `build_dataset`.
-        """
-        found = open_val(self.data, transform, seed=seed)
-        if found is None:
-            name = self.data_path or self.dataset
-            _logger.info("%s has no validation set of its own: measuring its images", name)
-            options = {"split": "train", "transform": transform, "seed": seed}
-            found = build_dataset(self.data.name, self.data_path, **options)
-        if not isinstance(found, IndexedImages):
-            raise InputError(f"{self.data.name} is a stream: use a source that is read by index")
-        return found
+    data = settings.data
+    found = open_val(data, transform, seed=seed)
+    if found is None:
+        name = data.data_path or data.dataset
+        _logger.info("%s has no validation set of its own: measuring its images", name)
+        options = {"split": "train", "transform": transform, "seed": seed}
+        found = build_dataset(data.name, data.data_path, **options)
+    if not isinstance(found, IndexedImages):
+        raise InputError(f"{data.name} is a stream: use a source that is read by index")
+    return found
 
 
 class AnalysisImages(NamedTuple):
@@ -166,7 +134,7 @@ def open_images(
     """Open the images to measure and those to draw; where one is not given, it is the other.
 
     Raises:
-        InputError: an image to draw cannot be read; see also `ImageSettings.open_measured`.
+        InputError: an image to draw cannot be read; see also `open_measured`.
     """
     num_shown = min(MAX_SHOWN, settings.num_images or MAX_SHOWN)
     files = list_images(settings.images) if settings.images else []
@@ -175,7 +143,7 @@ def open_images(
         files = evenly(files, settings.num_images)
         measured = FileBatches(files, transform, settings.batch_size)
         return AnalysisImages(measured, len(files), shown, settings.max_broken)
-    source = settings.open_measured(transform, seed)
+    source = open_measured(settings, transform, seed)
     if shown is None:
         shown = sample_images(source, num_shown)
     sizes = {"batch_size": settings.batch_size, "num_workers": settings.num_workers}
@@ -205,6 +173,8 @@ class Subject:
     colors: Colors
     masking: Masking
     device: torch.device
+    name: str
+    """As titles show it."""
 
     @classmethod
     def load(
@@ -229,7 +199,8 @@ class Subject:
         )
         masking = Masking.of(masks, model.encoder.grid_size, seed=seed, all_masked=True)
         colors = training["mean"], training["std"]
-        return cls(model.to(device), colors, masking, device)
+        name = readable_name(training["model_name"], training["epoch"])
+        return cls(model.to(device), colors, masking, device, name)
 
     @property
     def transform(self) -> Transform:
@@ -257,71 +228,3 @@ class Subject:
         """
         pixels, _ = images.shown.to(self.device)
         return pixels, val_split(self.masking, range(len(pixels)), self.device, masked=masked)
-
-
-def analysis_parser(doc: str, *, draws: bool = True) -> Parser:
-    """Build the parser of an analysis of one checkpoint.
-
-    Args:
-        doc: of the program; its first line is the description.
-        draws: whether the analysis draws images.
-    """
-    parser = Parser(description=doc.splitlines()[0])
-    parser.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
-    parser.add_argument("--output_dir", required=True, help="folder for results")
-    add_mask_args(parser)
-    add_image_args(parser, draws=draws)
-    return parser
-
-
-def add_mask_args(parser: Parser) -> None:
-    """Add the flags of masks, device and seed."""
-    parser.add_argument(
-        "--mask_ratio", type=ratio, help="fraction of patches that is masked (as trained)"
-    )
-    add_device_args(parser)
-
-
-def add_device_args(parser: Parser) -> None:
-    """Add the flags of device and seed."""
-    parser.add_argument("--device", help="cuda, cuda:N or cpu (cuda if available)")
-    parser.add_argument(
-        "--seed",
-        type=seed_number,
-        default=0,
-        help="seed of what is random, such as masks (%(default)s)",
-    )
-
-
-def add_image_args(parser: Parser, *, draws: bool = True) -> None:
-    """Add the flags of ImageSettings; `draws` says whether the analysis draws images."""
-    group = parser.add_argument_group("images")
-    group.add_argument(
-        "--data_path",
-        help="folder or .tar file of the images to measure: its validation images, or all if it "
-        "has no val/ (--images)",
-    )
-    group.add_argument("--dataset", help="kind of --data_path, see main_pretrain.py (folder)")
-    drawn = f"draw, at most {MAX_SHOWN} (some of --data_path)"
-    group.add_argument(
-        "--images",
-        nargs="+",
-        help=f"files or folders of images to {drawn if draws else 'measure without --data_path'}",
-    )
-    group.add_argument(
-        "--num_images",
-        type=positive_int,
-        help="measure and draw at most this many images, evenly spaced (all)",
-    )
-    add_loader_args(group)
-
-
-def add_loader_args(group: argparse._ArgumentGroup) -> None:
-    """Add the flags of how images are loaded."""
-    group.add_argument(
-        "--batch_size",
-        type=positive_int,
-        default=ImageSettings.batch_size,
-        help="images at a time (%(default)s)",
-    )
-    add_reading_args(group)

@@ -1,10 +1,13 @@
-"""The table, the JSON file and the figure of an analysis."""
+"""The table, the JSON file, the figure and the picture of an analysis."""
 
 import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
 
 from util.errors import InputError
 from util.eval.plots import new_figure, save_figure
@@ -46,6 +49,22 @@ def _cell(value: object) -> str:
     if value is None or value != value:
         return ""
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def save_picture(pixels: np.ndarray, path: Path) -> None:
+    """Write a picture uint8 (H, W, 3); an earlier file is renamed to include its time.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}")
+    try:
+        Image.fromarray(pixels).save(temporary)
+        set_aside(path)
+        temporary.replace(path)
+    except (OSError, ValueError) as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"cannot write --output {path}: {error}") from error
 
 
 def write_report(folder: Path, name: str, args: dict, results: dict, **figures: "Figure") -> None:

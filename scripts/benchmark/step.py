@@ -1,10 +1,9 @@
 """Measurement of the time and memory of training steps."""
 
-import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,11 +15,12 @@ from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from util.compute.distributed import available_cores
+from util.compute.memory import saved_bytes
+from util.compute.out_of_memory import is_out_of_memory
 from util.compute.precision import Precision
-from util.errors import is_out_of_memory
 from util.flops import ForwardFlops
 from util.kernels import linear
+from util.machine import available_cores
 
 MIB = 2**20
 VECTORS = ("avx", "amx", "sse4", "sve", "asimd")  # prefixes of CPU flags
@@ -39,49 +39,6 @@ MEASURED = (
     "saved_mb_per_image",
     "saved_slope_mb_per_image",
 )
-
-
-def saved_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages that `run()` saves for its backward pass.
-
-    Counts those in autograd's graph and those that only Python holds, because selective
-    checkpointing keeps its cache outside the graph. For recomputed parts, the saved inputs count.
-    Copies of parameters in another dtype count as well, though they do not grow with the batch.
-
-    Args:
-        run: a forward pass; returns the tensor that the backward pass starts from.
-        parameters: their storages do not count, even if a view of them is saved.
-    """
-    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    seen: dict[int, int] = {}
-    opaque = []  # oneDNN's tensors have no storage; references keep their ids unique
-
-    def count(tensor: Tensor) -> Tensor:
-        if tensor.is_mkldnn:
-            opaque.append(tensor)
-            seen[id(tensor)] = tensor.numel() * tensor.element_size()
-            return tensor
-        storage = tensor.untyped_storage()
-        seen[storage.data_ptr()] = storage.nbytes()
-        # Detached: a result that its own node saves would refer to itself and never be freed.
-        return tensor.detach()
-
-    before = live_tensors()  # kept alive until counting is done, so that ids stay unique
-    others = {id(tensor) for tensor in before}
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        result = run()  # kept alive until counting is done, so that addresses stay unique
-    for tensor in live_tensors():
-        if id(tensor) not in others and tensor is not result:
-            count(tensor)
-    total = sum(size for address, size in seen.items() if address not in known)
-    del result
-    return total
-
-
-def live_tensors() -> list[Tensor]:
-    """List every tensor that Python's garbage collector tracks."""
-    gc.collect()
-    return [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter)]
 
 
 def time_calls(call: Callable[[], object], count: int, device: torch.device) -> list[float]:

@@ -3,12 +3,12 @@
 import logging
 from typing import NamedTuple
 
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
 from models import find_size
-from models_vit import SIZES, VisionTransformer, build_vit, fold_probe
+from models_vit import VisionTransformer, build_vit, fold_probe
 from util.data.transforms import default_crop_pct
 from util.errors import InputError
+from util.normalization import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from util.settings.model import SIZES
 from util.weights.encoder import EncoderWeights, load_encoder, read_encoder
 from util.weights.metadata import TASKS
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models import load_model
 from models_crossmae import MaskedAutoencoder
-from models_vit import NORM_EPS, SIZES
+from models_vit import NORM_EPS
 from scripts.export.folder import check_folder_name, model_card, write_folder
 from scripts.export.source import (
     Preparation,
@@ -20,6 +20,7 @@ from scripts.export.source import (
     without_fc_norm,
 )
 from util.errors import InputError
+from util.settings.model import SIZES
 from util.weights.encoder import EncoderWeights
 from util.weights.files import write_new
 from util.weights.names import DECODER_NAMES, ENCODER_NAMES, hugging_face_names

@@ -7,14 +7,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models_vit import SIZES
 from scripts.export.folder import check_folder_name, model_card, write_folder
 from scripts.export.source import Source, complete, linear_head, problem_type
+from util.settings.model import SIZES
 from util.weights.encoder import save_encoder
 from util.weights.files import write_new
 
-# timm lacks a tiny ViT with patches of 4 px, but takes the patch size as an argument.
-TIMM_NAMES = {size: f"vit_{size}_224" for size in SIZES} | {"tiny_patch4": "vit_tiny_patch16_224"}
+# timm lacks ViTs with patches of 4 px, but takes their shapes as arguments.
+TIMM_NAMES = {
+    name: "vit_tiny_patch16_224" if name.endswith("_patch4") else f"vit_{name}_224"
+    for name in SIZES
+}
 
 USAGE = """import timm
 
@@ -64,6 +67,9 @@ def model_args(source: Source) -> dict[str, object]:
         args["img_size"] = height if height == width else [height, width]
     if f"patch{patch_size}_" not in TIMM_NAMES[source.size]:
         args["patch_size"] = patch_size
+    if source.size.startswith("micro"):
+        size = SIZES[source.size]
+        args |= {"embed_dim": size.embed_dim, "depth": size.depth, "num_heads": size.num_heads}
     if weights.in_chans != 3:
         args["in_chans"] = weights.in_chans
     if "fc_norm.weight" in weights.head_state:

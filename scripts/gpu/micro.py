@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.benchmark.step import describe_machine, time_calls
 from scripts.benchmark.tables import markdown
-from util.compute.precision import ATTENTION_BACKENDS
 from util.runs.run import versions, write_json
+from util.settings.compute import ATTENTION_BACKENDS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH = 2 if os.environ.get("QUICK") else 1024

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.benchmark.step import describe_machine
 from util.runs.run import versions, write_json
+from util.runs.run_log import SPEED
 
 ROOT = Path(__file__).resolve().parents[2]
 STOPPED, KILLED, SECONDS_TO_SAVE = 143, -9, "18"
@@ -30,9 +31,10 @@ ALWAYS = ["--epochs", "1000", "--save_every", "1000", "--visualize_every", "1000
 def read_speed(log_dir: Path) -> dict[str, float | int]:
     """Read images per second and the fraction of waiting, over steps after the first log point."""
     log = EventAccumulator(str(log_dir)).Reload()
-    if "train/images_per_s" not in log.Tags()["scalars"]:
+    names = [f"{SPEED}/{name}_by_step" for name in ("images_per_s", "data_wait")]
+    if names[0] not in log.Tags()["scalars"]:
         return {"steps": 0}
-    speeds, fractions = (log.Scalars(f"train/{name}") for name in ("images_per_s", "data_wait"))
+    speeds, fractions = map(log.Scalars, names)
     seconds = waited = steps = 0.0
     for before, speed, fraction in zip(speeds, speeds[1:], fractions[1:], strict=False):
         taken = (speed.step - before.step) / speed.value  # divided by the batch size
@@ -63,11 +65,11 @@ def main() -> int:
         with subprocess.Popen(words, **pipes) as process:
             for line in process.stdout:
                 print(line, end="")
-                if match := re.search(r"the largest batch that fits is (\d+)", line):
+                if match := re.search(r"--batch_size auto: (\d+) image", line):
                     found["largest_batch"] = int(match[1])
                     record(Path(path), name, found)
         if process.returncode in (0, STOPPED, KILLED):
-            found |= read_speed(Path(folder) / "tensorboard")
+            found |= read_speed(Path(folder))
             record(Path(path), name, found)
     if process.returncode not in (0, STOPPED, KILLED):
         print(f"main_pretrain.py exited with code {process.returncode}")

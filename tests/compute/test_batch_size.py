@@ -6,9 +6,10 @@ from models_crossmae import MaskedAutoencoder
 from tests.helpers.files import write_images
 from tests.helpers.models import use_nano_models
 from tests.helpers.runs import TINY, log_without_time, refusal, run
-from util.compute import batch_size
-from util.compute.batch_size import candidates, find_batch_size, largest_that_fits, micro_steps
-from util.errors import InputError, is_out_of_memory
+from util.compute import batch_size, memory
+from util.compute.batch_size import candidates, largest_that_fits, micro_steps
+from util.compute.out_of_memory import is_out_of_memory
+from util.errors import InputError
 
 
 @pytest.fixture(params=[1, 4])
@@ -49,12 +50,6 @@ def test_bisection_finds_the_largest_size_that_fits(limit):
 def test_a_model_that_does_not_fit_with_one_image_is_refused():
     with pytest.raises(InputError, match="not even a batch of 1 fits in"):
         largest_that_fits([1, 2], lambda size: False)
-
-
-def test_a_cpu_is_refused():
-    model = torch.nn.Linear(2, 2)
-    with pytest.raises(InputError, match="--batch_size auto needs a GPU"):
-        find_batch_size(lambda n: None, 8, model=model, device=torch.device("cpu"))
 
 
 NO_ROOM = {
@@ -137,11 +132,27 @@ def test_the_effective_batch_size_sets_the_micro_steps(options, tmp_path):
     assert log_without_time(tmp_path / "a") == log_without_time(tmp_path / "b")
 
 
+def test_a_batch_size_is_chosen_on_a_cpu(options, tmp_path, caplog):
+    run(*options, "--effective_batch_size", 24, "--output_dir", tmp_path / "a")
+    flags = ["--batch_size", "auto", "--effective_batch_size", 24]
+    run(*options, *flags, "--output_dir", tmp_path / "b")
+    losses = [log_without_time(tmp_path / name)[-1]["loss"] for name in "ab"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    arguments = (tmp_path / "b" / "args.json").read_text()
+    assert '"batch_size": "auto"' in arguments
+
+
+def test_a_step_that_cannot_fit_is_refused_before_it_starts(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "available_memory", lambda: 2**10)
+    sentence = refusal(capsys, *options, "--output_dir", tmp_path / "run")
+    assert sentence.startswith("a step of 8 images needs about ")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
         (["--batch_size", "auto"], "needs --effective_batch_size"),
-        (["--batch_size", "auto", "--effective_batch_size", 8], "--batch_size auto needs a GPU"),
         (["--effective_batch_size", 20], "--effective_batch_size 20 must be a multiple"),
         (["--effective_batch_size", 16, "--accum_iter", 2], "give only one of them"),
         (["--batch_size", "many"], "--batch_size"),

@@ -8,11 +8,12 @@ import torch.nn as nn
 
 from tests.helpers.models import crossmae_nano, mae_nano
 from tests.helpers.runs import logging_restored
-from util.compute.precision import ATTENTION_BACKENDS, Precision
+from util.compute.precision import Precision
 from util.compute.recompute import set_memory
 from util.errors import InputError
 from util.masking import count_tokens, random_split
 from util.runs.run import start_run
+from util.settings.compute import ATTENTION_BACKENDS
 
 CPU = torch.device("cpu")
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -12,16 +12,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models import build_model
 from models_crossmae import build_crossmae
 from models_mae import build_mae
-from models_vit import ModelSize, build_vit
-from scripts.benchmark.step import saved_bytes
+from models_vit import build_vit
 from tests.helpers.files import write_images
 from tests.helpers.models import use_nano_models
 from tests.helpers.runs import TINY, log_without_time, run
 from tests.helpers.versions import aot_eager
 from util import kernels
 from util.compute import recompute
+from util.compute.memory import saved_bytes
 from util.kernels import use_fast_kernels
 from util.masking import count_tokens, random_split
+from util.settings.compute import MEMORY_MODES
+from util.settings.model import ModelSize
 
 SMALL = ModelSize(4, 32, 3, 2, img_size=32)
 DECODER = {"decoder_embed_dim": 16, "decoder_depth": 2, "decoder_num_heads": 2}
@@ -167,7 +169,7 @@ def test_medium_does_not_recompute_products(drop_path, by_onednn):
         loss = nn.Sequential(model, nn.Flatten(0)).forward
         return products(lambda images: loss(images).sum(), torch.randn(4, 3, 32, 32))
 
-    high, medium, low = map(count, recompute.MEMORY_MODES)
+    high, medium, low = map(count, MEMORY_MODES)
     assert high == medium == 4 * SMALL.depth
     assert low == high + SMALL.depth
 

@@ -31,7 +31,7 @@ def two_processes(images, folder, *, epochs=3, timeout_minutes=1):
 def started(words):
     """A run in its second epoch, and the ids of its processes."""
     process = start(words)
-    wait_for_line(process, "epoch 2/")
+    wait_for_line(process, "  loss ")  # the row of the first epoch
     return process, children_of(process.pid)
 
 

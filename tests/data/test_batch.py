@@ -11,8 +11,9 @@ from tests.helpers.training import MEAN, STD, HostReads
 from util.data import batch
 from util.data.batch import Box, Normalization, Sample, collate, denormalize, resize_crop
 from util.data.decode import read_pixels
-from util.data.transforms import PRETRAIN_VIEW, ViewSettings, eval_transform, pretrain_transform
+from util.data.transforms import eval_transform, pretrain_transform
 from util.errors import RunError
+from util.settings.views import PRETRAIN_VIEW, ViewSettings
 
 
 @pytest.mark.parametrize("box", [(0, 0, 45, 67), (3, 11, 40, 30), (20, 0, 5, 60), (1, 2, 1, 1)])

@@ -41,9 +41,9 @@ from util.data.broken_images import BrokenImages
 from util.data.classes import check_classes
 from util.data.datasets import build_dataset, open_train_val, open_val
 from util.data.images import IndexedImages
-from util.data.settings import DataSettings
 from util.data.transforms import Augmentation
 from util.errors import InputError
+from util.settings.data import DataSettings
 
 
 def sentence_of(loader):

@@ -18,7 +18,6 @@ from util.data import detection
 from util.data.batch import Box
 from util.data.coco import CocoImage, CocoObject
 from util.data.detection import (
-    DetectionSettings,
     check_classes,
     check_files,
     make_target,
@@ -27,6 +26,7 @@ from util.data.detection import (
 )
 from util.data.jitter import LargeScaleJitter, View, WholeImage
 from util.errors import InputError
+from util.settings.detection import DetectionSettings
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from tests.helpers.files import write_images
 from util.data.batch import Normalization
 from util.data.datasets import build_dataset
 from util.data.images import IndexedImages
-from util.data.loaders import build_eval_loader, build_train_loader
+from util.data.loaders import build_eval_loader, build_train_loader, image_bytes
 from util.data.transforms import eval_transform, pretrain_transform
 from util.errors import InputError
 
@@ -114,3 +114,10 @@ def test_a_source_of_arrays_is_read_too():
     ((images, labels),) = (batch.to(CPU) for batch in loader)
     assert torch.equal((images * 255).round().to(torch.uint8), pixels.permute(0, 3, 1, 2))
     assert labels.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_the_bytes_of_a_batch_are_known_before_it_is_read(images):
+    dataset = dataset_of(images)
+    (batch, *_) = build_eval_loader(dataset, batch_size=7, num_workers=0, device=CPU)
+    assert batch.images.nbytes == 7 * image_bytes(dataset)
+    assert image_bytes(dataset_of(images, decode="gpu")) == 0

@@ -19,8 +19,8 @@ from util.data.packed import (
     holds_packed,
     write_packed,
 )
-from util.data.settings import DataSettings
 from util.errors import InputError
+from util.settings.data import DataSettings
 
 SIZES = [(5, 7), (1, 9), (300, 2)]
 NAMES = ["cat/1.png", "cat/zwei und 2.webp", "ödnis/\udcff.jpg"]  # the last is not UTF-8

@@ -12,7 +12,7 @@ from tests.helpers.processes import NANO_MAIN, command, finish, start
 from tests.helpers.runs import TINY, run
 from util.data.datasets import open_train_val
 from util.data.report import Found, describe, lines_of, report_images
-from util.data.settings import DataSettings
+from util.settings.data import DataSettings
 
 
 def block_of(images, role="training"):

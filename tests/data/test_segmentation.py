@@ -12,18 +12,10 @@ from PIL import Image
 from util.data import segmentation
 from util.data.batch import Normalization
 from util.data.joint_transforms import CROP_TRIES, JointAugmentation, WholeImage, scaled_size
-from util.data.masks import (
-    ADE20K_NAMES,
-    UNLABELED,
-    LabelRule,
-    list_pairs,
-    read_class_names,
-    read_mask,
-)
+from util.data.masks import UNLABELED, LabelRule, list_pairs, read_class_names, read_mask
 from util.data.sampler import IterationSampler
 from util.data.segmentation import (
     SegmentationImages,
-    SegmentationSettings,
     check_masks,
     label_rule,
     open_classes,
@@ -31,6 +23,7 @@ from util.data.segmentation import (
 )
 from util.errors import InputError
 from util.seeding import fold_seed
+from util.settings.segmentation import ADE20K_NAMES, SegmentationSettings
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)

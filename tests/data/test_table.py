@@ -18,9 +18,9 @@ from tests.helpers.data import (
 from util.data.classes import check_classes
 from util.data.datasets import open_train_val, open_val
 from util.data.report import describe, lines_of
-from util.data.settings import DataSettings
 from util.data.table import COLUMNS
 from util.errors import InputError
+from util.settings.data import DataSettings
 
 
 def write_table(path, *lines, encoding="utf-8", end="\n"):
@@ -349,7 +349,6 @@ def test_a_fraction_that_cannot_be_held_out_is_refused(folder):
         ({"data_csv": "a.csv", "dataset": "folder"}, "leave out --dataset"),
         ({"data_csv": "a.csv", "num_samples": 3}, "leave out --num_samples"),
         ({"data_csv": "a.csv", "class_folder": "last"}, "leave out --class_folder"),
-        ({"val_fraction": 0.1}, "--val_fraction holds out images of --data_csv"),
         ({"data_csv": "a.csv", "val_fraction": 0.1, "val_csv": "b.csv"}, "--val_csv gives the val"),
         ({"data_csv": "a.csv", "val_fraction": 0.1, "val_path": "b"}, "--val_path gives the val"),
     ],

@@ -14,9 +14,6 @@ from util.data.batch import Box, Sample, collate, denormalize, resize_crop
 from util.data.images import IndexedImages
 from util.data.loaders import build_train_loader
 from util.data.transforms import (
-    LABELED_VIEW,
-    AugmentSettings,
-    ViewSettings,
     default_crop_pct,
     draw_box,
     draw_clipped_box,
@@ -26,6 +23,7 @@ from util.data.transforms import (
     probe_transform,
 )
 from util.errors import InputError
+from util.settings.views import LABELED_VIEW, AugmentSettings, ViewSettings
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from models_mae import build_mae
-from models_vit import ModelSize
 from tests.helpers.models import AUTOENCODERS, noisy
 from tests.helpers.training import MASKING
 from util.eval import attention
 from util.eval.attention import LayerAttention, compare_keys, measure_attention
 from util.masking import TokenCounts, random_split
+from util.settings.model import ModelSize
 
 every_model = pytest.mark.parametrize("name", AUTOENCODERS)
 every_mae = pytest.mark.parametrize("name", ["mae", "mae_mix"])

@@ -4,14 +4,23 @@ import numpy as np
 import pytest
 import torch
 
+from tests.helpers.figures import cells_of, top_of
+from tests.helpers.models import crossmae_nano
+from tests.helpers.training import CPU, MASKING, MEAN, STD
+from util.compute.precision import Precision
+from util.eval import figures
 from util.eval.figures import (
-    COLUMNS,
     GAP,
-    MOMENTS_NOTE,
-    TEXT_HEIGHT,
+    GROUP_GAP,
+    LABELS,
+    MARGIN,
     draw_figure,
+    draw_reconstructions,
+    images_in_row,
+    readable_name,
     reconstruction_panels,
 )
+from util.eval.reconstructions import blind_prediction, patch_psnr
 from util.masking import TokenSplit
 from util.patches import patchify
 
@@ -63,34 +72,135 @@ def test_predictions_are_clipped_and_inputs_unchanged():
     assert torch.equal(pixels, before[1])
 
 
-@pytest.mark.parametrize(("height", "width", "factor"), [(8, 12, 11), (64, 64, 2), (224, 224, 1)])
-def test_a_figure_has_one_row_per_image_and_small_ones_are_enlarged(height, width, factor):
-    panels = [torch.rand(3, 3, height, width) for _ in COLUMNS]
-    figure = draw_figure(panels)
+@pytest.mark.parametrize(
+    ("num_images", "num_panels", "size", "expected"),
+    [
+        (1, 3, (64, 64), 1),
+        (2, 3, (64, 64), 1),  # 3 x 2 pictures
+        (3, 3, (64, 64), 2),
+        (8, 3, (64, 64), 2),  # 6 x 4
+        (9, 3, (64, 64), 3),  # 9 x 3, since 6 x 5 is too high
+        (8, 5, (64, 64), 2),
+        (2, 3, (64, 32), 2),
+        (4, 3, (32, 64), 1),
+        (3, 1, (640, 10), 3),
+    ],
+)
+def test_a_figure_has_as_many_images_in_a_row_as_make_it_wide(
+    num_images, num_panels, size, expected
+):
+    assert images_in_row(num_images, num_panels, size) == expected
+
+
+@pytest.mark.parametrize("size", [(8, 12), (64, 64), (224, 224), (60, 20)])
+@pytest.mark.parametrize("num_images", [1, 3, 8])
+def test_every_picture_is_shown_once_in_its_place(size, num_images):
+    panels = [torch.rand(num_images, 3, *size) for _ in LABELS]
+    figure = draw_figure(panels, title="a title")
     assert figure.dtype == np.uint8
-    cell_height, cell_width = height * factor, width * factor
-    assert figure.shape == (
-        TEXT_HEIGHT + 3 * (cell_height + GAP),
-        4 * (cell_width + GAP) - GAP,
-        3,
+    cells = cells_of(figure, num_images, len(panels), size)
+    for number, panel in enumerate(panels):
+        for image, own in enumerate(cells):
+            expected = (panel[image].permute(1, 2, 0) * 255).round().byte().numpy()
+            assert np.array_equal(own[number], expected)
+
+
+def text_rows(figure, top):
+    """Rows above the pictures that have text in them."""
+    return (figure[:top] < 128).any(axis=(1, 2))
+
+
+def num_lines(rows):
+    """Number of separate runs of rows with text."""
+    return int((np.diff(rows.astype(int), prepend=0) == 1).sum())
+
+
+def test_labels_are_above_the_pictures_of_every_image_in_the_first_row():
+    panels = [torch.ones(8, 3, 128, 128) for _ in LABELS]
+    figure = draw_figure(panels)
+    top = top_of(figure, 8, 3, (128, 128))
+    for group in range(2):
+        for column in range(3):
+            left = MARGIN + group * (3 * (128 + GAP) - GAP + GROUP_GAP) + column * (128 + GAP)
+            label = figure[:top, left : left + 128]
+            assert label.min() < 128  # there is text
+            assert (label[:, -2:] > 200).all()  # and it ends within the column
+
+
+def test_text_grows_with_the_figure():
+    figures = {side: draw_figure([torch.ones(8, 3, side, side)] * 3) for side in (128, 448)}
+    heights = {
+        side: text_rows(figure, top_of(figure, 8, 3, (side, side))).sum()
+        for side, figure in figures.items()
+    }
+    assert heights[448] == pytest.approx(3.5 * heights[128], rel=0.25)
+
+
+@pytest.mark.parametrize("num_images", [1, 8])
+def test_a_title_is_whole_in_as_many_lines_as_it_takes(num_images):
+    panels = [torch.ones(num_images, 3, 128, 128) for _ in LABELS]
+    title = " ".join(["word"] * 60)
+    plain, titled = draw_figure(panels), draw_figure(panels, title=title)
+    tops = [top_of(figure, num_images, 3, (128, 128)) for figure in (plain, titled)]
+    assert num_lines(text_rows(titled, tops[1])) > num_lines(text_rows(plain, tops[0])) + 1
+    assert (titled[:, -MARGIN:] == 255).all()
+    assert np.array_equal(titled[tops[1] :], plain[tops[0] :])
+
+
+def test_long_labels_are_smaller_and_show_their_ends():
+    panels = [torch.ones(4, 3, 448, 448) for _ in range(3)]
+    labels = ["a", "b", "model-" * 8 + "75"]
+    figure = draw_figure(panels, labels)
+    assert (figure[:, -MARGIN:] == 255).all()
+    assert np.array_equal(figure, draw_figure(panels, ["a", "b", "model-" * 8 + "75"]))
+    others = [draw_figure(panels, ["a", "b", end]) for end in ("model-" * 8 + "25", "c")]
+    assert all((figure != other).any() for other in others)
+    narrow = [panel[:, :, :128, :128] for panel in panels]
+    cut = draw_figure(narrow, ["a", "b", "x" * 99 + "75"])
+    assert (cut[:, -MARGIN:] == 255).all()
+    assert np.array_equal(cut, draw_figure(narrow, ["a", "b", "x" * 88 + "75"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "epoch", "expected"),
+    [
+        ("crossmae_vit_tiny_patch16", 20, "CrossMAE ViT-tiny/16, epoch 20"),
+        ("mae_vit_huge_patch14", None, "MAE ViT-huge/14"),
+        ("mae_vit_base_patch16", 0, "MAE ViT-base/16, untrained"),
+        ("own_vit_nano", 1, "own ViT-nano, epoch 1"),
+    ],
+)
+def test_models_are_named_as_people_write_them(name, epoch, expected):
+    assert readable_name(name, epoch) == expected
+
+
+def title_of(monkeypatch, **options):
+    """The title of a figure of two images by an untrained model, and the words of its numbers."""
+    titles = []
+    monkeypatch.setattr(figures, "draw_figure", lambda panels, *, title: titles.append(title))
+    model = crossmae_nano(**options)
+    images, split = torch.randn(2, 3, 16, 16), MASKING[0.25].full_split(torch.rand(2, 16))
+    colors = {"mean": MEAN, "std": STD}
+    precision = Precision("fp32", CPU)
+    draw_reconstructions(model, images, split, **colors, precision=precision, name="NANO, epoch 3")
+    blind = blind_prediction(model, images, split)
+    with torch.no_grad():
+        pred = model.predict(images, split)
+    both = [patch_psnr(model, p, images, split, (MEAN, STD)).mean() for p in (pred, blind)]
+    return titles[0], *(f"{quality:.1f} dB" for quality in both)
+
+
+def test_a_title_says_what_is_masked_and_how_good_the_result_is(monkeypatch):
+    title, quality, blind = title_of(monkeypatch, norm_pix_loss=False)
+    assert title == (
+        f"NANO, epoch 3: 75% of the patches are masked, their PSNR is {quality} "
+        f"(one flat color: {blind})"
     )
-    for column, panel in enumerate(panels):
-        for row in range(3):
-            top, left = TEXT_HEIGHT + row * (cell_height + GAP), column * (cell_width + GAP)
-            cell = figure[top : top + cell_height : factor, left : left + cell_width : factor]
-            expected = (panel[row].permute(1, 2, 0) * 255).round().byte().numpy()
-            assert np.array_equal(cell, expected)
 
 
-def test_columns_are_titled_and_a_note_is_below():
-    panels = [torch.ones(1, 3, 32, 32) for _ in COLUMNS]
-    plain, noted = draw_figure(panels), draw_figure(panels, note=MOMENTS_NOTE)
-    for column in range(4):
-        title = plain[:TEXT_HEIGHT, column * (128 + GAP) : column * (128 + GAP) + 128]
-        assert title.min() < 128  # there is text
-        assert (title[:, -2:] > 200).all()  # and it ends within the column
-    assert noted.shape[0] == plain.shape[0] + TEXT_HEIGHT
-    assert np.array_equal(noted[: plain.shape[0]], plain)
-    note = noted[plain.shape[0] :]
-    assert note.min() < 128
-    assert (note[:, -2:] > 200).all()  # it is not cut off
+def test_a_title_says_what_comes_from_the_original(monkeypatch):
+    title, quality, blind = title_of(monkeypatch, norm_pix_loss=True)
+    assert title == (
+        f"NANO, epoch 3: 75% of the patches are masked, their PSNR is {quality} with each patch's "
+        f"mean and deviation from the original (flat patches: {blind})"
+    )

@@ -20,7 +20,6 @@ from util.data.broken_images import BrokenImages
 from util.data.datasets import open_train_val
 from util.data.images import IndexedImages
 from util.data.loaders import build_eval_loader
-from util.data.settings import DataSettings
 from util.data.sources import Digits
 from util.data.transforms import eval_transform
 from util.errors import InputError
@@ -28,11 +27,14 @@ from util.eval import frozen_features, knn
 from util.eval.frozen_features import draw_shots, logistic_accuracy
 from util.eval.knn import (
     build_knn_loaders,
+    describe_knn,
     extract_features,
     knn_accuracy,
     knn_predict,
     measure_knn,
+    not_learning,
 )
+from util.settings.data import DataSettings
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", CPU)
@@ -77,12 +79,11 @@ def test_knn_equals_scikit_learns(monkeypatch, data, temperature, similarities_a
         assert accuracy[k] == pytest.approx(100 * oracle.score(features.double(), labels))
 
 
-def test_more_neighbors_than_images_are_all_images(caplog):
+def test_more_neighbors_than_images_are_all_images():
     train_features, train_labels, features, _ = gaussians()
     sets = (train_features, train_labels, features)
     predicted = knn_predict(*sets, ks=(300, 1000), temperature=0.07, device=CPU)
     assert torch.equal(predicted[1000], predicted[300])
-    assert "k = 1000 reduced to 300" in caplog.text
 
 
 def test_equal_votes_go_to_the_smallest_label():
@@ -235,18 +236,42 @@ def folders(tmp_path, *, train_labeled=True, val_labeled=True):
 
 
 @pytest.mark.parametrize("unlabeled", ["training", "validation"])
-def test_without_labels_it_is_not_measured_and_the_log_says_why(tmp_path, caplog, unlabeled):
+def test_without_labels_it_is_measured_only_if_that_is_asked_for(tmp_path, caplog, unlabeled):
     sets = folders(
         tmp_path, train_labeled=unlabeled != "training", val_labeled=unlabeled != "validation"
     )
-    options = {"batch_size": 4, "num_workers": 0, "device": CPU}
+    options = {"num_images": 9, "batch_size": 4, "num_workers": 0, "device": CPU}
     reason = f"the {unlabeled} images have no labels"
     with caplog.at_level(logging.INFO):
         assert build_knn_loaders(*sets, every=None, **options) is None
-    assert f"k-NN is not measured: {reason}" in caplog.text
+    assert "k-NN" not in caplog.text  # nobody asked
     assert build_knn_loaders(*sets, every=0, **options) is None
     with pytest.raises(InputError, match=f"--knn_every 2: {reason}"):
         build_knn_loaders(*sets, every=2, **options)
+
+
+def test_only_some_training_images_are_compared_with(tmp_path):
+    options = {"batch_size": 4, "num_workers": 0, "device": CPU}
+    train, val = build_knn_loaders(*folders(tmp_path), every=1, num_images=2, **options)
+    assert [batch.labels.tolist() for batch in train] == [[0, 1]]
+    assert sum(batch.num_images for batch in val) == 6
+
+
+def test_the_accuracy_is_one_line_with_that_of_the_untrained_network():
+    stats, untrained = {"knn10": 92.0, "knn20": 92.46}, {"knn20": 65.6}
+    assert describe_knn(stats, untrained) == "k-NN 65.6% (untrained) -> 92.5%"
+    assert describe_knn(stats, {}) == "k-NN 92.5%"
+
+
+def test_a_run_that_does_not_learn_is_told_so_with_the_flags_to_change():
+    lengths = {"epoch": 3, "epochs": 24, "normalized": True}
+    warning = not_learning({"knn20": 65.6}, {"knn20": 65.6}, **lengths)
+    assert warning.startswith("after 3 epochs of 24, k-NN is 65.6%, not above the 65.6%")
+    assert "--lr" in warning and "--no-norm_pix_loss" in warning
+    raw = {**lengths, "normalized": False}
+    assert "--no-norm_pix_loss" not in not_learning({"knn20": 65.6}, {"knn20": 65.6}, **raw)
+    for stats, untrained in (({"knn20": 65.7}, {"knn20": 65.6}), ({"knn20": 1.0}, {}), ({}, {})):
+        assert not_learning(stats, untrained, **lengths) is None
 
 
 class Encoder(torch.nn.Module):
@@ -257,7 +282,7 @@ def test_a_label_that_turns_out_to_be_missing_stops_the_measurement(tmp_path):
     train_set, val_set = folders(tmp_path)
     val_set.reader.listed.labels[2] = None
     loaders = build_knn_loaders(
-        train_set, val_set, every=1, batch_size=4, num_workers=0, device=CPU
+        train_set, val_set, every=1, num_images=9, batch_size=4, num_workers=0, device=CPU
     )
     with pytest.raises(InputError, match="one of the validation images has none: label it, or use"):
         measure_knn(Encoder(), *loaders, device=CPU, precision=FP32)

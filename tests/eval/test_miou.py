@@ -21,16 +21,7 @@ from util.data.joint_transforms import WholeImage
 from util.data.masks import UNLABELED, LabelRule, Pair
 from util.data.segmentation import SegmentationImages
 from util.errors import InputError
-from util.eval.miou import (
-    Confusion,
-    Scores,
-    Windows,
-    WindowSettings,
-    describe,
-    predict,
-    resize_logits,
-    starts,
-)
+from util.eval.miou import Confusion, Scores, Windows, describe, predict, resize_logits, starts
 from util.eval.overlays import (
     COLUMNS,
     GAP,
@@ -42,6 +33,7 @@ from util.eval.overlays import (
     overlay,
     paint,
 )
+from util.settings.evaluation import WindowSettings
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", CPU)
@@ -188,7 +180,7 @@ def usual_starts(length, window, stride):
 
 
 def test_windows_of_a_typical_image():
-    windows = WindowSettings().windows((512, 512), 16)
+    windows = Windows.of(WindowSettings(), (512, 512), 16)
     assert windows.stride == 341
     assert windows.boxes(512, 683) == [(0, 0), (0, 171)]
     assert windows.boxes(512, 512) == [(0, 0)]
@@ -209,12 +201,12 @@ def test_windows_start_by_the_usual_rule_and_leave_no_gaps(window, stride):
 
 
 def test_settings_of_windows():
-    windows = WindowSettings("whole", 5, 3).windows((8, 12), 4)
+    windows = Windows.of(WindowSettings("whole", 5, 3), (8, 12), 4)
     assert windows == Windows("whole", (8, 12), 5, 4, 3)
-    assert WindowSettings().windows((1, 12), 1).stride == 1
-    WindowSettings(stride=8).windows((8, 12), 4)
+    assert Windows.of(WindowSettings(), (1, 12), 1).stride == 1
+    Windows.of(WindowSettings(stride=8), (8, 12), 4)
     with pytest.raises(InputError, match="--stride 9 would leave gaps between windows of 8 px"):
-        WindowSettings(stride=9).windows((8, 12), 4)
+        Windows.of(WindowSettings(stride=9), (8, 12), 4)
 
 
 def windows_of(mode="slide", size=(16, 16), stride=10, batch_size=8):

@@ -26,8 +26,9 @@ from util.data.loaders import build_eval_loader
 from util.data.transforms import eval_transform
 from util.eval import figures, monitor
 from util.eval.figures import draw_reconstructions
-from util.eval.monitor import evaluate, val_split
-from util.patches import patchify
+from util.eval.monitor import evaluate, is_picture_due, val_split
+from util.eval.reconstructions import blind_prediction
+from util.patches import patchify, unpatchify
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +65,7 @@ def restored(images):
 def test_evaluation_equals_the_formulas_written_out(images, build, norm_pix_loss):
     model = build(norm_pix_loss=norm_pix_loss)
     all_images = torch.cat([batch.to(CPU)[0] for batch in make_eval_loader(images)])
-    losses, psnrs = [], []
+    losses, psnrs, blind_losses, blind_psnrs = [], [], [], []
     for index, image in enumerate(all_images.unsqueeze(1)):
         split = val_split(MASKING[0.25], [index], CPU)
         ids = split.predicted[0]
@@ -76,18 +77,23 @@ def test_evaluation_equals_the_formulas_written_out(images, build, norm_pix_loss
             deviation = (patches.var(dim=1, keepdim=True) + 1e-6) ** 0.5
             target = (patches - mean) / deviation
         losses.append(((pred - target) ** 2).mean())
+        visible = patchify(image, 4)[0, split.visible[0]].view(-1, 3)
+        blind = torch.zeros_like(pred) if norm_pix_loss else visible.mean(dim=0).repeat(16)
+        blind_losses.append(((blind - target) ** 2).mean())
 
         # Put the predictions into the image, and compare masked pixels.
-        pixels = pred * deviation + mean if norm_pix_loss else pred
-        canvas = patchify(image, 4)[0]
-        canvas[ids] = pixels
-        canvas = canvas.view(4, 4, 4, 4, 3).permute(4, 0, 2, 1, 3).reshape(3, 16, 16)
-        difference = restored(canvas).clamp(0, 1) - restored(image[0])
-        error = (difference**2).sum() / (len(ids) * 4 * 4 * 3)
-        psnrs.append(10 * math.log10(1 / error))
+        for values, found in ((pred, psnrs), (blind, blind_psnrs)):
+            canvas = patchify(image, 4)[0]
+            canvas[ids] = values * deviation + mean if norm_pix_loss else values
+            canvas = canvas.view(4, 4, 4, 4, 3).permute(4, 0, 2, 1, 3).reshape(3, 16, 16)
+            difference = restored(canvas).clamp(0, 1) - restored(image[0])
+            error = (difference**2).sum() / (len(ids) * 4 * 4 * 3)
+            found.append(10 * math.log10(1 / error))
     assert measure(model, make_eval_loader(images)) == {
         "val_loss": pytest.approx(sum(losses).item() / 41, rel=1e-4),
         "val_psnr": pytest.approx(sum(psnrs) / 41, rel=1e-4),
+        "blind_loss": pytest.approx(sum(blind_losses).item() / 41, rel=1e-4),
+        "blind_psnr": pytest.approx(sum(blind_psnrs) / 41, rel=1e-4),
         "val_images": 41,
     }
 
@@ -111,17 +117,17 @@ def test_processes_count_each_image_once(images, monkeypatch, world_size):
 
     def keep(values):
         sums.append(values)
-        return torch.ones(1, 3)
+        return torch.ones(1, 5)
 
     monkeypatch.setattr(monitor, "world_size", lambda: world_size)
     monkeypatch.setattr(monitor, "all_gather", keep)
     for rank in range(world_size):
         monkeypatch.setattr(monitor, "rank", lambda rank=rank: rank)
         measure(model, make_eval_loader(images, 8, rank, world_size))
-    loss, psnr, num_images = torch.stack(sums).sum(dim=0).tolist()
+    *totals, num_images = torch.stack(sums).sum(dim=0).tolist()
     assert num_images == 41
-    assert loss / 41 == pytest.approx(expected["val_loss"], rel=1e-5)
-    assert psnr / 41 == pytest.approx(expected["val_psnr"], rel=1e-5)
+    means = [expected[name] for name in ("val_loss", "val_psnr", "blind_loss", "blind_psnr")]
+    assert [total / 41 for total in totals] == pytest.approx(means, rel=1e-5)
 
 
 def test_a_perfect_prediction_has_zero_loss_and_the_highest_psnr(images):
@@ -130,6 +136,34 @@ def test_a_perfect_prediction_has_zero_loss_and_the_highest_psnr(images):
     stats = measure(model, make_eval_loader(images))
     assert stats["val_loss"] == 0
     assert stats["val_psnr"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_only_a_trained_model_is_better_than_a_prediction_that_knows_nothing(images, norm_pix_loss):
+    model, loader = crossmae_nano(norm_pix_loss=norm_pix_loss), make_loader(images)
+    state, val_loader = make_state(model), make_eval_loader(images)
+    untrained = measure(model, val_loader)
+    assert untrained["val_loss"] > 0.95 * untrained["blind_loss"]
+    assert untrained["val_psnr"] < untrained["blind_psnr"] + 0.2
+    for _ in range(5):
+        train(model, loader, state, gamma=None, lr=3e-3)
+    trained = measure(model, val_loader)
+    for name in ("blind_loss", "blind_psnr", "val_images"):
+        assert trained[name] == untrained[name]
+    assert trained["val_loss"] < 0.85 * trained["blind_loss"]
+    assert trained["val_psnr"] > trained["blind_psnr"] + 0.5
+
+
+def test_a_blind_prediction_sees_no_masked_pixel(images):
+    model = crossmae_nano(norm_pix_loss=False)
+    batch, _ = next(iter(make_eval_loader(images, batch_size=3))).to(CPU)
+    split = val_split(MASKING[0.25], range(3), CPU)
+    patches = patchify(batch, 4)
+    other = patches.clone()
+    for i, ids in enumerate(split.predicted):
+        other[i, ids] = -5.0
+    expected = blind_prediction(model, batch, split)
+    assert torch.equal(blind_prediction(model, unpatchify(other, 4, (4, 4)), split), expected)
 
 
 def test_evaluation_leaves_the_model_and_the_random_state_as_they_were(images):
@@ -160,7 +194,8 @@ def test_figures_decode_every_masked_patch(images, build, monkeypatch):
 
     monkeypatch.setattr(figures, "reconstruction_panels", keep)
     precision = Precision("fp32", CPU)
-    figure = draw_reconstructions(model, batch, split, mean=MEAN, std=STD, precision=precision)
+    colors = {"mean": MEAN, "std": STD}
+    figure = draw_reconstructions(model, batch, split, **colors, precision=precision, name="")
     assert figure.dtype == "uint8"
     assert figure.ndim == 3
     original, masked, reconstruction, whole = (patchify(panel, 4) for panel in seen)
@@ -178,3 +213,17 @@ def test_figures_decode_every_masked_patch(images, build, monkeypatch):
         torch.testing.assert_close(
             reconstruction[i, split.predicted[i]], pred[i].clamp(0, 1).flatten(1)
         )
+
+
+def due_epochs(every, last):
+    return [epoch for epoch in range(last + 1) if is_picture_due(epoch, every)]
+
+
+def test_pictures_are_drawn_often_at_first_and_then_rarely():
+    assert due_epochs(None, 800) == [0, 1, 2, 5, 10, 20, 50, 100, 200, 500]
+    assert is_picture_due(1000, None) and not is_picture_due(1001, None)
+
+
+def test_pictures_are_drawn_every_so_many_epochs_if_asked():
+    assert due_epochs(3, 10) == [0, 3, 6, 9]
+    assert due_epochs(1, 3) == [0, 1, 2, 3]

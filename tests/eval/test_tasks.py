@@ -24,10 +24,10 @@ from util.eval.tasks import (
     Classification,
     Multilabel,
     Regression,
-    TaskSettings,
     build_task,
     describe,
 )
+from util.settings.evaluation import TaskSettings
 
 CPU = torch.device("cpu")
 

@@ -31,7 +31,7 @@ from tests.helpers.runs import (
     run_until,
     state_of,
 )
-from util.runs import resume
+from util.runs import resume, run_log
 from util.runs.checkpoint import checkpoint_position, list_checkpoints, read_checkpoint
 from util.runs.resume import newest_good_checkpoint
 from util.runs.run import run_main
@@ -84,7 +84,7 @@ def play(words, output, moments=()):
     sys.argv = ["main_pretrain.py"]
     for moment in moments:
         moment()
-    run_main(lambda: main_pretrain.main(list(map(str, words))), trains=True)
+    run_main(lambda: main_pretrain.main(list(map(str, words))))
 
 
 @pytest.fixture(scope="module")
@@ -199,8 +199,16 @@ def steps_in(place):
 
 def last_step_of(text):
     """Last step in a run's output, 0 for none."""
-    steps = re.findall(rf"epoch (\d+)/\d+ step (\d+)/{STEPS}:", text)
-    return (int(steps[-1][0]) - 1) * STEPS + int(steps[-1][1]) if steps else 0
+    rows = re.findall(r"epoch +(\d+)/\d+  loss", text)
+    steps = re.findall(rf"epoch +(\d+)/\d+, step (\d+)/{STEPS}:", text)
+    places = [(int(epoch), 0) for epoch in rows]
+    places += [(int(epoch) - 1, int(step)) for epoch, step in steps]
+    return max(map(steps_in, places), default=0)
+
+
+def show_every_step():
+    """Log a line at every log point, as if steps took long."""
+    run_log.PERIOD = 0.0
 
 
 @pytest.mark.slow
@@ -220,7 +228,9 @@ def test_a_run_that_is_killed_20_times_ends_with_the_same_bits(tmp_path, argv, u
     newest, reached, lost = None, 0, []
     for number, (moment, num_workers) in enumerate(moments):
         output = tmp_path / f"{number}.txt"
-        code = end_of(forked([*words, "--num_workers", num_workers], output, [moment]))
+        code = end_of(
+            forked([*words, "--num_workers", num_workers], output, [show_every_step, moment])
+        )
         text = output.read_text()
         assert code == -signal.SIGKILL, f"{moment}: {text}"
         if newest:  # never from scratch

@@ -660,7 +660,7 @@ def test_a_run_survives_broken_images_and_logs_each_once(tmp_path, capsys, monke
     for path, name, content in zip(files[::20], names, contents, strict=True):
         path.with_name(path.stem + os.fsdecode(name)).write_bytes(content)
         path.unlink()
-    argv = [*TINY, "--data_path", folder, "--num_workers", 2, "--output_dir"]
+    argv = [*TINY, "--data_path", folder, "--val_fraction", 0, "--num_workers", 2, "--output_dir"]
     sentence = refusal(capsys, *argv, tmp_path / "refused")
     assert "of 100 images" in sentence
     assert "--max_broken" in sentence

@@ -9,7 +9,6 @@ from io import StringIO
 import pytest
 import torch
 from PIL import Image
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from models import load_model
 from scripts.analysis import outputs
@@ -17,6 +16,7 @@ from tests.helpers.files import files_in, write_images
 from tests.helpers.models import crossmae_nano, mae_nano, use_nano_models
 from tests.helpers.runs import refusal, run
 from tests.helpers.weights import pretrained, randomized, released, stored
+from util.normalization import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 FACTORIES = {"crossmae": crossmae_nano, "mae": mae_nano}
 QUICK = ["--num_workers", 0, "--device", "cpu"]

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from models_vit import SIZES, build_vit
+from models_vit import build_vit
 from scripts.export_encoder import main
 from tests.helpers.runs import run
 from tests.helpers.weights import randomized, stored
+from util.settings.model import SIZES
 
 TINY_PATCH4 = SIZES["tiny_patch4"]
 

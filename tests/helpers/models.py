@@ -5,10 +5,10 @@ from functools import partial
 import torch
 
 import models
-import models_vit
 from models_crossmae import build_crossmae
 from models_mae import build_mae
-from models_vit import ModelSize
+from util.settings import model as model_settings
+from util.settings.model import ModelSize
 
 NANO = ModelSize(4, 32, 2, 2, img_size=16)
 NANO_DECODER = {"decoder_embed_dim": 32, "decoder_depth": 2, "decoder_num_heads": 2}
@@ -39,4 +39,4 @@ def use_nano_models(monkeypatch):
     """Replace the tiny models by even smaller ones under the same names."""
     monkeypatch.setitem(models.MODELS, "crossmae_vit_tiny_patch4", crossmae_nano)
     monkeypatch.setitem(models.MODELS, "mae_vit_tiny_patch4", mae_nano)
-    monkeypatch.setitem(models_vit.SIZES, "tiny_patch4", NANO)
+    monkeypatch.setitem(model_settings.SIZES, "tiny_patch4", NANO)

@@ -43,10 +43,10 @@ def command(*argv, processes=None):
     return [str(word) for word in (*python, *argv)]
 
 
-def start(words, cwd=ROOT, **variables):
+def start(words, cwd=ROOT, stdin=None, stderr=subprocess.PIPE, **variables):
     """Start a command in the repository, with one thread, as in the tests' process."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": stderr, "text": True}
     process = subprocess.Popen(words, cwd=cwd, env=env, **pipes)
     _started.append(process)
     return process

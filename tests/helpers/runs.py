@@ -44,6 +44,7 @@ def logging_restored():
     finally:
         root.handlers = handlers
         root.setLevel(level)
+        logging.captureWarnings(False)
 
 
 def run(*argv, main=main_pretrain.main):

@@ -33,6 +33,9 @@ class Recorder:
     def start_epoch(self, epoch, step_in_epoch):
         self.started = (epoch, step_in_epoch)
 
+    def end_step(self, step, *, epoch, is_log_point):
+        pass
+
     def log_step(self, step, *, epoch, lr, num_images, data_seconds, stats):
         self.steps.append((step, epoch, lr, num_images))
         self.stats.append(stats)

@@ -78,7 +78,7 @@ def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(tmp_path):
     words += ["--output_dir", str(tmp_path / "run"), "--epochs", "50"]
     first = start(words)
     for line in first.stdout:
-        if "step 2/25" in line:
+        if "epoch  1/50" in line:
             break
     args = (tmp_path / "run" / "args.json").read_bytes()
     code, _, err = finish(start(words))

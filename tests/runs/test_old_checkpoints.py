@@ -15,16 +15,16 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 import models
-import models_vit
 from models_crossmae import build_crossmae
 from models_mae import build_mae
-from models_vit import ModelSize
 from tests.helpers.files import write_classes, write_images
 from tests.helpers.processes import ROOT
 from tests.helpers.runs import run
 from tests.helpers.versions import same_bernoulli
 from util.data.transforms import probe_transform
 from util.runs.run_log import read_log
+from util.settings import model as model_settings
+from util.settings.model import ModelSize
 
 GOLDEN = ROOT / "tests" / "golden"
 LOSSES = json.loads((GOLDEN / "losses_1db5dff.json").read_text())
@@ -60,7 +60,7 @@ def pico(monkeypatch):
     for kind, build in (("crossmae", build_crossmae), ("mae", build_mae)):
         name = f"{kind}_vit_tiny_patch4"
         monkeypatch.setitem(models.MODELS, name, partial(build, PICO, **DECODER))
-    monkeypatch.setitem(models_vit.SIZES, "tiny_patch4", PICO)
+    monkeypatch.setitem(model_settings.SIZES, "tiny_patch4", PICO)
 
 
 @pytest.mark.parametrize(

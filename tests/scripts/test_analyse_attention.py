@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from models_crossmae import build_crossmae
-from models_vit import SIZES
 from scripts import analyse_attention
 from scripts.analysis.inputs import ImageSettings, Subject, open_images
 from tests.helpers import analyses
@@ -25,7 +24,9 @@ from tests.helpers.processes import command, finish, start
 from tests.helpers.weights import pretrained, stored
 from util.eval.attention import KEYS, READINGS
 from util.eval.monitor import val_split
-from util.masking import Masking, MaskSettings
+from util.masking import Masking
+from util.settings.masking import MaskSettings
+from util.settings.model import SIZES
 
 main = analyse_attention.main
 analyse = partial(analyses.analyse_checkpoint, main, "attention")

@@ -11,7 +11,7 @@ from scripts.benchmark_loader import main, pixel_difference, summarize
 from tests.helpers.files import write_images
 from tests.helpers.runs import refusal, run
 
-QUICK = ["--repeats", 2, "--num_images", 12, "--batch_size", 4, "--input_size", 16]
+QUICK = ["--rounds", 2, "--num_images", 12, "--batch_size", 4, "--input_size", 16]
 
 
 @pytest.fixture

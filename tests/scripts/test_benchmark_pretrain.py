@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from scripts.benchmark.against import ROW, compare_pairs
-from scripts.benchmark.step import MeasuredStep, measure_interleaved, saved_bytes, time_calls
+from scripts.benchmark.step import MeasuredStep, measure_interleaved, time_calls
 from scripts.benchmark.tables import follow_flops
 from scripts.benchmark_pretrain import (
     THEIR_MODELS,
@@ -26,10 +26,12 @@ from scripts.benchmark_pretrain import (
 from tests.helpers.models import crossmae_nano, use_nano_models
 from tests.helpers.operations import counted
 from tests.helpers.runs import refusal, run
+from util.compute.memory import saved_bytes
 from util.compute.precision import Precision
-from util.compute.recompute import MEMORY_MODES, set_memory
+from util.compute.recompute import set_memory
 from util.masking import TokenCounts, random_split
 from util.optim import build_adamw
+from util.settings.compute import MEMORY_MODES
 
 benchmark = functools.partial(run, main=main)
 refuse = functools.partial(refusal, main=main)

@@ -8,7 +8,6 @@ from PIL import Image
 
 import models
 from models_crossmae import build_crossmae
-from models_vit import ModelSize
 from scripts import compare_reconstructions
 from tests.helpers import analyses
 from tests.helpers.analyses import (
@@ -24,13 +23,14 @@ from tests.helpers.analyses import (
     save_model,
     save_released,
 )
+from tests.helpers.figures import cells_of
 from tests.helpers.files import write_images
 from tests.helpers.models import NANO_DECODER, use_nano_models
 from tests.helpers.runs import TINY, refusal, run
 from tests.helpers.weights import pretrained, stored
-from util.eval.figures import GAP, TEXT_HEIGHT
 from util.runs.checkpoint import list_checkpoints
 from util.runs.run_log import read_log
+from util.settings.model import ModelSize
 
 main = compare_reconstructions.main
 pytestmark = [pytest.mark.usefixtures("nano"), pytest.mark.xdist_group("compare_reconstructions")]
@@ -88,25 +88,35 @@ def compare(output, checkpoints, *argv):
         return report, lines, np.asarray(figure)
 
 
-def cell(figure, row, column):
-    """Panel at the images' original size; 16 pixels are drawn as 128."""
-    top, left = TEXT_HEIGHT + row * (128 + GAP), column * (128 + GAP)
-    return figure[top : top + 128 : 8, left : left + 128 : 8].astype(int)
-
-
-def shape(rows, columns, note_lines):
-    height = TEXT_HEIGHT * (1 + note_lines) + rows * (128 + GAP)
-    return height, columns * (128 + GAP) - GAP, 3
-
-
 # The figure
 
 
 def test_columns_are_the_original_the_masked_and_each_checkpoint(tmp_path, trained, photos):
     normalized, plain = trained
-    for chosen, note_lines in (([plain, normalized], 1), ([normalized], 2), ([plain], 0)):
+    for chosen in ([plain, normalized], [normalized], [plain]):
         _, _, figure = compare(tmp_path / "f.png", chosen, "--images", photos)
-        assert figure.shape == shape(3, 2 + len(chosen), note_lines)
+        assert len(cells_of(figure, 3, 2 + len(chosen))) == 3
+
+
+def test_the_title_says_what_is_masked_and_what_comes_from_the_original(
+    tmp_path, trained, photos, monkeypatch
+):
+    titles, draw_figure = [], compare_reconstructions.draw_figure
+
+    def keep(panels, labels, *, title):
+        titles.append(title)
+        return draw_figure(panels, labels, title=title)
+
+    monkeypatch.setattr(compare_reconstructions, "draw_figure", keep)
+    normalized, plain = trained
+    for chosen in ([plain], [normalized], [plain, normalized]):
+        compare(tmp_path / "f.png", chosen, "--images", photos)
+    moments = "each patch's mean and deviation from the original"
+    assert titles == [
+        "75% of the patches are masked",
+        f"75% of the patches are masked; {moments}",
+        f"75% of the patches are masked; {moments} in crossmae",
+    ]
 
 
 def test_it_is_said_which_checkpoints_had_the_moments_of_patches(tmp_path, trained, photos):
@@ -122,8 +132,7 @@ def test_visible_patches_are_the_originals_and_masks_the_same_in_every_column(
     tmp_path, trained, photos
 ):
     _, _, figure = compare(tmp_path / "f.png", trained, "--images", photos)
-    for row in range(3):
-        original, masked, first, second = (cell(figure, row, i) for i in range(4))
+    for original, masked, first, second in cells_of(figure, 3, 4):
         hidden = (masked == 128).all(axis=2)
         assert hidden.sum() == 12 * 16  # 12 of 16 patches
         for picture in (masked, first, second):
@@ -137,8 +146,8 @@ def test_a_column_does_not_depend_on_the_others(tmp_path, trained, photos):
     report, _, together = draw(trained, "--images", photos)
     for number, checkpoint in enumerate(trained):
         alone_report, _, alone = draw([checkpoint], "--images", photos)
-        for row in range(3):
-            assert np.array_equal(cell(alone, row, 2), cell(together, row, 2 + number))
+        for one, all_of_it in zip(cells_of(alone, 3, 3), cells_of(together, 3, 4), strict=True):
+            assert np.array_equal(one[2], all_of_it[2 + number])
         (name, expected), *_ = alone_report["checkpoints"].items()
         assert report["checkpoints"][name] == expected
 
@@ -152,15 +161,17 @@ def test_masks_follow_the_seed(tmp_path, saved, photos):
 
 def test_images_of_the_data_are_drawn_if_none_are_given(tmp_path, saved, images):
     draw = partial(compare, tmp_path / "f.png", [saved["usual"]], "--data_path", images)
-    for more, rows in (([], 8), (["--num_images", 3], 3)):
+    for more, num_images in (([], 8), (["--num_images", 3], 3)):
         report, _, figure = draw(*more)
-        assert figure.shape == shape(rows, 3, 2)
-        assert report["num_images"] == rows
+        assert len(cells_of(figure, num_images, 3)) == report["num_images"] == num_images
 
 
 def test_the_figure_may_have_another_format(tmp_path, saved, photos):
-    _, _, figure = compare(tmp_path / "f.jpg", [saved["usual"]], "--images", photos)
-    assert figure.shape == shape(3, 3, 2)
+    shapes = {
+        compare(tmp_path / name, [saved["usual"]], "--images", photos)[2].shape
+        for name in ("f.jpg", "f.png")
+    }
+    assert len(shapes) == 1
 
 
 # The table
@@ -186,7 +197,7 @@ def test_the_table_is_of_the_data_and_the_figure_of_given_images(tmp_path, train
     argv = ["--table", "--data_path", images, "--seed", SEED]
     report, _, figure = compare(tmp_path / "f.png", trained, *argv, "--images", photos)
     plain, _, _ = compare(tmp_path / "g.png", trained, *argv)
-    assert figure.shape == shape(3, 4, True)
+    assert len(cells_of(figure, 3, 4)) == 3
     assert report["checkpoints"] == plain["checkpoints"]
 
 
@@ -220,7 +231,7 @@ def test_a_released_checkpoint_gives_the_same_numbers_and_figure(tmp_path, saved
     )
     for one, other in zip(*(own[0]["checkpoints"].values() for own in (ours, theirs)), strict=True):
         assert (one["psnr"], one["ssim"]) == (other["psnr"], other["ssim"])
-    assert np.array_equal(ours[2][TEXT_HEIGHT:], theirs[2][TEXT_HEIGHT:])  # below the names
+    assert np.array_equal(cells_of(ours[2], 3, 3), cells_of(theirs[2], 3, 3))
 
 
 @pytest.mark.parametrize(
@@ -270,8 +281,7 @@ def test_other_patch_sizes_are_refused(tmp_path, saved, argv, capsys, monkeypatc
 def test_other_mask_ratios_can_be_compared_at_one(tmp_path, saved, photos):
     argv = ["--images", photos, "--mask_ratio", 0.5]
     _, _, figure = compare(tmp_path / "f.png", [saved["usual"], saved["half"]], *argv)
-    assert figure.shape == shape(3, 4, True)
-    assert (cell(figure, 0, 1) == 128).all(axis=2).sum() == 8 * 16
+    assert (cells_of(figure, 3, 4)[0][1] == 128).all(axis=2).sum() == 8 * 16
 
 
 def test_images_smaller_than_the_window_of_ssim_are_refused(tmp_path, saved, argv, capsys):

@@ -20,7 +20,7 @@ from scripts.count_operations import (
     main,
 )
 from tests.helpers.runs import refusal, run
-from util.compute.recompute import MEMORY_MODES
+from util.settings.compute import MEMORY_MODES
 
 VIT_BASE = "crossmae_vit_base_patch16"
 

@@ -9,7 +9,7 @@ import transformers
 
 from models import load_model
 from models_mae import build_mae
-from models_vit import SIZES, build_vit, make_linear_probe
+from models_vit import build_vit, make_linear_probe
 from tests.helpers.exports import assert_same_pixels, export, photograph
 from tests.helpers.files import files_in
 from tests.helpers.models import NANO, crossmae_nano, mae_nano, use_nano_models
@@ -27,6 +27,7 @@ from tests.helpers.weights import (
 from util.data.transforms import eval_transform
 from util.errors import InputError
 from util.masking import TokenSplit
+from util.settings.model import SIZES
 from util.weights.encoder import load_encoder, read_encoder
 
 MEAN, STD = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]  # of the checkpoints in tests.helpers.weights

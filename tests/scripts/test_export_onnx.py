@@ -6,13 +6,14 @@ from importlib import util
 import pytest
 import torch
 
-from models_vit import SIZES, build_vit
+from models_vit import build_vit
 from scripts.export import to_onnx
 from scripts.export.to_timm import model_args
 from tests.helpers.exports import TINY_PATCH4, export
 from tests.helpers.models import use_nano_models
 from tests.helpers.weights import finetuned, images, randomized, vit_nano
 from util.errors import InputError
+from util.settings.model import SIZES
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):

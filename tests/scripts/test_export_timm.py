@@ -30,6 +30,7 @@ from tests.helpers.weights import (
     vit_nano,
 )
 from util.data.transforms import eval_transform
+from util.settings import model as model_settings
 from util.weights.encoder import read_encoder
 
 NANO_IN_TIMM = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -81,7 +82,7 @@ def test_features_of_a_pretrained_encoder_are_the_same(tmp_path, suffix, img_siz
 
 @pytest.mark.usefixtures("nano")
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("pool", models_vit.POOLS)
+@pytest.mark.parametrize("pool", model_settings.POOLS)
 def test_logits_of_a_finetuned_model_are_the_same(tmp_path, suffix, pool):
     model = vit_nano(pool=pool, num_classes=3)
     _, log = export(tmp_path, finetuned(model), "timm", f"classifier{suffix}")
@@ -123,8 +124,8 @@ def test_a_file_is_read_back_bit_for_bit(tmp_path):
 
 @pytest.mark.usefixtures("nano")
 def test_an_mlp_of_another_width_survives_the_round_trip(tmp_path, monkeypatch):
-    size = models_vit.SIZES["tiny_patch4"]._replace(mlp_dim=96)
-    monkeypatch.setitem(models_vit.SIZES, "tiny_patch4", size)
+    size = model_settings.SIZES["tiny_patch4"]._replace(mlp_dim=96)
+    monkeypatch.setitem(model_settings.SIZES, "tiny_patch4", size)
     model = randomized(models_vit.build_vit(size, pool="cls", num_classes=0))
     _, log = export(tmp_path, dict(model.state_dict()), "timm", "vit.pth")
     theirs = in_timm(log, **NANO_IN_TIMM, mlp_ratio=3)
@@ -223,7 +224,7 @@ def test_a_folder_prepares_images_as_in_evaluation(tmp_path, img_size, header):
 
 
 @pytest.mark.usefixtures("nano")
-@pytest.mark.parametrize("pool", models_vit.POOLS)
+@pytest.mark.parametrize("pool", model_settings.POOLS)
 def test_a_folder_is_read_back_with_all_that_is_known(tmp_path, pool):
     model = vit_nano(pool=pool, num_classes=3)
     header = {"crop_pct": 0.9, "interpolation": "bilinear", "squash": True}

@@ -19,9 +19,9 @@ from tests.helpers.runs import TINY, assert_identical, log_without_time, refusal
 from util.data.classes import check_classes
 from util.data.datasets import build_dataset, open_train_val
 from util.data.decode import read_rgb
-from util.data.settings import DataSettings
 from util.errors import InputError
 from util.runs.checkpoint import list_checkpoints, read_checkpoint
+from util.settings.data import DataSettings
 
 SIDE = 24
 FORMATS = ["jpeg", "uint8"]
@@ -263,7 +263,7 @@ def test_a_killed_preparation_leaves_nothing_that_looks_finished(images, tmp_pat
     assert finish(start(command("-c", code)))[0] == -signal.SIGKILL
     assert not out.exists()
     prepare(images, out)  # leftover files are not in the way
-    run("--verify", out, main=main)
+    run("--verify", "--output_dir", out, main=main)
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(images, tmp_path, capsys, monkeypatch):
@@ -286,13 +286,15 @@ def test_an_earlier_result_is_not_overwritten(images, prepared, capsys):
 @pytest.mark.parametrize(
     ("argv", "advice"),
     [
-        ([], "give --data_path and --output_dir, or only --verify"),
+        ([], "give --data_path and --output_dir, or --verify and --output_dir"),
         (["--data_path", "IMAGES"], "give --data_path and --output_dir"),
         (["--data_path", "nowhere", "--output_dir", "OUT"], "nowhere does not exist"),
         (["--data_path", "EMPTY", "--output_dir", "OUT"], "no images found in"),
         (["--data_path", "IMAGES/val", "--output_dir", "OUT/deeper"], "cannot write"),
         (["--data_path", "PREPARED/uint8", "--output_dir", "OUT"], "no images found in"),
-        (["--verify", "IMAGES"], "checksums.txt cannot be read"),
+        (["--verify", "--output_dir", "IMAGES"], "checksums.txt cannot be read"),
+        (["--verify", "IMAGES"], "stands without a flag: write --verify --output_dir before it"),
+        (["--verify", "--output_dir", "IMAGES", "--data_path", "IMAGES"], "leave --data_path out"),
     ],
 )
 def test_wrong_input_is_refused_in_one_sentence(images, prepared, tmp_path, capsys, argv, advice):
@@ -324,7 +326,7 @@ def test_an_invalid_jpeg_quality_is_refused(capsys, quality):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_verify_finds_a_flipped_byte_in_any_file(prepared, tmp_path, capsys, form):
-    run("--verify", prepared / form, main=main)
+    run("--verify", "--output_dir", prepared / form, main=main)
     files = files_in(prepared / form)
     assert len(files) == {"jpeg": 4, "uint8": 8}[form]
     for name, content in files.items():
@@ -336,7 +338,9 @@ def test_verify_finds_a_flipped_byte_in_any_file(prepared, tmp_path, capsys, for
             flipped = bytearray(content)
             flipped[position] ^= 1
             (tmp_path / form / name).write_bytes(flipped)
-            sentence = refusal(capsys, "--verify", tmp_path / form, main=main, code=1)
+            sentence = refusal(
+                capsys, "--verify", "--output_dir", tmp_path / form, main=main, code=1
+            )
             assert "damaged" in sentence
             assert name in sentence or name == "checksums.txt"
 
@@ -346,9 +350,9 @@ def test_verify_checks_every_file(prepared, tmp_path, capsys):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "val.tar").unlink()
-    assert "val.tar" in refusal(capsys, "--verify", tmp_path, main=main, code=1)
+    assert "val.tar" in refusal(capsys, "--verify", "--output_dir", tmp_path, main=main, code=1)
     (tmp_path / "val.tar").write_bytes(files["val.tar"])
     lines = (tmp_path / "checksums.txt").read_text().splitlines(keepends=True)
     for kept in range(len(lines)):
         (tmp_path / "checksums.txt").write_text("".join(lines[:kept]))
-        refusal(capsys, "--verify", tmp_path, main=main, code=1)
+        refusal(capsys, "--verify", "--output_dir", tmp_path, main=main, code=1)

@@ -13,7 +13,7 @@ import main_detection
 import main_finetune
 import main_pretrain
 from main_finetune import Recipe
-from scripts import launch_slurm
+from scripts import launch
 from tests.helpers import runs
 from tests.helpers.processes import ROOT
 from util.compute.precision import Precision
@@ -300,7 +300,7 @@ def test_hardware_recipes_parse_and_begin_with_time_and_memory(start, place, scr
     assert (done.returncode, done.stderr) == (0, "")
     words = shlex.split(done.stdout)
     if script == "hardware_2x8":
-        launched, main_argv = launch_slurm.parse_args(words[words.index("--main") :])
+        launched, main_argv = launch.parse_args(words[words.index("--main") :])
         assert (launched.main, launched.cluster) == ("pretrain", "slurm")
         assert launched.nodes * launched.gpus_per_node == processes
     else:

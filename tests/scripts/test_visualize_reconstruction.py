@@ -9,10 +9,10 @@ from PIL import Image
 
 from models import load_model
 from scripts import visualize_reconstruction
+from tests.helpers.figures import cells_of
 from tests.helpers.files import write_images
 from tests.helpers.processes import command, finish, start
 from tests.helpers.runs import TINY, refusal, run
-from util.eval.figures import GAP, TEXT_HEIGHT
 from util.runs.checkpoint import list_checkpoints
 from util.weights.released import RELEASED_PREFIXES
 
@@ -46,43 +46,32 @@ def draw(checkpoint, output, *images, options=()):
         return np.asarray(figure)
 
 
-def num_rows(figure, note=False):
-    return (figure.shape[0] - TEXT_HEIGHT * (2 if note else 1)) / (128 + GAP)
-
-
-def cell(figure, row, column):
-    """Panel at the images' original size; 16 pixels are drawn as 128."""
-    top, left = TEXT_HEIGHT + row * (128 + GAP), column * (128 + GAP)
-    return figure[top : top + 128 : 8, left : left + 128 : 8].astype(int)
-
-
 def test_a_folder_is_searched_and_sampled_evenly(tmp_path, checkpoint, photos):
-    assert num_rows(draw(checkpoint, tmp_path / "all.png", photos)) == 6
+    everything = cells_of(draw(checkpoint, tmp_path / "all.png", photos), 6, 3)
     few = draw(checkpoint, tmp_path / "few.png", photos, options=["--num_images", 2])
-    assert num_rows(few) == 2
+    for image, own in zip((0, 3), cells_of(few, 2, 3), strict=True):
+        assert np.array_equal(own[0], everything[image][0])
 
 
 def test_files_are_drawn_in_their_order(tmp_path, checkpoint, photos):
     a, b = photos / "000.png", photos / "001.png"
-    one, other = (draw(checkpoint, tmp_path / "a.png", *x) for x in ([a, b], [b, a]))
-    assert num_rows(one) == 2
-    assert np.array_equal(cell(one, 0, 0), cell(other, 1, 0))
-    assert not np.array_equal(cell(one, 0, 0), cell(one, 1, 0))
+    one, other = (
+        cells_of(draw(checkpoint, tmp_path / "a.png", *x), 2, 3) for x in ([a, b], [b, a])
+    )
+    assert np.array_equal(one[0][0], other[1][0])
+    assert not np.array_equal(one[0][0], one[1][0])
 
 
 def test_every_masked_patch_is_decoded_even_if_training_predicted_a_third(
     tmp_path, checkpoint, photos
 ):
     figure = draw(checkpoint, tmp_path / "f.png", photos)
-    for row in range(6):
-        original, masked, reconstruction, joined = (cell(figure, row, i) for i in range(4))
+    for original, masked, result in cells_of(figure, 6, 3):
         hidden = (masked == 128).all(axis=2)
         assert hidden.sum() == 12 * 16  # 12 of 16 patches
         assert np.array_equal(masked[~hidden], original[~hidden])
-        assert np.array_equal(joined[~hidden], original[~hidden])
-        assert np.array_equal(joined[hidden], reconstruction[hidden])
-        assert (reconstruction[~hidden] == 128).all()
-        assert (reconstruction[hidden] != 128).mean() > 0.9
+        assert np.array_equal(result[~hidden], original[~hidden])
+        assert (result[hidden] != 128).mean() > 0.9
 
 
 def test_masks_follow_the_seed_and_the_ratio(tmp_path, checkpoint, photos):
@@ -91,7 +80,7 @@ def test_masks_follow_the_seed_and_the_ratio(tmp_path, checkpoint, photos):
     other = draw(checkpoint, tmp_path / "b.png", photos, options=["--seed", 1])
     assert not np.array_equal(other, first)
     half = draw(checkpoint, tmp_path / "b.png", photos, options=["--mask_ratio", 0.5])
-    assert (cell(half, 0, 1) == 128).all(axis=2).sum() == 8 * 16
+    assert (cells_of(half, 6, 3)[0][1] == 128).all(axis=2).sum() == 8 * 16
 
 
 def released_style(checkpoint, path):
@@ -107,17 +96,41 @@ def released_style(checkpoint, path):
     return path
 
 
-def test_a_released_checkpoint_gives_the_same_figure(tmp_path, checkpoint, photos):
+def test_a_released_checkpoint_gives_the_same_pictures(tmp_path, checkpoint, photos):
     released = released_style(checkpoint, tmp_path / "released.pth")
-    ours, theirs = (draw(path, tmp_path / "f.png", photos) for path in (checkpoint, released))
+    ours, theirs = (
+        cells_of(draw(path, tmp_path / "f.png", photos), 6, 3) for path in (checkpoint, released)
+    )
     assert np.array_equal(ours, theirs)
 
 
-def test_normalized_pixels_are_noted(tmp_path, photos):
-    images = write_images(tmp_path / "images", 4)
-    run(*TINY, "--data_path", images, "--epochs", 1, "--output_dir", tmp_path / "run")
-    trained = list_checkpoints(tmp_path / "run")[-1]
-    assert num_rows(draw(trained, tmp_path / "f.png", photos), note=True) == 6
+def test_the_title_names_the_model_and_its_epoch_if_known(
+    tmp_path, checkpoint, photos, monkeypatch
+):
+    names = []
+    draw_as_usual = visualize_reconstruction.draw_reconstructions
+
+    def keep(*args, name, **options):
+        names.append(name)
+        return draw_as_usual(*args, name=name, **options)
+
+    monkeypatch.setattr(visualize_reconstruction, "draw_reconstructions", keep)
+    for path in (checkpoint, released_style(checkpoint, tmp_path / "released.pth")):
+        draw(path, tmp_path / "f.png", photos)
+    assert names == ["CrossMAE ViT-tiny/4, epoch 1", "CrossMAE ViT-tiny/4"]
+
+
+def test_without_an_output_the_picture_is_written_here_and_an_earlier_one_kept(
+    tmp_path, checkpoint, photos, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--checkpoint", checkpoint, "--images", photos, "--num_images"]
+    for number in (1, 2):
+        run(*argv, number, main=main)
+    (earlier,) = tmp_path.glob("reconstruction-*.png")
+    for path, number in ((earlier, 1), (tmp_path / "reconstruction.png", 2)):
+        with Image.open(path) as figure:
+            assert len(cells_of(np.asarray(figure), number, 3)) == number
 
 
 def test_it_runs_as_a_script(tmp_path, checkpoint, photos):
@@ -136,8 +149,8 @@ def test_it_runs_as_a_script(tmp_path, checkpoint, photos):
         ({"--images": "NOTES"}, "cannot read image"),
         ({"--checkpoint": "nowhere.pth"}, "checkpoint not found: nowhere.pth"),
         ({"--checkpoint": "NOTES"}, "notes.txt"),
-        ({"--output": "nowhere/f.png"}, "cannot write --output"),
-        ({"--output": "f.xyz"}, "cannot write --output"),
+        ({"--output": "nowhere/f.png"}, "nowhere does not exist"),
+        ({"--output": "f.xyz"}, "f.xyz is not a picture"),
         ({"--mask_ratio": "1"}, "must be strictly between 0 and 1"),
         ({"--mask_ratio": "0.99"}, "none of 16 patches visible"),
         ({"--num_images": "0"}, "must be at least 1, not 0"),

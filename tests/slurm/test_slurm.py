@@ -112,7 +112,7 @@ def undisturbed(images, tmp_path_factory):
 
 def submit(*flags, main_flags):
     """Submit pre-training on two processes; return the job's number and the log of task 0."""
-    words = ["scripts/launch_slurm.py", "--main", "pretrain", "--cluster", "slurm"]
+    words = ["scripts/launch.py", "--main", "pretrain", "--cluster", "slurm"]
     words += ["--tasks_per_node", 2, *flags, "--", *main_flags]
     code, out, err = finish(start(command(*words)))
     assert code == 0, err
@@ -139,7 +139,7 @@ def state_at_end(number):
 def test_a_job_sent_sigusr1_continues_after_its_requeue(images, undisturbed, tmp_path):
     number, log = submit(main_flags=six_epochs(images, tmp_path))
     again = ["scancel", "--signal=USR1", number]
-    interrupt(log, "epoch 2/6 step 2", tmp_path, number=signal.SIGUSR1, send=lambda: said(*again))
+    interrupt(log, "epoch 1/6  loss", tmp_path, number=signal.SIGUSR1, send=lambda: said(*again))
     assert state_at_end(number) == ("COMPLETED", "0:0", 1), log.read_text()
     assert "stopped by SIGUSR1 after 1 epoch" in log.read_text()
     assert log.read_text().count("continuing ") == 1
@@ -150,7 +150,7 @@ def test_a_job_whose_time_ends_continues_after_its_requeue(images, undisturbed, 
     # SLURM checks twice a minute and may send the signal half a minute early.
     limit = ["--time", "00:01:00", "--signal_seconds", 15]
     number, log = submit(*limit, main_flags=six_epochs(images, tmp_path))
-    interrupt(log, "epoch 2/6 step 2", tmp_path, number=signal.SIGUSR1)
+    interrupt(log, "epoch 1/6  loss", tmp_path, number=signal.SIGUSR1)
     state, code, restarts = state_at_end(number)
     assert (state, code) == ("COMPLETED", "0:0"), log.read_text()
     assert restarts >= 1
@@ -170,7 +170,7 @@ def test_a_signal_before_the_run_begins_does_not_lose_it(images, undisturbed, tm
 def test_a_job_that_is_canceled_saves_and_ends(images, tmp_path):
     number, log = submit(main_flags=six_epochs(images, tmp_path))
     cancel = ["scancel", number]
-    interrupt(log, "epoch 2/6 step 2", tmp_path, number=signal.SIGTERM, send=lambda: said(*cancel))
+    interrupt(log, "epoch 1/6  loss", tmp_path, number=signal.SIGTERM, send=lambda: said(*cancel))
     state, _, restarts = state_at_end(number)
     assert (state, restarts) == ("CANCELLED", 0)
     wait_until(lambda: "stopped by SIGTERM after 1 epoch" in log.read_text(), "the save")
@@ -198,12 +198,12 @@ def test_a_task_that_dies_ends_the_others(images, tmp_path):
 
 @pytest.mark.faults
 def test_a_rejection_by_sbatch_is_reported_in_one_sentence(images, tmp_path):
-    words = ["scripts/launch_slurm.py", "--main", "pretrain", "--cluster", "slurm"]
+    words = ["scripts/launch.py", "--main", "pretrain", "--cluster", "slurm"]
     words += ["--tasks_per_node", 2, "--slurm_partition=none", "--", *six_epochs(images, tmp_path)]
     code, out, err = finish(start(command(*words)))
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
-    assert "launch_slurm.py: error: sbatch rejected the job: " in err
+    assert "launch.py: error: sbatch rejected the job: " in err
     assert "invalid partition" in err
 
 
@@ -213,5 +213,5 @@ def test_tasks_of_a_plain_srun_are_refused_with_the_launcher_s_name(images, tmp_
     code, _, err = finish(start(["srun", "-n", "2", *argv]))
     assert code == 2
     assert err.count("error: srun has started 2 processes that do not know each other: ") == 2
-    assert "scripts/launch_slurm.py" in err
+    assert "scripts/launch.py" in err
     assert not (tmp_path / "run").exists()

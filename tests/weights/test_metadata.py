@@ -21,10 +21,10 @@ from tests.helpers.weights import (
     timm_nano,
     vit_nano,
 )
-from util.data.segmentation import SegmentationSettings
-from util.data.settings import DataSettings
 from util.data.transforms import eval_transform
 from util.errors import InputError
+from util.settings.data import DataSettings
+from util.settings.segmentation import SegmentationSettings
 from util.weights.encoder import input_format, load_encoder, read_encoder, save_encoder
 
 NAMES = ["ant", "bee", "cow"]

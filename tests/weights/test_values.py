@@ -276,7 +276,7 @@ def test_weights_outside_the_prefix_are_left_out_and_said(tmp_path, caplog):
     weights = read_encoder(stored(tmp_path / "w.pth", {"teacher": state | others}))
     assert set(weights.left_out) == others.keys()
     assert weights.num_classes is None
-    assert "left out 2 tensors outside the encoder: head, loss" in caplog.text
+    assert "2 tensors of other parts are not needed: head, loss" in caplog.text
 
 
 def test_of_student_and_teacher_the_teacher_counts(tmp_path):

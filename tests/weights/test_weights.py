@@ -505,7 +505,7 @@ def test_weights_outside_the_encoder_are_logged(tmp_path, caplog):
     hf_nano("ViTModel").save_pretrained(tmp_path)
     weights = read_encoder(tmp_path)
     assert sorted(weights.left_out) == ["pooler.dense.bias", "pooler.dense.weight"]
-    assert "left out 2 tensors outside the encoder: pooler" in caplog.text
+    assert "2 tensors of other parts are not needed: pooler" in caplog.text
 
 
 # Into a model
@@ -543,7 +543,7 @@ def test_a_fresh_norm_and_head_are_named_as_new(tmp_path, pool, caplog):
     model = build_vit(NANO, pool=pool, num_classes=3)
     norm = "fc_norm" if pool == "avg" else "norm"
     load_encoder(model, weights, head=False)
-    assert f"newly initialized: {norm}.weight, {norm}.bias, head.weight, head.bias" in caplog.text
+    assert f"new for this task: {norm}.weight, {norm}.bias, head.weight, head.bias" in caplog.text
     assert f"loaded {len(weights.encoder)} tensors" in caplog.text
     assert (getattr(model, norm).weight == 1).all() and (getattr(model, norm).bias == 0).all()
 
@@ -552,7 +552,7 @@ def test_a_norm_or_head_that_goes_unused_is_named(tmp_path, caplog):
     caplog.set_level("INFO")
     weights = read_encoder(stored(tmp_path / "w.pth", finetuned(vit_nano(num_classes=3))))
     load_encoder(build_vit(NANO, pool="avg", num_classes=5), weights, head=False)
-    assert "not used here: norm.weight, norm.bias, head.weight, head.bias" in caplog.text
+    assert "not needed here: norm.weight, norm.bias, head.weight, head.bias" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Split of a step's images into micro-batches, and search for the largest that fits on a GPU."""
+"""Split of a step's images into micro-batches, and search for the largest that fits."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -8,13 +8,17 @@ import torch
 import torch.nn as nn
 
 from util.compute.distributed import all_gather_objects, world_size
+from util.compute.memory import CHOSEN_SHARE, StepMemory
+from util.compute.out_of_memory import is_out_of_memory
 from util.compute.precision import Precision
-from util.errors import InputError, is_out_of_memory
-from util.optim import IterationSettings, OptimSettings
+from util.errors import InputError, counted
+from util.progress import waiting
+from util.settings.optim import IterationSettings, OptimSettings
 
 logger = logging.getLogger(__name__)
 
 MEMORY_FRACTION = 0.9  # of free memory; the rest is for fragmentation and prefetched batches
+MAX_CPU_BATCH = 64  # a larger one is not faster on a CPU
 
 
 class BatchPlan(NamedTuple):
@@ -28,6 +32,7 @@ def plan_batches(
     optim: OptimSettings | IterationSettings,
     model: nn.Module | None = None,
     *,
+    step: StepMemory | None = None,
     example: Callable[[int], tuple] | None = None,
     precision: Precision | None = None,
     multiple_of: int = 1,
@@ -36,15 +41,18 @@ def plan_batches(
 
     Args:
         model: inputs -> loss, on its device.
+        step: memory of a step, for "auto" on a CPU.
         example: number of images -> inputs of the model.
         multiple_of: divisor of the batch size: the number of crops of each image.
 
     Raises:
-        InputError: the effective batch size cannot be reached, "auto" does not work here, or the
-            chosen attention kernel cannot run a batch of that size.
+        InputError: the effective batch size cannot be reached, no batch fits, "auto" does not work
+            here, or the chosen attention kernel cannot run a batch of that size.
     """
     batch_size = optim.batch_size
-    if batch_size == "auto":
+    if batch_size == "auto" and precision.device.type != "cuda":
+        batch_size = foreseen_batch_size(step, optim.effective_batch_size, multiple_of)
+    elif batch_size == "auto":
 
         def train_on(num_images: int) -> None:
             with precision.autocast():
@@ -100,6 +108,14 @@ def candidates(effective_batch_size: int, multiple_of: int) -> list[int]:
     return sizes
 
 
+def too_large(size: int) -> InputError:
+    """Error for a model whose smallest batch does not fit."""
+    return InputError(
+        f"not even a batch of {size} fits in the memory that is free: use a smaller model or "
+        "--memory low"
+    )
+
+
 def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
     """Find the largest of ascending sizes that fits, by bisection.
 
@@ -107,10 +123,7 @@ def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
         InputError: the smallest does not fit.
     """
     if not fits(sizes[0]):
-        raise InputError(
-            f"not even a batch of {sizes[0]} fits in the GPU's memory: use a smaller model or "
-            "--memory low"
-        )
+        raise too_large(sizes[0])
     low, high = 0, len(sizes)  # sizes[low] fits, sizes[high] does not
     while high - low > 1:
         middle = (low + high) // 2
@@ -150,6 +163,7 @@ def step_fits(
         torch.cuda.reset_peak_memory_stats(device)
 
 
+@waiting("finding the largest batch that fits")
 def find_batch_size(
     train_on: Callable[[int], None],
     effective_batch_size: int,
@@ -162,19 +176,46 @@ def find_batch_size(
 
     Args:
         train_on: runs forward and backward on a given number of images, as training does.
+        device: a CUDA device.
         multiple_of: divisor of the size, see `plan_batches`.
 
     Raises:
-        InputError: the device is not a GPU, or no size fits.
+        InputError: no size fits.
     """
-    if device.type != "cuda":
-        raise InputError(
-            f"--batch_size auto needs a GPU, but this run is on {device.type}: give a number"
-        )
     sizes = candidates(effective_batch_size, multiple_of)
     size = largest_that_fits(sizes, lambda n: step_fits(train_on, n, model=model, device=device))
     size = min(all_gather_objects([size]))
-    logger.info(
-        "the largest batch that fits is %d, of the %d images per step of a process", size, sizes[-1]
-    )
+    log_choice(size, sizes)
     return size
+
+
+def foreseen_batch_size(
+    step: StepMemory | None, effective_batch_size: int, multiple_of: int = 1
+) -> int:
+    """Choose a micro-batch for a CPU, by the memory that a step is foreseen to take.
+
+    Args:
+        step: None if its memory cannot be foreseen.
+        multiple_of: divisor of the size, see `plan_batches`.
+
+    Raises:
+        InputError: no size fits, or what fits is unknown.
+    """
+    room = step and step.room()
+    if room is None:
+        raise InputError("--batch_size auto cannot tell how much memory is free: give a number")
+    sizes = candidates(effective_batch_size, multiple_of)
+    useful = [size for size in sizes if size <= MAX_CPU_BATCH] or sizes[:1]
+    size = step.largest(useful, int(CHOSEN_SHARE * room))
+    if size is None:
+        raise too_large(sizes[0])
+    log_choice(size, sizes)
+    return size
+
+
+def log_choice(size: int, sizes: Sequence[int]) -> None:
+    """Log a chosen micro-batch; the last of `sizes` is a process's part of a step."""
+    logger.info(
+        "--batch_size auto: %s of the %d in a step of a process",
+        *(counted(size, "image"), sizes[-1]),
+    )

@@ -7,12 +7,14 @@ import torch
 import torch.nn as nn
 
 from util.errors import InputError
+from util.progress import waiting
 
-COMPILE_MODES = ("whole", "blocks")
 # Compiled versions of one function. Blocks of two widths share it, and each needs versions for full
 # batches, an epoch's last batch, validation images and figures; above PyTorch's limit of 8, further
 # ones would run uncompiled.
 RECOMPILE_LIMIT = 32
+
+_logger = logging.getLogger(__name__)
 
 
 def compile_model(
@@ -40,10 +42,12 @@ def compile_model(
         torch.compiler.config.recompile_limit = RECOMPILE_LIMIT
     else:  # before PyTorch 2.10
         torch._dynamo.config.cache_size_limit = RECOMPILE_LIMIT
+    _logger.info("the first step compiles the model, which takes a minute or more")
     for module in [model] if mode == "whole" else blocks:
         module.compile(dynamic=False)
 
 
+@waiting("trying whether --compile works")
 def check_compiler(device: torch.device) -> None:
     """Try to compile a trivial function.
 

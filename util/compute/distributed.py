@@ -13,11 +13,9 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from util.compute.launchers import Place, find_place, whole_number
+from util.compute.launchers import Place, find_place
 from util.errors import InputError, RunError
-
-MAX_DEFAULT_WORKERS = 32  # per process: more would not feed a GPU faster, and each takes memory
-TIMEOUT_MINUTES = 30.0  # default for how long processes wait for each other
+from util.settings.run import TIMEOUT_MINUTES
 
 
 def init_distributed(device: str, *, timeout_minutes: float | None = None) -> torch.device:
@@ -145,32 +143,6 @@ def _open_store(number: int, timeout: timedelta) -> dist.Store:
             time.sleep(0.1)
         else:
             return dist.TCPStore(host, port, is_master=False, timeout=timeout)
-
-
-def available_cores() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def cores_per_process() -> int:
-    """CPU cores for this process if several run on the machine."""
-    processes = whole_number("LOCAL_WORLD_SIZE") or 1
-    nodes = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split(",")  # such as 8(x2),4
-    tasks = {node.partition("(")[0] for node in nodes}
-    if processes > 1 and str(processes) in tasks:  # each is a SLURM task with its own cores
-        return min(available_cores(), int(os.environ.get("SLURM_CPUS_PER_TASK", "1")))
-    return available_cores() // processes
-
-
-def default_workers() -> int:
-    """Default number of loader workers: seven eighths of the process's cores.
-
-    At least one core is left for the process itself, which launches kernels and copies batches.
-    """
-    cores = cores_per_process()
-    return min(MAX_DEFAULT_WORKERS, max(1, cores - max(1, cores // 8)))
 
 
 def stop_processes() -> None:

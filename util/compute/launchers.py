@@ -1,11 +1,11 @@
 """What the programs that start processes say in the environment: a process's place in its run."""
 
 import os
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from util.errors import InputError
+from util.machine import whole_number
 
 
 class Place(NamedTuple):
@@ -35,18 +35,6 @@ LAUNCHERS = (
 )
 # `srun --pty` starts several tasks, too, but only the first gets a terminal; the others end.
 TERMINAL = "SLURM_PTY_PORT"
-
-
-def whole_number(name: str) -> int | None:
-    """Value of an environment variable; None if it is not set, or empty.
-
-    Raises:
-        InputError: it is not a whole number.
-    """
-    text = os.environ.get(name, "").strip()
-    if not re.fullmatch(r"[0-9]{0,9}", text):
-        raise InputError(f"{name} must be a whole number, not {text!r}: correct or unset it")
-    return int(text) if text else None
 
 
 class Launched(NamedTuple):
@@ -88,7 +76,7 @@ def find_place() -> Place:
     if world_size is None and launched:
         raise InputError(
             f"{launched.launcher} has started {launched.world_size} processes that do not know "
-            "each other: start them with torchrun or scripts/launch_slurm.py, or set WORLD_SIZE "
+            "each other: start them with torchrun or scripts/launch.py, or set WORLD_SIZE "
             "to 1 if each is a run of its own"
         )
     is_alone = world_size is None and rank is not None and "MASTER_ADDR" in os.environ

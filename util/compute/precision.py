@@ -9,16 +9,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
+from util.compute.out_of_memory import is_out_of_memory
 from util.compute.sharding import full_tensor
-from util.errors import InputError, is_out_of_memory
-
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-ATTENTION_BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "math": SDPBackend.MATH,
-}
+from util.errors import InputError
+from util.settings.compute import AMP_DTYPES, ATTENTION_BACKENDS
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -66,7 +60,7 @@ class Precision:
         attention_backend: str = "auto",
     ) -> None:
         self.amp = amp or ("bf16" if has_bf16(device) else "fp32")
-        self.dtype = AMP_DTYPES[self.amp]
+        self.dtype = getattr(torch, AMP_DTYPES[self.amp])
         self.device = device
         self.clip_grad = clip_grad
         self.attention_backend = attention_backend
@@ -76,7 +70,7 @@ class Precision:
         """Context in which attention uses the chosen kernel."""
         if self.attention_backend == "auto":
             return nullcontext()
-        return sdpa_kernel(ATTENTION_BACKENDS[self.attention_backend])
+        return sdpa_kernel(getattr(SDPBackend, ATTENTION_BACKENDS[self.attention_backend]))
 
     @contextmanager
     def autocast(self) -> Iterator[None]:

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import (
 )
 
 from util.kernels import ONEDNN_LINEAR
+from util.settings.compute import MEMORY_MODES
 
-MEMORY_MODES = ("high", "medium", "low")
 # For each matrix product, a function of its arguments: the weight's shape (out, in).
 PRODUCTS = {
     torch.ops.aten.addmm.default: lambda bias, x, weight: weight.shape[::-1],

@@ -1,36 +1,135 @@
-"""Handling of the signals that stop a run cleanly: SIGTERM, and SIGUSR1 before a time limit."""
+"""Handling of the signals that end a program: Ctrl-C, SIGTERM, and SIGUSR1 before a time limit.
 
+A signal ends a program in order and at once, except while it trains: then it is only recorded, and
+the run saves and ends where a step has ended. A second Ctrl-C never waits for that.
+"""
+
+import logging
+import os
 import signal
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+END = b"\0"  # instead of a signal's number
+AGAIN = 0.3  # seconds before which a Ctrl-C is the same one: a launcher may pass it on
 
+_logger = logging.getLogger(__name__)
 _received: list[int] = []  # one list is enough: a process has only one handler per signal
+_deferred = False
+_saves = False
+
+
+class SignalExit(SystemExit):
+    """A signal ends the program; no `except Exception` on the way catches it.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.signal = number
+
+
+def signal_name(number: int) -> str:
+    """Name of a signal for the user: "Ctrl-C", "SIGTERM" and so on."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 @contextmanager
-def deferred_signals() -> Iterator[None]:
-    """Context in which stop signals are recorded instead of ending the process."""
-    before = {number: signal.signal(number, _note) for number in SIGNALS}
+def handled_signals(clean_up: Callable[[], None]) -> Iterator[None]:
+    """Context in which signals raise SignalExit, or are recorded after `defer_signals`.
+
+    Args:
+        clean_up: called from a thread before a second Ctrl-C ends the process.
+    """
+    global _deferred, _saves
+    # A program in the background of a script ignores Ctrl-C, which is meant for the foreground.
+    ignores = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    numbers = SIGNALS[:-1] if ignores else SIGNALS
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    # Python runs handlers only between two operations, but writes to this descriptor at once.
+    descriptor = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    thread = threading.Thread(target=_watch, args=(reading, clean_up), name="signals", daemon=True)
+    thread.start()
+    before = {number: signal.signal(number, _handle) for number in numbers}
     try:
         yield
     finally:
+        _deferred = _saves = False
         _received.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(descriptor)
+        os.write(writing, END)  # closing it would not end the thread: loader processes have it, too
+        thread.join()
+        os.close(writing)
+        os.close(reading)
 
 
-def _note(number: int, _: object) -> None:
+def _handle(number: int, _: object) -> None:
     _received.append(number)
+    if not _deferred:
+        raise SignalExit(number)
+
+
+def _watch(pipe: int, clean_up: Callable[[], None]) -> None:
+    """Answer every Ctrl-C as it comes, whatever the main thread is doing."""
+    first = None
+    while (number := os.read(pipe, 1)) != END:
+        if number[0] != signal.SIGINT:
+            continue
+        if first is None:
+            first = time.monotonic()
+            if _saves:
+                _logger.info(
+                    "Ctrl-C: the run saves and ends after this step; a second Ctrl-C ends it "
+                    "at once, without saving"
+                )
+        elif time.monotonic() - first > AGAIN:
+            end_at_once(clean_up)
+
+
+def end_at_once(clean_up: Callable[[], None]) -> NoReturn:
+    """End the process as a second Ctrl-C does, without waiting for anything."""
+    clean_up()
+    os._exit(128 + signal.SIGINT)
+
+
+def defer_signals(*, to_save: bool) -> None:
+    """From now on, record signals instead of ending the program.
+
+    Args:
+        to_save: the run saves and ends after a signal; otherwise it is ending already.
+    """
+    global _deferred, _saves
+    _deferred, _saves = True, to_save
 
 
 def stop_signal() -> int | None:
-    """First stop signal that this process received, or None."""
+    """First signal that this process received, or None."""
     return _received[0] if _received else None
 
 
-def ignore_stop_signals(*_: object) -> None:
-    """Ignore stop signals in a loader process: clusters signal all, and the run ends its own."""
+@contextmanager
+def blocked_signals() -> Iterator[None]:
+    """Context whose forked processes never receive the signals, not even as they start."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def ignore_signals(*_: object) -> None:
+    """Ignore signals in a loader process: terminals and clusters signal all, the run ends its own.
+
+    Python starts processes that are not forked without the mask of `blocked_signals`.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

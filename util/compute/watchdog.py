@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +24,7 @@ from util.compute.signals import stop_signal
 PERIOD = 1.0  # seconds between two heartbeats
 GONE = 5.0  # seconds without a heartbeat before a process is lost, if a connection has broken
 SILENT = 60.0  # the same if all connections work
+LEAVING = 2.0  # seconds that process 0 waits for the others at the end
 ACTIVITIES = ("saving", "waiting for images", "computing")  # slowest first, within a step
 LOST = "died or stopped responding at"
 ADVICE = "start the same command again to continue from the last checkpoint"
@@ -125,6 +126,15 @@ class Watchdog:
         _position.move()
         self.heard = [time.monotonic()] * world_size()
 
+    def leave(self) -> None:
+        """Leave the store; process 0, which may host it, waits a little for the others."""
+        self.store.add("left", 1)
+        end = time.monotonic() + LEAVING
+        while self.rank == 0 and time.monotonic() < end:
+            if self.store.add("left", 0) == len(self.names):
+                return
+            time.sleep(0.05)
+
     def _watch(self) -> None:
         while not self._wait():
             try:
@@ -177,6 +187,8 @@ def stop_watchdog() -> None:
         _watchdog.stopped.set()
         # Python aborts if it exits while a thread is inside a call to the store.
         _watchdog.thread.join(SILENT)
+        with suppress(dist.DistError):
+            _watchdog.leave()
         _watchdog = None
 
 
@@ -188,6 +200,14 @@ def claim_report() -> bool:
         return _watchdog.store.add("reported", 1) == 1
     except dist.DistError:
         return True
+
+
+def await_report(seconds: float) -> None:
+    """Wait until another process has reported why the run ends, for at most this long."""
+    end = time.monotonic() + seconds
+    with suppress(dist.DistError):
+        while time.monotonic() < end and not (_watchdog and _watchdog.store.add("reported", 0)):
+            time.sleep(0.1)
 
 
 def lost_process(error: Exception) -> str | None:

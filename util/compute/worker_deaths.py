@@ -9,6 +9,8 @@ from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from weakref import WeakSet
 
+from util.compute.shared_memory import shared_memory_message
+
 _processes: WeakSet[BaseProcess] = WeakSet()  # of all loaders
 
 
@@ -44,16 +46,23 @@ def dead_loader(error: Exception, seconds: float = 0.0) -> str | None:
         if pid is None and (not _processes or time.monotonic() >= end):
             return None
         time.sleep(0.02)
+    if "Bus error" in str(error) or any(p.exitcode == -signal.SIGBUS for p in _processes):
+        return shared_memory_message()
     return (
         f"loader process {pid} was killed or crashed, usually because the machine ran out of "
         "memory: start the command again with a lower --num_workers"
     )
 
 
+def kill_loaders() -> None:
+    """Kill the remaining loader processes without waiting; may be called from any thread."""
+    for process in list(_processes):
+        process.kill()
+
+
 @_sigchld_handler_disabled()
 def end_loaders() -> None:
     """Kill the remaining loader processes: Python would wait for them, and they ignore SIGTERM."""
-    for process in _processes:
-        process.kill()
+    kill_loaders()
     for process in _processes:  # each may take a while to release its memory
         process.join()

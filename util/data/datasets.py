@@ -13,21 +13,22 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import timm.data
 from torch.utils.data import Dataset
 
 from util.data.broken_images import reason_of
 from util.data.files import open_files, split_folder
+from util.data.held_out import HoldOut
 from util.data.hub import HubImages, adapt_stream_reader
 from util.data.images import IndexedImages, Transform
-from util.data.labels import TaskName
-from util.data.layout import ClassFolder
-from util.data.packed import kind_of
-from util.data.settings import DataSettings
 from util.data.sources import OWN_SOURCES
 from util.data.streams import StreamedImages
 from util.data.table import TableSource, check_apart
-from util.errors import InputError
+from util.errors import InputError, counted
+from util.progress import waiting
+from util.settings.data import ClassFolder, DataSettings, kind_of
+from util.settings.evaluation import TaskName
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +129,7 @@ def build_dataset(
     return None
 
 
+@waiting("listing the images")
 def open_val(
     data: DataSettings,
     transform: Transform,
@@ -150,7 +152,11 @@ def open_val(
     Raises:
         InputError: see `build_dataset` and `TableSource.open`.
     """
-    return _open_val(data, transform, _tables(data)[1], seed=seed, task=task, classes=classes)
+    hold_out = HoldOut.of(data, by_default=False)
+    if hold_out is not None and not data.data_csv:
+        return open_train_val(data, transform, transform, seed=seed, task=task)[1]
+    table = _tables(data, hold_out)[1]
+    return _open_val(data, transform, table, seed=seed, task=task, classes=classes)
 
 
 def _open_val(
@@ -184,14 +190,16 @@ def _open_val(
     return images
 
 
-def _tables(data: DataSettings) -> tuple[TableSource | None, TableSource | None]:
+def _tables(
+    data: DataSettings, hold_out: HoldOut | None
+) -> tuple[TableSource | None, TableSource | None]:
     """The tables that have the training and the validation images, perhaps the same one."""
     table = None
     has_other = bool(data.val_csv or data.val_path)
     if data.data_csv:
         folder = data.data_path and Path(data.data_path)
         splits = ("train",) if has_other else ("train", "validation")
-        options = {"splits": splits, "fraction": data.val_fraction}
+        options = {"splits": splits, "hold_out": None if has_other else hold_out}
         table = TableSource(Path(data.data_csv), folder, "--data_path", **options)
     if data.val_csv is None:
         return table, None if has_other else table
@@ -207,6 +215,7 @@ def _check_task(task: TaskName, flag: str) -> None:
         raise InputError(f"--task {task} takes labels from a table: give it by {flag}")
 
 
+@waiting("listing the images")
 def open_train_val(
     data: DataSettings,
     train_transform: Transform,
@@ -215,16 +224,18 @@ def open_train_val(
     seed: int,
     batch_size: int = 1,
     task: TaskName = "classification",
+    holds_out: bool = False,
 ) -> tuple[IndexedImages | StreamedImages, IndexedImages | None]:
     """Open the training images, and the validation images if there are any.
 
     Args:
         batch_size: micro-batch size, a hint for timm's streams.
         task: what the labels are for.
+        holds_out: whether some images are held out where there are no validation images.
 
     Raises:
         InputError: see `build_dataset`, `TableSource.open` and `check_apart`; or `data` names only
-            validation images.
+            validation images, or `val_fraction` cannot be applied.
     """
     val_flag = "--val_csv" if data.val_csv else "--val_path" if data.val_path else None
     if val_flag and not (data.data_path or data.dataset or data.data_csv):
@@ -232,7 +243,8 @@ def open_train_val(
             f"{val_flag} gives only the validation images: give the training images with "
             "--data_path, --dataset or --data_csv"
         )
-    table, val_table = _tables(data)
+    hold_out = HoldOut.of(data, by_default=holds_out)
+    table, val_table = _tables(data, hold_out)
     if table is not None:
         train_set = IndexedImages(table.open("train", task=task), train_transform, seed=seed)
     else:
@@ -251,6 +263,43 @@ def open_train_val(
     val_set = _open_val(data, val_transform, val_table, **options)
     if table is not None and val_table is not None and val_set is not None:
         check_apart(train_set.reader, val_set.reader)
+    if hold_out is not None and table is None:
+        return _split(hold_out, train_set, val_set, val_transform, name=data.name)
+    return train_set, val_set
+
+
+def _split(
+    hold_out: HoldOut,
+    train_set: IndexedImages | StreamedImages,
+    val_set: IndexedImages | None,
+    val_transform: Transform,
+    *,
+    name: str,
+) -> tuple[IndexedImages | StreamedImages, IndexedImages | None]:
+    """Hold out training images for validation, unless there are validation images already.
+
+    Args:
+        name: of the dataset, for messages.
+
+    Raises:
+        InputError: --val_fraction was given, but it cannot be applied.
+    """
+    fault = None
+    if not isinstance(train_set, IndexedImages):
+        fault = f"{name} is a stream: give validation images by --val_path instead"
+    elif val_set is not None:
+        fault = f"there are validation images already, {val_set.place}: leave it out"
+    if fault and hold_out.fraction is not None:
+        raise InputError(f"--val_fraction cannot hold out images, because {fault}")
+    if fault:
+        return train_set, val_set
+    chosen = hold_out.choose(train_set.own_names())
+    hold_out.check(chosen, counted(len(train_set), "image"), train_set.place)
+    note = hold_out.describe(sum(chosen))
+    if any(chosen):
+        train_set, val_set = train_set.split(np.asarray(chosen))
+        val_set.transform = val_transform
+    train_set.notes = [*train_set.notes, note]
     return train_set, val_set
 
 

@@ -16,6 +16,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from util.data import tiff
 from util.data.damage import BrokenImageError, cause_of, without_metadata
+from util.errors import InputError
 
 MAX_UNCHECKED_PIXELS = 2**24  # above it, Pillow checks for decompression bombs
 NO_IMAGE = "no image (null)"
@@ -282,3 +283,11 @@ def _decode(image: Jpeg) -> Tensor:
         return decode_jpeg(image.data, mode=ImageReadMode.RGB)  # (3, h, w)
     except RuntimeError:  # Pillow decides what is broken
         return _pixels_of(_rgb_of(image.data.numpy().tobytes()))
+
+
+def check_decoder(decode: str, device: torch.device) -> None:
+    """Raise InputError if `--decode gpu` has no CUDA device."""
+    if decode == "gpu" and device.type != "cuda":
+        raise InputError(
+            f"--decode gpu needs a CUDA device, but this run is on {device}: use --decode cpu"
+        )

@@ -9,9 +9,10 @@ from typing import BinaryIO, Literal
 
 from util.data.archives import TarImages, TarTree
 from util.data.folders import DiskTree, Role, Tree, joined
-from util.data.layout import ClassFolder, Layout, ListedImages, find_images, find_layout, walk
+from util.data.layout import Layout, ListedImages, find_images, find_layout, walk
 from util.data.other_files import how_to_read_file, how_to_read_folder
 from util.errors import InputError
+from util.settings.data import ClassFolder
 
 
 class FolderImages(ListedImages):

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import itertools
+import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -10,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -17,14 +19,17 @@ from torch.utils.data import Dataset
 from util.data.batch import Crops, Sample
 from util.data.broken_images import reason_of, too_many_broken
 from util.data.decode import Record
-from util.data.labels import TaskName, index_of
+from util.data.labels import index_of
 from util.data.layout import ImageList
+from util.data.packed import PackedImages
 from util.data.sampler import evenly_spaced
 from util.data.table import TableImages
 from util.errors import InputError
+from util.settings.evaluation import TaskName
 
 MAX_BROKEN_IN_A_ROW = 100
 HASHED_BYTES = 2**16  # of a file
+TRAINING_IMAGES, HELD_OUT = "number of training images", "number of images held out"  # keys
 
 
 def class_names(reader: object) -> tuple[str, ...] | None:
@@ -78,6 +83,8 @@ class IndexedImages(Dataset):
         unlabeled: why images have no labels; None if they have.
         notes: sentences for the log about a table.
         classes: names in the order of labels; None if the source has no names or labels.
+        ids: indices of the images in the source; None for all in order.
+        num_held_out: images of the source that are held out for validation.
     """
 
     def __init__(
@@ -100,6 +107,8 @@ class IndexedImages(Dataset):
         self.unlabeled: str | None = getattr(self.reader, "unlabeled", None)
         self.classes = class_names(self.reader) if self.labeled else None
         self.num_classes = len(self.classes) if self.classes else None
+        self.ids: np.ndarray | None = None
+        self.num_held_out: int = self.reader.num_held_out if self.is_table else 0
 
     def __len__(self) -> int:
         return self.num_samples
@@ -120,8 +129,52 @@ class IndexedImages(Dataset):
         images.transform = transform
         return images
 
+    def split(self, is_held_out: np.ndarray) -> tuple["IndexedImages", "IndexedImages"]:
+        """Return the training images and those that are held out.
+
+        Args:
+            is_held_out: bool (N,).
+        """
+        train_set = self._part((~is_held_out).nonzero()[0], bare=False)
+        train_set.num_held_out = int(is_held_out.sum())
+        return train_set, self._part(is_held_out.nonzero()[0], bare=True)
+
+    def _part(self, ids: np.ndarray, *, bare: bool) -> "IndexedImages":
+        """Return some of the images; `bare`: without what was found beside them."""
+        images = copy.copy(self)
+        images.ids = ids
+        images.num_samples = len(ids)
+        images.listed = self.listed and self.listed.part(ids, bare=bare)
+        images.notes = [] if bare else list(self.notes)
+        return images
+
+    def own_names(self) -> list[str]:
+        """Return names that do not depend on where the images are.
+
+        These are paths below the images' folder, or indices if the source has no files.
+        """
+        if self.listed is not None:
+            return self.listed.paths
+        if isinstance(self.reader, PackedImages):
+            return [self.reader.filename(index) for index in range(len(self))]
+        samples = getattr(self.reader, "samples", None) or getattr(self.reader, "imgs", None)
+        if samples:
+            paths = [str(sample[0]) for sample in samples]
+            root = os.path.commonpath(paths)
+            return [os.path.relpath(path, root) for path in paths]
+        return list(map(str, range(len(self))))
+
+    def stored(self, index: int) -> tuple[Record, object]:
+        """Return the image as stored, and its label."""
+        return self.reader[self._id(index)]
+
+    def _id(self, index: int) -> int:
+        """Return the index in the source."""
+        return index if self.ids is None else int(self.ids[index])
+
     def name(self, index: int) -> str:
         """Return the image's file name, or its index if the source has no files."""
+        index = self._id(index)
         if hasattr(self.reader, "filename"):
             name = self.reader.filename(index, absolute=True)
         else:
@@ -141,6 +194,8 @@ class IndexedImages(Dataset):
         labels = next((labels for labels in found if labels is not None), None)
         if labels is None or self.task == "regression":
             return None
+        if self.ids is not None:
+            labels = [labels[index] for index in self.ids]
         sets = labels if self.task == "multilabel" else [labels]
         return Counter(map(int, itertools.chain.from_iterable(sets)))
 
@@ -151,9 +206,10 @@ class IndexedImages(Dataset):
         """
         names = [Path(self.name(i)).name for i in evenly_spaced(len(self), 1000)]
         identity = {
-            "number of training images": len(self),
+            TRAINING_IMAGES: len(self),
             "hash of their names": names_hash(names),
             "hash of the names of classes": names_hash(self.classes),
+            HELD_OUT: self.num_held_out,
         }
         if self.is_table:
             identity["hash of the labels"] = names_hash(list(map(str, self.reader.labels or [])))
@@ -168,7 +224,7 @@ class IndexedImages(Dataset):
         digest = hashlib.blake2b(digest_size=8)
         for index in evenly_spaced(len(self), 100):
             with suppress(OSError):  # broken images are found when they are read
-                file, _ = self.reader[index]
+                file, _ = self.stored(index)
                 if not hasattr(file, "read"):
                     return None
                 with file:
@@ -186,7 +242,7 @@ class IndexedImages(Dataset):
         for offset in range(min(len(self), MAX_BROKEN_IN_A_ROW)):
             candidate = (index + offset) % len(self)
             try:
-                record, label = self.reader[candidate]
+                record, label = self.stored(candidate)
                 image = self.transform.read(record)
             except Exception as error:  # decoders raise anything on broken files
                 broken.append((self.name(candidate), reason_of(error)))

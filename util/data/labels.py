@@ -10,7 +10,7 @@ import numbers
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 from util.data.folders import sorted_naturally
 from util.errors import first_few
@@ -20,9 +20,6 @@ NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.IGNORECASE)
 SEPARATOR = re.compile(r"[|;]")  # of several labels of an image
 SEVERAL = re.compile(r"[\[(]?\s*\d+(\s*[,; ]\s*\d+)+\s*[\])]?")
 MISSING = (None, "", "-1", -1)
-
-TaskName = Literal["classification", "multilabel", "regression"]
-TASKS: tuple[TaskName, ...] = get_args(TaskName)
 
 
 class Labels(NamedTuple):

@@ -4,7 +4,7 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -28,9 +28,8 @@ from util.data.folders import (
     words_of,
 )
 from util.errors import InputError, counted, first_few
+from util.settings.data import ClassFolder
 
-ClassFolder = Literal["auto", "first", "last"]
-CLASS_FOLDERS = ("auto", "first", "last")
 TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".mat", ".xml", ".xlsx")
 MAX_DEPTH = 5  # folders to descend to the images or their splits
 MAX_PEEKED = 20  # folders beside each other that are searched for splits; more are classes
@@ -241,6 +240,19 @@ class ImageList:
     """Sentences for the log."""
     ambiguity: str | None = None
     """Why the classes are not known for certain."""
+
+    def part(self, ids: Sequence[int], *, bare: bool) -> "ImageList":
+        """Return some of the images.
+
+        Args:
+            bare: without what was found beside them.
+        """
+        paths = [self.paths[index] for index in ids]
+        labels = [self.labels[index] for index in ids]
+        counts = Counter(path.rpartition("/")[0] for path in paths)
+        if bare:
+            return ImageList(self.root, paths, labels, self.classes, counts)
+        return replace(self, paths=paths, labels=labels, num_images=counts)
 
     @property
     def unlabeled(self) -> str | None:

@@ -2,7 +2,8 @@
 
 import itertools
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Collection, Iterator
 from functools import cached_property, partial
 
 import torch
@@ -10,16 +11,19 @@ from torch.utils.data import DataLoader, Dataset
 
 from util.compute import distributed
 from util.compute.batch_size import BatchPlan
-from util.compute.signals import ignore_stop_signals
+from util.compute.shared_memory import check_shared_memory
+from util.compute.signals import blocked_signals, ignore_signals
 from util.compute.watchdog import activity
 from util.compute.worker_deaths import note_workers
 from util.data.batch import Batch, collate
 from util.data.images import IndexedImages
 from util.data.sampler import IterationSampler, StepSampler, evenly_spaced
-from util.data.settings import DataSettings
 from util.data.streams import StreamedImages
+from util.data.transforms import CenterCrop, RandomCrops
 from util.errors import InputError, RunError, counted
+from util.progress import with_progress
 from util.seeding import generator_for
+from util.settings.data import DataSettings
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +35,11 @@ class Batches(DataLoader):
         # By default it would draw from PyTorch's global generator.
         options = {"generator": torch.Generator(), **options}
         options["collate_fn"] = getattr(dataset, "collate", collate)
-        super().__init__(dataset, worker_init_fn=ignore_stop_signals, **options)
+        super().__init__(dataset, worker_init_fn=ignore_signals, **options)
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = super().__iter__()
+        with blocked_signals():
+            batches = super().__iter__()
         note_workers()
         while True:
             with activity("waiting for images"):
@@ -45,6 +50,16 @@ class Batches(DataLoader):
                 # A copy: the original and this frame would keep each other and the workers alive.
                 raise type(batch)(*batch.args)
             yield batch
+
+
+def image_bytes(dataset: Dataset) -> int:
+    """Bytes of an image's crops in a batch; 0 if they are not known before."""
+    transform = getattr(dataset, "transform", None)
+    if not isinstance(transform, RandomCrops | CenterCrop):
+        return 0  # timm's, and those of detection and segmentation
+    if getattr(transform, "decode", "cpu") != "cpu":
+        return 0  # JPEG files
+    return 3 * math.prod(transform.size) * transform.num_crops
 
 
 class StepLoader:
@@ -70,6 +85,11 @@ class StepLoader:
         self.steps_per_epoch = sampler.steps_per_epoch
         self.num_crops = dataset.num_crops
         self.effective_batch_size = sampler.effective_batch_size * self.num_crops
+        check_shared_memory(
+            sampler.batch_size * image_bytes(dataset),
+            num_workers=workers["num_workers"],
+            num_batches=self.steps_per_epoch,
+        )
 
     @cached_property
     def batches(self) -> Batches:
@@ -174,20 +194,15 @@ def build_iteration_loader(
     num_workers: int,
     device: torch.device,
 ) -> StepLoader:
-    """Build this process's loader of full steps, see IterationSampler, and log its size."""
-    world_size = distributed.world_size()
+    """Build this process's loader of full steps, see IterationSampler."""
     sampler = IterationSampler(
         len(dataset),
         steps_per_epoch=steps_per_epoch,
         batch_size=batches.batch_size,
         accum_iter=batches.accum_iter,
         rank=distributed.rank(),
-        world_size=world_size,
+        world_size=distributed.world_size(),
         seed=seed,
-    )
-    logger.info(
-        "effective batch size %d = %d x %d (--accum_iter) x %d (processes)",
-        *(sampler.effective_batch_size, *batches, world_size),
     )
     pin_memory = device.type == "cuda"
     return StepLoader(dataset, sampler, num_workers=num_workers, pin_memory=pin_memory)
@@ -213,12 +228,28 @@ def build_eval_loader(
     rank = distributed.rank() if rank is None else rank
     world_size = distributed.world_size() if world_size is None else world_size
     keys = [(0, index) for index in evenly_spaced(len(dataset), limit)[rank::world_size]]
+    batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
+    check_shared_memory(
+        min(batch_size, len(keys)) * image_bytes(dataset),
+        num_workers=num_workers,
+        num_batches=len(batches),
+    )
     return Batches(
         dataset,
-        batch_sampler=[keys[i : i + batch_size] for i in range(0, len(keys), batch_size)],
+        batch_sampler=batches,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
     )
+
+
+def show_progress(loader: Collection[Batch], what: str) -> Iterator[Batch]:
+    """Yield all batches of a loader; the main process shows the progress if that takes long.
+
+    Args:
+        what: names the task.
+    """
+    shown = distributed.is_main_process()
+    return with_progress(loader, what, len(loader), unit="batches", shown=shown)
 
 
 def build_loaders(
@@ -230,28 +261,16 @@ def build_loaders(
     seed: int,
     device: torch.device,
 ) -> tuple[StepLoader | StreamStepLoader, Batches | None]:
-    """Build this process's loaders of training and validation images, and log their sizes."""
-    world_size = distributed.world_size()
+    """Build this process's loaders of training and validation images."""
     loader = build_train_loader(
         train_set,
         batch_size=batches.batch_size,
         accum_iter=batches.accum_iter,
         rank=distributed.rank(),
-        world_size=world_size,
+        world_size=distributed.world_size(),
         seed=seed,
         num_workers=data.num_workers,
         pin_memory=device.type == "cuda",
-    )
-    logger.info(
-        "%s: %s%s, %s per epoch, %s",
-        *(data.name, counted(loader.sampler.num_samples, "image")),
-        f" x {loader.num_crops} crops" if loader.num_crops > 1 else "",
-        counted(loader.steps_per_epoch, "step"),
-        counted(len(val_set), "validation image") if val_set else "no validation images",
-    )
-    logger.info(
-        "effective batch size %d = %d x %d (--accum_iter) x %d (processes)",
-        *(loader.effective_batch_size, *batches, world_size),
     )
     if val_set is None:
         return loader, None

@@ -14,10 +14,10 @@ from util.data.decode import upright
 from util.data.folders import IMAGE_SUFFIXES
 from util.data.layout import images_below
 from util.errors import InputError, counted
+from util.settings.segmentation import ADE20K_NAMES
 
 UNLABELED = -1  # in labels, whatever marks it in a file
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
-ADE20K_NAMES = "objectInfo150.txt"
 INDEXED = r"(\d+)(?:\s*[:,;]\s*|\s+)(.+)"  # a line of an index and a name
 
 

@@ -15,21 +15,11 @@ from torch.utils.data import Dataset
 
 from util.data.broken_images import reason_of
 from util.errors import InputError
+from util.settings.data import PACKED_INDEX
 
-PIXELS, RECORDS, INDEX = "pixels.bin", "records.npy", "packed.json"
+PIXELS, RECORDS = "pixels.bin", "records.npy"
 VERSION = 1
 FIELDS = [("offset", "<i8"), ("height", "<i4"), ("width", "<i4"), ("label", "<i4")]
-
-
-def holds_packed(path: str | Path) -> bool:
-    """Whether a folder, or its train/ or val/, holds packed images."""
-    folder = Path(path).expanduser()
-    return any((folder / split / INDEX).is_file() for split in ("", "train", "val"))
-
-
-def kind_of(path: str | Path | None) -> str:
-    """Return the --dataset to assume for a path: packed images or a folder of files."""
-    return "packed" if path and holds_packed(path) else "folder"
 
 
 def write_packed(
@@ -56,7 +46,7 @@ def write_packed(
     np.save(folder / RECORDS, np.array(rows, [*FIELDS, ("name", f"S{longest}")]))
     sizes = {"images": len(rows), "bytes": offset, "short_side": short_side}
     index = {"version": VERSION, **sizes, "classes": list(classes)}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / PACKED_INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _is_consistent(records: np.ndarray, num_bytes: int, num_classes: int) -> bool:
@@ -91,7 +81,7 @@ class PackedImages(Dataset):
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
-        path = self.root / INDEX
+        path = self.root / PACKED_INDEX
         try:
             index = json.loads(path.read_bytes())
             if index["version"] > VERSION:
@@ -122,7 +112,7 @@ class PackedImages(Dataset):
             if found[name] != size:
                 unit = "bytes" if name == PIXELS else "records"
                 raise InputError(
-                    f"{self.root / name} has {found[name]} {unit}, but {INDEX} says {size}: "
+                    f"{self.root / name} has {found[name]} {unit}, but {PACKED_INDEX} says {size}: "
                     "copy or prepare it again"
                 )
         if not _is_consistent(self.records, sizes[PIXELS], len(self.classes)):

@@ -94,9 +94,8 @@ def describe(images: Images, classes: Sequence[str] | None = None) -> dict[str, 
         described["other_suffixes"] = _commonest(suffixes)
         described["links_that_lead_back"] = listed.loops
         described["not_read"] = listed.left
-        described["notes"] = listed.notes + _notes(images, listed)
-    if images.notes:
-        described["notes"] = list(images.notes)
+    notes = [] if listed is None else listed.notes + _notes(images, listed)
+    described["notes"] = [*notes, *images.notes]
     if names := classes or images.classes:
         sizes = images.class_sizes()
         described["classes"] = _describe_classes(names, sizes, images.num_samples)
@@ -115,7 +114,7 @@ def _notes(images: Images, listed: ImageList) -> list[str]:
     with_more = 0
     for index in looked_at:
         file = Path(listed.root, listed.paths[index])
-        with_more += num_pages(file if file.is_file() else images.reader[index][0]) > 1
+        with_more += num_pages(file if file.is_file() else images.stored(index)[0]) > 1
     if with_more:
         text = counted(with_more, "TIFF file has", "TIFF files have")
         text += " further pages, which are not read"

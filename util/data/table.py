@@ -22,10 +22,10 @@ from typing import BinaryIO, NamedTuple
 from torch.utils.data import Dataset
 
 from util.data.folders import Role, is_image, sorted_naturally, split_of
+from util.data.held_out import HoldOut
 from util.data.labels import (
     MISSING,
     LabelSets,
-    TaskName,
     has_several,
     index_of,
     is_number,
@@ -36,7 +36,7 @@ from util.data.labels import (
 )
 from util.data.sampler import evenly_spaced
 from util.errors import InputError, as_input_error, counted, first_few
-from util.seeding import fold_seed
+from util.settings.evaluation import TaskName
 
 JSON_LINES = (".jsonl", ".ndjson")
 SUFFIXES = (".csv", ".tsv", ".txt", *JSON_LINES)
@@ -229,8 +229,8 @@ class TableSource:
     """That names the folder."""
     splits: tuple[Role, ...] = ("train", "validation")
     """Which are read, if there is a column of splits."""
-    fraction: float | None = None
-    """Share of groups, or of images without groups, that is held out for validation."""
+    hold_out: HoldOut | None = None
+    """How many groups, or images without groups, are held out for validation."""
     alone: bool = False
     """Whether all rows are validation images, unless there is a column of splits."""
 
@@ -278,15 +278,42 @@ class TableSource:
         if found.unlabeled and task != "classification":
             raise InputError(found.unlabeled)
         images = TableImages(self, rows, found, task)
+        images.num_held_out = sum(self._held_out) if self._holds_out else 0
         left = {role: len(own) for role, own in parts.items() if role not in splits}
         if left and (split == "train" or self.alone):
             counts = (f"{counted(number, 'row')} of {role}" for role, number in left.items())
             images.notes.insert(0, f"not read: {', '.join(counts)}")
         if task == "classification" and found.numbered and 0 not in images.labels:
             images.notes.append("no image has the label 0: are the classes counted from 1?")
-        if self.fraction is not None and split == "train":
-            images.notes.append(self._describe_fraction(parts["validation"]))
+        if self._holds_out and split == "train":
+            images.notes.append(self._describe_held_out())
         return images
+
+    @property
+    def _holds_out(self) -> bool:
+        """Whether images are to be held out; by default not where there are splits."""
+        if self.hold_out is None:
+            return False
+        return self.hold_out.fraction is not None or "split" not in self.table.columns
+
+    @cached_property
+    def _held_out(self) -> list[bool]:
+        """Which rows are held out.
+
+        Raises:
+            InputError: --val_fraction cannot be applied.
+        """
+        table = self.table
+        if "split" in table.columns:
+            raise InputError(
+                f"{self.path} has splits in the column '{table.columns['split']}': leave out "
+                "--val_fraction"
+            )
+        names = [row.group or row.path for row in table.rows]
+        chosen = self.hold_out.choose(names)
+        word = "group" if "group" in table.columns else "image"
+        self.hold_out.check(chosen, counted(len(set(names)), word), self.path)
+        return chosen
 
     def _parts(self) -> dict[Role, list[Row]]:
         """Sort the rows into splits.
@@ -294,41 +321,26 @@ class TableSource:
         Raises:
             InputError: --val_fraction cannot be applied.
         """
-        table = self.table
-        if self.fraction is None and "split" not in table.columns:
-            return {"validation" if self.alone else "train": table.rows}
-        if self.fraction is None:
-            roles = [row.role for row in table.rows]
-        elif "split" in table.columns:
-            raise InputError(
-                f"{self.path} has splits in the column '{table.columns['split']}': leave out "
-                "--val_fraction"
-            )
+        rows = self.table.rows
+        if self._holds_out:
+            roles = ["validation" if is_held_out else "train" for is_held_out in self._held_out]
+        elif "split" in self.table.columns:
+            roles = [row.role for row in rows]
         else:
-            # By name, so that an image stays on its side whatever the order and the seed.
-            keys = [row.group or row.path for row in table.rows]
-            limit = self.fraction * 2**63
-            held_out = [fold_seed("val_fraction", key) < limit for key in keys]
-            roles = ["validation" if own else "train" for own in held_out]
-            if len(set(roles)) == 1:
-                number = counted(len(set(keys)), "group" if "group" in table.columns else "image")
-                which = "none" if roles[0] == "train" else "all"
-                raise InputError(
-                    f"--val_fraction {self.fraction:g} holds out {which} of the {number} of "
-                    f"{self.path}: give another fraction, or a column of splits"
-                )
+            return {"validation" if self.alone else "train": rows}
         parts: dict[Role, list[Row]] = {}
-        for role, row in zip(roles, table.rows, strict=True):
+        for role, row in zip(roles, rows, strict=True):
             parts.setdefault(role, []).append(row)
         return parts
 
-    def _describe_fraction(self, held_out: Sequence[Row]) -> str:
-        number = counted(len(held_out), "image")
+    def _describe_held_out(self) -> str:
+        groups = ""
         if "group" in self.table.columns:
-            groups = {row.group for row in self.table.rows}
-            own = {row.group for row in held_out}
-            number = f"{len(own)} of {counted(len(groups), 'group')}, {number}"
-        return f"held out by --val_fraction {self.fraction:g}: {number}"
+            pairs = zip(self.table.rows, self._held_out, strict=True)
+            own = {row.group for row, is_held_out in pairs if is_held_out}
+            number = len({row.group for row in self.table.rows})
+            groups = f"{len(own)} of {counted(number, 'group')}"
+        return self.hold_out.describe(sum(self._held_out), groups)
 
 
 class Learned(NamedTuple):
@@ -473,6 +485,7 @@ class TableImages(Dataset):
         has_word_labels: whether the names of classes are in the table.
         groups: of the images; None if the table has none.
         notes: sentences for the log.
+        num_held_out: images of the table that are held out for validation.
 
     Raises:
         InputError: no file exists, or an image has different labels.
@@ -493,6 +506,7 @@ class TableImages(Dataset):
         self.has_word_labels = found.has_words
         self.groups = None if rows[0].group is None else [row.group for row in rows]
         self.notes: list[str] = []
+        self.num_held_out = 0
         self._check_repeated(rows)
         self._look_for_files(source.flag)
         if task == "regression":

@@ -1,9 +1,7 @@
 """Transforms of an image to what a model sees: random crops or the center."""
 
-import argparse
 import math
 import random
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -14,57 +12,15 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 
-from util.arguments import finite_float, fraction, natural_float, positive_int
 from util.data.batch import Box, Crops, Normalization, resize_crop
 from util.data.decode import Jpeg, Record, read_for_device, read_pixels, read_rgb
-from util.data.settings import add_flip_args
-from util.errors import InputError
 from util.seeding import fold_seed, seeded
-
-# timm silently ignores sections that it does not know.
-AUTO_AUGMENT = (
-    r"rand(-(m|n|mmax|inc)\d+|-(p|mstd)\d+(\.\d+)?|-t(3a|3aw|weights))*"
-    r"|augmix(-(m|w|d|b)\d+|-(a|mstd)\d+(\.\d+)?)*"
-    r"|(v0r?|originalr?|3a)(-mstd\d+(\.\d+)?)?"
-)
+from util.settings.views import LABELED_VIEW, PRETRAIN_VIEW, AugmentSettings, ViewSettings
 
 INTERPOLATIONS = ("bicubic", "bilinear")  # of evaluation
 
 # Largest size of a resized image that is computed whole, as a multiple of the size it covers.
 MAX_COVER = 16
-
-
-@dataclass(frozen=True)
-class ViewSettings:
-    """How training images are cropped and flipped; see the flags.
-
-    Raises:
-        InputError: the range of areas is empty, or not in (0, 1].
-    """
-
-    hflip: float = 0.5
-    """Fraction that is flipped left to right."""
-    vflip: float = 0.0
-    """Fraction that is flipped top to bottom."""
-    crop_area: tuple[float, float] = (0.08, 1.0)
-    """Range of a crop's area, as fractions of the image's."""
-
-    def __post_init__(self) -> None:
-        smallest, largest = self.crop_area
-        if not 0 < smallest <= largest <= 1:
-            raise InputError(
-                "--crop_area takes the smallest and the largest fraction of an image's area, above "
-                f"0 and up to 1, such as 0.2 1, not {smallest:g} {largest:g}"
-            )
-
-    def recipe(self) -> dict[str, object]:
-        """What has to stay the same within a run."""
-        flips = {"--hflip": self.hflip, "--vflip": self.vflip}
-        return {**flips, "--crop_area": list(self.crop_area)}
-
-
-PRETRAIN_VIEW = ViewSettings(crop_area=(0.2, 1.0))  # MAE's
-LABELED_VIEW = ViewSettings()  # of fine-tuning and linear probes, MAE's and torchvision's
 
 
 def draw_size(
@@ -253,30 +209,6 @@ def probe_transform(
     return RandomCrops(tuple(img_size), Normalization(tuple(mean), tuple(std)), view, clip=True)
 
 
-@dataclass(frozen=True)
-class AugmentSettings:
-    """timm's augmentation in fine-tuning (Table 11); see the flags.
-
-    Raises:
-        InputError: auto_augment is not in timm's syntax.
-    """
-
-    auto_augment: str = "rand-m9-mstd0.5-inc1"
-    """RandAugment, AugMix or AutoAugment in timm's syntax, or "none"."""
-    color_jitter: float | None = None
-    """Used only if auto_augment is "none" or of the 3a kind."""
-    reprob: float = 0.25
-    remode: str = "pixel"
-    recount: int = 1
-
-    def __post_init__(self) -> None:
-        if self.auto_augment != "none" and not re.fullmatch(AUTO_AUGMENT, self.auto_augment):
-            raise InputError(
-                f"unknown --auto_augment '{self.auto_augment}': write it like "
-                "rand-m9-mstd0.5-inc1, augmix-m5-w4-d2 or original-mstd0.5"
-            )
-
-
 def finetune_transform(
     img_size: tuple[int, int],
     mean: Sequence[float],
@@ -339,51 +271,3 @@ def eval_transform(
     cover_size = tuple(int(side / crop_pct) for side in img_size)  # as MAE and timm
     normalization = Normalization(tuple(mean), tuple(std))
     return CenterCrop(tuple(img_size), cover_size, normalization, interpolation, squash)
-
-
-def add_view_args(parser: argparse.ArgumentParser, *, crop_area: tuple[float, float]) -> None:
-    """Add the flags of ViewSettings; `crop_area` is the default."""
-    group = parser.add_argument_group("random views")
-    group.add_argument(
-        "--crop_area",
-        "--scale",
-        type=finite_float,
-        nargs=2,
-        default=list(crop_area),
-        metavar=("LO", "HI"),
-        help="smallest and largest area of a random crop, as fractions of the image's "
-        f"({crop_area[0]:g} {crop_area[1]:g})",
-    )
-    add_flip_args(group)
-
-
-def add_augmentation_args(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of AugmentSettings."""
-    group = parser.add_argument_group("augmentation")
-    group.add_argument(
-        "--auto_augment",
-        "--aa",
-        default=AugmentSettings.auto_augment,
-        help="augmentation in timm's syntax, or none (%(default)s)",
-    )
-    group.add_argument(
-        "--color_jitter", type=natural_float, help="strength, if --auto_augment is none or 3a (off)"
-    )
-    group.add_argument(
-        "--reprob",
-        type=fraction,
-        default=AugmentSettings.reprob,
-        help="fraction of images with erased regions (%(default)s)",
-    )
-    group.add_argument(
-        "--remode",
-        choices=("const", "rand", "pixel"),
-        default=AugmentSettings.remode,
-        help="how to fill erased regions (%(default)s)",
-    )
-    group.add_argument(
-        "--recount",
-        type=positive_int,
-        default=AugmentSettings.recount,
-        help="maximum number of erased regions (%(default)s)",
-    )

@@ -10,25 +10,36 @@ from torch import Tensor
 
 from util.compute.precision import Precision
 from util.data.batch import denormalize
-from util.eval.reconstructions import predicted_pixels
+from util.eval.reconstructions import (
+    MOMENTS_NOTE,
+    blind_prediction,
+    patch_psnr,
+    predicted_pixels,
+)
 from util.masking import TokenSplit, is_masked
 from util.patches import scatter_patches, unpatchify
 
-COLUMNS = ("original", "masked", "reconstruction", "+ visible patches")
-MOMENTS_NOTE = "Trained on normalized pixels: each patch's mean and deviation are the true ones."
+LABELS = ("original", "masked", "result")
+METHODS = {"crossmae": "CrossMAE", "mae": "MAE"}
 SMALLEST_CELL = 128  # pixels; smaller images are enlarged by an integer factor
-GAP, TEXT_HEIGHT = 4, 20
+GAP, GROUP_GAP, MARGIN = 4, 16, 8  # pixels between pictures, between images, and around all
+WIDE = 1.5  # width of a figure over its height, at least
+TEXTS_ACROSS = 50  # heights of the text in a figure's width
+SMALLEST_TEXT = 12
 GRAY = 0.5
 
 
 def reconstruction_panels(
     images: Tensor, pixels: Tensor, split: TokenSplit, patch_size: int
 ) -> list[Tensor]:
-    """Build the four columns of the figure, each (B, C, H, W) in [0, 1].
+    """Build four pictures of every image, each (B, C, H, W) in [0, 1].
 
     Args:
         images: originals (B, C, H, W) in [0, 1].
         pixels: predictions (B, P, p*p*C) for the same range, clipped here.
+
+    Returns:
+        The originals, their visible patches, the predicted patches, and both together.
     """
     grid_size = (images.shape[2] // patch_size, images.shape[3] // patch_size)
     mask = is_masked(split, grid_size[0] * grid_size[1])  # (B, L)
@@ -43,39 +54,80 @@ def reconstruction_panels(
     return [images, masked, reconstruction, with_visible]
 
 
-def draw_figure(
-    panels: list[Tensor], titles: Sequence[str] = COLUMNS, *, note: str = ""
-) -> np.ndarray:
-    """Arrange panels (B, 3, H, W) in [0, 1] as titled columns, with one row per image.
+def images_in_row(num_images: int, num_panels: int, size: tuple[int, int]) -> int:
+    """Number of images side by side in a figure: the fewest that make it wide.
 
     Args:
-        titles: one for each panel; of a longer one, the end is shown.
-        note: text below.
+        num_panels: pictures of each image.
+        size: (height, width) of an image.
+    """
+    height, width = size
+    for number in range(1, num_images):
+        num_rows = -(-num_images // number)
+        if number * num_panels * width >= WIDE * num_rows * height:
+            return number
+    return num_images
+
+
+def draw_figure(
+    panels: list[Tensor], labels: Sequence[str] = LABELS, *, title: str = ""
+) -> np.ndarray:
+    """Arrange pictures in a wide grid: those of an image beside each other, several images a row.
+
+    Args:
+        panels: pictures of the images, each (B, 3, H, W) in [0, 1].
+        labels: above the panels, one for each; of one that is too long, the end is shown.
+        title: above all, in as many lines as it takes.
 
     Returns:
         uint8 (height, width, 3).
     """
-    columns = [(panel.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1) for panel in panels]
-    num_rows, height, width = columns[0].shape[:3]
-    factor = max(1, -(-SMALLEST_CELL // width))
+    pictures = [(panel.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1) for panel in panels]
+    num_images, height, width = pictures[0].shape[:3]
+    in_row = images_in_row(num_images, len(panels), (height, width))
+    factor = -(-SMALLEST_CELL // width)
     height, width = height * factor, width * factor
-    font = ImageFont.load_default(size=12)
-    total_width = len(columns) * (width + GAP) - GAP
-    top = TEXT_HEIGHT + num_rows * (height + GAP)  # of the note
-    lines = _wrap(note, total_width, font)
-    figure = Image.new("RGB", (total_width, top + TEXT_HEIGHT * len(lines)), "white")
+    group_width = len(panels) * (width + GAP) - GAP
+    total_width = in_row * (group_width + GROUP_GAP) - GROUP_GAP
+
+    text_size = max(SMALLEST_TEXT, total_width // TEXTS_ACROSS)
+    title_font = ImageFont.load_default(size=text_size)
+    lines = _wrap(title, total_width, title_font)
+    label_font = _fitting_font(labels, width, text_size)
+    line_height = round(1.4 * text_size)
+    top = MARGIN + line_height * (len(lines) + 1)
+    total_height = top + -(-num_images // in_row) * (height + GAP) - GAP
+
+    figure = Image.new("RGB", (total_width + 2 * MARGIN, total_height + MARGIN), "white")
     draw = ImageDraw.Draw(figure)
-    for x, (name, column) in enumerate(zip(titles, columns, strict=True)):
-        left = x * (width + GAP)
-        while font.getlength(name) > width:
-            name = name[1:]
-        draw.text((left, 3), name, fill="black", font=font)
-        for y, array in enumerate(column.cpu().numpy()):
-            cell = Image.fromarray(array).resize((width, height), Image.Resampling.NEAREST)
-            figure.paste(cell, (left, TEXT_HEIGHT + y * (height + GAP)))
     for number, line in enumerate(lines):
-        draw.text((0, top + TEXT_HEIGHT * number + 3), line, fill="black", font=font)
+        draw.text((MARGIN, MARGIN + number * line_height), line, fill="black", font=title_font)
+    for column, (label, arrays) in enumerate(zip(labels, pictures, strict=True)):
+        for image, array in enumerate(arrays.cpu().numpy()):
+            row, group = divmod(image, in_row)
+            left = MARGIN + group * (group_width + GROUP_GAP) + column * (width + GAP)
+            if row == 0:
+                text = _end_of(label, width, label_font)
+                draw.text((left, top - line_height), text, fill="black", font=label_font)
+            cell = Image.fromarray(array).resize((width, height), Image.Resampling.NEAREST)
+            figure.paste(cell, (left, top + row * (height + GAP)))
     return np.asarray(figure)
+
+
+def _fitting_font(texts: Sequence[str], width: int, size: int) -> ImageFont.ImageFont:
+    """Font of this size, or the largest below it that fits each text into a width, in pixels."""
+    font = ImageFont.load_default(size=size)
+    while size > SMALLEST_TEXT and max(map(font.getlength, texts)) > width:
+        size -= 1
+        font = ImageFont.load_default(size=size)
+    return font
+
+
+def _end_of(text: str, width: int, font: ImageFont.ImageFont) -> str:
+    """The longest end of a text that is at most this many pixels wide."""
+    while font.getlength(text) > width:
+        text = text[1:]
+    return text
 
 
 def _wrap(text: str, width: int, font: ImageFont.ImageFont) -> list[str]:
@@ -90,6 +142,29 @@ def _wrap(text: str, width: int, font: ImageFont.ImageFont) -> list[str]:
     return lines
 
 
+def readable_name(model_name: str, epoch: int | None = None) -> str:
+    """Name of a model such as crossmae_vit_tiny_patch16, as a title shows it.
+
+    Args:
+        epoch: epochs of training; None if unknown.
+    """
+    method, _, size = model_name.partition("_vit_")
+    name = f"{METHODS.get(method, method)} ViT-{size.replace('_patch', '/')}"
+    if epoch is None:
+        return name
+    return f"{name}, epoch {epoch}" if epoch else f"{name}, untrained"
+
+
+def masked_share(split: TokenSplit) -> str:
+    """How many of the patches are masked, in words.
+
+    Args:
+        split: predicts every masked patch.
+    """
+    masked, visible = split.predicted.shape[1], split.visible.shape[1]
+    return f"{100 * masked / (masked + visible):.0f}% of the patches are masked"
+
+
 @torch.no_grad()
 def draw_reconstructions(
     model: nn.Module,
@@ -99,20 +174,37 @@ def draw_reconstructions(
     mean: Sequence[float],
     std: Sequence[float],
     precision: Precision,
+    name: str,
 ) -> np.ndarray:
-    """Draw images, their visible patches, and their reconstructions (Fig. 2).
+    """Draw images, their visible patches, and these with the predictions for all others (Fig. 2).
 
     Args:
         model: a MaskedAutoencoder, not wrapped in DistributedDataParallel.
         images: (B, C, H, W), normalized by `mean` and `std`, on the model's device.
+        split: predicts every masked patch.
+        name: of the model; begins the title, which also has the PSNR of the masked patches.
 
     Returns:
         uint8 (height, width, 3).
     """
     model.eval()
+    colors = (mean, std)
     with precision.autocast():
         pred = model.predict(images, split)
-    pixels = predicted_pixels(model, pred.float(), images, split, (mean, std))
-    originals = denormalize(images, mean, std)
-    panels = reconstruction_panels(originals, pixels, split, model.encoder.patch_size)
-    return draw_figure(panels, note=MOMENTS_NOTE if model.norm_pix_loss else "")
+    pred = pred.float()
+    blind = blind_prediction(model, images, split)
+    quality, blind_quality = (
+        patch_psnr(model, values, images, split, colors).mean().item() for values in (pred, blind)
+    )
+    moments = f" with {MOMENTS_NOTE}" if model.norm_pix_loss else ""
+    flat = "flat patches" if model.norm_pix_loss else "one flat color"
+    title = (
+        f"{name}: {masked_share(split)}, their PSNR is {quality:.1f} dB{moments} "
+        f"({flat}: {blind_quality:.1f} dB)"
+    )
+    pixels = predicted_pixels(model, pred, images, split, colors)
+    originals = denormalize(images, *colors)
+    original, masked, _, result = reconstruction_panels(
+        originals, pixels, split, model.encoder.patch_size
+    )
+    return draw_figure([original, masked, result], title=title)

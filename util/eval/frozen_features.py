@@ -16,6 +16,7 @@ from util.data.images import IndexedImages
 from util.data.streams import StreamedImages
 from util.errors import InputError
 from util.eval.knn import knn_accuracy, percent_equal
+from util.progress import waiting
 from util.seeding import generator_for
 
 LabeledFeatures = tuple[Tensor, Tensor]
@@ -65,12 +66,15 @@ def accuracies(
         seed: for the choice of these images.
         device: for the search of neighbors.
     """
-    sets = (*train, *val)
+    sets, num_train = (*train, *val), len(train[1])
+    if max(ks) > num_train:
+        logger.warning("k-NN: k = %d reduced to %d, the number of images", max(ks), num_train)
     found = knn_accuracy(*sets, ks=ks, temperature=temperature, device=device)
     results = {f"{k}-NN": percent for k, percent in found.items()}
     for number in shots:
         images = "all images" if number is None else f"{number} per class"
-        percent = logistic_accuracy(*sets, shots=number, seed=seed)
+        with waiting(f"fitting a logistic regression to {images}", after=0):
+            percent = logistic_accuracy(*sets, shots=number, seed=seed)
         results[f"logistic regression, {images}"] = percent
     return results
 

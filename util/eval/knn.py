@@ -1,7 +1,6 @@
 """Features of whole datasets, and their accuracy with k nearest neighbors."""
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,13 +14,11 @@ from util.data.batch import Batch
 from util.data.broken_images import BrokenImages
 from util.data.classes import check_classes
 from util.data.images import IndexedImages
-from util.data.loaders import Batches, build_eval_loader
+from util.data.loaders import Batches, build_eval_loader, show_progress
 from util.data.streams import StreamedImages
-from util.errors import InputError
+from util.errors import InputError, counted
 
-logger = logging.getLogger(__name__)
-
-KNN_IMAGES = {"training": 50_000, "validation": 10_000}  # limits for evaluation during training
+MAX_VAL_IMAGES = 10_000  # during training
 ROWS_AT_ONCE = 4096  # per process, when features are exchanged
 SIMILARITIES_AT_ONCE = 2**26  # 256 MiB
 NO_LABEL = -1  # of an image, between processes
@@ -30,11 +27,12 @@ NO_LABEL = -1  # of an image, between processes
 @torch.no_grad()
 def extract_features(
     encode: Callable[[Tensor], Tensor],
-    loader: Iterable[Batch],
+    loader: Collection[Batch],
     *,
     device: torch.device,
     precision: Precision,
     broken: BrokenImages,
+    what: str = "features",
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the features of a whole dataset, distributed over the processes.
 
@@ -42,6 +40,7 @@ def extract_features(
         encode: images (B, C, H, W) -> features (B, D), in evaluation mode.
         loader: yields every image once; process r gets images r, r + world size, ...
         broken: counts unreadable images, which other images replace.
+        what: names the progress that is shown.
 
     Returns:
         float32 features (N, D) and int64 labels (N,) on the CPU, in the order of the dataset, the
@@ -51,7 +50,7 @@ def extract_features(
         InputError: features are not finite, or too many images cannot be read.
     """
     features, labels = [torch.empty(0, 0)], [torch.empty(0, dtype=torch.int64)]
-    for batch in loader:
+    for batch in show_progress(loader, what):
         broken.add(batch.broken)
         images, _ = batch.to(device)  # (B, C, H, W)
         with precision.autocast():
@@ -116,8 +115,6 @@ def knn_predict(
     """
     num_train = len(train_features)
     largest_k = min(max(ks), num_train)
-    if max(ks) > num_train:
-        logger.warning("k-NN: k = %d reduced to %d, the number of images", max(ks), num_train)
     classes, targets = train_labels.to(device).unique(return_inverse=True)  # (classes,), (N,)
     train_features = F.normalize(train_features.to(device, torch.float32), dim=1)
     predicted = {k: [] for k in ks}
@@ -189,6 +186,7 @@ def build_knn_loaders(
     val_set: IndexedImages | None,
     *,
     every: int | None,
+    num_images: int,
     batch_size: int,
     num_workers: int,
     device: torch.device,
@@ -198,6 +196,7 @@ def build_knn_loaders(
     Args:
         every: epochs between measurements; 0 for none, None for the default if the images allow
             it.
+        num_images: of the training images, at most.
         batch_size: per process.
 
     Returns:
@@ -212,14 +211,13 @@ def build_knn_loaders(
         check_knn_images(train_set, val_set)
     except InputError as error:
         if every is None:
-            logger.info("k-NN is not measured: %s", error)
             return None
         raise InputError(f"--knn_every {every}: {error}") from error
     options = {"batch_size": batch_size, "num_workers": num_workers, "device": device}
     plain_train_set = train_set.with_transform(val_set.transform)
     return (
-        build_eval_loader(plain_train_set, limit=KNN_IMAGES["training"], **options),
-        build_eval_loader(val_set, limit=KNN_IMAGES["validation"], **options),
+        build_eval_loader(plain_train_set, limit=num_images, **options),
+        build_eval_loader(val_set, limit=MAX_VAL_IMAGES, **options),
     )
 
 
@@ -248,7 +246,12 @@ def measure_knn(
     for role, loader in (("training", train_loader), ("validation", val_loader)):
         broken = BrokenImages(len(loader.dataset), max_fraction=1.0)
         features, labels = extract_features(
-            encoder.features, loader, device=device, precision=precision, broken=broken
+            encoder.features,
+            loader,
+            device=device,
+            precision=precision,
+            broken=broken,
+            what=f"k-NN, features of {role} images",
         )
         if labels is None:
             raise InputError(
@@ -260,7 +263,38 @@ def measure_knn(
     return {f"knn{k}": percent for k, percent in accuracy.items()}
 
 
-def describe_knn(stats: dict[str, float]) -> str:
-    """Describe the results of `measure_knn` for the log."""
-    values = ", ".join(f"{name[3:]}-NN {stats[name]:.1f}%" for name in stats if "knn" in name)
-    return f"{values} on validation images"
+def describe_knn(stats: Mapping[str, float], untrained: Mapping[str, float]) -> str:
+    """Describe the results of `measure_knn` with 20 neighbors for the log.
+
+    Args:
+        untrained: the results before training; without any if they are not known.
+    """
+    before = f"{untrained['knn20']:.1f}% (untrained) -> " if "knn20" in untrained else ""
+    return f"k-NN {before}{stats['knn20']:.1f}%"
+
+
+def not_learning(
+    stats: Mapping[str, float],
+    untrained: Mapping[str, float],
+    *,
+    epoch: int,
+    epochs: int,
+    normalized: bool,
+) -> str | None:
+    """Return a warning if training has not raised the k-NN accuracy; None if it has.
+
+    Args:
+        stats, untrained: see `describe_knn`; both may lack results.
+        epoch: epochs done.
+        epochs: of the run.
+        normalized: whether normalized pixels are predicted.
+    """
+    if not {"knn20"} <= stats.keys() & untrained.keys() or stats["knn20"] > untrained["knn20"]:
+        return None
+    advice = "change --lr (or --blr)"
+    if normalized:
+        advice += ", or use --no-norm_pix_loss, which helps with drawings and other flat images"
+    return (
+        f"after {counted(epoch, 'epoch')} of {epochs}, k-NN is {stats['knn20']:.1f}%, not above "
+        f"the {untrained['knn20']:.1f}% of the untrained network: if that stays so, {advice}"
+    )

@@ -1,6 +1,5 @@
 """Predictions for whole images, and how well they agree with labels: IoU and accuracy."""
 
-import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,58 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from util.arguments import positive_int
 from util.compute.distributed import all_gather
 from util.data.masks import UNLABELED
 from util.errors import InputError, escaped
-
-MODES = ("slide", "whole")
-
-
-@dataclass(frozen=True)
-class WindowSettings:
-    """How whole images are predicted; see the flags."""
-
-    eval_mode: str = "slide"
-    stride: int | None = None
-    window_batch: int = 8
-
-    def windows(self, crop: tuple[int, int], patch_size: int) -> "Windows":
-        """Windows as large as the training crops.
-
-        Raises:
-            InputError: the stride leaves gaps.
-        """
-        stride = max(1, 2 * min(crop) // 3) if self.stride is None else self.stride
-        if stride > min(crop):
-            raise InputError(
-                f"--stride {stride} would leave gaps between windows of {min(crop)} px: lower it"
-            )
-        return Windows(self.eval_mode, tuple(crop), stride, patch_size, self.window_batch)
-
-
-def add_window_args(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of WindowSettings."""
-    group = parser.add_argument_group("prediction of whole images")
-    group.add_argument(
-        "--eval_mode",
-        choices=MODES,
-        default=WindowSettings.eval_mode,
-        help="average overlapping windows of the size of the training crops (slide), or take the "
-        "image at once, with positions resampled (whole) (%(default)s)",
-    )
-    group.add_argument(
-        "--stride",
-        type=positive_int,
-        metavar="PX",
-        help="distance of windows (two thirds of the crop's shorter side, 341 of 512)",
-    )
-    group.add_argument(
-        "--window_batch",
-        type=positive_int,
-        default=WindowSettings.window_batch,
-        help="windows computed together (%(default)s)",
-    )
+from util.settings.evaluation import WindowSettings
 
 
 @dataclass(frozen=True)
@@ -81,6 +32,20 @@ class Windows:
     stride: int
     patch_size: int
     batch_size: int
+
+    @classmethod
+    def of(cls, settings: WindowSettings, crop: tuple[int, int], patch_size: int) -> "Windows":
+        """Windows as large as the training crops.
+
+        Raises:
+            InputError: the stride leaves gaps.
+        """
+        stride = max(1, 2 * min(crop) // 3) if settings.stride is None else settings.stride
+        if stride > min(crop):
+            raise InputError(
+                f"--stride {stride} would leave gaps between windows of {min(crop)} px: lower it"
+            )
+        return cls(settings.eval_mode, tuple(crop), stride, patch_size, settings.window_batch)
 
     def boxes(self, height: int, width: int) -> list[tuple[int, int]]:
         """Top and left of every window of an image; the last ones end at its borders."""

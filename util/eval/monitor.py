@@ -1,8 +1,7 @@
 """Evaluation and figures during pre-training."""
 
-import argparse
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -10,23 +9,22 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from util.arguments import natural_int, positive_int
 from util.compute.distributed import all_gather, is_main_process, rank, world_size
 from util.compute.precision import Precision
 from util.data.batch import Batch, collate
 from util.data.broken_images import BrokenImages
 from util.data.images import IndexedImages, Transform
-from util.data.loaders import Batches
+from util.data.loaders import Batches, show_progress
 from util.data.sampler import evenly_spaced
-from util.data.settings import DataSettings
 from util.data.streams import StreamedImages
-from util.eval.figures import draw_reconstructions
+from util.eval.figures import draw_reconstructions, readable_name
 from util.eval.knn import build_knn_loaders, measure_knn
-from util.eval.reconstructions import original_pixels, predicted_pixels, psnr
+from util.eval.reconstructions import blind_prediction, patch_psnr
 from util.masking import Masking, TokenSplit
 from util.seeding import generator_for
+from util.settings.data import DataSettings
+from util.settings.evaluation import KNN_EVERY, MonitorSettings
 
-KNN_EVERY = 20  # epochs
 NUM_SHOWN = 8  # images in the figure of reconstructions
 
 
@@ -84,40 +82,32 @@ def evaluate(
     Returns:
         `val_loss`; `val_psnr` in dB, the mean over images of the PSNR of their predicted patches in
         [0, 1], with the patches' moments taken from the original if the model was trained on
-        normalized pixels; and `val_images`, their number.
+        normalized pixels; `blind_loss` and `blind_psnr`, those of a prediction that knows nothing,
+        see `blind_prediction`; and `val_images`, their number.
     """
     model.eval()
     device, colors = precision.device, (mean, std)
-    sums = torch.zeros(3, device=device)  # loss, PSNR, images
-    for images, split in masked_batches(loader, masking, device, BrokenImages(0, 1.0)):
+    sums = torch.zeros(5, device=device)  # loss and PSNR, the same of a blind prediction, images
+    for images, split in masked_batches(
+        show_progress(loader, "validation"), masking, device, BrokenImages(0, 1.0)
+    ):
         with precision.autocast():
             pred = model.predict(images, split)
-        pred = pred.float()  # (B, P, p*p*C)
-        loss = (pred - model.target(images, split)).square().mean(dim=(1, 2))  # (B,)
-        pixels = predicted_pixels(model, pred, images, split, colors)
-        quality = psnr(pixels, original_pixels(model, images, split, colors))  # (B,)
-        sums += torch.stack((loss.sum(), quality.sum(), torch.full_like(loss[0], len(images))))
-    loss, quality, num_images = all_gather(sums).sum(dim=0).tolist()
-    return {
-        "val_loss": loss / num_images,
-        "val_psnr": quality / num_images,
-        "val_images": int(num_images),
-    }
-
-
-@dataclass(frozen=True)
-class MonitorSettings:
-    """Epochs between measurements; see the flags."""
-
-    eval_every: int = 20
-    knn_every: int | None = None
-    """0: never; None: KNN_EVERY if the images allow it."""
-    visualize_every: int = 20
+        target = model.target(images, split)  # (B, P, p*p*C)
+        for i, values in enumerate((pred.float(), blind_prediction(model, images, split))):
+            sums[2 * i] += (values - target).square().mean(dim=(1, 2)).sum()
+            sums[2 * i + 1] += patch_psnr(model, values, images, split, colors).sum()
+        sums[4] += len(images)
+    *totals, num_images = all_gather(sums).sum(dim=0).tolist()
+    names = ("val_loss", "val_psnr", "blind_loss", "blind_psnr")
+    means = {name: total / num_images for name, total in zip(names, totals, strict=True)}
+    return means | {"val_images": int(num_images)}
 
 
 class Monitor(NamedTuple):
     """Images and settings for evaluation and figures; None where there are no images."""
 
+    model_name: str
     every: MonitorSettings
     masking: Masking
     mean: Sequence[float]
@@ -128,6 +118,26 @@ class Monitor(NamedTuple):
     shown: tuple[Tensor, TokenSplit] | None
     """Normalized images (N, C, H, W) on the device, and their masks."""
 
+    @property
+    def knn_every(self) -> int:
+        """Epochs between measurements of k-NN accuracy; 0 for none."""
+        return (self.every.knn_every or KNN_EVERY) if self.knn_loaders else 0
+
+    @property
+    def evaluated_every(self) -> int:
+        """Epochs between measurements of anything; 0 for none."""
+        has_images = self.val_loader is not None
+        return min(filter(None, (self.every.eval_every * has_images, self.knn_every)), default=0)
+
+    def first_judged(self, epochs: int) -> int:
+        """Return the first epoch, from a tenth of a run on, with a measurement of k-NN accuracy.
+
+        Args:
+            epochs: of the run.
+        """
+        every = self.knn_every or epochs
+        return min(epochs, every * math.ceil(epochs / 10 / every))
+
 
 def open_monitor(
     train_set: IndexedImages | StreamedImages,
@@ -136,6 +146,7 @@ def open_monitor(
     data: DataSettings,
     every: MonitorSettings,
     *,
+    model_name: str,
     masking: Masking,
     precision: Precision,
     batch_size: int,
@@ -146,6 +157,7 @@ def open_monitor(
     Args:
         val_set: None without validation images. Figures then show training images, if these can
             be read by index.
+        model_name: such as crossmae_vit_base_patch16, for the title of figures.
         batch_size: per process, for k-NN.
         plain_transform: for training images in figures.
 
@@ -157,6 +169,7 @@ def open_monitor(
         train_set,
         val_set,
         every=every.knn_every,
+        num_images=every.knn_images,
         batch_size=batch_size,
         num_workers=data.num_workers,
         device=device,
@@ -168,7 +181,8 @@ def open_monitor(
         ids = evenly_spaced(len(shown_set), NUM_SHOWN)
         images, _ = collate([shown_set[0, i] for i in ids]).to(device)
         shown = images, val_split(masking, ids, device)
-    return Monitor(every, masking, data.mean, data.std, precision, val_loader, knn_loaders, shown)
+    settings = model_name, every, masking, data.mean, data.std, precision
+    return Monitor(*settings, val_loader, knn_loaders, shown)
 
 
 def measure(
@@ -188,12 +202,23 @@ def measure(
         channels = {"mean": monitor.mean, "std": monitor.std}
         options = {"masking": monitor.masking, "precision": precision, **channels}
         stats |= evaluate(model, monitor.val_loader, **options)
-    if monitor.knn_loaders and (is_last or epoch % (monitor.every.knn_every or KNN_EVERY) == 0):
+    if monitor.knn_every and (is_last or epoch % monitor.knn_every == 0):
         device = precision.device
         stats |= measure_knn(
             model.encoder, *monitor.knn_loaders, device=device, precision=precision
         )
     return stats
+
+
+def is_picture_due(epoch: int, every: int | None) -> bool:
+    """Whether reconstructions are drawn after this number of epochs.
+
+    Args:
+        every: None for 0, 1, 2, 5, 10, 20, 50, ... epochs, since pictures change most at first.
+    """
+    if every is None:
+        return str(epoch).rstrip("0") in ("", "1", "2", "5")
+    return epoch % every == 0
 
 
 def draw(
@@ -203,34 +228,17 @@ def draw(
 
     Args:
         model: see `measure`.
-        epoch: epochs done.
+        epoch: epochs done; 0 for an untrained model.
         is_last: draw in any case.
     """
-    is_due = is_last or epoch % monitor.every.visualize_every == 0
+    is_due = is_last or is_picture_due(epoch, monitor.every.visualize_every)
     if not is_due or monitor.shown is None or not is_main_process():
         return None
-    channels = {"mean": monitor.mean, "std": monitor.std}
-    return draw_reconstructions(model, *monitor.shown, precision=monitor.precision, **channels)
-
-
-def add_monitor_args(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of MonitorSettings."""
-    group = parser.add_argument_group("evaluation")
-    group.add_argument(
-        "--eval_every",
-        type=positive_int,
-        default=MonitorSettings.eval_every,
-        help="epochs between measurements of validation loss and PSNR (%(default)s)",
-    )
-    group.add_argument(
-        "--knn_every",
-        type=natural_int,
-        help=f"epochs between measurements of k-NN accuracy, 0 for none ({KNN_EVERY} with labels "
-        "and validation images)",
-    )
-    group.add_argument(
-        "--visualize_every",
-        type=positive_int,
-        default=MonitorSettings.visualize_every,
-        help="epochs between figures of reconstructions (%(default)s)",
+    return draw_reconstructions(
+        model,
+        *monitor.shown,
+        mean=monitor.mean,
+        std=monitor.std,
+        precision=monitor.precision,
+        name=readable_name(monitor.model_name, epoch),
     )

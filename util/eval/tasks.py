@@ -1,6 +1,5 @@
 """What a head is trained for: its loss, and how well it does on validation images."""
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -17,27 +16,13 @@ from torchmetrics.functional.classification import (
 from util.compute.distributed import all_gather, all_gather_objects, all_sum
 from util.data.classes import check_labels
 from util.data.images import IndexedImages
-from util.data.labels import TASKS
 from util.data.streams import StreamedImages
 from util.errors import InputError, counted, escaped
+from util.settings.evaluation import TaskSettings
 
 MAX_CONFUSION = 2000  # classes; the matrix of more would take gigabytes
 MAX_LISTED = 30  # classes in a table; of more, the worst
 
-# Choices of --best_by -> (metric, whether the lowest is best), and those that a task has, its
-# default first.
-BEST_BY = {
-    "top1": ("val_top1", False),
-    "balanced": ("val_balanced", False),
-    "map": ("val_map", False),
-    "mae": ("val_mae", True),
-    "loss": ("val_loss", True),
-}
-CHOICES = {
-    "classification": ("top1", "balanced", "loss"),
-    "multilabel": ("map", "loss"),
-    "regression": ("mae", "loss"),
-}
 FORMATS = {
     "val_top1": "top-1 {:.2f}%",
     "val_top5": "top-5 {:.2f}%",
@@ -47,34 +32,6 @@ FORMATS = {
     "val_r2": "R2 {:.4f}",
     "val_loss": "loss {:.4f}",
 }
-
-
-@dataclass(frozen=True)
-class TaskSettings:
-    """What a head is trained for; see the flags.
-
-    Raises:
-        InputError: a setting is of another task.
-    """
-
-    task: str = "classification"
-    class_weights: str | None = None
-    best_by: str | None = None
-
-    def __post_init__(self) -> None:
-        choices = CHOICES[self.task]
-        if self.best_by not in (None, *choices):
-            raise InputError(
-                f"--best_by {self.best_by} is not measured with --task {self.task}: choose "
-                f"{', '.join(choices[:-1])} or {choices[-1]}"
-            )
-        if self.class_weights and self.task == "regression":
-            raise InputError("--class_weights is for classes: leave it out with --task regression")
-
-    @property
-    def best(self) -> tuple[str, bool]:
-        """The metric of the best epoch, and whether the lowest is best."""
-        return BEST_BY[self.best_by or CHOICES[self.task][0]]
 
 
 class Scores(Protocol):
@@ -479,26 +436,3 @@ def balanced_weights(
         weights = ((train_set.num_samples - counts) / present).float()
         return weights.masked_fill(weights == 0, 1.0)  # of a class that every image has
     return (counts.sum() / ((counts > 0).sum() * present)).float()
-
-
-def add_task_args(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of TaskSettings."""
-    group = parser.add_argument_group("task")
-    group.add_argument(
-        "--task",
-        choices=TASKS,
-        default=TaskSettings.task,
-        help="one class for each image, any number of classes, or a number; the last two need "
-        "--data_csv (%(default)s)",
-    )
-    group.add_argument(
-        "--class_weights",
-        choices=("balanced",),
-        help="weight classes in the loss inversely to their numbers of images (all alike)",
-    )
-    group.add_argument(
-        "--best_by",
-        choices=BEST_BY,
-        help="what the best epoch is chosen by: top-1 or balanced accuracy, mAP, mean absolute "
-        "error, or the loss; among equals, the lower loss (top1; map and mae of the other tasks)",
-    )

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from signal import Signals
 from typing import NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ from torch.optim import Optimizer
 from util.compute.distributed import all_gather_objects, broadcast_object, is_main_process
 from util.compute.precision import Precision
 from util.compute.sharding import gather_state, load_model_state, load_optimizer_state
-from util.compute.signals import stop_signal
+from util.compute.signals import signal_name, stop_signal
 from util.compute.watchdog import activity
 from util.compute.worker_deaths import dead_loader
 from util.data.broken_images import BrokenImages
@@ -245,7 +244,7 @@ class CheckpointWriter:
             broadcast_object(None)  # launchers end all once one exits: wait for the save
             done = self.state.progress.describe()
             raise StoppedError(
-                f"stopped by {Signals(signals[0]).name} after {done}: "
+                f"stopped by {signal_name(signals[0])} after {done}: "
                 "start the same command again to continue",
                 signals[0],
             )

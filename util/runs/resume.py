@@ -1,7 +1,7 @@
 """Resuming of runs: choice of the checkpoint, check that it is of the same run, and output."""
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -12,11 +12,9 @@ from util.compute.distributed import (
     is_main_process,
     world_size,
 )
+from util.data.images import HELD_OUT, TRAINING_IMAGES
 from util.data.loaders import StepLoader
-from util.data.segmentation import SegmentationSettings
-from util.data.settings import DataSettings
 from util.errors import InputError, counted
-from util.optim import OptimSettings
 from util.runs.checkpoint import (
     CheckpointWriter,
     TrainState,
@@ -25,8 +23,13 @@ from util.runs.checkpoint import (
     read_checkpoint,
 )
 from util.runs.lock import lock_folder
-from util.runs.run import RunSettings, write_args
+from util.runs.log_file import open_log_file
+from util.runs.run import write_args
 from util.runs.run_log import RunLog
+from util.settings.data import DataSettings
+from util.settings.optim import OptimSettings
+from util.settings.run import RunSettings
+from util.settings.segmentation import SegmentationSettings
 from util.weights.encoder import StartingPoint
 from util.weights.files import (
     WeightsNotFoundError,
@@ -43,6 +46,7 @@ WEIGHTS_HASH = "hash of the weights it starts from"
 CONTENT = "hash of the content of 100 images, by class"
 EMA_DECAY = "decay of the first steps with --ema"
 
+MAX_ITERS = "--max_iters"  # the length of runs that are measured in steps
 SOURCES = ("data_path", "val_path", "data_csv", "val_csv")  # settings of the data
 CLASSIFIERS = ("finetune", "linprobe")  # kinds of checkpoints that `read_encoder` reads
 
@@ -99,6 +103,15 @@ class RunRecord(NamedTuple):
     """The option for the length of the run, for messages, and its value per epoch."""
     data: dict[str, object] | None = None
     """What was found of the images, see `util.data.report`."""
+    evaluated_every: int = 0
+    """Epochs between evaluations, for the log; 0 for none."""
+    notes: Mapping[str, str] | None = None
+    """What the log says beside metrics, see `util.runs.rows.cells`."""
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether the length of the run is a number of steps."""
+        return self.length[0] == MAX_ITERS
 
 
 @contextmanager
@@ -127,12 +140,13 @@ def open_run(
             if not loader.resumes_mid_epoch:
                 state.rewind_epoch()
             check_left(state, path, run.folder, record)
-        if run.folder not in run.log_folder.parents:
+        if run.folder not in (run.log_folder, *run.log_folder.parents):
             try:
                 run.log_folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise InputError(f"cannot write to --log_dir {run.log_folder}: {error}") from error
         versions = write_args(run.folder, record.args, record.data)
+        open_log_file(run.folder)
         settings = {"identity": record.fixed, "recipe": record.may_change, "args": record.args}
         checkpoints = CheckpointWriter(
             run.folder,
@@ -152,17 +166,15 @@ def open_run(
             step=state.progress.step,
             device=state.precision.device,
             unwritten=state.unwritten,
+            evaluated_every=record.evaluated_every,
+            in_steps=record.in_steps,
+            notes=record.notes,
         )
         yield checkpoints, run_log
         run_log.close()
     finally:
         if lock is not None:
             lock.release()
-
-
-def log_settings(settings: dict) -> None:
-    """Log the settings of a run, including derived defaults."""
-    _logger.info("recipe: %s", ", ".join(f"{k.lstrip('-')} {v}" for k, v in settings.items()))
 
 
 def _read_good(path: Path, kind: str) -> dict | None:
@@ -388,6 +400,9 @@ def check_same_run(checkpoint: dict, record: RunRecord, path: Path) -> None:
         advice = "Use the same settings"
         if fixed.get(EFFECTIVE_BATCH) != size:
             advice += f" (--effective_batch_size {size} works with any number of processes)"
+        held_out, number = fixed.get(HELD_OUT, 0), checkpoint["identity"].get(TRAINING_IMAGES)
+        if held_out and number == fixed[TRAINING_IMAGES] + held_out:
+            advice += " (--val_fraction 0 trains on all images, as before)"
         raise InputError(
             f"{path} was trained with other settings: {'; '.join(different)}. {advice}, or start a "
             "new run in another --output_dir"

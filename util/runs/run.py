@@ -1,7 +1,8 @@
 """Start and end of a run: devices, logging, records of versions and arguments, exit codes."""
 
-import argparse
+import atexit
 import errno
+import gc
 import json
 import logging
 import os
@@ -10,8 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,26 +20,22 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from util.arguments import natural_float, natural_int, positive_float, positive_int, seed_number
-from util.compute.distributed import (
-    TIMEOUT_MINUTES,
-    init_distributed,
-    is_main_process,
-    rank,
-    stop_processes,
+from util.compute.distributed import init_distributed, is_main_process, rank, stop_processes
+from util.compute.out_of_memory import is_out_of_memory, out_of_memory_message
+from util.compute.shared_memory import shared_memory_is_full, shared_memory_message
+from util.compute.signals import SignalExit, defer_signals, handled_signals, signal_name
+from util.compute.watchdog import (
+    await_report,
+    claim_report,
+    lost_process,
+    start_watchdog,
+    stop_watchdog,
 )
-from util.compute.signals import deferred_signals
-from util.compute.watchdog import claim_report, lost_process, start_watchdog, stop_watchdog
-from util.compute.worker_deaths import dead_loader, end_loaders
-from util.errors import (
-    InputError,
-    RunError,
-    StoppedError,
-    escaped,
-    is_out_of_memory,
-    out_of_memory_message,
-)
+from util.compute.worker_deaths import dead_loader, end_loaders, kill_loaders
+from util.errors import InputError, RunError, StoppedError, escaped
 from util.kernels import cpu_linear
+from util.runs.log_file import LineFormatter, LogFile, write_to_log_file
+from util.terminal import keep_streams
 
 TIME_FORMAT = "%Y%m%d-%H%M%S"
 REPORT_DELAY = 5  # seconds
@@ -49,82 +45,12 @@ BAD_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class RunSettings:
-    """Settings for device, output, resume and logging of a run; see the flags."""
-
-    output_dir: str
-    log_dir: str | None
-    device: str | None
-    seed: int
-    resume: str
-    save_every: int
-    save_every_minutes: float | None
-    keep_last: int
-    log_every: int
-    timeout_minutes: float
-
-    @property
-    def folder(self) -> Path:
-        """Folder of checkpoints, logs and figures."""
-        return Path(self.output_dir)
-
-    @property
-    def log_folder(self) -> Path:
-        """Folder of TensorBoard's logs."""
-        return Path(self.log_dir or self.folder / "tensorboard")
-
-
-def add_run_args(parser: argparse.ArgumentParser, *, output_dir: str, save_every: int = 20) -> None:
-    """Add the flags of RunSettings."""
-    group = parser.add_argument_group("run")
-    group.add_argument(
-        "--output_dir",
-        default=output_dir,
-        help="folder for checkpoints, logs and figures (%(default)s)",
-    )
-    group.add_argument("--log_dir", help="TensorBoard's folder (OUTPUT_DIR/tensorboard)")
-    group.add_argument("--device", help="cuda, cuda:N or cpu (cuda if available)")
-    group.add_argument(
-        "--seed", type=seed_number, default=0, help="seed of all random numbers (%(default)s)"
-    )
-    group.add_argument(
-        "--resume",
-        default="auto",
-        help="auto: continue from the newest readable checkpoint in OUTPUT_DIR, if there is one; a "
-        "path: from that checkpoint, unless OUTPUT_DIR has its own; none: start from scratch, in a "
-        "folder without checkpoints (%(default)s)",
-    )
-    group.add_argument(
-        "--save_every",
-        type=positive_int,
-        default=save_every,
-        help="epochs between checkpoints (%(default)s)",
-    )
-    group.add_argument(
-        "--save_every_minutes",
-        type=natural_float,
-        help="also save within epochs, at the first log point after this many minutes (off)",
-    )
-    group.add_argument(
-        "--keep_last",
-        type=natural_int,
-        default=3,
-        help="number of checkpoints to keep, 0 for all (%(default)s)",
-    )
-    group.add_argument(
-        "--log_every", type=positive_int, default=20, help="steps between log points (%(default)s)"
-    )
-    group.add_argument(
-        "--timeout_minutes",
-        type=positive_float,
-        default=TIMEOUT_MINUTES,
-        help="end the run if a process makes no progress for this long (%(default)s)",
-    )
-
-
 class TerminalHandler(logging.Handler):
     """Log handler that prints to stdout without breaking a progress bar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(LineFormatter("%H:%M:%S"))
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
@@ -136,24 +62,12 @@ class TerminalHandler(logging.Handler):
             sys.stdout.flush()
 
 
-class LineFormatter(logging.Formatter):
-    """Log formatter that writes a message in one line; a traceback keeps its lines."""
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(message)s", datefmt="%H:%M:%S")
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        """Return the line of a record, with unprintable characters escaped."""
-        return escaped(super().formatMessage(record))
-
-
 def start_logging() -> None:
-    """Log to stdout; processes other than the main one log only warnings."""
-    handler = TerminalHandler()
-    handler.setFormatter(LineFormatter())
+    """Log to stdout, and keep the log for a file; other processes only print their warnings."""
     root = logging.getLogger()
-    root.handlers = [handler]
+    root.handlers = [TerminalHandler(), LogFile()] if is_main_process() else [TerminalHandler()]
     root.setLevel(logging.INFO if is_main_process() else logging.WARNING)
+    logging.captureWarnings(True)
     for client in ("httpx", "httpx2"):  # of huggingface_hub, with a line for every request
         logging.getLogger(client).setLevel(logging.WARNING)
 
@@ -228,10 +142,7 @@ def start_run(
         # enables it again.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if chosen.type == "cpu":
-        _logger.info(
-            "CPU: %s, threads: %d, large float32 layers by %s",
-            *(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), cpu_linear()),
-        )
+        cpu_linear()  # refuses an unknown kernel before anything is read
     return chosen
 
 
@@ -275,21 +186,29 @@ def set_aside(path: Path) -> None:
         path.rename(path.with_name(f"{path.stem}-{when}{path.suffix}"))
 
 
-def run_main(
-    main: Callable[[], None], *, trains: bool = False, memory_advice: str = "use fewer images"
-) -> NoReturn:
+def run_main(main: Callable[[], None], *, memory_advice: str = "use fewer images") -> NoReturn:
     """Run a main and exit: 0, or 2 with one sentence for wrong input, 1 for a failed run.
 
-    A run stopped by a signal exits with 128 plus its number, as in a shell.
+    A program that a signal ended exits with 128 plus its number, as in a shell. A run that trains
+    saves before.
 
     Args:
-        trains: the main saves and stops on a signal; otherwise a signal ends it at once.
         memory_advice: what to change if the device runs out of memory.
     """
+    keep_streams()
+    # Otherwise the interpreter searches all that was imported for garbage, for seconds.
+    atexit.register(gc.freeze)
     try:
-        # Deferred until the error is reported: torchrun signals all processes once one has ended.
-        with deferred_signals() if trains else nullcontext():
-            code = exit_code(main, memory_advice)
+        with handled_signals(kill_loaders):
+            try:
+                code = exit_code(main, memory_advice)
+            except SignalExit as end:
+                code = end.code
+                defer_signals(to_save=False)
+                if is_main_process() and claim_report():
+                    if sys.stderr.isatty():  # which shows ^C, or the rest of a progress bar
+                        sys.stderr.write("\n")
+                    report_end(f"{Path(sys.argv[0]).name}: stopped by {signal_name(end.signal)}")
     finally:
         end_loaders()
         stop_watchdog()
@@ -305,6 +224,8 @@ def exit_code(main: Callable[[], None], memory_advice: str) -> int:
         _logger.info("%s", error)
         return 128 + error.signal
     except Exception as error:
+        # Report first: torchrun signals all processes once one has ended.
+        defer_signals(to_save=False)
         if is_out_of_memory(error):
             error = InputError(out_of_memory_message(error, memory_advice))
         message = failure(error)
@@ -312,18 +233,16 @@ def exit_code(main: Callable[[], None], memory_advice: str) -> int:
         message = message or death or lost_process(error)
         if message is None:
             claim_report()  # the traceback is the report
+            write_to_log_file(f"{Path(sys.argv[0]).name}: error:", error=error)
             raise
         wrong_input = isinstance(error, InputError) or getattr(error, "errno", None) in BAD_PATH
         program = Path(sys.argv[0]).name
         if not is_main_process():
             # If the main process fails too, it reports first.
-            time.sleep(REPORT_DELAY)
+            await_report(REPORT_DELAY)
             program += f" (process {rank()})"
         if claim_report():
-            with suppress(OSError):
-                sys.stdout.flush()
-            sys.stderr.write(f"{program}: error: {escaped(message)}\n")
-            sys.stderr.flush()
+            report_end(f"{program}: error: {escaped(message)}")
         if death:  # normal cleanup may wait for a lock that the dead process held
             end_loaders()
             os._exit(1)
@@ -331,10 +250,20 @@ def exit_code(main: Callable[[], None], memory_advice: str) -> int:
     return 0
 
 
+def report_end(sentence: str) -> None:
+    """Print why the program ends, as the last line of its screen and of its log."""
+    sys.stdout.flush()
+    sys.stderr.write(f"{sentence}\n")
+    sys.stderr.flush()
+    write_to_log_file(sentence)
+
+
 def failure(error: Exception) -> str | None:
     """Message for an expected error; None for a likely bug."""
     if isinstance(error, InputError | RunError):
         return str(error)
+    if shared_memory_is_full(error):
+        return shared_memory_message()
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return f"{error}: free disk space and start the same command again"
     if isinstance(error, OSError) and error.errno in BAD_PATH:

@@ -5,9 +5,9 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,9 +19,17 @@ from tqdm import tqdm
 
 from util.compute.distributed import is_main_process
 from util.errors import InputError, RunError, counted
+from util.progress import clock, on_terminal
+from util.runs.rows import cells
 from util.runs.run import write_json
 
 LOG_NAME = "log.jsonl"
+RECENT = 100  # steps whose time counts for the time left
+PERIOD = 10.0  # seconds from the last line until a log point within an epoch is shown
+SILENCE = 20.0  # seconds without a line, after which any step is
+# TensorBoard's groups, in this order.
+LEARNING, SPEED, HEALTH = "1_learning", "2_speed", "3_health"
+HEALTH_OF_EPOCHS = ("grad_norm", "broken_images", "lr")
 
 T = TypeVar("T")
 
@@ -62,12 +70,76 @@ def read_log(output_dir: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("}\n")]
 
 
+class StepClock:
+    """Time of a run's steps, and of what comes between its epochs: evaluation and saves.
+
+    Args:
+        evaluated_every: epochs between evaluations, the last of which follows the last epoch; 0
+            for none.
+    """
+
+    def __init__(self, num_epochs: int, steps_per_epoch: int, evaluated_every: int) -> None:
+        self.num_epochs, self.steps_per_epoch = num_epochs, steps_per_epoch
+        self.evaluated_every = evaluated_every
+        self.first: float | None = None
+        self.recent: deque[float] = deque(maxlen=RECENT)
+        self.evaluations: list[float] = []
+        self.last = time.monotonic()
+        self.evaluates = False
+
+    def start_epoch(self, epoch: int) -> None:
+        """Start the steps after this many epochs; what came before is an evaluation, if one was."""
+        now = time.monotonic()
+        if self.evaluates:
+            self.evaluations.append(now - self.last)
+        self.last = now
+        self.evaluates = self._is_evaluated(epoch + 1)
+
+    def end_step(self) -> float:
+        """Note that a step has ended, and return when."""
+        now = time.monotonic()
+        seconds, self.last = now - self.last, now
+        if self.first is None:
+            self.first = seconds  # it starts the loader, and compiles
+        else:
+            self.recent.append(seconds)
+        return now
+
+    def _is_evaluated(self, epoch: int) -> bool:
+        every = self.evaluated_every
+        return every > 0 and (epoch == self.num_epochs or epoch % every == 0)
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Mean time of the recent steps; the run's first counts only until there is another."""
+        return sum(self.recent) / len(self.recent) if self.recent else self.first or 0.0
+
+    def left(self, step: int, epoch: int) -> str:
+        """Describe the time left, such as "12:30, 1:10 of it evaluation".
+
+        Args:
+            step: steps done in the run.
+            epoch: epochs done.
+        """
+        training = (self.num_epochs * self.steps_per_epoch - step) * self.seconds_per_step
+        to_come = sum(map(self._is_evaluated, range(epoch + 1, self.num_epochs + 1)))
+        if not to_come:
+            return clock(training)
+        if not self.evaluations:
+            return f"{clock(training)} and evaluation"
+        evaluation = to_come * sum(self.evaluations) / len(self.evaluations)
+        text = clock(training + evaluation)
+        return f"{text}, {clock(evaluation)} of it evaluation" if evaluation >= 1 else text
+
+
 class RunLog:
     """Logger of a run's progress and metrics: terminal, TensorBoard and `log.jsonl`.
 
-    On a terminal the progress is a bar, elsewhere a line at every log point. Only the main process
-    shows and writes anything. A full disk does not stop a run: lines of `log.jsonl` are written
-    once there is space, while TensorBoard and figures are dropped.
+    The terminal shows a row for each epoch. Within an epoch, it shows a bar, or a line every few
+    seconds if it is no terminal. TensorBoard's scalars are over epochs, except for those named
+    `..._by_step`; over steps if `in_steps`. Only the main process shows and writes anything.
+    A full disk does not stop a run: lines of `log.jsonl` are written once there is space, while
+    TensorBoard and figures are dropped.
 
     Args:
         output_dir: for `log.jsonl`, one line per epoch, and the latest of each figure.
@@ -76,6 +148,12 @@ class RunLog:
         step: steps done; later TensorBoard points of an interrupted run are purged.
         device: its memory use is shown.
         unwritten: lines of `log.jsonl` that could not be written yet; checkpoints contain them.
+        evaluated_every: epochs between evaluations, for the time left; 0 for none.
+        in_steps: whether rows count steps, for runs whose epochs only say when they are evaluated.
+        notes: see `util.runs.rows.cells`.
+
+    Attributes:
+        untrained: metrics before the first step, if any were measured.
     """
 
     def __init__(
@@ -89,14 +167,18 @@ class RunLog:
         step: int,
         device: torch.device,
         unwritten: list[dict],
+        evaluated_every: int = 0,
+        in_steps: bool = False,
+        notes: Mapping[str, str] | None = None,
     ) -> None:
-        self.unwritten = unwritten
+        self.unwritten, self.notes = unwritten, notes
         self.num_epochs, self.steps_per_epoch, self.device = num_epochs, steps_per_epoch, device
         self.output_dir, self.path = output_dir, output_dir / LOG_NAME
-        self.bar = None
-        self.first_step, self.start_time = step, time.monotonic()
-        self.window_step, self.window_time = step, self.start_time
+        self.bar, self.in_steps = None, in_steps
+        self.start_time = self.window_time = self.last_line = time.monotonic()
+        self.clock = StepClock(num_epochs, steps_per_epoch, evaluated_every)
         self.tensorboard = None
+        self.untrained: dict[str, float] = {}
         if is_main_process():
             try:
                 self.tensorboard = SummaryWriter(log_dir, purge_step=step + 1)
@@ -104,25 +186,54 @@ class RunLog:
                 raise InputError(f"cannot write to --log_dir {log_dir}: {error}") from error
             # Lines unwritten at the time of the checkpoint may have been written since.
             lines = {line["epoch"]: line for line in [*unwritten, *read_log(output_dir)]}
+            if not step:
+                lines = {}
             kept = [line for number, line in sorted(lines.items()) if number <= epoch]
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             temporary.replace(self.path)
             unwritten.clear()
             self.size = self.path.stat().st_size
+            self.untrained = lines.get(0, {})
+
+    def start(self, values: dict[str, float]) -> None:
+        """Log what was measured before the first step; nothing if that is nothing."""
+        if values and is_main_process():
+            self.untrained = values
+            self._add_line(values, epoch=0, step=0)
+            self._show_row(values, epoch=0, step=0, remark="untrained")
 
     def start_epoch(self, epoch: int, step_in_epoch: int) -> None:
         """Open the progress bar of an epoch, counted from 0; a resumed epoch starts partway."""
-        self.window_time = time.monotonic()
-        if is_main_process() and sys.stderr.isatty():
+        self.clock.start_epoch(epoch)
+        self.window_time = self.clock.last
+        if is_main_process() and on_terminal():
+            what = "evaluation" if self.in_steps else "epoch"
             self.bar = tqdm(
                 total=self.steps_per_epoch,
                 initial=step_in_epoch,
-                desc=f"epoch {epoch + 1}/{self.num_epochs}",
+                desc=f"{what} {epoch + 1}/{self.num_epochs}",
                 unit="step",
                 dynamic_ncols=True,
                 leave=False,
             )
+
+    def end_step(self, step: int, *, epoch: int, is_log_point: bool) -> None:
+        """Show that a step is done, without waiting for the device.
+
+        Args:
+            step: steps done in the run.
+            epoch: the current one, counted from 0.
+            is_log_point: whether `log_step` follows, which knows more.
+        """
+        now = self.clock.end_step()
+        if self.bar is not None:
+            self.bar.update(step - epoch * self.steps_per_epoch - self.bar.n)
+            if step == (epoch + 1) * self.steps_per_epoch:
+                self._close_bar()  # makes room for that of an evaluation
+        elif now - self.last_line >= SILENCE and not is_log_point:
+            seconds = f"{self.clock.seconds_per_step:.3g} s a step"
+            self._show_step(step, epoch, [seconds, f"ETA {self.clock.left(step, epoch)}"])
 
     def log_step(
         self,
@@ -146,45 +257,53 @@ class RunLog:
         if not is_main_process():
             return
         now = time.monotonic()
-        seconds = max(1e-9, now - self.window_time)
+        seconds, self.window_time = max(1e-9, now - self.window_time), now
         images_per_s, data_wait = num_images / seconds, data_seconds / seconds
-        seconds_per_step = (now - self.start_time) / max(1, step - self.first_step)
-        steps_left = self.num_epochs * self.steps_per_epoch - step
+        memory = peak_memory_gb(self.device)
         shown = {
             "loss": f"{stats['loss']:.4f}",
-            "lr": f"{lr:.2e}",
+            "lr": f"{lr:.2e}" if lr else "0, where the warm-up starts",
             "images/s": f"{images_per_s:.0f}",
             "waiting for data": f"{data_wait:.0%}",
-            "ETA": str(timedelta(seconds=round(steps_left * seconds_per_step))),
-            "memory": f"{peak_memory_gb(self.device):.1f} GiB",
+            "memory": f"{memory:.1f} GiB",
+            "ETA": self.clock.left(step, epoch),
         }
         if self.bar is not None:
             self.bar.set_postfix(shown, refresh=False)
-            self.bar.update(step - self.window_step)
-        else:
-            text = ", ".join(f"{name} {value}" for name, value in shown.items())
-            step_in_epoch = step - epoch * self.steps_per_epoch
-            _logger.info(
-                "epoch %d/%d step %d/%d: %s",
-                *(epoch + 1, self.num_epochs, step_in_epoch, self.steps_per_epoch, text),
-            )
-        speed = {"images_per_s": images_per_s, "data_wait": data_wait}
-        self.log_scalars({**stats, "lr": lr, **speed}, step, "train")
-        self.window_step, self.window_time = step, now
+        elif now - self.last_line >= PERIOD and step < (epoch + 1) * self.steps_per_epoch:
+            self._show_step(step, epoch, [f"{name} {value}" for name, value in shown.items()])
+        self.log_scalars({"loss": stats["loss"], "lr": lr}, step, LEARNING, by_step=True)
+        speed = {"images_per_s": images_per_s, "data_wait": data_wait, "memory_gib": memory}
+        self.log_scalars(speed, step, SPEED, by_step=True)
+        health = {name: value for name, value in stats.items() if name != "loss"}
+        self.log_scalars(health, step, HEALTH, by_step=True)
 
-    def log_scalars(self, values: dict[str, float], step: int, group: str) -> None:
-        """Add TensorBoard scalars at a step of the run."""
+    def log_scalars(
+        self, values: Mapping[str, float], x: int, group: str, *, by_step: bool = False
+    ) -> None:
+        """Add TensorBoard scalars.
+
+        Args:
+            x: epochs done, or steps if `in_steps`.
+            group: such as LEARNING.
+            by_step: x is always steps, and the names say so.
+        """
         with self._writing_tensorboard() as tensorboard:
             for name, value in values.items() if tensorboard else ():
-                tensorboard.add_scalar(f"{group}/{name}", value, step)
+                tag = f"{group}/{name}_by_step" if by_step else f"{group}/{name}"
+                tensorboard.add_scalar(tag, value, x)
 
-    def log_image(self, name: str, image: np.ndarray, step: int) -> None:
-        """Add an image, uint8 (H, W, 3), to TensorBoard, and save the latest as `<name>.png`."""
+    def log_image(self, name: str, image: np.ndarray, x: int) -> None:
+        """Add an image, uint8 (H, W, 3), to TensorBoard, and save the latest as `<name>.png`.
+
+        Args:
+            x: epochs done, or steps if `in_steps`.
+        """
         if not is_main_process():
             return
         with self._writing_tensorboard() as tensorboard:
             if tensorboard:
-                tensorboard.add_image(name, image, step, dataformats="HWC")
+                tensorboard.add_image(name, image, x, dataformats="HWC")
         path = self.output_dir / f"{name}.png"
         temporary = path.with_suffix(".tmp")
         try:
@@ -220,17 +339,50 @@ class RunLog:
             epoch: epochs done.
             step: steps done in the run.
         """
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        self._close_bar()
         if is_main_process():
-            seconds = round(time.monotonic() - self.start_time, 1)  # since this start
-            line = {"epoch": epoch, "step": step, **values, "seconds": seconds}
-            self.unwritten.append(line)
-            self._write_lines()
-            numbers = ", ".join(f"{name} {value:.5g}" for name, value in values.items())
-            _logger.info("epoch %d/%d done: %s", epoch, self.num_epochs, numbers)
-            self.log_scalars(values, step, "epoch")
+            self._add_line(values, epoch=epoch, step=step)
+            beside = {f"untrained_{name}": value for name, value in self.untrained.items()}
+            self._show_row({**values, **beside}, epoch=epoch, step=step)
+
+    def _add_line(self, values: dict[str, float | int], *, epoch: int, step: int) -> None:
+        """Add metrics over epochs to `log.jsonl` and TensorBoard."""
+        seconds = round(time.monotonic() - self.start_time, 1)  # since this start
+        self.unwritten.append({"epoch": epoch, "step": step, **values, "seconds": seconds})
+        self._write_lines()
+        health = {name: value for name, value in values.items() if name in HEALTH_OF_EPOCHS}
+        rest = {name: value for name, value in values.items() if name not in health}
+        x = step if self.in_steps else epoch
+        self.log_scalars(rest, x, LEARNING)
+        self.log_scalars(health, x, HEALTH)
+
+    def _show_row(
+        self, values: Mapping[str, float], *, epoch: int, step: int, remark: str = ""
+    ) -> None:
+        """Log the row of an epoch; its last column is the time since this start."""
+        texts = cells(values, self.notes)
+        self.last_line = time.monotonic()
+        elapsed = clock(self.last_line - self.start_time)
+        row = [self._place(epoch, step), *filter(None, [remark]), *texts, elapsed]
+        _logger.info("%s", "  ".join(row))
+
+    def _place(self, epoch: int, step: int) -> str:
+        """Return where in the run a row is."""
+        if not self.in_steps:
+            return f"epoch {epoch:{len(str(self.num_epochs))}}/{self.num_epochs}"
+        steps = f"{self.num_epochs * self.steps_per_epoch:,}"
+        return f"step {step:{len(steps)},}/{steps}"
+
+    def _show_step(self, step: int, epoch: int, texts: Sequence[str]) -> None:
+        """Log a line within an epoch."""
+        if not is_main_process():
+            return
+        self.last_line = time.monotonic()
+        place = self._place(epoch, step)
+        if not self.in_steps:
+            step_in_epoch = step - epoch * self.steps_per_epoch
+            place = f"{self._place(epoch + 1, step)}, step {step_in_epoch}/{self.steps_per_epoch}"
+        _logger.info("%s: %s", place, ", ".join(texts))
 
     def close(self) -> None:
         """Finish writing.
@@ -238,8 +390,7 @@ class RunLog:
         Raises:
             RunError: `log.jsonl` is incomplete; the last checkpoint has the missing lines.
         """
-        if self.bar is not None:
-            self.bar.close()
+        self._close_bar()
         with self._writing_tensorboard() as tensorboard:
             if tensorboard:
                 tensorboard.close()
@@ -251,6 +402,11 @@ class RunLog:
                 f"{self.path} lacks the lines of {epochs}, see above: free "
                 "disk space and start the same command again"
             )
+
+    def _close_bar(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
 
     def _write_lines(self) -> None:
         try:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from util.compute.contention import contention_watch
 from util.compute.distributed import gradient_sync, rank, world_size
-from util.compute.signals import stop_signal
+from util.compute.signals import defer_signals, stop_signal
 from util.compute.watchdog import enter_step
 from util.data.batch import Batch
 from util.data.loaders import StepLoader
@@ -109,6 +109,7 @@ def training_steps(
     progress, precision, meters = state.progress, state.precision, state.meters
     images_logged = meters.num_images
     contention = contention_watch(device)
+    defer_signals(to_save=True)
     run_log.start_epoch(progress.epoch, progress.step_in_epoch)
     steps = TimedIterator(loader.steps(progress.epoch, progress.step_in_epoch))
     enter_step(progress.step)
@@ -142,7 +143,9 @@ def training_steps(
         end_of_epoch = progress.step_in_epoch == loader.steps_per_epoch
         # A single process stops at once, several at the next log point, where they sync anyway.
         stops = world_size() == 1 and stop_signal() is not None
-        if end_of_epoch or progress.step_in_epoch % log_every == 0 or stops:
+        is_log_point = end_of_epoch or progress.step_in_epoch % log_every == 0 or stops
+        run_log.end_step(progress.step, epoch=progress.epoch, is_log_point=is_log_point)
+        if is_log_point:
             stats = meters.read()  # the host waits for the device only here
             state.broken.check()
             run_log.log_step(

@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from util.errors import InputError, counted, first_few
+from util.normalization import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from util.progress import waiting
 from util.weights.files import save_safetensors, unknown_content
 from util.weights.locations import read_weights
 from util.weights.metadata import (
@@ -147,6 +148,7 @@ def count_blocks(encoder: Mapping[str, Tensor]) -> int:
     return 1 + max(ids, default=-1)
 
 
+@waiting("reading the weights")
 def read_encoder(path: str | Path) -> EncoderWeights:
     """Read the encoder of a weights file.
 
@@ -164,7 +166,7 @@ def read_encoder(path: str | Path) -> EncoderWeights:
     if weights.left_out:
         groups = sorted({re.split(r"\.", name)[0] for name in weights.left_out})
         _logger.info(
-            "%s: left out %s outside the encoder: %s",
+            "%s: reading the encoder; %s of other parts are not needed: %s",
             *(path, counted(len(weights.left_out), "tensor"), ", ".join(groups)),
         )
     return weights
@@ -437,10 +439,10 @@ def load_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> No
                 else name.split(".")[0]
                 for name in new
             )
-        _logger.info("not in the file, so newly initialized: %s", ", ".join(listed))
+        _logger.info("new for this task: %s", ", ".join(listed))
     left_out = [name for name in weights.head_state if name not in state]
     if left_out:
-        _logger.info("in the file, but not used here: %s", ", ".join(left_out))
+        _logger.info("in the file, but not needed here: %s", ", ".join(left_out))
 
 
 def fit_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> dict[str, Tensor]:

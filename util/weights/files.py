@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from util.arguments import check_new
 from util.errors import InputError, as_input_error, first_few
 from util.weights.values import HARMLESS
 
@@ -221,17 +222,6 @@ def save_safetensors(state: Mapping[str, Tensor], path: Path, metadata: dict[str
     """Write tensors and metadata, with the permissions and errors of any other file."""
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     path.write_bytes(safetensors.torch.save(tensors, metadata))
-
-
-def check_new(path: Path, *, flag: str) -> None:
-    """Raise InputError if something exists at a path that the user gave as `flag`, or cannot."""
-    if path.exists() or path.is_symlink():
-        raise InputError(f"{path} already exists: delete it first, or choose another {flag}")
-    if not path.parent.is_dir():
-        raise InputError(
-            f"cannot write {flag} {path}: {path.parent} is not a folder, so create it, or choose "
-            f"another {flag}"
-        )
 
 
 def write_new(path: Path, write: Callable[[Path], None], *, flag: str = "--output") -> None:

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import is_model_in_modules
 from torch import Tensor
 
 from util.errors import InputError, as_input_error
-from util.normalization import check_scale
+from util.normalization import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, check_scale
+from util.settings.model import POOLS
 from util.weights.files import KINDS, check_format
 
 _logger = logging.getLogger(__name__)
@@ -21,7 +21,6 @@ ENCODER_FORMAT = "crossmae-encoder"  # in the metadata of an encoder-only file
 OLD_KEYS = {"crop_share": "crop_pct"}  # names in earlier versions
 # Settings in the header of a checkpoint of this project, under the same names as here.
 HEADER_KEYS = ("classes", "interpolation", "squash", "task", "target_scale")
-POOLS = ("avg", "cls", "norm_avg")
 TASKS = {  # Hugging Face's names -> ours
     "single_label_classification": "classification",
     "multi_label_classification": "multilabel",

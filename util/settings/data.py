@@ -3,9 +3,8 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from pathlib import Path
+from typing import Literal, get_args
 
 from util.arguments import (
     finite_float,
@@ -14,16 +13,20 @@ from util.arguments import (
     number,
     positive_int,
     process_count,
-    ratio,
 )
-from util.compute.distributed import default_workers
-from util.data.layout import CLASS_FOLDERS, ClassFolder
-from util.data.packed import kind_of
-from util.data.sources import OWN_SOURCES
 from util.errors import InputError
-from util.normalization import check_scale
+from util.machine import default_workers
+from util.normalization import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, check_scale
 
+ClassFolder = Literal["auto", "first", "last"]
+CLASS_FOLDERS = get_args(ClassFolder)
+# Those that timm lacks or reads differently.
+OWN_DATASETS = ("packed", "digits", "inat2019")
+USUAL_FRACTION = 0.01  # of the images, held out for validation in pre-training
+LEAST_HELD_OUT, MOST_HELD_OUT = 8, 500  # images, but never more than a tenth
 MIN_CROP_PCT = 0.1  # below it, a resized image takes more than 100 times a crop's memory
+
+PACKED_INDEX = "packed.json"  # file that makes a folder one of packed images
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class DataSettings:
     """Table of images and labels, below `data_path` if that is given, see `util.data.table`."""
     val_csv: str | None = None
     val_fraction: float | None = None
-    """Share of `data_csv` that is held out for validation."""
+    """Share of the images that is held out for validation, see `util.data.held_out`."""
     num_samples: int | None = None
     """Images per epoch of a stream."""
     class_folder: ClassFolder = "auto"
@@ -71,9 +74,7 @@ class DataSettings:
                 raise InputError(
                     f"--data_csv lists the images and their classes: leave out {', '.join(given)}"
                 )
-        if self.val_fraction is not None and not self.data_csv:
-            raise InputError("--val_fraction holds out images of --data_csv: leave it out")
-        if self.val_fraction is not None and (self.val_csv or self.val_path):
+        if self.val_fraction and (self.val_csv or self.val_path):
             flag = "--val_csv" if self.val_csv else "--val_path"
             raise InputError(f"{flag} gives the validation images: leave --val_fraction out")
 
@@ -86,19 +87,22 @@ class DataSettings:
         return self.dataset or (kind_of(path) if path else "digits")
 
 
+def holds_packed(path: str | Path) -> bool:
+    """Whether a folder, or its train/ or val/, holds packed images."""
+    folder = Path(path).expanduser()
+    return any((folder / split / PACKED_INDEX).is_file() for split in ("", "train", "val"))
+
+
+def kind_of(path: str | Path | None) -> str:
+    """Return the --dataset to assume for a path: packed images or a folder of files."""
+    return "packed" if path and holds_packed(path) else "folder"
+
+
 def check_colors(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
     """Raise InputError for a --std that is not above 0, or values of pixels from 0 to 255."""
     if std and min(std) <= 0:
         raise InputError(f"--std must be above 0 in every channel, not {std}")
     check_scale(mean, std)
-
-
-def check_decoder(decode: str, device: torch.device) -> None:
-    """Raise InputError if `--decode gpu` has no CUDA device."""
-    if decode == "gpu" and device.type != "cuda":
-        raise InputError(
-            f"--decode gpu needs a CUDA device, but this run is on {device}: use --decode cpu"
-        )
 
 
 def crop_pct(text: str) -> float:
@@ -109,20 +113,36 @@ def crop_pct(text: str) -> float:
     return value
 
 
-def add_data_args(parser: argparse.ArgumentParser, *, input_size: int | None) -> None:
-    """Add the flags of DataSettings; without `input_size`, defaults come from the weights."""
-    inherited = "" if input_size else "from --finetune's file, else "
+def held_out_fraction(text: str) -> float:
+    """Parse a number from 0 to 1, without 1."""
+    value = number(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, not {text}")
+    return value
+
+
+def add_data_args(
+    parser: argparse.ArgumentParser, *, input_size: int | None, holds_out: bool = False
+) -> None:
+    """Add the flags of DataSettings.
+
+    Args:
+        input_size: None if defaults come from the weights.
+        holds_out: whether some images are held out by default.
+    """
+    inherited = "" if input_size else "from the weights, else "
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", help="folder or .tar file of images, or root of --dataset")
     group.add_argument(
         "--dataset",
-        help=f"folder, tar, {', '.join(OWN_SOURCES)}, or a timm name such as torch/cifar10, "
+        help=f"folder, tar, {', '.join(OWN_DATASETS)}, or a timm name such as torch/cifar10, "
         "torch/places365, hfds/NAME or wds/NAME (folder with --data_path, else digits)",
     )
     group.add_argument(
         "--val_path", help="folder or .tar file of validation images (val/ in --data_path)"
     )
     add_table_args(group)
+    add_val_fraction_arg(group, holds_out=holds_out)
     group.add_argument(
         "--num_samples",
         type=positive_int,
@@ -140,14 +160,19 @@ def add_data_args(parser: argparse.ArgumentParser, *, input_size: int | None) ->
     )
     add_color_args(group, inherited=inherited)
     if input_size is None:
-        group.add_argument(
-            "--crop_pct",
-            "--crop_share",
-            type=crop_pct,
-            help="side of the center crop over the side of a resized validation image "
-            "(224 / 256 up to 224 px, 1 above)",
-        )
+        add_crop_pct_arg(group)
     add_reading_args(group)
+
+
+def add_crop_pct_arg(group: argparse._ActionsContainer, *, inherited: str = "") -> None:
+    """Add the flag of the center crop; `inherited` says where the default comes from, if fixed."""
+    group.add_argument(
+        "--crop_pct",
+        "--crop_share",
+        type=crop_pct,
+        help="side of the center crop over the side of a resized image, in validation and "
+        f"evaluation ({inherited}224 / 256 up to 224 px, 1 above)",
+    )
 
 
 def add_table_args(group: argparse._ActionsContainer) -> None:
@@ -164,12 +189,20 @@ def add_table_args(group: argparse._ActionsContainer) -> None:
         help="table of validation images; paths start from --val_path, else as in --data_csv, "
         "else from its folder (rows of DATA_CSV whose split is val)",
     )
+
+
+def add_val_fraction_arg(group: argparse._ActionsContainer, *, holds_out: bool = False) -> None:
+    """Add the flag for how many images are held out; `holds_out` says whether some are without."""
+    images = f"{LEAST_HELD_OUT} to {MOST_HELD_OUT} images, a tenth of few"
+    usual = f"{100 * USUAL_FRACTION:g}%%, {images}" if holds_out else "none"
     group.add_argument(
         "--val_fraction",
-        type=ratio,
+        "--val_share",
+        type=held_out_fraction,
         metavar="F",
-        help="fraction of DATA_CSV to hold out for validation, by group if there is such a column "
-        "(none)",
+        help="fraction of the images to hold out for validation if none are given for it, chosen "
+        "by their names, or by group if a table has groups; 0 for none "
+        f"({usual})",
     )
 
 

@@ -11,18 +11,27 @@ from unittest.mock import Mock
 
 import pytest
 
-from scripts import launch_slurm
-from scripts.launch_slurm import parse_args, start_task
+from scripts import launch
+from scripts.launch import parse_args, start_task
 from scripts.local_job import job_port
 from tests.helpers.files import write_images
-from tests.helpers.processes import ROOT, command, finish, interrupt, start, tasks_of, wait_until
+from tests.helpers.processes import (
+    ROOT,
+    command,
+    finish,
+    interrupt,
+    start,
+    tasks_of,
+    wait_for_line,
+    wait_until,
+)
 from tests.helpers.runs import assert_same_run, refusal, run_two_processes, six_epochs
 from util.runs.checkpoint import list_checkpoints
 
-LAUNCHER = ROOT / "scripts" / "launch_slurm.py"
+LAUNCHER = ROOT / "scripts" / "launch.py"
 
 
-def launch(*flags, main_flags, cwd=ROOT):
+def launch_job(*flags, main_flags, cwd=ROOT):
     """Start pre-training; return the job's number and the log of task 0."""
     words = command(LAUNCHER, "--main", "pretrain", *flags, "--", *main_flags)
     done = subprocess.run(words, cwd=cwd, capture_output=True, text=True)
@@ -56,7 +65,7 @@ def batch_file(tmp_path, *flags, main_flags=()):
     """Batch file that sbatch receives."""
     main_flags = [*main_flags, "--output_dir", str(tmp_path / "run")]
     words = ["--main", "pretrain", "--cluster", "slurm", *flags, "--", *main_flags]
-    launch_slurm.main([str(word) for word in words])
+    launch.main([str(word) for word in words])
     return (tmp_path / "run" / "jobs" / "7_submission.sh").read_text()
 
 
@@ -137,7 +146,7 @@ def test_only_a_job_that_ended_by_sigusr1_is_requeued(bin_folder, tmp_path, code
 def test_the_folder_of_jobs_may_have_the_number_in_it(bin_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = ["--job_dir", "not/there yet/%j"]
-    launch_slurm.main(["--main", "knn", "--cluster", "slurm", *folder, "--", "--finetune", "w"])
+    launch.main(["--main", "knn", "--cluster", "slurm", *folder, "--", "--finetune", "w"])
     log = tmp_path / "not" / "there yet" / "7" / "7_0_log.out"
     out = capsys.readouterr().out
     assert f"log of task 0: {log}\n" in out
@@ -155,7 +164,7 @@ def test_no_job_listens_on_a_port_that_an_outgoing_connection_may_have():
 def test_a_task_has_the_port_of_its_job(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     environment = Mock(master_port=51342)  # what submitit chose
-    monkeypatch.setattr(launch_slurm, "TorchDistributedEnvironment", lambda: environment)
+    monkeypatch.setattr(launch, "TorchDistributedEnvironment", lambda: environment)
     monkeypatch.setattr(os, "execv", lambda *_: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     start_task(["main"])
@@ -184,14 +193,13 @@ NOTHING = ["--main", "pretrain", "--"]
             ["--gpus_per_node", "2", "--tasks_per_node", "3", *NOTHING],
             "every GPU has one process, so leave it out",
         ),
-        ([*NOTHING, "--batch", "4"], "unrecognized arguments: --batch 4"),
+        ([*NOTHING, "--batch", "4"], "unknown flag --batch: did you mean --batch_size?"),
         ([*NOTHING, "--pred_ratio", "0.9"], "--pred_ratio 0.9 is above --mask_ratio 0.75"),
         (["--cluster", "local", "--nodes", "2", *NOTHING], "--nodes 2 needs --cluster slurm"),
         (
             ["--cluster", "local", "--gpus_per_node", "64", *NOTHING],
             "64 is above the number of GPUs, 0",
         ),
-        (["--cluster", "debug", "--tasks_per_node", "2", *NOTHING], "debug has one process"),
         (["--cluster", "local", "--job_dir", "/proc/no", *NOTHING], "choose another --job_dir"),
     ],
 )
@@ -200,16 +208,16 @@ def test_mistakes_are_reported_before_anything_starts(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(subprocess, "Popen", None)
-    assert sentence in refusal(capsys, *words, main=launch_slurm.main)
+    assert sentence in refusal(capsys, *words, main=launch.main)
 
 
 def test_a_missing_cluster_is_refused(capsys, tmp_path, monkeypatch, bin_folder):
     words = ["--cluster", "slurm", *NOTHING, "--output_dir", tmp_path / "run"]
     (bin_folder / "sbatch").write_text("#!/bin/sh\necho sbatch: error: no such >&2\nexit 1\n")
-    sentence = refusal(capsys, *words, main=launch_slurm.main)
+    sentence = refusal(capsys, *words, main=launch.main)
     assert sentence == "sbatch rejected the job: no such"
     (bin_folder / "srun").unlink()
-    assert "--cluster slurm needs srun" in refusal(capsys, *words, main=launch_slurm.main)
+    assert "--cluster slurm needs srun" in refusal(capsys, *words, main=launch.main)
 
 
 # Runs on this machine
@@ -234,7 +242,7 @@ def test_two_local_tasks_equal_two_of_torchrun(images, undisturbed, tmp_path, mo
     argv = six_epochs(images.relative_to(tmp_path.parent), "here")
     folder = tmp_path.parent / "here"
     flags = ["--partition", "P", "--slurm_x=y"]
-    number, log, out = launch(*TWO, *flags, main_flags=argv, cwd=tmp_path.parent)
+    number, log, out = launch_job(*TWO, *flags, main_flags=argv, cwd=tmp_path.parent)
     assert "ignored without SLURM: --partition, --slurm_x\n" in out
     wait_for_end(number)
     assert log == folder / "jobs" / f"{number}_0_log.out"
@@ -245,12 +253,12 @@ def test_two_local_tasks_equal_two_of_torchrun(images, undisturbed, tmp_path, mo
 @pytest.mark.slow
 def test_a_local_job_restarts_after_sigusr1(images, undisturbed, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    number, log, out = launch(*TWO, main_flags=six_epochs(images, tmp_path))
+    number, log, out = launch_job(*TWO, main_flags=six_epochs(images, tmp_path))
     again, end = re.findall(r"(kill.*)$", out, re.M)
     assert (again, end) == (f"kill -USR1 {number}", f"kill {number}")
     interrupt(
         log,
-        "epoch 2/6 step 2",
+        "epoch 1/6  loss",
         tmp_path,
         number=signal.SIGUSR1,
         send=lambda: subprocess.run(shlex.split(again), check=True),
@@ -263,11 +271,11 @@ def test_a_local_job_restarts_after_sigusr1(images, undisturbed, tmp_path, monke
 
 @pytest.mark.slow
 def test_a_local_job_saves_and_ends_after_sigterm(images, tmp_path):
-    number, log, out = launch(*TWO, main_flags=six_epochs(images, tmp_path))
+    number, log, out = launch_job(*TWO, main_flags=six_epochs(images, tmp_path))
     end = out.splitlines()[-1].partition(": ")[2]
     interrupt(
         log,
-        "epoch 2/6 step 2",
+        "epoch 1/6  loss",
         tmp_path,
         number=signal.SIGTERM,
         send=lambda: subprocess.run(shlex.split(end), check=True),
@@ -284,8 +292,38 @@ def test_debug_runs_the_main_itself(images, tmp_path):
     words = command(LAUNCHER, "--main", "pretrain", "--cluster", "debug", "--", *argv)
     code, out, err = finish(start(words))
     assert (code, err.count("main_pretrain.py: error: ")) == (1, 1)
-    assert "epoch 1/6 step 1/12" in out
+    assert "6 epochs of 12 steps" in out
     assert not (tmp_path / "jobs").exists()
+
+
+# What follows the last line of a run is none of the launcher's.
+IN_FOREGROUND = ["--main", "pretrain", "--cluster", "foreground", "--tasks_per_node", 2, "--"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_foreground_ends_with_the_run_s_own_sentence(images, tmp_path):
+    words = command(LAUNCHER, *IN_FOREGROUND, *six_epochs(images, tmp_path))
+    process = start(words)
+    wait_for_line(process, "epoch 1/6")
+    process.send_signal(signal.SIGINT)
+    code, out, err = finish(process)
+    assert (code, err) == (128 + signal.SIGINT, "")
+    assert "stopped by Ctrl-C after 1 epoch" in out.splitlines()[-1]
+    assert not tasks_of(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_mistake_in_the_foreground_is_one_sentence(tmp_path):
+    missing = tmp_path / "missing"
+    words = command(LAUNCHER, *IN_FOREGROUND, *six_epochs(missing, tmp_path / "run"))
+    sentence = f"main_pretrain.py: error: {missing} does not exist: correct the path\n"
+    assert finish(start(words)) == (2, "", sentence)
+
+
+def test_the_earlier_name_starts_the_same_program():
+    code, out, _ = finish(start(command(LAUNCHER.with_name("launch_slurm.py"), "--help")))
+    assert code == 0
+    assert "--cluster {auto,slurm,local,foreground,debug}" in out
 
 
 # scripts/local_job.py with one-line programs
@@ -337,3 +375,22 @@ def test_a_signal_while_a_local_task_starts_does_not_lose_the_job(tmp_path):
     process.send_signal(signal.SIGUSR1)
     assert finish(process) == (0, "", "")
     assert (tmp_path / str(process.pid) / "0").read_text() == "done\n"
+
+
+def test_tasks_in_the_foreground_receive_each_ctrl_c_of_a_terminal_once():
+    program = """if True:
+        import signal, time
+        def note(number, _):
+            print("received", signal.Signals(number).name, flush=True)
+        signal.signal(signal.SIGINT, note)
+        print("ready", flush=True)
+        for _ in range(20):
+            time.sleep(0.1)
+        raise SystemExit(5)
+    """
+    words = ["setsid", *command(ROOT / "scripts" / "local_job.py", "-", 1, sys.executable)]
+    process = start([*words, "-c", program])
+    wait_for_line(process, "ready")
+    os.killpg(process.pid, signal.SIGINT)
+    code, out, _ = finish(process)
+    assert (code, out) == (5, "received SIGINT\n")

@@ -1,0 +1,84 @@
+"""Settings and flags of a run: device, output, resume, logging."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from util.arguments import natural_float, natural_int, positive_float, positive_int, seed_number
+
+TIMEOUT_MINUTES = 30.0  # default for how long processes wait for each other
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Settings for device, output, resume and logging of a run; see the flags."""
+
+    output_dir: str
+    log_dir: str | None
+    device: str | None
+    seed: int
+    resume: str
+    save_every: int
+    save_every_minutes: float | None
+    keep_last: int
+    log_every: int
+    timeout_minutes: float
+
+    @property
+    def folder(self) -> Path:
+        """Folder of checkpoints, logs and figures."""
+        return Path(self.output_dir)
+
+    @property
+    def log_folder(self) -> Path:
+        """Folder of TensorBoard's logs: OUTPUT_DIR, unless an older version used one inside it."""
+        older = self.folder / "tensorboard"
+        return Path(self.log_dir or (older if older.is_dir() else self.folder))
+
+
+def add_run_args(parser: argparse.ArgumentParser, *, output_dir: str, save_every: int = 20) -> None:
+    """Add the flags of RunSettings."""
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--output_dir",
+        default=output_dir,
+        help="folder for checkpoints, logs and figures (%(default)s)",
+    )
+    group.add_argument("--log_dir", help="folder for TensorBoard's files (OUTPUT_DIR)")
+    group.add_argument("--device", help="cuda, cuda:N or cpu (cuda if available)")
+    group.add_argument(
+        "--seed", type=seed_number, default=0, help="seed of all random numbers (%(default)s)"
+    )
+    group.add_argument(
+        "--resume",
+        default="auto",
+        help="auto: continue from the newest readable checkpoint in OUTPUT_DIR, if there is one; a "
+        "path: from that checkpoint, unless OUTPUT_DIR has its own; none: start from scratch, in a "
+        "folder without checkpoints (%(default)s)",
+    )
+    group.add_argument(
+        "--save_every",
+        type=positive_int,
+        default=save_every,
+        help="epochs between checkpoints (%(default)s)",
+    )
+    group.add_argument(
+        "--save_every_minutes",
+        type=natural_float,
+        help="also save within epochs, at the first log point after this many minutes (off)",
+    )
+    group.add_argument(
+        "--keep_last",
+        type=natural_int,
+        default=3,
+        help="number of checkpoints to keep, 0 for all (%(default)s)",
+    )
+    group.add_argument(
+        "--log_every", type=positive_int, default=20, help="steps between log points (%(default)s)"
+    )
+    group.add_argument(
+        "--timeout_minutes",
+        type=positive_float,
+        default=TIMEOUT_MINUTES,
+        help="end the run if a process makes no progress for this long (%(default)s)",
+    )
