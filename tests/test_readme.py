@@ -176,7 +176,8 @@ def test_checkpoints_that_are_read_have_been_written():
     folders = {parse_args(after(w, "main_pretrain.py")).output_dir for w in PRETRAININGS}
     for main in list(MAINS)[1:]:
         for words in with_program(main, ["README.md", "docs/downstream.md"]):
-            path = words[words.index("--checkpoint" if "--checkpoint" in words else "--finetune") + 1]
+            flag = "--checkpoint" if "--checkpoint" in words else "--finetune"
+            path = words[words.index(flag) + 1]
             if path.startswith("output/") and not path.endswith(BEST_NAME):
                 assert str(Path(path).parent) in folders
 

@@ -1,6 +1,7 @@
 """The learning rate."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -115,7 +116,7 @@ def test_the_papers_and_our_commands_get_no_warning(num_images, batch, options):
 
 def test_a_batch_larger_than_the_data_is_warned_of():
     assert warnings_of(200, 512) == [
-        "a step of 512 images is more than all 200 training images, and the learning rate is "
+        "a step of 512 images is more than the 200 training images, and the learning rate is "
         "scaled for 512: lower --batch_size, so that a step has about 8 images, and give --lr, "
         "such as 0.001"
     ]
@@ -123,6 +124,18 @@ def test_a_batch_larger_than_the_data_is_warned_of():
     assert text.endswith(
         "200 training images: lower --effective_batch_size, so that a step has about 8 images"
     )
+
+
+@pytest.mark.parametrize("num_images", [1, 5, 12, 50])
+def test_advice_about_the_batch_can_be_followed(num_images):
+    (text,) = warnings_of(num_images, 64)
+    advised = int(re.search(r"has about (\d+) image", text)[1])
+    assert advised <= num_images
+    assert not any("lower" in text for text in warnings_of(num_images, advised, lr=1e-3))
+
+
+def test_the_rate_is_named_once():
+    assert len(warnings_of(12, 32)) == 1
 
 
 def test_epochs_of_few_steps_are_warned_of():
@@ -153,7 +166,7 @@ def test_runs_that_count_steps_are_warned_of_their_own_flags():
     steps = SimpleNamespace(effective_batch_size=16, steps_per_epoch=10)
     lr = plan_learning_rate(optim, steps, curve=step_lr)
     assert odd_settings(optim, steps, lr, 10, in_steps=True) == [
-        "a step of 16 images is more than all 10 training images: lower --batch_size, so that a "
+        "a step of 16 images is more than the 10 training images: lower --batch_size, so that a "
         "step has about 8 images",
         "80 of 100 steps are warm-up of the learning rate: lower --warmup_iters",
     ]

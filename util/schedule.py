@@ -149,17 +149,17 @@ def odd_settings(
         in_steps: whether the length of the run is given in steps, not in epochs.
     """
     batch, per_epoch = steps.effective_batch_size, steps.steps_per_epoch
-    fewer = _fewer_in_a_step(optim, num_images)
     warnings = []
+    fewer = min(num_images, 2 ** max(3, int(math.log2(num_images / 16))))  # images of a step
     if batch > num_images:
-        text = f"a step of {batch} images is more than all {num_images} training images"
+        text = f"a step of {batch} images is more than the {counted(num_images, 'training image')}"
         if optim.lr is None and not in_steps:
             text += f", and the learning rate is scaled for {batch}"
-        warnings.append(f"{text}: {fewer}")
-    elif per_epoch <= FEW_STEPS and not in_steps:
-        number = counted(per_epoch, "step")
-        warnings.append(f"an epoch of {num_images} images has only {number}: {fewer}")
-    if optim.lr is None and batch < SMALL_BATCH:
+        warnings.append(f"{text}: {_lower_batch(optim, fewer)}")
+    elif per_epoch <= FEW_STEPS and not in_steps and fewer < batch:
+        text = f"an epoch of {num_images} images has only {counted(per_epoch, 'step')}"
+        warnings.append(f"{text}: {_lower_batch(optim, fewer)}")
+    if optim.lr is None and batch < SMALL_BATCH and not warnings:
         warnings.append(
             f"lr {lr.peak:.2g} is scaled down for {counted(batch, 'image')} a step and may be too "
             f"low: give one, such as --lr {2 * optim.blr:g}"
@@ -173,10 +173,9 @@ def odd_settings(
     return warnings
 
 
-def _fewer_in_a_step(optim: OptimSettings, num_images: int) -> str:
-    """Advice to take about a sixteenth of the images in each step, but at least 8."""
+def _lower_batch(optim: OptimSettings, size: int) -> str:
+    """Advice to take this many images in each step."""
     flag = "--batch_size" if optim.effective_batch_size is None else "--effective_batch_size"
-    size = 2 ** max(3, int(math.log2(num_images / 16)))
     advice = f"lower {flag}, so that a step has about {counted(size, 'image')}"
     if optim.lr is None and size < SMALL_BATCH:
         advice += f", and give --lr, such as {2 * optim.blr:g}"

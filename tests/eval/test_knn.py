@@ -272,6 +272,7 @@ def test_a_run_that_does_not_learn_is_told_so_with_the_flags_to_change():
     assert "--no-norm_pix_loss" not in not_learning({"knn20": 65.6}, {"knn20": 65.6}, **raw)
     for stats, untrained in (({"knn20": 65.7}, {"knn20": 65.6}), ({"knn20": 1.0}, {}), ({}, {})):
         assert not_learning(stats, untrained, **lengths) is None
+    assert not_learning({"knn20": 100.0}, {"knn20": 100.0}, **lengths) is None  # cannot rise
 
 
 class Encoder(torch.nn.Module):

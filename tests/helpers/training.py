@@ -33,6 +33,9 @@ class Recorder:
     def start_epoch(self, epoch, step_in_epoch):
         self.started = (epoch, step_in_epoch)
 
+    def end_micro_step(self, progress, done, total):
+        pass
+
     def end_step(self, step, *, epoch, is_log_point):
         pass
 

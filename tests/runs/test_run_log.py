@@ -10,6 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from util.runs import run_log
+from util.runs.checkpoint import Progress
 from util.runs.run_log import RunLog, TimedIterator, read_log
 
 CPU = torch.device("cpu")
@@ -210,6 +211,22 @@ def test_slow_steps_are_shown_before_the_first_log_point(tmp_path, caplog, now):
     assert caplog.messages == [
         "epoch 1/1, step 2/10: 15 s a step, ETA 2:00",
         "epoch 1/1, step 4/10: 15 s a step, ETA 1:30",
+    ]
+
+
+def test_a_step_of_many_micro_steps_is_shown_while_it_lasts(tmp_path, caplog, now):
+    caplog.set_level(logging.INFO)
+    log = open_log(tmp_path, num_epochs=1)
+    log.start_epoch(0, 0)
+    for done in range(1, 4):
+        now[0] += 15
+        log.end_micro_step(Progress(), done, 4)
+    now[0] += 15
+    log.end_step(1, epoch=0, is_log_point=False)
+    log.end_micro_step(Progress(step_in_epoch=1, step=1), 1, 4)
+    assert caplog.messages == [
+        "epoch 1/1, step 1/10: 2 of 4 micro-steps",
+        "epoch 1/1, step 1/10: 60 s a step, ETA 9:00",
     ]
 
 

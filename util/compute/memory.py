@@ -232,9 +232,8 @@ def saved_bytes(
         # Detached: a result that its own node saves would refer to itself and never be freed.
         return tensor.detach()
 
-    before = (
-        live_tensors() if recomputes else []
-    )  # kept alive until counting is done, so that ids stay unique
+    # Kept alive until counting is done, so that ids stay unique.
+    before = live_tensors() if recomputes else []
     others = {id(tensor) for tensor in before}
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         result = run()  # kept alive until counting is done, so that addresses stay unique

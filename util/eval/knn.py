@@ -19,6 +19,7 @@ from util.data.streams import StreamedImages
 from util.errors import InputError, counted
 
 MAX_VAL_IMAGES = 10_000  # during training
+EASY = 99.0  # percent, above which training cannot be expected to raise the accuracy
 ROWS_AT_ONCE = 4096  # per process, when features are exchanged
 SIMILARITIES_AT_ONCE = 2**26  # 256 MiB
 NO_LABEL = -1  # of an image, between processes
@@ -290,6 +291,8 @@ def not_learning(
         normalized: whether normalized pixels are predicted.
     """
     if not {"knn20"} <= stats.keys() & untrained.keys() or stats["knn20"] > untrained["knn20"]:
+        return None
+    if untrained["knn20"] > EASY:
         return None
     advice = "change --lr (or --blr)"
     if normalized:

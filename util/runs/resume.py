@@ -403,6 +403,8 @@ def check_same_run(checkpoint: dict, record: RunRecord, path: Path) -> None:
         held_out, number = fixed.get(HELD_OUT, 0), checkpoint["identity"].get(TRAINING_IMAGES)
         if held_out and number == fixed[TRAINING_IMAGES] + held_out:
             advice += " (--val_fraction 0 trains on all images, as before)"
+        elif HELD_OUT in checkpoint["identity"] and held_out != checkpoint["identity"][HELD_OUT]:
+            advice += " (the same --val_fraction, or none if none was given)"
         raise InputError(
             f"{path} was trained with other settings: {'; '.join(different)}. {advice}, or start a "
             "new run in another --output_dir"

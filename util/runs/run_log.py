@@ -20,6 +20,7 @@ from tqdm import tqdm
 from util.compute.distributed import is_main_process
 from util.errors import InputError, RunError, counted
 from util.progress import clock, on_terminal
+from util.runs.checkpoint import Progress
 from util.runs.rows import cells
 from util.runs.run import write_json
 
@@ -234,6 +235,18 @@ class RunLog:
         elif now - self.last_line >= SILENCE and not is_log_point:
             seconds = f"{self.clock.seconds_per_step:.3g} s a step"
             self._show_step(step, epoch, [seconds, f"ETA {self.clock.left(step, epoch)}"])
+
+    def end_micro_step(self, progress: Progress, done: int, total: int) -> None:
+        """Show that this many micro-steps of a step are done, if nothing was shown for long.
+
+        Args:
+            progress: of the run before the step.
+        """
+        if self.bar is None and time.monotonic() - self.last_line >= SILENCE:
+            texts = [f"{done} of {counted(total, 'micro-step')}"]
+            if self.clock.first is not None:
+                texts.append(f"ETA {self.clock.left(progress.step, progress.epoch)}")
+            self._show_step(progress.step + 1, progress.epoch, texts)
 
     def log_step(
         self,

@@ -41,8 +41,9 @@ class Step:
         num_images: int,
         num_crops: int,
         device: torch.device,
+        run_log: RunLog,
     ) -> None:
-        self.model, self.state, self.batches = model, state, batches
+        self.model, self.state, self.batches, self.run_log = model, state, batches, run_log
         self.num_images, self.number = num_images, state.progress.step
         self.own_images = num_crops * len(range(rank(), num_images // num_crops, world_size()))
         self.loss = torch.zeros((), device=device)
@@ -66,6 +67,8 @@ class Step:
             if counts:
                 first += batch.num_images
                 self.state.broken.add(batch.broken)
+            if number < len(self.batches):
+                self.run_log.end_micro_step(self.state.progress, number, len(self.batches))
 
     def autocast(self) -> AbstractContextManager:
         """Context for a forward pass."""
@@ -125,6 +128,7 @@ def training_steps(
             num_images=num_images,
             num_crops=loader.num_crops,
             device=device,
+            run_log=run_log,
         )
         yield step
 

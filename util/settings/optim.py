@@ -34,8 +34,8 @@ class OptimSettings:
     def __post_init__(self) -> None:
         if self.batch_size == "auto" and self.effective_batch_size is None:
             raise InputError(
-                "--batch_size auto needs --effective_batch_size, such as 4096, to set the learning "
-                "rate"
+                "--batch_size auto needs --effective_batch_size, the images of a step: the paper's "
+                "4096 for ImageNet, or 64 for a few thousand images"
             )
         if self.effective_batch_size is not None and self.accum_iter > 1:
             raise InputError("--effective_batch_size sets --accum_iter: give only one of them")
@@ -272,12 +272,13 @@ def add_finetune_args(
 
 
 def _add_batch_args(group: Group, batch_size: int, *, auto_batch_size: bool) -> None:
+    auto = ", auto for as many as fit in memory, with --effective_batch_size"
     group.add_argument(
         "--batch_size",
         type=batch_size_choice if auto_batch_size else positive_int,
         default=batch_size,
         help="images per process and micro-step"
-        + (", auto for as many as fit in memory" if auto_batch_size else "")
+        + (auto if auto_batch_size else "")
         + " (%(default)s)",
     )
     group.add_argument(
