@@ -206,6 +206,7 @@ def test_a_fine_tuned_classifier_can_be_fine_tuned_with_a_new_head(tmp_path, fin
 SMALL = Recipe(epochs=100, blr=5e-4, layer_decay=0.65, drop_path=0.1)
 LARGE = Recipe(epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.2)
 RELEASED = {
+    "micro_patch4": SMALL,
     "tiny_patch4": SMALL,
     "tiny_patch16": SMALL,
     "small_patch16": SMALL,

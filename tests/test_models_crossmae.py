@@ -484,8 +484,8 @@ def test_factories_give_a_loss(name):
     )
 
 
-def test_there_are_fourteen_factories():
-    assert len(models.MODELS) == 14
+def test_there_are_sixteen_factories():
+    assert len(models.MODELS) == 16
 
 
 @every_model

@@ -12,15 +12,13 @@ import pytest
 from util.data.datasets import build_dataset, open_val
 from util.data.packed import (
     FIELDS,
-    INDEX,
     PIXELS,
     RECORDS,
     PackedImages,
-    holds_packed,
     write_packed,
 )
 from util.errors import InputError
-from util.settings.data import DataSettings
+from util.settings.data import PACKED_INDEX, DataSettings, holds_packed
 
 SIZES = [(5, 7), (1, 9), (300, 2)]
 NAMES = ["cat/1.png", "cat/zwei und 2.webp", "ödnis/\udcff.jpg"]  # the last is not UTF-8
@@ -79,7 +77,7 @@ def test_packed_folders_are_known_by_their_index(folder):
     assert holds_packed(folder)
     assert holds_packed(folder.parent)
     assert not holds_packed(folder.parent.parent)
-    (folder / INDEX).unlink()
+    (folder / PACKED_INDEX).unlink()
     assert not holds_packed(folder.parent)
 
 
@@ -117,8 +115,8 @@ def test_a_wrong_path_is_refused_in_one_sentence(tmp_path, path, advice):
 
 
 def change_index(folder, **changes):
-    index = json.loads((folder / INDEX).read_text())
-    (folder / INDEX).write_text(json.dumps({**index, **changes}))
+    index = json.loads((folder / PACKED_INDEX).read_text())
+    (folder / PACKED_INDEX).write_text(json.dumps({**index, **changes}))
 
 
 def change_record(folder, field, value):
@@ -154,9 +152,9 @@ def shorten(path, size):
         (lambda f: change_index(f, bytes=1), "has 1932 bytes, but packed.json says 1:"),
         (lambda f: change_index(f, images="3"), "has 3 records, but packed.json says 3"),
         (lambda f: change_index(f, classes=["cat"]), "records.npy is damaged"),
-        (lambda f: (f / INDEX).write_text("{}"), "(KeyError: 'version')"),
-        (lambda f: (f / INDEX).write_text("[]"), "(TypeError"),
-        (lambda f: (f / INDEX).write_bytes(b"\xff"), "prepare them again"),
+        (lambda f: (f / PACKED_INDEX).write_text("{}"), "(KeyError: 'version')"),
+        (lambda f: (f / PACKED_INDEX).write_text("[]"), "(TypeError"),
+        (lambda f: (f / PACKED_INDEX).write_bytes(b"\xff"), "prepare them again"),
         (lambda f: (f / PIXELS).unlink(), "pixels.bin does not exist: use a folder"),
         (lambda f: (f / RECORDS).unlink(), "records.npy does not exist"),
         (lambda f: shutil.rmtree(f), "packed.json does not exist"),

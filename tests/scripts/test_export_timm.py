@@ -132,14 +132,21 @@ def test_an_mlp_of_another_width_survives_the_round_trip(tmp_path, monkeypatch):
     assert_identical(dict(theirs.state_dict()), dict(model.state_dict()))
 
 
-@pytest.mark.parametrize("img_size", [32, 96, (32, 64)], ids=str)
-def test_the_line_in_the_log_loads_a_real_size(tmp_path, img_size):
-    model = randomized(build_crossmae(TINY_PATCH4, decoder_depth=1, img_size=img_size))
-    _, log = export(tmp_path, pretrained(model, decoder_depth=1), "timm", "encoder.pth")
+@pytest.mark.parametrize(
+    ("size", "img_size"),
+    [("tiny_patch4", 32), ("tiny_patch4", 96), ("tiny_patch4", (32, 64)), ("micro_patch4", 32)],
+    ids=str,
+)
+def test_the_line_in_the_log_loads_a_real_size(tmp_path, size, img_size):
+    shape = model_settings.SIZES[size]
+    model = randomized(build_crossmae(shape, decoder_depth=1, img_size=img_size))
+    content = pretrained(model, decoder_depth=1) | {"model_name": f"crossmae_vit_{size}"}
+    _, log = export(tmp_path, content, "timm", "encoder.pth")
     height, width = model.encoder.img_size
     x = images(1, height=height, width=width)
     oracle = in_timm(log)
-    expected = torch.nn.functional.layer_norm(model.encoder(x)[-1], (192,), eps=1e-6)
+    widths = (shape.embed_dim,)
+    expected = torch.nn.functional.layer_norm(model.encoder(x)[-1], widths, eps=1e-6)
     torch.testing.assert_close(oracle.forward_features(x), expected, rtol=1e-4, atol=1e-4)
     prepared = timm.data.resolve_model_data_config(oracle)
     assert prepared["input_size"] == (3, height, width)
