@@ -430,7 +430,10 @@ def load_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> No
         grids = (*weights.grid_size, *model.grid_size)
         _logger.info("position embeddings resampled from %d x %d patches to %d x %d", *grids)
     new = [name for name in model.state_dict() if name not in state]
-    if new:
+    if {*new} in ({"norm.weight", "norm.bias"}, {"fc_norm.weight", "fc_norm.bias"}):
+        norm = new[0].partition(".")[0]
+        _logger.info("features are normalized, without trained weights (%s)", norm)
+    elif new:
         listed = new
         if len(new) > MAX_LISTED:  # those of all blocks, and whole parts, by one name
             listed = dict.fromkeys(
