@@ -70,8 +70,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("word", nargs="?", help=argparse.SUPPRESS)  # earlier, --verify took the folder
     args = parser.parse_args(argv)
     if args.word:
-        flags = "--verify --output_dir" if args.verify else "--data_path or --output_dir"
-        raise InputError(f"{args.word} stands without a flag: write {flags} before it")
+        flag = "--output_dir" if args.verify else "--data_path or --output_dir"
+        raise InputError(f"{args.word} stands without a flag: write {flag} before it")
     if args.verify and args.data_path:
         raise InputError("--verify reads only OUTPUT_DIR: leave --data_path out")
     if not (args.output_dir and (args.data_path or args.verify)):

@@ -25,7 +25,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read and check the command line."""
     parser = Parser(description=__doc__.splitlines()[0])
     add_checkpoint_arg(parser, CHECKPOINT_HELP)
-    parser.add_argument("--images", required=True, nargs="+", help="image files or folders")
+    parser.add_argument(
+        "--images", "--data_path", required=True, nargs="+", help="image files or folders"
+    )
     parser.add_argument(
         "--output",
         type=Path,

@@ -128,7 +128,7 @@ def test_signals_are_recorded_once_there_is_something_to_save():
     before = [signal.getsignal(number) for number in SIGNALS]
     with handled_signals(lambda: None):
         assert stop_signal() is None
-        defer_signals(to_save=True)
+        defer_signals(saves="soon")
         signal.raise_signal(signal.SIGUSR1)
         signal.raise_signal(signal.SIGTERM)
         assert stop_signal() == signal.SIGUSR1
@@ -217,7 +217,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once_and_kills_loader_processes():
                 worker.start()
             note_workers()
             print(worker.pid, flush=True)
-            defer_signals(to_save=True)
+            defer_signals(saves="soon")
             threading.Thread(target=press).start()
             while True:
                 time.sleep(600)
@@ -225,16 +225,19 @@ def test_a_second_ctrl_c_ends_a_run_at_once_and_kills_loader_processes():
         run_main(main)
     """
     code, out, err = outcome_of(program)
-    assert (code, err) == (130, "")
+    assert code == 130
+    assert err.endswith(": ended by a second Ctrl-C, without saving\n") and err.count("\n") == 1
     pid, sentence = out.splitlines()
-    assert sentence.endswith("a second Ctrl-C ends it at once, without saving")
+    assert sentence.endswith(
+        "Ctrl-C: the run saves and ends soon; a second Ctrl-C ends it at once, without saving"
+    )
     wait_until(lambda: not is_running(pid), "the end of the loader process")
 
 
 def test_a_ctrl_c_that_a_launcher_passes_on_is_no_second_one():
     program = """
         def main():
-            defer_signals(to_save=True)
+            defer_signals(saves="soon")
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
             time.sleep(0.5)

@@ -293,7 +293,7 @@ def test_an_earlier_result_is_not_overwritten(images, prepared, capsys):
         (["--data_path", "IMAGES/val", "--output_dir", "OUT/deeper"], "cannot write"),
         (["--data_path", "PREPARED/uint8", "--output_dir", "OUT"], "no images found in"),
         (["--verify", "--output_dir", "IMAGES"], "checksums.txt cannot be read"),
-        (["--verify", "IMAGES"], "stands without a flag: write --verify --output_dir before it"),
+        (["--verify", "IMAGES"], "stands without a flag: write --output_dir before it"),
         (["--verify", "--output_dir", "IMAGES", "--data_path", "IMAGES"], "leave --data_path out"),
     ],
 )

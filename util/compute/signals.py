@@ -7,10 +7,12 @@ the run saves and ends where a step has ended. A second Ctrl-C never waits for t
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -20,7 +22,7 @@ AGAIN = 0.3  # seconds before which a Ctrl-C is the same one: a launcher may pas
 _logger = logging.getLogger(__name__)
 _received: list[int] = []  # one list is enough: a process has only one handler per signal
 _deferred = False
-_saves = False
+_saves = ""  # when, for the user
 
 
 class SignalExit(SystemExit):
@@ -61,7 +63,7 @@ def handled_signals(clean_up: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        _deferred = _saves = False
+        _deferred, _saves = False, ""
         _received.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -88,8 +90,9 @@ def _watch(pipe: int, clean_up: Callable[[], None]) -> None:
             first = time.monotonic()
             if _saves:
                 _logger.info(
-                    "Ctrl-C: the run saves and ends after this step; a second Ctrl-C ends it "
-                    "at once, without saving"
+                    "Ctrl-C: the run saves and ends %s; a second Ctrl-C ends it at once, without "
+                    "saving",
+                    _saves,
                 )
         elif time.monotonic() - first > AGAIN:
             end_at_once(clean_up)
@@ -98,17 +101,21 @@ def _watch(pipe: int, clean_up: Callable[[], None]) -> None:
 def end_at_once(clean_up: Callable[[], None]) -> NoReturn:
     """End the process as a second Ctrl-C does, without waiting for anything."""
     clean_up()
+    if os.environ.get("RANK", "0") == "0":
+        program = Path(sys.argv[0]).name
+        with suppress(OSError):
+            os.write(2, f"{program}: ended by a second Ctrl-C, without saving\n".encode())
     os._exit(128 + signal.SIGINT)
 
 
-def defer_signals(*, to_save: bool) -> None:
+def defer_signals(*, saves: str = "") -> None:
     """From now on, record signals instead of ending the program.
 
     Args:
-        to_save: the run saves and ends after a signal; otherwise it is ending already.
+        saves: when the run saves and ends after a signal, for the user; "" if it is ending already.
     """
     global _deferred, _saves
-    _deferred, _saves = True, to_save
+    _deferred, _saves = True, saves
 
 
 def stop_signal() -> int | None:

@@ -204,7 +204,7 @@ def run_main(main: Callable[[], None], *, memory_advice: str = "use fewer images
                 code = exit_code(main, memory_advice)
             except SignalExit as end:
                 code = end.code
-                defer_signals(to_save=False)
+                defer_signals()
                 if is_main_process() and claim_report():
                     if sys.stderr.isatty():  # which shows ^C, or the rest of a progress bar
                         sys.stderr.write("\n")
@@ -225,7 +225,7 @@ def exit_code(main: Callable[[], None], memory_advice: str) -> int:
         return 128 + error.signal
     except Exception as error:
         # Report first: torchrun signals all processes once one has ended.
-        defer_signals(to_save=False)
+        defer_signals()
         if is_out_of_memory(error):
             error = InputError(out_of_memory_message(error, memory_advice))
         message = failure(error)

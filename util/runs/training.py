@@ -112,7 +112,7 @@ def training_steps(
     progress, precision, meters = state.progress, state.precision, state.meters
     images_logged = meters.num_images
     contention = contention_watch(device)
-    defer_signals(to_save=True)
+    defer_signals(saves="after this step" if world_size() == 1 else "at the next log point")
     run_log.start_epoch(progress.epoch, progress.step_in_epoch)
     steps = TimedIterator(loader.steps(progress.epoch, progress.step_in_epoch))
     enter_step(progress.step)
