@@ -75,7 +75,8 @@ def attention_cases() -> Iterator[Case]:
         what, grad = f"{place}, {queries} x {keys}", torch.randn_like(q)
         flops = 12 * BATCH * heads * queries * keys * width
         num_bytes = 6 * (q.nbytes + k.nbytes)
-        for name, backend in {**ATTENTION_BACKENDS, "auto": None}.items():
+        backends = {name: getattr(SDPBackend, kind) for name, kind in ATTENTION_BACKENDS.items()}
+        for name, backend in {**backends, "auto": None}.items():
             call = partial(attend, q, k, v, grad, backend)
             yield "attention", what, name, call, flops, num_bytes
 

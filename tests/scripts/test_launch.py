@@ -292,7 +292,7 @@ def test_debug_runs_the_main_itself(images, tmp_path):
     words = command(LAUNCHER, "--main", "pretrain", "--cluster", "debug", "--", *argv)
     code, out, err = finish(start(words))
     assert (code, err.count("main_pretrain.py: error: ")) == (1, 1)
-    assert "6 epochs of 12 steps" in out
+    assert "6 epochs of 11 steps" in out
     assert not (tmp_path / "jobs").exists()
 
 
