@@ -95,7 +95,7 @@ def with_progress(items: Iterable[T], what: str, total: int, **options: object) 
 
 @contextmanager
 def waiting(what: str, after: float = QUIET) -> Iterator[None]:
-    """Context, or decorator, of a call whose progress is unknown: lines say that it goes on.
+    """Context, or decorator, of a call whose progress is unknown: lines show that it is running.
 
     Args:
         what: names the call, such as "listing images".

@@ -296,7 +296,7 @@ def test_debug_runs_the_main_itself(images, tmp_path):
     assert not (tmp_path / "jobs").exists()
 
 
-# What follows the last line of a run is none of the launcher's.
+# The launcher prints nothing after a run's last line.
 IN_FOREGROUND = ["--main", "pretrain", "--cluster", "foreground", "--tasks_per_node", 2, "--"]
 
 
