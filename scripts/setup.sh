@@ -30,9 +30,19 @@ install_into_venv() {
         "$python" -m pip install --quiet --disable-pip-version-check \
             -c requirements-pinned.txt -r "$requirements" ||
             fail "pip could not install $requirements: see above"
-        check_torchvision "$python"
-        echo "$wanted" >"$stamp"
     fi
+    # The check imports torchvision, which takes seconds, so it is repeated only after a change.
+    local checked=.venv/checked-builds
+    if [ ! -f "$checked" ] || [ "$(list_builds)" != "$(cat "$checked")" ]; then
+        check_torchvision "$python"
+        list_builds >"$checked"
+    fi
+    echo "$wanted" >"$stamp"
+}
+
+# Lists the installed torch and torchvision, with the time when each was installed.
+list_builds() {
+    ls -ld .venv/lib/python*/site-packages/torch{,vision}-*.dist-info 2>/dev/null || true
 }
 
 # A torchvision wheel over a torch of another build installs without complaint and fails at import.

@@ -84,15 +84,26 @@ def test_a_failed_installation_is_tried_again(install, tmp_path):
     assert calls[-1].endswith("-r requirements.txt")
 
 
+MISMATCH = """case "$2" in
+    *torchvision*) echo "RuntimeError: operator torchvision::nms does not exist" >&2; exit 1 ;;
+esac"""
+
+
 def test_torch_and_torchvision_of_different_builds_are_found(install):
-    mismatch = """case "$2" in
-        *torchvision*) echo "RuntimeError: operator torchvision::nms does not exist" >&2; exit 1 ;;
-    esac"""
-    done, _ = install(check=mismatch)
+    done, _ = install(check=MISMATCH)
     assert done.returncode == 1
     assert "operator torchvision::nms does not exist" in done.stderr
     assert "torch and torchvision in .venv do not match: remove .venv" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_another_build_that_was_installed_later_is_found(install, tmp_path):
+    install()
+    (tmp_path / ".venv" / "lib/python3.12/site-packages/torch-3.dist-info").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").unlink()  # the stand-in that passes every check
+    done, _ = install(check=MISMATCH)
+    assert done.returncode == 1
+    assert "torch and torchvision in .venv do not match: remove .venv" in done.stderr
 
 
 def test_an_old_python_is_refused(install, tmp_path):
