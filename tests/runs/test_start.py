@@ -80,6 +80,13 @@ def test_long_lines_go_on_below_their_text(caplog):
     ]
 
 
+def test_paths_and_commands_are_not_broken(caplog):
+    caplog.set_level(logging.INFO)
+    folder, command = "a long/" * 20, "tensorboard --logdir " + "b" * 100
+    log_block({"output": [folder, command]})
+    assert caplog.messages == [f"output   {folder}", f"         {command}"]
+
+
 def test_the_device_is_said_with_its_number_format(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
@@ -98,6 +105,7 @@ def test_small_models_are_counted_exactly():
         ("tiny", None, "tiny"),  # the folder above is the whole working folder
         ("/large/tiny", None, "/large/tiny"),
         ("output/tiny", "logs", "logs"),
+        ("/my photos/tiny", None, "'/my photos/tiny'"),
     ],
 )
 def test_tensorboard_shows_a_run_under_its_own_name(output_dir, log_dir, shown):

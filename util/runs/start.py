@@ -1,8 +1,9 @@
 """The block that a run shows at its start: device, model, images, step, run, output."""
 
 import logging
+import shlex
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -68,10 +69,14 @@ def log_start(
         _logger.warning("%s", warning)
 
 
-def log_block(block: Mapping[str, str]) -> None:
-    """Log texts, each beside its label; long ones in several lines."""
+def log_block(block: Mapping[str, str | Sequence[str]]) -> None:
+    """Log texts, each beside its label.
+
+    A string is wrapped; several lines stay as they are, because a path or a command that is broken
+    cannot be copied.
+    """
     for label, text in block.items():
-        lines = [part for line in text.split("\n") for part in WRAPPER.wrap(line)]
+        lines = WRAPPER.wrap(text) if isinstance(text, str) else text
         for number, line in enumerate(lines):
             _logger.info("%s %s", ("" if number else label).ljust(LABEL), line)
 
@@ -164,9 +169,9 @@ def _value_text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def describe_output(run: RunSettings) -> str:
+def describe_output(run: RunSettings) -> list[str]:
     """Describe where a run writes, and how to see it."""
-    return f"{run.folder} (with {LOG_FILE})\n{tensorboard_command(run)}"
+    return [f"{run.folder} (with {LOG_FILE})", tensorboard_command(run)]
 
 
 def tensorboard_command(run: RunSettings) -> str:
@@ -177,4 +182,4 @@ def tensorboard_command(run: RunSettings) -> str:
     """
     above = run.folder.parent
     is_above = run.log_dir is None and not above.is_absolute() and above != Path()
-    return f"tensorboard --logdir {above if is_above else run.log_folder}"
+    return f"tensorboard --logdir {shlex.quote(str(above if is_above else run.log_folder))}"
