@@ -86,6 +86,9 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if "--" in own:
         split = own.index("--")
         own, main_argv = own[:split], own[split + 1 :]
+    foreign = "give sbatch's flags as --slurm_NAME=VALUE, and those of the main after a --"
+    named = [word for word in own if not word.startswith("--slurm_")]
+    parser.check_flags(named, foreign, likeness=0.8)  # most are of sbatch or of the main
     args, others = parser.parse_known_args(own)
     if len(own) == len(argv):
         raise InputError(f"-- not found: put the flags of main_{args.main}.py after it")
@@ -94,10 +97,7 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     for word in others:
         found = re.fullmatch(r"--slurm_([\w-]+)(?:=(.*))?", word)
         if not found:
-            raise InputError(
-                f"{word} is not a flag of the launcher: give sbatch's flags as --slurm_NAME=VALUE, "
-                f"and those of main_{args.main}.py after the --"
-            )
+            raise InputError(f"{word} is not a flag of the launcher: {foreign}")
         args.sbatch[found[1].replace("-", "_")] = True if found[2] is None else found[2]
     if args.gpus_per_node and args.tasks_per_node not in (None, args.gpus_per_node):
         raise InputError(

@@ -72,7 +72,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, *args: Sequence[str] | None) -> argparse.Namespace:
         """Parse as argparse does, but refuse empty values, such as an unset shell variable's."""
         words = args[0] if args and args[0] is not None else sys.argv[1:]
-        self._check_flags(map(str, words))
+        self.check_flags(map(str, words))
         parsed = super().parse_args(*args)
         for name, value in vars(parsed).items():
             if value == "" or (isinstance(value, list) and "" in value):
@@ -81,15 +81,25 @@ class Parser(argparse.ArgumentParser):
             setattr(parsed, name, list(expanded) if isinstance(value, list) else expanded)
         return parsed
 
-    def _check_flags(self, words: Iterable[str]) -> None:
-        """Exit if a flag is unknown, with the known one that is most like it."""
+    def check_flags(
+        self,
+        words: Iterable[str],
+        otherwise: str = "--help lists all flags",
+        likeness: float = 0.6,
+    ) -> None:
+        """Exit if a flag is unknown, with the known one that is most like it.
+
+        Args:
+            otherwise: what to do if none is like it.
+            likeness: 0 to 1, from which on a flag is taken for the one that was meant.
+        """
         for word in words:
             if word == "--":
                 return
             flag = word.partition("=")[0]
             if flag.startswith("--") and flag not in self.flags:
-                similar = difflib.get_close_matches(flag, self.flags, n=1)
-                advice = f"did you mean {similar[0]}?" if similar else "--help lists all flags"
+                similar = difflib.get_close_matches(flag, self.flags, n=1, cutoff=likeness)
+                advice = f"did you mean {similar[0]}?" if similar else otherwise
                 self.error(f"unknown flag {flag}: {advice}")
 
     def error(self, message: str) -> NoReturn:

@@ -185,7 +185,8 @@ NOTHING = ["--main", "pretrain", "--"]
     ("words", "sentence"),
     [
         (["--main", "pretrain"], "-- not found: put the flags of main_pretrain.py after it"),
-        (["--main", "pretrain", "--epochs", "3", "--"], "--epochs is not a flag of the launcher"),
+        (["--main", "pretrain", "--epochs", "3"], "--epochs: give sbatch's flags as --slurm_NAME"),
+        (["--node", "2", "--main", "pretrain", "--"], "--node: did you mean --nodes?"),
         (["--main", "pretrain", "--slurm_x", "y", "--"], "y is not a flag of the launcher"),
         (["--main", "train", "--"], "invalid choice: 'train'"),
         (["--nodes", "0", *NOTHING], "argument --nodes: must be at least 1, not 0"),
