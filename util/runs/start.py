@@ -141,7 +141,7 @@ def describe_run(
     """Describe the length of a run and its learning rate."""
     per_epoch = loader.steps_per_epoch
     total = optim.epochs * per_epoch
-    warmup = f"{optim.warmup_epochs:g} epoch{'s' * (optim.warmup_epochs != 1)}"
+    warmup = f"{optim.warmup_epochs:.3g} epoch{'s' * (optim.warmup_epochs != 1)}"
     if record.in_steps:
         length = f"{total:,} steps"
         if per_epoch < total:
