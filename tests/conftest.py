@@ -1,9 +1,15 @@
 """What every test starts from: one thread and the same random state, whatever ran before it."""
 
 import os
+import signal
 
 # Tests compare bits, which holds on a CPU. Name a GPU in this variable to run them on it.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+# A shell starts what it runs in the background with SIGINT ignored, which children inherit. Those
+# that tests start must heed Ctrl-C wherever the tests run.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
