@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import torch
 import torch.nn as nn
+from torch import Tensor
 
 from util.compute.distributed import (
     all_gather_objects,
@@ -31,6 +32,21 @@ from util.runs.run_log import RunLog
 from util.runs.training import training_steps
 from util.seeding import seed_everything
 from util.settings.detection import MIN_SCORE
+
+
+def blank_losses(model: nn.Module, images: Tensor) -> Tensor:
+    """Sum of a training step's losses on images with as many objects as the heads take at most."""
+    side, device = images.shape[-1], images.device
+    sampler = model.roi_heads.fg_bg_sampler
+    count = int(sampler.batch_size_per_image * sampler.positive_fraction)
+    target = {
+        "boxes": torch.tensor([0.0, 0.0, side, side], device=device).expand(count, 4),
+        "labels": torch.ones(count, dtype=torch.long, device=device),
+    }
+    if model.has_masks:
+        target["masks"] = images.new_zeros((), dtype=torch.uint8).expand(count, side, side)
+    sizes, targets = [(side, side)] * len(images), [target] * len(images)
+    return sum(model(images, sizes, targets).values())
 
 
 def train_one_epoch(

@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,10 +104,11 @@ if __name__ == "__main__":
 
 import torch
 
-from engine_detection import evaluate, show, train_one_epoch
+from engine_detection import blank_losses, evaluate, show, train_one_epoch
 from models import build_detector, load_detector, starting_point
 from util.compute.batch_size import plan_batches
 from util.compute.distributed import data_parallel, is_main_process, world_size
+from util.compute.memory import check_step, foresee_step
 from util.compute.precision import blank_images
 from util.compute.setup import place_model
 from util.data.broken_images import BrokenImages
@@ -116,6 +118,7 @@ from util.data.loaders import build_eval_loader, build_iteration_loader
 from util.data.report import report_images
 from util.eval.coco_ap import describe
 from util.optim import build_ema, build_layer_decay_adamw
+from util.progress import waiting
 from util.runs.checkpoint import Best, TrainState
 from util.runs.report import report
 from util.runs.resume import (
@@ -254,6 +257,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         load_encoder(model, start.weights, head=False)
     example = blank_images((detector.input_size,) * 2, device)
     precision = place_model(model, compute, device, example, optim, forward=model.feature_map)
+    with waiting("a forward pass of one image, to foresee the memory of a step"):
+        step = foresee_step(
+            model,
+            example,
+            precision,
+            mode=compute.memory,
+            batch_size=1,  # whose heads take hundreds of MiB, and seconds on a CPU
+            forward=partial(blank_losses, model),
+            has_average=tuning.ema is not None,
+            peak_in_heads=True,
+        )
+    memory = check_step(step, *batches)
     ema = build_ema(model, tuning.ema, iterations.max_iters)
 
     # How it is trained
@@ -316,6 +331,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         loader=loader,
         batches=batches,
         lr=lr,
+        memory=memory,
     )
     with open_run(state, loader, run, record) as (checkpoints, run_log):
         progress, parallel_model = state.progress, data_parallel(model, device)

@@ -23,6 +23,7 @@ from tests.helpers.files import copied, files_in, write_coco, write_json
 from tests.helpers.models import NANO
 from tests.helpers.processes import NANO_MAIN, command, finish, start
 from tests.helpers.runs import EACH_STEP, assert_identical, refusal, run_until, state_of
+from util.compute import memory
 from util.runs.checkpoint import BEST_NAME, list_checkpoints, read_checkpoint
 from util.runs.run_log import read_log
 
@@ -60,6 +61,19 @@ def finished(data, finished_runs, tmp_path_factory):
         finished_runs["it"] = tmp_path_factory.mktemp("finished")
         run(*TINY, "--data_path", data, "--output_dir", finished_runs["it"])
     return finished_runs["it"]
+
+
+def test_a_step_that_cannot_fit_is_refused_with_the_batch_size_that_does(
+    tmp_path, data, capsys, monkeypatch
+):
+    monkeypatch.setattr(memory, "available_memory", lambda: 2**36)
+    run(*TINY, "--data_path", data, "--output_dir", tmp_path / "fits")
+    assert "x 1 (processes); memory about " in capsys.readouterr().out
+    monkeypatch.setattr(memory, "available_memory", lambda: 2**20)
+    place = ["--data_path", data, "--output_dir", tmp_path / "large"]
+    sentence = refused(capsys, *TINY, *place)
+    assert sentence.startswith("a step of 2 images needs about ")
+    assert not (tmp_path / "large").exists()
 
 
 # Runs that continue

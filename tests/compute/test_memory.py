@@ -5,9 +5,10 @@ from functools import partial
 import pytest
 import torch
 
+from engine_detection import blank_losses
 from engine_pretrain import blank_batch
 from engine_segmentation import blank_loss
-from models import build_segmenter
+from models import build_detector, build_segmenter
 from models_vit import build_vit, make_linear_probe
 from tests.helpers.models import NANO, crossmae_nano, mae_nano
 from util.compute import memory
@@ -48,6 +49,12 @@ def probe():
 def segmenter():
     model = build_segmenter("tiny_patch4", img_size=(16, 16), num_classes=3, drop_path=0.5)
     return model, blank_pairs(model.img_size, CPU)
+
+
+def detector(masks=True):
+    options = {"input_size": 32, "num_classes": 3, "fpn_dim": 16, "roi_batch": 64, "masks": masks}
+    model = build_detector("tiny_patch4", img_size=(32, 32), drop_path=0.5, **options)
+    return model, blank_images((32, 32), CPU), partial(blank_losses, model)
 
 
 def foresee(model, example, amp="fp32", **options):
@@ -100,12 +107,39 @@ def test_the_loss_of_a_segmentation_counts():
     assert step.per_image > foresee(model, example).per_image + logits
 
 
-@pytest.mark.parametrize("build", [classifier, probe, segmenter])
+def test_the_heads_of_a_detector_count_with_as_many_objects_as_they_take():
+    model, example, forward = detector()
+    step = foresee(model, example, forward=forward, peak_in_heads=True)
+    seen = []
+    model.roi_heads.box_head.register_forward_hook(lambda _, args, out: seen.append(len(out)))
+    model.roi_heads.mask_head.register_forward_hook(lambda _, args, out: seen.append(len(out)))
+    forward(*example(2))
+    assert seen == [2 * 64, 2 * 16]  # proposals of two images; a quarter have masks
+    without, example, forward = detector(masks=False)
+    less = foresee(without, example, forward=forward, peak_in_heads=True)
+    hidden = 16 * 16 * 14 * 14 * 4  # objects, channels, pixels, bytes
+    assert step.per_image > less.per_image + 8 * hidden
+
+
+def test_heads_are_never_recomputed():
+    model, example, forward = detector()
+    high = foresee(model, example, forward=forward, peak_in_heads=True).per_image
+    set_memory(model.blocks, None, "low")
+    options = {"mode": "low", "forward": forward}
+    low = foresee(model, example, **options, peak_in_heads=True).per_image
+    factors = PEAK_PER_SAVED["cpu"]
+    assert low < high
+    assert low == pytest.approx(
+        foresee(model, example, **options).per_image * factors["high"] / factors["low"], rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("build", [classifier, probe, segmenter, detector])
 def test_looking_ahead_changes_no_weight_statistic_or_random_number(build):
-    model, example = build()
+    model, example, *forward = build()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    foresee(model, example)
+    foresee(model, example, forward=forward[0] if forward else None)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(len(module._forward_hooks) for module in model.modules())

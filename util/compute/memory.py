@@ -114,6 +114,7 @@ def foresee_step(
     forward: Callable[..., object] | None = None,
     moments: int = 2,
     has_average: bool = False,
+    peak_in_heads: bool = False,
 ) -> StepMemory | None:
     """Foresee the memory of a training step; None for a sharded model or an unknown device.
 
@@ -127,6 +128,7 @@ def foresee_step(
         forward: what a step computes from the inputs; None is the model.
         moments: numbers that the optimizer keeps for each trained weight: 2 for AdamW.
         has_average: whether the run keeps a moving average of the weights.
+        peak_in_heads: whether memory is at its peak in heads, which are never recomputed.
     """
     if isinstance(model, FSDPModule) or precision.device.type not in PEAK_PER_SAVED:
         return None
@@ -148,7 +150,8 @@ def foresee_step(
             per_image = saved_bytes(lambda: run(more), **keep) - saved
     weights = sum(parameter.nbytes for parameter in parameters)
     trained = sum(parameter.nbytes for parameter in parameters if parameter.requires_grad)
-    per_image *= PEAK_PER_SAVED[precision.device.type][mode or "high"]
+    peak_mode = "high" if mode is None or peak_in_heads else mode
+    per_image *= PEAK_PER_SAVED[precision.device.type][peak_mode]
     return StepMemory(
         precision.device,
         mode,
