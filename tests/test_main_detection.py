@@ -63,9 +63,7 @@ def finished(data, finished_runs, tmp_path_factory):
     return finished_runs["it"]
 
 
-def test_a_step_that_cannot_fit_is_refused_with_the_batch_size_that_does(
-    tmp_path, data, capsys, monkeypatch
-):
+def test_memory_is_said_and_a_step_that_cannot_fit_is_refused(tmp_path, data, capsys, monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda: 2**36)
     run(*TINY, "--data_path", data, "--output_dir", tmp_path / "fits")
     assert "x 1 (processes); memory about " in capsys.readouterr().out
