@@ -1,4 +1,4 @@
-"""Memory of a step, foreseen from what autograd keeps for few images."""
+"""Memory of a step, foreseen from what autograd keeps for one or two images."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Memory of a training step, foreseen before the first one from a forward pass of few images."""
+"""Memory of a training step, foreseen before the first one from one or two images."""
 
 import gc
 from collections.abc import Callable, Iterable, Iterator
