@@ -11,14 +11,14 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields
 from io import StringIO
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from util.errors import InputError, escaped
-from util.terminal import keep_streams
+from util.terminal import keep_streams, say_at_once
 
 MAX_COUNT = 10**9  # the product of two larger counts would overflow
 MAX_WORKERS = 1000  # processes
@@ -128,10 +128,7 @@ def check_arguments(parse_args: Callable[[], object]) -> None:
 
 def _end_at_once(number: int, _: object) -> NoReturn:
     """End the program on Ctrl-C while it imports, which leaves nothing behind."""
-    if os.environ.get("RANK", "0") == "0":
-        sentence = f"{Path(sys.argv[0]).name}: stopped by Ctrl-C\n"
-        with suppress(OSError):
-            os.write(2, (f"\n{sentence}" if os.isatty(2) else sentence).encode())
+    say_at_once("stopped by Ctrl-C")
     os._exit(128 + number)
 
 

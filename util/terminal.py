@@ -5,7 +5,8 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 # A pipe without a reader, such as one to `head`, and a terminal that was closed.
 GONE = (errno.EPIPE, errno.EIO)
@@ -34,6 +35,17 @@ class LastingStream(io.TextIOWrapper):
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, self.fileno())
                 os.close(null)
+
+
+def say_at_once(what: str) -> None:
+    """Write "PROGRAM: what" on standard error after a Ctrl-C, in the first of several processes.
+
+    It goes past Python's stream, which a signal may have interrupted.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        sentence = f"{Path(sys.argv[0]).name}: {what}\n"
+        with suppress(OSError):  # a terminal shows ^C in the line that has begun
+            os.write(2, (f"\n{sentence}" if os.isatty(2) else sentence).encode())
 
 
 def keep_streams() -> None:

@@ -7,13 +7,13 @@ the run saves and ends where a step has ended. A second Ctrl-C never waits for t
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import NoReturn
+
+from util.terminal import say_at_once
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 END = b"\0"  # instead of a signal's number
@@ -101,10 +101,7 @@ def _watch(pipe: int, clean_up: Callable[[], None]) -> None:
 def end_at_once(clean_up: Callable[[], None]) -> NoReturn:
     """End the process as a second Ctrl-C does, without waiting for anything."""
     clean_up()
-    if os.environ.get("RANK", "0") == "0":
-        program = Path(sys.argv[0]).name
-        with suppress(OSError):
-            os.write(2, f"{program}: ended by a second Ctrl-C, without saving\n".encode())
+    say_at_once("ended by a second Ctrl-C, without saving")
     os._exit(128 + signal.SIGINT)
 
 
