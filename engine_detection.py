@@ -26,6 +26,7 @@ from util.eval.coco_ap import (
     scale_to_image,
     score_detections,
 )
+from util.eval.display import visible
 from util.eval.overlays import DrawnObject, side_by_side
 from util.runs.checkpoint import TrainState
 from util.runs.run_log import RunLog
@@ -195,7 +196,7 @@ def draw_detections(
         batch = images.collate([images[0, index]])
         if batch.num_images:
             ((image, results),) = detect(model, batch, images, precision=precision)
-            pixels = images.read(index).permute(1, 2, 0).numpy()
+            pixels = visible(images.read(index), images.pixels, images.show_channels)
             true = true_objects(image, file.classes, masks=images.masks)
             rows.append((pixels, true, found_objects(results, names)))
     return side_by_side(rows) if rows else None

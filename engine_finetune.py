@@ -125,6 +125,7 @@ def describe_classifier(
     *,
     dataset: str,
     crop_pct: float,
+    tile: int | None,
 ) -> tuple[dict, dict]:
     """Settings that must match on resume and the checkpoint header, for fine-tuning and probing.
 
@@ -132,8 +133,9 @@ def describe_classifier(
         origin: hash of the weights that the run started from, if any.
         options: arguments of the model, with img_size, num_classes and pool.
         crop_pct: fraction of a validation image's side that the center crop keeps.
+        tile: side of the windows that stand for larger images, if there are any.
     """
-    form = {"mean": start.mean, "std": start.std}
+    colors = {"mean": start.mean, "std": start.std}
     fixed = {
         "--model": f"vit_{start.size}",
         WEIGHTS_HASH: origin,
@@ -141,14 +143,18 @@ def describe_classifier(
         "--pool": options["pool"],
         "number of classes": options["num_classes"],
         "--dataset": dataset,
-        **{f"--{name}": value for name, value in form.items()},
+        **start.pixels.recipe,
+        **{f"--{name}": value for name, value in colors.items()},
+        "--tile": tile,
         **train_set.identity(),
     }
     header = {
         "model_name": f"vit_{start.size}",
         "model_options": options,
-        **form,
+        **colors,
+        **start.pixels.header,
         "crop_pct": crop_pct,
+        "tile": tile,
         "classes": train_set.classes and list(train_set.classes),
     }
     return fixed, header

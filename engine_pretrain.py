@@ -15,7 +15,7 @@ from util.eval.knn import describe_knn
 from util.masking import Masking, TokenSplit
 from util.patches import RawImages
 from util.runs.checkpoint import TrainState, last_checkpoint
-from util.runs.rows import cells
+from util.runs.rows import UNTRAINED, cells
 from util.runs.run_log import read_log
 from util.runs.start import tensorboard_command
 from util.runs.training import training_steps
@@ -64,7 +64,8 @@ def blank_batch(
     device: torch.device,
 ) -> tuple[RawImages, TokenSplit]:
     """Build the inputs of a step from black images, to find what fits and runs on a device."""
-    pixels = torch.zeros((num_images, 3, *img_size), dtype=torch.uint8, device=device)
+    shape = (num_images, len(mean), *img_size)
+    pixels = torch.zeros(shape, dtype=torch.uint8, device=device)
     noise = torch.zeros(num_images, masking.num_patches, device=device)
     return Normalization(tuple(mean), tuple(std)).later(pixels), masking.split(noise)
 
@@ -99,11 +100,11 @@ def train_one_epoch(
     return state.end_epoch()
 
 
-def report(run: RunSettings, notes: Mapping[str, str] | None) -> None:
+def report(run: RunSettings, notes: Mapping[str, str] | None, *, at_start: str = UNTRAINED) -> None:
     """Log the results of a finished run and the paths of its files.
 
     Args:
-        notes: see `util.runs.rows.cells`.
+        notes, at_start: see `util.runs.rows.cells`.
 
     Raises:
         RunError: the last checkpoint could not be written.
@@ -116,7 +117,8 @@ def report(run: RunSettings, notes: Mapping[str, str] | None) -> None:
         number = counted(last["val_images"], "validation image")
         _logger.info("%s: %s", number, ", ".join(cells(measured, notes)))
     if "knn20" in last:
-        _logger.info("%s", describe_knn(last, first if first["epoch"] == 0 else {}))
+        before = first if first["epoch"] == 0 else {}
+        _logger.info("%s", describe_knn(last, before, at_start=at_start))
     _logger.info("checkpoint: %s", path)
     _logger.info("TensorBoard: %s", tensorboard_command(run))
     figure = run.folder / f"{FIGURE}.png"

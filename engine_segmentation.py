@@ -17,6 +17,7 @@ from util.data.masks import UNLABELED
 from util.data.sampler import evenly_spaced
 from util.data.segmentation import SegmentationBatch, SegmentationImages
 from util.errors import InputError
+from util.eval.display import visible
 from util.eval.miou import Confusion, Scores, Windows, predict, resize_logits
 from util.eval.overlays import comparison
 from util.runs.checkpoint import TrainState
@@ -162,8 +163,10 @@ def draw_predictions(
         if batch.num_images:
             found = predict_classes(model, batch, windows=windows, precision=precision)
             prediction, labels = (x[0].cpu().numpy() for x in found)
-            pixels = resize_logits(batch.images.float(), labels.shape).round().clamp(0, 255)
-            rows.append((pixels[0].byte().permute(1, 2, 0).numpy(), labels, prediction))
+            image = visible(batch.images[0], images.pixels, images.show_channels)  # (h, w, 3)
+            image = torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0).float()
+            image = resize_logits(image, labels.shape).round().clamp(0, 255)
+            rows.append((image[0].byte().permute(1, 2, 0).numpy(), labels, prediction))
     return comparison(rows, classes) if rows else None
 
 

@@ -43,7 +43,8 @@ from util.settings.run import RunSettings, add_run_args
 
 SETTINGS = (RunSettings, DetectionSettings, IterationSettings, ComputeSettings)
 SETTINGS += (EncoderSettings, DetectorSettings, FineTuneSettings)
-OF_THE_CHECKPOINT = {"--mean", "--std", *(f"--{field.name}" for field in fields(DetectorSettings))}
+OF_THE_CHECKPOINT = {"--mean", "--std", "--channels", "--value_range"}
+OF_THE_CHECKPOINT |= {f"--{field.name}" for field in fields(DetectorSettings)}
 TURNED_OFF = {"--masks": "--no_masks", "--rel_pos": "--no_rel_pos"}
 WARMUP_ITERS = 250
 FIRST_FLAGS = ("--finetune", "--data_path", "--output_dir", "--input_size", "--window_size")
@@ -117,6 +118,7 @@ from util.data.images import names_hash
 from util.data.loaders import build_eval_loader, build_iteration_loader
 from util.data.report import report_images
 from util.eval.coco_ap import describe
+from util.eval.display import choose_display
 from util.optim import build_ema, build_layer_decay_adamw
 from util.progress import waiting
 from util.runs.checkpoint import Best, TrainState
@@ -129,6 +131,7 @@ from util.runs.resume import (
     RunRecord,
     changeable_settings,
     checkpoint_to_evaluate,
+    colors_of_run,
     open_run,
     start_or_continue,
 )
@@ -179,12 +182,13 @@ def evaluate_only(
     with unknown_content(path):
         classes = tuple(content["classes"])
         colors = {"mean": content["mean"], "std": content["std"]}
+        colors["pixels"] = data.pixels.or_those_of(content["pixels"])
     images = open_validation(data, side=model.input_size, masks=model.has_masks, **colors)
     if images is None:
         raise InputError("there are no validation images: give --val_ann and --val_images")
     report_images(None, images, classes)
     check_classes(images.file, classes, "the checkpoint's")
-    example = blank_images((model.input_size,) * 2, device)
+    example = blank_images((model.input_size,) * 2, device, in_chans=model.in_chans)
     precision = place_model(model, compute, device, example, forward=model.feature_map)
     sizes = {"batch_size": 1, "num_workers": data.num_workers}
     loader = build_eval_loader(images, **sizes, device=device)
@@ -214,21 +218,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     # The weights determine the size of the encoder, its positions and the normalization.
-    given = {"img_size": None, "mean": data.mean, "std": data.std}
+    given = {"img_size": None, "mean": data.mean, "std": data.std, "pixels": data.pixels}
     start, origin = start_or_continue(
         starting_point, encoder.finetune, run, "detection", model=encoder.model, **given
     )
     recipe = RECIPES.get(start.size, SMALL_RECIPE)
     chosen = {n: v for n, v in vars(tuning).items() if n in Recipe._fields and v is not None}
     recipe = recipe._replace(**chosen)
+    pixels = start.pixels
+    choose_display(pixels.num_channels, data.show_channels)  # before it draws the first picture
+    mean, std = start.told_colors
     images = open_detection(
         data,
         side=detector.input_size,
         masks=detector.masks,
-        mean=start.mean,
-        std=start.std,
+        mean=mean,
+        std=std,
+        pixels=pixels,
+        earlier=partial(colors_of_run, run, "detection"),
         seed=run.seed,
     )
+    mean, std = images.train.normalization.colors
+    start = start._replace(mean=mean, std=std)
     found = report_images(images.train, images.val, images.classes)
     batches = plan_batches(iterations)
     effective_batch_size = batches.batch_size * batches.accum_iter * world_size()
@@ -251,11 +262,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         img_size=list(start.img_size),
         num_classes=len(images.classes),
         drop_path=recipe.drop_path,
+        **pixels.model_options,
     )
     model = build_detector(start.size, **options)
     if start.weights is not None:
         load_encoder(model, start.weights, head=False)
-    example = blank_images((detector.input_size,) * 2, device)
+    example = blank_images((detector.input_size,) * 2, device, in_chans=pixels.num_channels)
     precision = place_model(model, compute, device, example, optim, forward=model.feature_map)
     with waiting("a forward pass of one image, to foresee the memory of a step"):
         step = foresee_step(
@@ -288,6 +300,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--model": name,
         WEIGHTS_HASH: origin.digest,
         **detector.recipe(options),
+        **pixels.recipe,
         "--mean": start.mean,
         "--std": start.std,
         "hash of the names of classes": names_hash(images.classes),
@@ -306,6 +319,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "model_options": options,
         "mean": start.mean,
         "std": start.std,
+        **pixels.header,
         "classes": list(images.classes),
     }
     length = (MAX_ITERS, iterations.steps_per_epoch)

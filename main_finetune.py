@@ -127,6 +127,21 @@ def turn_off_mixing(args: argparse.Namespace, given: Collection[str]) -> None:
         setattr(args, name, 0.0)
 
 
+def turn_off_color_changes(args: argparse.Namespace, given: Collection[str]) -> None:
+    """Turn off the augmentation that needs 8-bit RGB, for other images.
+
+    Raises:
+        InputError: it is among the given options.
+    """
+    for name, off in (("auto_augment", "none"), ("color_jitter", None)):
+        if f"--{name}" in given and getattr(args, name) not in (off, 0):
+            raise InputError(
+                f"--{name} changes colors, which needs 8-bit RGB images, not those of --channels "
+                "or --value_range: leave it out"
+            )
+        setattr(args, name, off)
+
+
 if __name__ == "__main__":
     check_arguments(parse_args)  # before the imports below, which take seconds
 
@@ -149,6 +164,7 @@ from util.data.classes import (
     imagenet_classes,
     match_classes,
 )
+from util.data.colors import choose_colors, compare_colors
 from util.data.datasets import open_train_val, open_val
 from util.data.loaders import build_eval_loader, build_loaders
 from util.data.mixing import build_mixup
@@ -165,6 +181,7 @@ from util.runs.resume import (
     RunRecord,
     changeable_settings,
     checkpoint_to_evaluate,
+    colors_of_run,
     open_run,
     start_or_continue,
 )
@@ -231,9 +248,8 @@ def evaluate_only(
     Raises:
         InputError: the file does not hold a classifier, or not one for these images.
     """
-    form = {"img_size": data.input_size, "mean": data.mean, "std": data.std}
-    model, start = load_classifier(path, encoder.model, pool=encoder.pool, **form)
-    weights = start.weights
+    model, start = load_classifier(path, encoder.model, pool=encoder.pool, **data.input_form)
+    weights, data = start.weights, data.read_as(start.pixels)
     check_num_classes(path, weights, encoder.num_classes)
     crop_pct = data.crop_pct or weights.crop_pct or default_crop_pct(start.img_size)
     kind = weights.task or "classification"
@@ -241,13 +257,15 @@ def evaluate_only(
         raise InputError(f"{path} was trained for --task {kind}: leave --task {task} out")
     if only_these_classes and kind != "classification":
         raise InputError(f"--only_these_classes is not for --task {kind}: leave it out")
-    transform = eval_transform(*start.input_format, crop_pct, **weights.resizing)
+    reading = {"pixels": start.pixels, "tile": data.tile or weights.tile}
+    transform = eval_transform(*start.input_format, crop_pct, **weights.resizing, **reading)
     names = weights.classes if kind == "multilabel" else None  # others are matched below
     val_set = open_val(data, transform, seed=run.seed, task=kind, classes=names)
     if val_set is None:
         source, flag = (data.data_csv, "--val_csv") if data.data_csv else (data.name, "--val_path")
         raise InputError(f"{source} has no validation images: name them by {flag}")
     report_images(None, val_set)
+    choose_colors(val_set, start.mean, start.std, **reading)  # compares them with the images
 
     classes = weights.classes or imagenet_classes(val_set.classes, weights.num_classes)
     num_outputs, outputs = weights.num_classes, None
@@ -263,7 +281,7 @@ def evaluate_only(
         keep_outputs(model, outputs)
         num_outputs, classes, outputs = len(outputs), val_set.classes, None
     trained_for = task_of(weights, num_outputs, outputs)
-    example = blank_images(start.img_size, device)
+    example = blank_images(start.img_size, device, in_chans=start.pixels.num_channels)
     # Not sharded, because processes may have different numbers of images.
     precision = place_model(model, replace(compute, fsdp=False), device, example)
     sizes = {"batch_size": batch_size, "num_workers": data.num_workers}
@@ -345,25 +363,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     # The weights determine the input format, and their size the recipe.
-    given = {"img_size": data.input_size, "mean": data.mean, "std": data.std}
     start, origin = start_or_continue(
-        starting_point, encoder.finetune, run, "finetune", model=encoder.model, **given
+        starting_point, encoder.finetune, run, "finetune", model=encoder.model, **data.input_form
     )
-    weights = start.weights
+    weights, data = start.weights, data.read_as(start.pixels)
+    if not start.pixels.is_rgb8:
+        if augment.changes_colors:
+            _logger.info("--auto_augment is off: it changes colors, which needs 8-bit RGB images")
+        turn_off_color_changes(args, given_options(args, parse_args([])))
+        augment = take(AugmentSettings, args)
     if encoder.keep_head:
         weights = head_to_keep(encoder.finetune, weights, aim.task)
     recipe = resolve_recipe(args, start.size)
     warmup_epochs = min(WARMUP_EPOCHS, recipe.epochs / 10)
     optim = optim.with_defaults(epochs=recipe.epochs, blr=recipe.blr, warmup_epochs=warmup_epochs)
     crop_pct = data.crop_pct or default_crop_pct(start.img_size)
-    transforms = (
-        finetune_transform(*start.input_format, augment, view),
-        eval_transform(*start.input_format, crop_pct),
-    )
     train_set, val_set = open_train_val(
-        data, *transforms, seed=run.seed, batch_size=optim.batch_size, task=aim.task
+        data, seed=run.seed, batch_size=optim.batch_size, task=aim.task
     )
     found = report_images(train_set, val_set)
+    reading = {"pixels": start.pixels, "tile": data.tile}
+    earlier = partial(colors_of_run, run, "finetune")
+    mean, std = choose_colors(train_set, *start.told_colors, **reading, earlier=earlier)
+    start = start._replace(mean=mean, std=std)
+    train_set.transform = finetune_transform(*start.input_format, augment, view, **reading)
+    if val_set is not None:
+        compare_colors(val_set, mean, std, **reading)
+        val_set.transform = eval_transform(*start.input_format, crop_pct, **reading)
     num_classes, classes = encoder.num_classes, None
     if encoder.keep_head:
         check_num_classes(encoder.finetune, weights, num_classes)
@@ -392,12 +418,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "num_classes": task.num_outputs,
         "pool": pool,
         "drop_path": recipe.drop_path,
+        **start.pixels.model_options,
     }
     build = partial(build_classifier, start.size, **options)
     model = build()
     if weights is not None and not origin.is_gone:
         load_encoder(model, weights, head=encoder.keep_head)
-    example = blank_images(start.img_size, device)
+    example = blank_images(start.img_size, device, in_chans=start.pixels.num_channels)
     precision = place_model(model, compute, device, example, optim)
     step = foresee_step(
         model,
@@ -421,7 +448,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Settings that must match on resume, and settings that may change
     fixed, header = describe_classifier(
-        start, origin.digest, options, train_set, dataset=data.name, crop_pct=crop_pct
+        start,
+        origin.digest,
+        options,
+        train_set,
+        dataset=data.name,
+        crop_pct=crop_pct,
+        tile=data.tile,
     )
     header |= {"task": aim.task, "classes": classes and list(classes)}
     if isinstance(task, Regression):

@@ -113,6 +113,7 @@ from util.compute.precision import blank_images
 from util.compute.setup import place_model
 from util.data.broken_images import BrokenImages
 from util.data.classes import check_labels
+from util.data.colors import choose_colors, compare_colors
 from util.data.datasets import open_train_val
 from util.data.images import IndexedImages
 from util.data.loaders import build_eval_loader
@@ -141,17 +142,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = start_run(device=args.device, seed=args.seed)
     output_dir = Path(args.output_dir)
 
-    start = starting_point(args.checkpoint, img_size=data.input_size, mean=data.mean, std=data.std)
-    crop_pct = data.crop_pct or default_crop_pct(start.img_size)
-    transform = eval_transform(*start.input_format, crop_pct)
-    train_set, val_set = open_train_val(
-        data, transform, transform, seed=args.seed, batch_size=args.batch_size
-    )
+    start = starting_point(args.checkpoint, **data.input_form)
+    data = data.read_as(start.pixels)
+    train_set, val_set = open_train_val(data, seed=args.seed, batch_size=args.batch_size)
     found = report_images(train_set, val_set)
     num_classes = check_measurable(data.name, train_set, val_set, args.num_classes)
+    reading = {"pixels": start.pixels, "tile": data.tile}
+    mean, std = choose_colors(train_set, *start.told_colors, **reading)
+    start = start._replace(mean=mean, std=std)
+    crop_pct = data.crop_pct or default_crop_pct(start.img_size)
+    compare_colors(val_set, mean, std, **reading)
+    train_set.transform = val_set.transform = eval_transform(
+        *start.input_format, crop_pct, **reading
+    )
 
-    model = build_classifier(start.size, img_size=start.img_size, num_classes=0, pool=args.pool)
-    example = blank_images(start.img_size, device)
+    options = {"img_size": start.img_size, **start.pixels.model_options}
+    model = build_classifier(start.size, num_classes=0, pool=args.pool, **options)
+    example = blank_images(start.img_size, device, in_chans=start.pixels.num_channels)
     precision = place_model(model.eval(), compute, device, example)
     compile_model(model, compute.compile, device=device)
     encoder = describe_encoder(start, args.checkpoint, model)
@@ -198,8 +205,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "model": f"vit_{start.size}",
         "pool": args.pool,
         "input_size": list(start.img_size),
-        "mean": list(start.mean),
-        "std": list(start.std),
+        **start.pixels.header,
+        "mean": mean,
+        "std": std,
+        "tile": data.tile,
         "crop_pct": crop_pct,
         "num_images": {"training": len(train_set), "validation": len(val_set)},
         "num_classes": num_classes,

@@ -6,6 +6,7 @@ torchrun --standalone --nproc_per_node 8 main_linprobe.py --finetune PRETRAINED 
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 
 from util.arguments import Parser, check_arguments, given_options, take
 from util.settings.compute import ComputeSettings, add_precision_args
@@ -62,6 +63,7 @@ from util.compute.precision import blank_images
 from util.compute.setup import place_model
 from util.data.broken_images import BrokenImages
 from util.data.classes import check_classes
+from util.data.colors import choose_colors, compare_colors
 from util.data.datasets import open_train_val
 from util.data.loaders import build_loaders
 from util.data.report import report_images
@@ -75,6 +77,7 @@ from util.runs.resume import (
     EFFECTIVE_BATCH,
     RunRecord,
     changeable_settings,
+    colors_of_run,
     open_run,
     start_or_continue,
 )
@@ -96,19 +99,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = start_run(device=run.device, seed=run.seed, timeout_minutes=run.timeout_minutes)
 
     # The weights determine the input format.
-    given = {"img_size": data.input_size, "mean": data.mean, "std": data.std}
     start, origin = start_or_continue(
-        starting_point, encoder.finetune, run, "linprobe", model=encoder.model, **given
+        starting_point, encoder.finetune, run, "linprobe", model=encoder.model, **data.input_form
     )
-    crop_pct = data.crop_pct or default_crop_pct(start.img_size)
-    train_set, val_set = open_train_val(
-        data,
-        probe_transform(*start.input_format, view),
-        eval_transform(*start.input_format, crop_pct),
-        seed=run.seed,
-        batch_size=optim.batch_size,
-    )
+    data = data.read_as(start.pixels)
+    train_set, val_set = open_train_val(data, seed=run.seed, batch_size=optim.batch_size)
     found = report_images(train_set, val_set)
+    reading = {"pixels": start.pixels, "tile": data.tile}
+    earlier = partial(colors_of_run, run, "linprobe")
+    mean, std = choose_colors(train_set, *start.told_colors, **reading, earlier=earlier)
+    start = start._replace(mean=mean, std=std)
+    crop_pct = data.crop_pct or default_crop_pct(start.img_size)
+    train_set.transform = probe_transform(*start.input_format, view, **reading)
+    if val_set is not None:
+        compare_colors(val_set, mean, std, **reading)
+        val_set.transform = eval_transform(*start.input_format, crop_pct, **reading)
     num_classes = check_classes(train_set, val_set, encoder.num_classes)
     task = Classification(num_classes)
     batches = plan_batches(optim)
@@ -119,11 +124,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The frozen encoder and its head
     pool = encoder.pool or "cls"
     options = {"img_size": list(start.img_size), "num_classes": num_classes, "pool": pool}
+    options |= start.pixels.model_options
     model = build_classifier(start.size, **options)
     if start.weights is not None and not origin.is_gone:
         load_encoder(model, start.weights, head=False)
     make_linear_probe(model, num_classes)
-    example = blank_images(start.img_size, device)
+    example = blank_images(start.img_size, device, in_chans=start.pixels.num_channels)
     precision = place_model(model, compute, device, example, optim)
     sizes = {"batch_size": batches.batch_size, "moments": 1}
     step = foresee_step(model, example, precision, mode=None, **sizes)
@@ -139,7 +145,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Settings that must match on resume, and settings that may change
     fixed, header = describe_classifier(
-        start, origin.digest, options, train_set, dataset=data.name, crop_pct=crop_pct
+        start,
+        origin.digest,
+        options,
+        train_set,
+        dataset=data.name,
+        crop_pct=crop_pct,
+        tile=data.tile,
     )
     fixed |= {
         **view.recipe(),

@@ -11,6 +11,7 @@ from functools import partial
 
 from util.arguments import Parser, check_arguments, given_options, take
 from util.errors import InputError
+from util.normalization import check_counts
 from util.settings.compute import (
     COMPILE_MODES,
     ComputeSettings,
@@ -25,8 +26,9 @@ from util.settings.optim import OptimSettings, add_optim_args
 from util.settings.run import RunSettings, add_run_args
 from util.settings.views import PRETRAIN_VIEW, ViewSettings, add_view_args
 
-FIRST_FLAGS = ("--data_path", "--input_size", "--model", "--norm_pix_loss", "--pred_ratio")
-FIRST_FLAGS += ("--batch_size", "--effective_batch_size", "--epochs", "--output_dir", "--device")
+FIRST_FLAGS = ("--data_path", "--input_size", "--model", "--init_from", "--norm_pix_loss")
+FIRST_FLAGS += ("--pred_ratio", "--batch_size", "--effective_batch_size", "--epochs")
+FIRST_FLAGS += ("--output_dir", "--device")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -48,7 +50,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         weight_decay=0.05,
         auto_batch_size=True,
     )
-    add_run_args(parser, output_dir="output/pretrain")
+    add_run_args(parser, output_dir="output/pretrain", has_init_from=True)
     add_view_args(parser, crop_area=PRETRAIN_VIEW.crop_area)
     add_crop_args(parser)
     add_precision_args(parser, compile_modes=COMPILE_MODES)
@@ -56,7 +58,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_monitor_args(parser)
     args = parser.parse_args(argv)
     network, masks = take(ModelSettings, args), take(MaskSettings, args)
-    take(ViewSettings, args)
+    for group in (RunSettings, ViewSettings):
+        take(group, args)
+    data = take(DataSettings, args)
+    check_counts(data.mean, data.std, data.pixels.num_channels)
     if args.fsdp and args.batch_size == "auto":
         raise InputError("--batch_size auto cannot be combined with --fsdp: give a number")
     if network.is_mae and masks.pred_ratio not in (None, masks.mask_ratio):
@@ -71,7 +76,7 @@ if __name__ == "__main__":
     check_arguments(parse_args)  # before the imports below, which take seconds
 
 from engine_pretrain import FIGURE, blank_batch, report, train_one_epoch
-from models import build_model
+from models import build_model, start_from
 from util.compute.batch_size import plan_batches
 from util.compute.compiling import compile_model
 from util.compute.distributed import data_parallel, is_main_process
@@ -79,6 +84,7 @@ from util.compute.memory import check_step, foresee_step
 from util.compute.setup import place_model
 from util.compute.sharding import unsharded
 from util.data.broken_images import BrokenImages
+from util.data.colors import choose_colors, compare_colors
 from util.data.datasets import open_train_val
 from util.data.decode import check_decoder
 from util.data.loaders import build_loaders
@@ -90,13 +96,23 @@ from util.eval.reconstructions import BLIND, MOMENTS_NOTE
 from util.masking import Masking
 from util.optim import build_adamw
 from util.runs.checkpoint import TrainState
-from util.runs.resume import CONTENT, EFFECTIVE_BATCH, RunRecord, changeable_settings, open_run
+from util.runs.resume import (
+    CONTENT,
+    EFFECTIVE_BATCH,
+    WEIGHTS_HASH,
+    RunRecord,
+    changeable_settings,
+    colors_of_run,
+    init_or_continue,
+    open_run,
+)
 from util.runs.run import run_main, start_run
 from util.runs.start import describe_images, log_start, millions, num_parameters
 from util.schedule import plan_learning_rate
 
 SETTINGS = (RunSettings, DataSettings, OptimSettings, ComputeSettings)
 SETTINGS += (ModelSettings, MaskSettings, MonitorSettings, ViewSettings)
+SHAPE = ("img_size", "in_chans")  # options of a model that are flags of the data
 MEMORY_ADVICE = (
     "use a lower --batch_size, or auto, with the same --effective_batch_size, or --memory medium "
     "or low"
@@ -106,34 +122,40 @@ _logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Pre-train from scratch, or continue a stopped run."""
+    """Pre-train from scratch or from existing weights, or continue a stopped run."""
     args = parse_args(argv)
     run, data, optim, compute, network, masks, monitoring, view = (
         take(group, args) for group in SETTINGS
     )
     device = start_run(device=run.device, seed=run.seed, timeout_minutes=run.timeout_minutes)
-    check_decoder(args.decode, device)
+    check_decoder(args.decode, device, data.pixels)
 
     # Data come first, so that problems show before a model is built.
-    options = network.options(data.input_size)
-    colors = {"mean": data.mean, "std": data.std}
-    crops = {"num_crops": args.repeated_aug, "decode": args.decode}
-    plain_transform = eval_transform(options["img_size"], **colors)
     # Only a hint for timm's streams: --batch_size auto is decided by the model.
     known_batch_size = 1 if optim.batch_size == "auto" else optim.batch_size
     train_set, val_set = open_train_val(
-        data,
-        pretrain_transform(options["img_size"], **colors, view=view, **crops),
-        plain_transform,
-        seed=run.seed,
-        batch_size=known_batch_size,
-        holds_out=True,
+        data, seed=run.seed, batch_size=known_batch_size, holds_out=True
     )
     found = report_images(train_set, val_set)
+    reading = {"pixels": data.pixels, "tile": data.tile}
+    earlier = partial(colors_of_run, run, "pretrain")
+    mean, std = choose_colors(train_set, data.mean, data.std, **reading, earlier=earlier)
+    options = network.options(data.input_size) | data.pixels.model_options
+    colors = {"mean": mean, "std": std}
+    plain_transform = eval_transform(options["img_size"], **colors, **reading)
+    crops = {"num_crops": args.repeated_aug, "decode": args.decode}
+    train_set.transform = pretrain_transform(
+        options["img_size"], **colors, view=view, **crops, **reading
+    )
+    if val_set is not None:
+        compare_colors(val_set, mean, std, **reading)
+        val_set.transform = plain_transform
 
     # The model, and the batch size that fits its device
     build = partial(build_model, network.model, options)
     model = build()
+    load = partial(start_from, model, network.model, **colors)
+    origin = init_or_continue(load, run, "pretrain")
     grid_size = model.encoder.grid_size
     masking = Masking.of(masks, grid_size, seed=run.seed, all_masked=network.is_mae)
     example = partial(blank_batch, masking, options["img_size"], **colors, device=device)
@@ -158,16 +180,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = TrainState(model, optimizer, precision, broken)
 
     # Settings that must match on resume, and settings that may change
-    model_flags = {f"--{name}": value for name, value in options.items() if name != "img_size"}
+    model_flags = {f"--{name}": value for name, value in options.items() if name not in SHAPE}
     fixed = {
         "--model": network.model,
+        WEIGHTS_HASH: origin.digest,
         "--input_size": options["img_size"],
         **model_flags,
         "--mask_ratio": masks.mask_ratio,
         "--pred_ratio": masks.predicted,
         "--mask_sampling": masks.mask_sampling,
-        "--mean": data.mean,
-        "--std": data.std,
+        **data.pixels.recipe,
+        "--mean": mean,
+        "--std": std,
+        "--tile": data.tile,
         "--seed": run.seed,
         "--weight_decay": optim.weight_decay,
         "--dataset": data.name,
@@ -183,6 +208,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "model_name": network.model,
         "model_options": options,
         **colors,
+        **data.pixels.header,
+        "tile": data.tile,
         "mask_ratio": masks.mask_ratio,
         "mask_sampling": masks.mask_sampling,
     }
@@ -194,12 +221,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         monitoring,
         model_name=network.model,
         masking=masking,
+        colors=(mean, std),
         precision=precision,
         batch_size=batches.batch_size,
         plain_transform=plain_transform,
+        at_start=origin.at_start,
     )
     # Settings that an older version's checkpoint lacks count as changed only if they were given.
-    given = given_options(args, parse_args([]))
+    given = given_options(args, parse_args([])) | ({WEIGHTS_HASH} if run.init_from else set())
     record = RunRecord(
         "pretrain",
         fixed,
@@ -210,6 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         data=found,
         evaluated_every=monitor.evaluated_every,
         notes={"val_psnr": MOMENTS_NOTE} if model.norm_pix_loss else None,
+        at_start=origin.at_start,
     )
     encoder, counts = num_parameters(model.encoder), masking.counts
     log_start(
@@ -217,10 +247,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         optim,
         record,
         model=f"{network.model}: encoder {millions(encoder)} parameters, decoder "
-        f"{millions(num_parameters(model) - encoder)}",
+        f"{millions(num_parameters(model) - encoder)}"
+        + (f"; from {run.init_from}" if run.init_from else ""),
         images=f"{describe_images(train_set, val_set)}; {counts.visible} of "
         f"{counts.patches} patches seen, {counts.predicted} predicted"
-        + (f"\nblind: results of {BLIND[model.norm_pix_loss]}" if val_set else ""),
+        + (f"; blind: results of {BLIND[model.norm_pix_loss]}" if val_set else ""),
         precision=precision,
         loader=loader,
         batches=batches,
@@ -231,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         progress, parallel_model = state.progress, data_parallel(model, device)
         if progress.step == 0:
             if monitor.knn_loaders:
-                _logger.info("measuring the k-NN accuracy of the untrained network")
+                _logger.info("measuring the k-NN accuracy before training")
             with unsharded(model, build) as full_model:
                 untrained = measure(full_model, monitor, 0)
                 figure = draw(full_model, monitor, 0)
@@ -258,7 +289,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if figure is not None:
                 run_log.log_image(FIGURE, figure, progress.epoch)
             run_log.end_epoch(stats, epoch=progress.epoch, step=progress.step)
-            if progress.epoch == monitor.first_judged(optim.epochs):
+            # Good weights may lose at first: then it says nothing.
+            if progress.epoch == monitor.first_judged(optim.epochs) and not run.init_from:
                 so_far = {"epoch": progress.epoch, "epochs": optim.epochs}
                 so_far["normalized"] = model.norm_pix_loss
                 if warning := not_learning(stats, run_log.untrained, **so_far):
@@ -266,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             checkpoints.end_epoch(is_last=is_last)
 
     if is_main_process():
-        report(run, record.notes)
+        report(run, record.notes, at_start=origin.at_start)
 
 
 if __name__ == "__main__":

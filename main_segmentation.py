@@ -36,7 +36,8 @@ from util.settings.segmentation import TRAINED, SegmentationSettings, add_segmen
 
 SETTINGS = (RunSettings, SegmentationSettings, IterationSettings, ComputeSettings)
 SETTINGS += (EncoderSettings, HeadSettings, WindowSettings, FineTuneSettings)
-OF_THE_CHECKPOINT = {"--mean", "--std", *(f"--{field.name}" for field in fields(HeadSettings))}
+OF_THE_CHECKPOINT = {"--mean", "--std", "--channels", "--value_range"}
+OF_THE_CHECKPOINT |= {f"--{field.name}" for field in fields(HeadSettings)}
 WARMUP_ITERS = 1500
 FIRST_FLAGS = ("--finetune", "--data_path", "--output_dir", "--head", "--crop_size")
 FIRST_FLAGS += ("--batch_size", "--max_iters", "--lr", "--eval", "--device")
@@ -109,6 +110,7 @@ from util.data.images import names_hash
 from util.data.loaders import build_eval_loader, build_iteration_loader
 from util.data.report import report_images
 from util.data.segmentation import label_rule, open_classes, open_segmentation, open_validation
+from util.eval.display import choose_display
 from util.eval.miou import Windows, describe
 from util.optim import build_ema, build_layer_decay_adamw
 from util.runs.checkpoint import Best, TrainState
@@ -121,6 +123,7 @@ from util.runs.resume import (
     RunRecord,
     changeable_settings,
     checkpoint_to_evaluate,
+    colors_of_run,
     open_run,
     start_or_continue,
 )
@@ -157,10 +160,13 @@ def evaluate_only(
     classes = open_classes(data, trained_classes)
     labels = ", ".join(f"--{name} {getattr(data.layout, name)}" for name in TRAINED)
     _logger.info("images and masks are read with %s", labels)
-    normalization = Normalization(tuple(content["mean"]), tuple(content["std"]))
-    val_set = open_validation(data, label_rule(data, classes), normalization=normalization)
+    pixels = data.pixels.or_those_of(content["pixels"])
+    normalization = Normalization(tuple(content["mean"]), tuple(content["std"]), pixels.value_range)
+    rule = label_rule(data, classes)
+    val_set = open_validation(data, rule, normalization=normalization, pixels=pixels)
     report_images(None, val_set, classes)
-    precision = place_model(model, compute, device, blank_images(model.img_size, device))
+    example = blank_images(model.img_size, device, in_chans=model.in_chans)
+    precision = place_model(model, compute, device, example)
     windows = Windows.of(window, model.img_size, model.patch_size)
     sizes = {"batch_size": 1, "num_workers": data.num_workers}
     scores = evaluate(
@@ -195,13 +201,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     # The weights determine the size of the encoder and the normalization.
-    given = {"img_size": head.crop, "mean": data.mean, "std": data.std}
+    given = {"img_size": head.crop, "mean": data.mean, "std": data.std, "pixels": data.pixels}
     start, origin = start_or_continue(
         starting_point, encoder.finetune, run, "segmentation", model=encoder.model, **given
     )
-    images = open_segmentation(
-        data, crop_size=head.crop, mean=start.mean, std=start.std, seed=run.seed
-    )
+    pixels = start.pixels
+    if data.photometric is None and not pixels.is_rgb8:
+        _logger.info("--photometric is off: it changes colors, which needs 8-bit RGB images")
+    data = data.read_as(pixels)
+    choose_display(pixels.num_channels, data.show_channels)  # before it draws the first picture
+    mean, std = start.told_colors
+    colors = {"mean": mean, "std": std, "pixels": pixels}
+    colors["earlier"] = partial(colors_of_run, run, "segmentation")
+    images = open_segmentation(data, crop_size=head.crop, **colors, seed=run.seed)
+    mean, std = images.train.normalization.colors
+    start = start._replace(mean=mean, std=std)
     found = report_images(images.train, images.val, images.classes)
     optim = iterations.optim(warmup_iters=WARMUP_ITERS)
     batches = plan_batches(optim)
@@ -219,13 +233,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         val_loader = build_eval_loader(images.val, batch_size=1, **workers)
 
     # The model
-    options = head.options(num_classes=len(images.classes), drop_path=tuning.drop_path)
+    options = head.options(
+        num_classes=len(images.classes), drop_path=tuning.drop_path, **pixels.model_options
+    )
     model = build_segmenter(start.size, **options)
     if start.weights is not None:
         load_encoder(model, start.weights, head=False)
     if device.type == "cuda" and world_size() > 1:  # does not exist on CPUs
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    example = blank_pairs(head.crop, device)
+    example = blank_pairs(head.crop, device, in_chans=pixels.num_channels)
     precision = place_model(model, compute, device, example, optim)
     step = foresee_step(
         model,
@@ -254,6 +270,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--model": name,
         WEIGHTS_HASH: origin.digest,
         **head.recipe(options),
+        **pixels.recipe,
         "--mean": start.mean,
         "--std": start.std,
         "--dataset": data.dataset,
@@ -273,6 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "model_options": options,
         "mean": start.mean,
         "std": start.std,
+        **pixels.header,
         "classes": list(images.classes),
         **{name: getattr(data.layout, name) for name in TRAINED},
     }

@@ -43,6 +43,8 @@ class ViTEncoder(ViT):
     It has no final LayerNorm: the decoder normalizes the feature maps that it reads (App. A.3).
     """
 
+    pool = None  # no final norm is loaded
+
     def visible_tokens(self, images: Tensor | RawImages, split: TokenSplit) -> Tensor:
         """Embed the visible patches only, so masked ones cost nothing -> (B, 1+V, D)."""
         self.check_images(images)

@@ -54,6 +54,7 @@ from util.eval.attention import (
     compare_keys,
     measure_attention,
 )
+from util.eval.display import Display
 from util.eval.figures import GRAY
 from util.eval.plots import SEQUENTIAL, new_figure, picture_grid, show_picture
 from util.masking import TokenSplit, is_masked
@@ -165,24 +166,33 @@ def central_patch(split: TokenSplit, grid_size: tuple[int, int]) -> list[int]:
 
 
 def draw_maps(
-    subject: Subject, images: Tensor, split: TokenSplit, chosen: list[list[int]]
+    subject: Subject,
+    images: Tensor,
+    split: TokenSplit,
+    chosen: list[list[int]],
+    display: Display | None = None,
 ) -> "Figure":
     """Draw where masked patches attend: a row for each, with columns as in Fig. 1.
 
     Args:
         chosen: masked patches of each image.
+        display: None for 8-bit RGB.
     """
+    display = display or Display()
     grid_size = subject.model.encoder.grid_size
     maps = attention_maps(subject.model, images, split).cpu()  # (B, P, 1+L)
     hidden = is_masked(split, maps.shape[2] - 1).cpu()  # (B, L)
-    pictures = denormalize(images, *subject.colors).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+    originals = denormalize(images, *subject.colors)
+    pictures = display.of(originals).images(originals).clamp(0, 1)
+    pictures = pictures.permute(0, 2, 3, 1).cpu().numpy()
     size = pictures.shape[1:3]
     rows = [(image, patch) for image, patches in enumerate(chosen) for patch in patches]
     own = [maps[i, split.predicted[i].tolist().index(patch), 1:] for i, patch in rows]  # of (L,)
     sees_masked = any(x[hidden[i]].sum() > 0 for x, (i, _) in zip(own, rows, strict=True))
     titles = ["image", "visible patches", "attention to visible", "to masked patches"]
     titles = titles if sees_masked else titles[:3]
-    figure, all_axes = picture_grid(len(rows), len(titles), size, side=1.7, right=0.9, bottom=0)
+    room = {"right": 0.9, "bottom": 0.3 if display.note else 0}
+    figure, all_axes = picture_grid(len(rows), len(titles), size, side=1.7, **room)
     limits = {"vmin": 0, "vmax": max(x.max().item() for x in own)}
     for (image, patch), attention, axes in zip(rows, own, all_axes, strict=True):
         picture, masked = pictures[image], hidden[image].view(grid_size).numpy()
@@ -202,6 +212,8 @@ def draw_maps(
         axis.set_title(title, fontsize=9)
     label = "attention of the starred patch, mean of heads and layers"
     figure.colorbar(drawn, ax=all_axes[:3, -1], label=label, pad=0.02)
+    if display.note:
+        figure.supxlabel(display.note, fontsize=8)
     return figure
 
 
@@ -241,7 +253,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = choose_patches(args.patches, split, grid_size)
     output = open_output(args.output_dir)
 
-    maps = draw_maps(subject, shown, split, chosen)
+    display = subject.display(images.shown, settings.show_channels)
+    maps = draw_maps(subject, shown, split, chosen, display)
     _logger.info("measuring %s", counted(images.num_measured, "image"))
     layers = measure_attention(subject.model, subject.batches(images))
     comparison = log_results(layers)

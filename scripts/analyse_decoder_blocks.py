@@ -11,6 +11,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,7 @@ from scripts.analysis.inputs import MEMORY_ADVICE, Subject, open_images, start_a
 from scripts.analysis.outputs import log_table, open_output, write_report
 from util.data.batch import denormalize
 from util.eval.decoder_blocks import BlockShares, block_levels, level_pixels, measure_blocks
+from util.eval.display import Display, Rendering
 from util.eval.figures import GRAY, reconstruction_panels
 from util.eval.plots import SEQUENTIAL, new_figure, picture_grid, show_picture
 from util.eval.reconstructions import MOMENTS_NOTE
@@ -109,8 +111,15 @@ def plot(found: BlockShares) -> "Figure":
 
 
 @torch.no_grad()
-def draw_stack(subject: Subject, images: Tensor, split: TokenSplit) -> "Figure":
-    """Draw the image stack: for each image a row of levels and one of their running sums."""
+def draw_stack(
+    subject: Subject, images: Tensor, split: TokenSplit, display: Display | None = None
+) -> "Figure":
+    """Draw the image stack: for each image a row of levels and one of their running sums.
+
+    Args:
+        display: None for 8-bit RGB.
+    """
+    display = display or Display()
     model = subject.model
     levels = block_levels(model, images, split)
     levels, offset = level_pixels(model, levels, images, split, subject.colors)
@@ -118,14 +127,16 @@ def draw_stack(subject: Subject, images: Tensor, split: TokenSplit) -> "Figure":
     strength = strength.sort(dim=1).values[:, int(STRONGEST * (strength.shape[1] - 1))]
     gain = GRAY / strength.clamp(min=1e-6).view(-1, 1, 1)
     originals = denormalize(images, *subject.colors).clamp(0, 1)
+    rendering, as_they_are = display.of(originals), replace(display, stretch=False).of(originals)
 
-    def panels(pixels: Tensor) -> list[Tensor]:
-        found = reconstruction_panels(originals, pixels, split, model.encoder.patch_size)
+    def panels(patches: Tensor, rendering: Rendering = rendering) -> list[Tensor]:
+        pictures, pixels = rendering.images(originals), rendering.patches(patches)
+        found = reconstruction_panels(pictures, pixels, split, model.encoder.patch_size)
         return [panel.permute(0, 2, 3, 1).cpu() for panel in found]
 
-    alone = [panels(GRAY + gain * level)[2] for level in levels]
+    alone = [panels(GRAY + gain * level, as_they_are)[2] for level in levels]
     sums = [panels(offset + x)[3] for x in levels.cumsum(dim=0)]
-    original, masked = panels(offset)[:2]
+    original, masked = (panel.clamp(0, 1) for panel in panels(offset)[:2])
     num_columns = 1 + len(levels)
     figure, all_axes = picture_grid(2 * len(images), num_columns, images.shape[2:])
     for image in range(len(images)):
@@ -135,9 +146,10 @@ def draw_stack(subject: Subject, images: Tensor, split: TokenSplit) -> "Figure":
             ):
                 title = "" if image or row else "image" if not column else f"block {column - 1}"
                 title = "input" if title == "block 0" else title
-                show_picture(axes, cell[image].numpy(), title)
+                show_picture(axes, cell[image].clamp(0, 1).numpy(), title)
     notes = ["Upper rows: each part alone, its contrast raised. Lower rows: their sum so far."]
     notes += [f"With {MOMENTS_NOTE}."] * model.norm_pix_loss
+    notes += [f"{display.note.capitalize()}."] * bool(display.note)
     figure.supxlabel("\n".join(notes), fontsize=8)
     return figure
 
@@ -153,7 +165,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     images = open_images(settings, subject.transform, seed=args.seed, device=device)
     output = open_output(args.output_dir)
-    pictures = draw_stack(subject, *subject.shown(images))
+    display = subject.display(images.shown, settings.show_channels)
+    pictures = draw_stack(subject, *subject.shown(images), display)
     _logger.info("measuring %s", counted(images.num_measured, "image"))
     found = measure_blocks(subject.model, subject.batches(images), subject.colors)
     report = {"num_images": images.num_measured, "blocks": log_results(found)}

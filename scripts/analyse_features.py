@@ -28,6 +28,7 @@ from util.settings.data import (
     add_table_args,
     add_val_fraction_arg,
 )
+from util.settings.evaluation import add_show_channels_arg, check_show_channels
 from util.settings.model import add_checkpoint_arg
 
 NUM_IMAGES = 10_000  # the features of all blocks are kept, 40 kB an image for ViT-B
@@ -61,9 +62,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="limit on the training images that vote, and on validation images, evenly spaced "
         "(%(default)s)",
     )
+    add_show_channels_arg(group)
     add_crop_pct_arg(group)
     add_loader_args(group)
     args = parser.parse_args(argv)
+    check_show_channels(args.show_channels)
     data = take(DataSettings, args)
     if not (data.data_path or data.dataset or data.data_csv):
         raise InputError("k-NN accuracy needs labeled images: give --data_path or --data_csv")
@@ -91,10 +94,11 @@ from util.compute.precision import Precision
 from util.data.batch import Batch, denormalize
 from util.data.broken_images import BrokenImages
 from util.data.classes import check_labels
+from util.data.colors import choose_colors
 from util.data.datasets import open_train_val
 from util.data.images import IndexedImages
 from util.data.loaders import build_eval_loader
-from util.data.transforms import default_crop_pct, eval_transform
+from util.data.transforms import CenterCrop, default_crop_pct, eval_transform
 from util.eval.block_features import (
     block_features,
     class_attention,
@@ -102,6 +106,7 @@ from util.eval.block_features import (
     mean_maps,
     principal_colors,
 )
+from util.eval.display import choose_display, is_deep
 from util.eval.frozen_features import check_measurable
 from util.eval.knn import extract_features, knn_accuracy
 from util.eval.plots import SEQUENTIAL, new_figure, picture_grid, show_picture
@@ -145,14 +150,15 @@ def plot(results: list[dict[int, float]]) -> "Figure":
 
 
 def draw_blocks(
-    model: nn.Module, images: Tensor, pictures: Tensor, means: list[Tensor]
+    model: nn.Module, images: Tensor, pictures: Tensor, means: list[Tensor], note: str = ""
 ) -> "Figure":
     """Draw two rows for each image, with a column for each block: colors, attention.
 
     Args:
         images: (B, C, H, W), normalized.
-        pictures: the same in [0, 1].
+        pictures: the same as they are shown, (B, 3, H, W) in [0, 1].
         means: see `mean_maps`; most of a feature is its place, which is the same in all images.
+        note: on the colors of the pictures.
     """
     grid_size = model.grid_size
     maps = [x - mean for x, mean in zip(feature_maps(model, images), means, strict=True)]
@@ -170,10 +176,11 @@ def draw_blocks(
     titles = ["image", "input", *(f"block {number}" for number in range(1, len(maps)))]
     for axes, title in zip(all_axes[0], titles, strict=True):
         axes.set_title(title, fontsize=8)
-    notes = (
+    notes = [
         "Upper rows: principal components of features minus their mean over images in each place.",
         "Lower rows: attention of the class token in the block, each on a scale of its own.",
-    )
+    ]
+    notes += [f"Images {note}."] * bool(note)
     figure.supxlabel("\n".join(notes), fontsize=8)
     return figure
 
@@ -187,10 +194,11 @@ def some_images(
         yield batch.to(device)[0]
 
 
-def shown_images(paths: list[str] | None, val_set: IndexedImages) -> Batch:
+def shown_images(paths: list[str] | None, val_set: IndexedImages, transform: CenterCrop) -> Batch:
     """Images to draw: from these files and folders, or some validation images."""
     if paths:
-        return read_images(list_images(paths, MAX_SHOWN), val_set.transform)
+        files = list_images(paths, MAX_SHOWN, arrays=not transform.pixels.is_rgb8)
+        return read_images(files, transform)
     return sample_images(val_set, MAX_SHOWN // 2)  # two rows for each
 
 
@@ -200,13 +208,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = take(DataSettings, args)
     device = start_analysis(args)
 
-    start = starting_point(args.checkpoint, img_size=None, mean=None, std=None)
-    crop = args.crop_pct or default_crop_pct(start.img_size)
-    transform = eval_transform(*start.input_format, crop)
-    train_set, val_set = open_train_val(data, transform, transform, seed=args.seed)
+    start = starting_point(args.checkpoint, **data.input_form)
+    data = data.read_as(start.pixels)
+    train_set, val_set = open_train_val(data, seed=args.seed)
     num_classes = check_measurable(data.name, train_set, val_set, None)
-    shown = shown_images(args.images, val_set)
-    model = build_classifier(start.size, img_size=start.img_size, num_classes=0, pool="avg")
+    mean, std = choose_colors(train_set, *start.told_colors, pixels=start.pixels)
+    crop = args.crop_pct or default_crop_pct(start.img_size)
+    transform = eval_transform(start.img_size, mean, std, crop, pixels=start.pixels)
+    train_set.transform = val_set.transform = transform
+    shown = shown_images(args.images, val_set, transform)
+    channels = start.pixels.num_channels
+    display = choose_display(channels, args.show_channels, stretch=is_deep(shown))
+    options = {"img_size": start.img_size, **start.pixels.model_options}
+    model = build_classifier(start.size, num_classes=0, pool="avg", **options)
     load_encoder(model, start.weights, head=False)
     model.eval().to(device)
     output = open_output(args.output_dir)
@@ -227,10 +241,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         return features, labels
 
     images, _ = shown.to(device)
-    pictures = denormalize(images, start.mean, start.std).clamp(0, 1)
+    originals = denormalize(images, mean, std)
+    pictures = display.of(originals).images(originals).clamp(0, 1)
     few = some_images(val_set, min(NUM_FOR_MEAN, args.num_images), loading, device)
     means = mean_maps(model, few)
-    drawn = draw_blocks(model, images, pictures, means)
+    drawn = draw_blocks(model, images, pictures, means, display.note)
     train, val = features_of(train_set), features_of(val_set)
     num_maps = 1 + len(model.blocks)
     results = block_accuracies(train, val, num_maps, device)

@@ -1,6 +1,7 @@
 """Measure how many images a CPU core loads for pre-training, compared with Pillow and torchvision.
 
-    python scripts/benchmark_loader.py --data_path FOLDER_OR_TAR [--also PREPARED] [--json F.json]
+    python scripts/benchmark_loader.py --data_path FOLDER_OR_TAR [--also PREPARED] [--decoders]
+        [--json F.json]
 
 Prints images per second of CPU time (this process and its loader workers, one thread each), in
 rounds that measure every loader once: the median, and the median ratio to the first loader. The
@@ -18,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,6 +43,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data_path", required=True, help="folder or tar of images")
     parser.add_argument(
         "--also", nargs="+", default=[], metavar="PATH", help="other images, such as prepared ones"
+    )
+    parser.add_argument(
+        "--decoders",
+        action="store_true",
+        help="also measure decoding alone, by each installed library, of files in memory",
     )
     parser.add_argument(
         "--rounds", "--repeats", type=positive_int, default=7, help="turns (%(default)s)"
@@ -90,7 +97,9 @@ from scripts.benchmark.step import describe_machine
 from util.compute.signals import ignore_signals
 from util.data.batch import Sample, collate, denormalize
 from util.data.datasets import build_dataset
+from util.data.decode import Jpeg, read_record
 from util.data.images import IndexedImages
+from util.data.jpeg import CPU, LIBRARIES, Decoder, open_decoder
 from util.data.loaders import build_train_loader
 from util.data.transforms import pretrain_transform
 from util.runs.run import run_main, start_logging, versions, write_json
@@ -174,6 +183,19 @@ def own_epochs(args: argparse.Namespace, images: IndexedImages) -> Iterator[int]
         yield from (batch.num_images for step in loader.steps(epoch) for batch in step)
         yield 0
         epoch += 1
+
+
+def decoder_epochs(decoder: Decoder, images: IndexedImages) -> Iterator[int]:
+    """Do the same as `reference_epochs` for decoding alone, of the JPEGs among the images."""
+    records = (read_record(images.reader[index][0]) for index in range(len(images)))
+    files = [record.data for record in records if isinstance(record, Jpeg)]
+    if not files:
+        raise InputError("--decoders needs images that are JPEG files")
+    while True:
+        for file in files:
+            decoder.decode(file, device=CPU)
+            yield 1
+        yield 0
 
 
 def cpu_seconds() -> float:
@@ -273,6 +295,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in args.also:
         also = open_images(path, size)
         loaders[f"this project, {path}"] = lambda also=also: own_epochs(args, also)
+    for library in LIBRARIES if args.decoders else ():
+        if decoder := open_decoder(library, CPU):
+            loaders[f"decoding by {decoder.name}"] = partial(decoder_epochs, decoder, images)
 
     difference = pixel_difference(images, size)
     _logger.info("mean difference of the same crops: %.4f of 255", difference)

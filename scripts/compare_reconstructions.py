@@ -88,7 +88,7 @@ def check_comparable(subjects: Sequence[Subject], paths: Sequence[str]) -> None:
     """Check that all checkpoints can have the same masks.
 
     Raises:
-        InputError: image size, patch size or masking differ.
+        InputError: image size, channels, patch size or masking differ.
     """
     first = subjects[0]
     for other, path in zip(subjects[1:], paths[1:], strict=True):
@@ -98,6 +98,12 @@ def check_comparable(subjects: Sequence[Subject], paths: Sequence[str]) -> None:
             raise InputError(
                 f"{path} is for {h2} x {w2} px with patches of {p2}, {paths[0]} for {h} x {w} with "
                 f"patches of {p}: compare checkpoints of one size"
+            )
+        if first.pixels.num_channels != other.pixels.num_channels:
+            channels, others = (s.pixels.num_channels for s in (first, other))
+            raise InputError(
+                f"{path} is for images of {counted(others, 'channel')}, {paths[0]} for {channels}: "
+                "compare checkpoints for the same images"
             )
         if first.masking != other.masking:
             raise InputError(
@@ -117,13 +123,17 @@ def measure(subject: Subject, images: AnalysisImages) -> dict[str, float]:
 
 
 @torch.no_grad()
-def draw(subject: Subject, images: AnalysisImages) -> list[Tensor]:
+def draw(
+    subject: Subject, images: AnalysisImages, show_channels: Sequence[int] | None = None
+) -> list[Tensor]:
     """Panels of `reconstruction_panels` for a checkpoint."""
     batch, split = subject.shown(images)
     model = subject.model
     pred = model.predict(batch, split)
     pixels = predicted_pixels(model, pred, batch, split, subject.colors)
     originals = denormalize(batch, *subject.colors)
+    rendering = subject.display(images.shown, show_channels).of(originals)
+    originals, pixels = rendering.images(originals), rendering.patches(pixels)
     panels = reconstruction_panels(originals, pixels, split, model.encoder.patch_size)
     return [panel.cpu() for panel in panels]
 
@@ -156,10 +166,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         name: open_images(settings, subject.transform, seed=args.seed, device=device)
         for name, subject in subjects.items()
     }
-    panels = [draw(subject, opened[name]) for name, subject in subjects.items()]
+    panels = [draw(x, opened[name], settings.show_channels) for name, x in subjects.items()]
     columns = [*panels[0][:2], *(own[3] for own in panels)]
-    _, split = subjects[names[0]].shown(opened[names[0]])
-    title = title_of(subjects, split)
+    first, images = subjects[names[0]], opened[names[0]]
+    title = title_of(subjects, first.shown(images)[1])
+    if note := first.display(images.shown, settings.show_channels).note:
+        title += f"; {note}"
     save_picture(draw_figure(columns, [*LABELS[:2], *names], title=title), args.output)
 
     results = {}

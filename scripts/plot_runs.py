@@ -1,4 +1,4 @@
-"""Plot metrics of runs over their steps.
+"""Plot metrics of runs over their steps or epochs.
 
     python scripts/plot_runs.py --metrics val_box_ap val_mask_ap --output figure.png \
         --runs output/balloon-*
@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from util.arguments import Parser, check_arguments, check_output_folders
+from util.arguments import Parser, check_arguments, check_output_folders, finite_float
 from util.errors import InputError
 
 
@@ -25,6 +25,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, nargs="+", required=True, help="folders of runs")
     parser.add_argument("--metrics", nargs="+", required=True, help="such as val_box_ap")
+    parser.add_argument("--x", choices=("step", "epoch"), default="step", help="(%(default)s)")
+    parser.add_argument(
+        "--y_range", type=finite_float, nargs=2, metavar=("LO", "HI"), help="(all values, and 0)"
+    )
     parser.add_argument("--output", type=Path, required=True, help="such as figure.png")
     args = parser.parse_args(argv)
     check_output_folders(args.output)
@@ -39,13 +43,13 @@ from util.runs.run import run_main, start_logging
 from util.runs.run_log import read_log
 
 
-def read_curve(folder: Path, metric: str) -> dict[int, float]:
-    """Read a metric from a run's log: step -> value.
+def read_curve(folder: Path, metric: str, x: str = "step") -> dict[int, float]:
+    """Read a metric from a run's log: step or epoch -> value.
 
     Raises:
         InputError: the log does not have it.
     """
-    curve = {line["step"]: line[metric] for line in read_log(folder) if metric in line}
+    curve = {line[x]: line[metric] for line in read_log(folder) if metric in line}
     if not curve:
         raise InputError(f"the log in {folder} has no {metric}: correct --metrics or --runs")
     return curve
@@ -68,15 +72,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     all_axes = figure.subplots(1, len(args.metrics), squeeze=False)
     for metric, axes in zip(args.metrics, all_axes[0], strict=True):
         for name, folders in series_of(args.runs).items():
-            curves = [read_curve(folder, metric) for folder in folders]
-            steps = sorted(set.intersection(*map(set, curves)))
-            values = [[curve[step] for curve in curves] for step in steps]
+            curves = [read_curve(folder, metric, args.x) for folder in folders]
+            places = sorted(set.intersection(*map(set, curves)))
+            values = [[curve[place] for curve in curves] for place in places]
             label = f"{name} ({len(curves)})"
-            (line,) = axes.plot(steps, list(map(statistics.mean, values)), ".-", label=label)
+            (line,) = axes.plot(places, list(map(statistics.mean, values)), ".-", label=label)
             low, high = ([choose(own) for own in values] for choose in (min, max))
-            axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-        axes.set(xlabel="step", title=metric)
-        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+            axes.fill_between(places, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        axes.set(xlabel=args.x, title=metric)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_ylim(args.y_range or (min(0, axes.get_ylim()[0]), None))
         axes.legend(fontsize=8)
     save_figure(figure, args.output)
 

@@ -26,10 +26,16 @@ from typing import IO, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from util.arguments import Parser, check_arguments, check_new, positive_int, process_count, take
-from util.errors import InputError, counted
+from util.errors import InputError, RunError, counted
 from util.machine import default_workers
 from util.settings.compute import ComputeSettings, add_precision_args
-from util.settings.data import DataSettings, add_color_args, add_crop_pct_arg
+from util.settings.data import (
+    DataSettings,
+    add_color_args,
+    add_crop_pct_arg,
+    add_pixel_args,
+    add_tile_arg,
+)
 from util.settings.model import POOLS, add_checkpoint_arg
 
 TOP = 5  # classes
@@ -71,8 +77,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="PX",
         help="side of the square input, or height and width (as trained)",
     )
-    add_color_args(group, inherited="from --checkpoint, else ")
-    add_crop_pct_arg(group, inherited="from --checkpoint, else ")
+    inherited = "from --checkpoint, else "
+    add_pixel_args(group, inherited=inherited)
+    add_color_args(group, inherited=inherited)
+    add_tile_arg(group, inherited=inherited)
+    add_crop_pct_arg(group, inherited=inherited)
     add_precision_args(parser, compile_modes=())
     args = parser.parse_args(argv)
     if not (args.output or args.features):
@@ -102,8 +111,10 @@ from models_vit import VisionTransformer
 from util.compute.distributed import world_size
 from util.compute.precision import Precision, blank_images
 from util.compute.setup import place_model
-from util.data.batch import Batch, Crops, Sample
+from util.data.annotated import StoredImages
+from util.data.batch import Batch, Crops, Sample, collate
 from util.data.broken_images import reason_of
+from util.data.colors import choose_colors
 from util.data.layout import images_below
 from util.data.loaders import build_eval_loader
 from util.data.transforms import (
@@ -132,7 +143,7 @@ class ImageFiles(Dataset):
     def __init__(self, folder: Path, transform: CenterCrop) -> None:
         if not folder.is_dir():
             raise InputError(f"--images {folder} is not a folder: give the folder of the images")
-        self.paths = images_below(folder)
+        self.paths = images_below(folder, arrays=not transform.pixels.is_rgb8)
         if not self.paths:
             raise InputError(f"no images found in --images {folder}: give another folder")
         self.names = [path.relative_to(folder).as_posix() for path in self.paths]
@@ -148,10 +159,18 @@ class ImageFiles(Dataset):
             with self.paths[index].open("rb") as file:
                 crops = self.transform(self.transform.read(file))
         except Exception as error:  # decoders raise anything on broken files
-            black = torch.zeros(3, *self.transform.size, dtype=torch.uint8)
-            crops = Crops([black], [False], self.transform.normalization)
+            crops = Crops([], [False], self.transform.normalization)
             return Sample(crops, None, [(self.names[index], reason_of(error))])
         return Sample(crops, None, [])
+
+    def collate(self, samples: Sequence[Sample]) -> Batch | InputError | RunError:
+        """Combine samples, with black images of the others' type in place of broken ones."""
+        dtype = next((s.crops.pixels[0].dtype for s in samples if not s.broken), torch.uint8)
+        shape = (self.transform.pixels.num_channels, *self.transform.size)
+        for sample in samples:
+            if sample.broken:
+                sample.crops.pixels.append(torch.zeros(shape, dtype=dtype))
+        return collate(samples)
 
 
 _CELLS = ("class", "score")
@@ -214,12 +233,13 @@ def load(
     Raises:
         InputError: see `load_classifier`.
     """
-    form = {"img_size": data.input_size, "mean": data.mean, "std": data.std}
     if needs_head:
-        return load_classifier(path, pool=pool, **form)
-    start = starting_point(path, **form)
-    pool = pool or start.weights.pool or "avg"
-    model = build_classifier(start.size, img_size=start.img_size, num_classes=0, pool=pool)
+        return load_classifier(path, pool=pool, **data.input_form)
+    start = starting_point(path, **data.input_form)
+    start.check_colors()
+    options = {"img_size": start.img_size, **start.pixels.model_options}
+    options["pool"] = pool or start.weights.pool or "avg"
+    model = build_classifier(start.size, num_classes=0, **options)
     load_encoder(model, start.weights, head=False)
     return model.eval(), start
 
@@ -338,9 +358,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, start = load(args.checkpoint, data, args.pool, needs_head=args.output is not None)
     weights = start.weights
     crop = data.crop_pct or weights.crop_pct or default_crop_pct(start.img_size)
-    images = ImageFiles(args.images, eval_transform(*start.input_format, crop, **weights.resizing))
-    reading = Reading.of(weights, args.top) if args.output else None
-    example = blank_images(start.img_size, device)
+    reading = {"pixels": start.pixels, "tile": data.tile or weights.tile}
+    transform = eval_transform(*start.input_format, crop, **weights.resizing, **reading)
+    images = ImageFiles(args.images, transform)
+    # Compared with the images:
+    choose_colors(StoredImages(images.paths), start.mean, start.std, **reading)
+    outputs = Reading.of(weights, args.top) if args.output else None
+    example = blank_images(start.img_size, device, in_chans=start.pixels.num_channels)
     precision = place_model(model, take(ComputeSettings, args), device, example)
     sizes = {"batch_size": args.batch_size, "num_workers": data.num_workers}
     loader = build_eval_loader(images, **sizes, device=device)
@@ -353,7 +377,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.features:
             array = files.enter_context(new_file(args.features, "wb", flag="--features"))
         results = predict(model, progress, images.names, precision)
-        num_broken = write_results(results, images.names, reading, table, array, model.embed_dim)
+        num_broken = write_results(results, images.names, outputs, table, array, model.embed_dim)
         if num_broken == len(images):
             raise InputError(f"none of the images in {args.images} can be read, see above")
     written = " and ".join(str(path) for path in (args.table, args.features) if path)

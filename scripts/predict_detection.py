@@ -12,6 +12,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -19,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from util.arguments import Parser, check_arguments, fraction, take
 from util.errors import InputError, counted
 from util.settings.compute import ComputeSettings, add_precision_args
+from util.settings.data import add_axes_arg
 from util.settings.detection import MIN_SCORE
+from util.settings.evaluation import add_show_channels_arg, check_show_channels
 from util.settings.model import add_checkpoint_arg
 
 
@@ -35,9 +38,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=MIN_SCORE,
         help="lowest score of an object that is drawn (%(default)s)",
     )
+    add_axes_arg(parser)
+    add_show_channels_arg(parser)
     parser.add_argument("--device", help="cuda, cuda:N or cpu (cuda if available)")
     add_precision_args(parser, compile_modes=())
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_show_channels(args.show_channels)
+    return args
 
 
 if __name__ == "__main__":
@@ -53,10 +60,11 @@ from util.compute.precision import blank_images
 from util.compute.setup import place_model
 from util.data.batch import Normalization
 from util.data.broken_images import reason_of
-from util.data.decode import read_pixels
 from util.data.jitter import WholeImage
 from util.data.masks import list_images
+from util.data.values import read_values
 from util.eval.coco_ap import as_results, scale_to_image
+from util.eval.display import choose_display, visible
 from util.eval.overlays import draw_objects
 from util.runs.run import run_main, start_run
 from util.weights.files import unknown_content
@@ -87,12 +95,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     device = start_run(device=args.device, seed=0)
 
-    files = list_images(Path(args.images))
     model, content = load_detector(args.checkpoint)
+    pixels = replace(content["pixels"], axes=args.axes)
+    choose_display(pixels.num_channels, args.show_channels)  # before hours of predicting
+    files = list_images(Path(args.images), arrays=not pixels.is_rgb8)
     with unknown_content(args.checkpoint):
         classes = tuple(content["classes"])
-        normalization = Normalization(tuple(content["mean"]), tuple(content["std"]))
-    example = blank_images((model.input_size,) * 2, device)
+        colors = tuple(content["mean"]), tuple(content["std"])
+    normalization = Normalization(*colors, pixels.value_range)
+    example = blank_images((model.input_size,) * 2, device, in_chans=model.in_chans)
     precision = place_model(
         model, take(ComputeSettings, args), device, example, forward=model.feature_map
     )
@@ -103,16 +114,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     for number, (name, path) in enumerate(tqdm(files.items(), disable=None, leave=False)):
         try:
             with path.open("rb") as file:
-                image = read_pixels(file)  # (3, H, W)
+                image = read_values(file, pixels)  # (C, H, W)
         except Exception as error:  # decoders raise anything on broken files
             broken += 1
             _logger.warning("Broken image, left out: %s (%s)", path, reason_of(error))
             continue
         size = tuple(image.shape[1:])
         view = WholeImage(model.input_size).view(size)
-        pixels = view.image(image, normalization.mean).unsqueeze(0).to(device)
+        shown = view.image(image, normalization.mean, pixels.value_range)
         with torch.no_grad(), precision.autocast():
-            (found,) = model(normalization(pixels), [view.size])
+            (found,) = model(normalization(shown.unsqueeze(0).to(device)), [view.size])
         found = scale_to_image(found, view.size, size)
         file_name = path.relative_to(args.images).as_posix()
         own = as_results(found, size, number, list(names))
@@ -120,7 +131,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         objects = found_objects(own, names, args.min_score)
         picture = output / f"{name}.png"
         picture.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw_objects(image.permute(1, 2, 0).numpy(), objects)).save(picture)
+        ground = visible(image, pixels, args.show_channels)
+        Image.fromarray(draw_objects(ground, objects)).save(picture)
     if broken == len(files):
         raise InputError(f"none of the images in {args.images} can be read, see above")
     categories = [{"id": number, "name": name} for number, name in names.items()]

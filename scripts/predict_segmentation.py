@@ -10,6 +10,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -17,7 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from util.arguments import Parser, check_arguments, take
 from util.errors import InputError, counted
 from util.settings.compute import ComputeSettings, add_precision_args
-from util.settings.evaluation import WindowSettings, add_window_args
+from util.settings.data import add_axes_arg
+from util.settings.evaluation import (
+    WindowSettings,
+    add_show_channels_arg,
+    add_window_args,
+    check_show_channels,
+)
 from util.settings.model import add_checkpoint_arg
 
 
@@ -27,11 +34,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_checkpoint_arg(parser, "checkpoint of main_segmentation.py")
     parser.add_argument("--images", required=True, help="folder of images")
     parser.add_argument("--output_dir", required=True, help="new folder for masks and overlays")
+    add_axes_arg(parser)
+    add_show_channels_arg(parser)
     parser.add_argument("--device", help="cuda, cuda:N or cpu (cuda if available)")
     add_window_args(parser)
     add_precision_args(parser)
     args = parser.parse_args(argv)
     take(WindowSettings, args)
+    check_show_channels(args.show_channels)
     return args
 
 
@@ -49,10 +59,11 @@ from util.compute.precision import blank_images
 from util.compute.setup import place_model
 from util.data.batch import Normalization
 from util.data.broken_images import reason_of
-from util.data.decode import read_pixels
 from util.data.joint_transforms import WholeImage
 from util.data.masks import list_images
 from util.data.segmentation import SegmentationBatch
+from util.data.values import read_values
+from util.eval.display import choose_display, visible
 from util.eval.miou import Windows
 from util.eval.overlays import class_colors, overlay
 from util.runs.run import run_main, start_run
@@ -109,14 +120,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     device = start_run(device=args.device, seed=0)
 
-    files = list_images(Path(args.images))
     model, content = load_segmenter(args.checkpoint)
+    pixels = replace(content["pixels"], axes=args.axes)
+    choose_display(pixels.num_channels, args.show_channels)  # before hours of predicting
+    files = list_images(Path(args.images), arrays=not pixels.is_rgb8)
     with unknown_content(args.checkpoint):
         classes, resize = content["classes"], WholeImage(content["short_side"]).resize
-    normalization = Normalization(tuple(content["mean"]), tuple(content["std"]))
-    precision = place_model(
-        model, take(ComputeSettings, args), device, blank_images(model.img_size, device)
-    )
+    normalization = Normalization(tuple(content["mean"]), tuple(content["std"]), pixels.value_range)
+    example = blank_images(model.img_size, device, in_chans=model.in_chans)
+    precision = place_model(model, take(ComputeSettings, args), device, example)
     windows = Windows.of(take(WindowSettings, args), model.img_size, model.patch_size)
     output = Path(args.output_dir)
     check_output(output, list(files))
@@ -125,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, path in tqdm(files.items(), disable=None, unit="image", leave=False):
         try:
             with path.open("rb") as file:
-                image = read_pixels(file)  # (3, H, W)
+                image = read_values(file, pixels)  # (C, H, W)
         except Exception as error:  # decoders raise anything on broken files
             num_broken += 1
             _logger.warning("Broken image, left out: %s (%s)", path, reason_of(error))
@@ -135,8 +147,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         predicted, _ = predict_classes(model, batch, windows=windows, precision=precision)
         prediction = predicted[0].cpu().numpy()
         save(as_mask(prediction, len(classes)), output / f"{name}.png")
-        pixels = overlay(image.permute(1, 2, 0).numpy(), prediction)
-        save(Image.fromarray(pixels), output / OVERLAYS / f"{name}.png")
+        picture = overlay(visible(image, pixels, args.show_channels), prediction)
+        save(Image.fromarray(picture), output / OVERLAYS / f"{name}.png")
     if num_broken == len(files):
         raise InputError(f"none of the images in {args.images} can be read, see above")
     lines = [f"{number} {name}\n" for number, name in enumerate(classes)]

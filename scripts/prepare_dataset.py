@@ -1,12 +1,13 @@
 """Resize a folder of images once, so that training reads them faster.
 
-    python scripts/prepare_dataset.py --data_path IMAGES --output_dir OUT [--format uint8]
+    python scripts/prepare_dataset.py --data_path IMAGES --output_dir OUT [--format raw]
     python scripts/prepare_dataset.py --verify --output_dir OUT
     python main_pretrain.py --data_path OUT ...
 
-jpeg writes OUT/train.tar and OUT/val.tar, with the folders and names of the original files. uint8
-writes OUT/train/ and OUT/val/, with pixels that need no decoding, about six times as large. Both
-are the same for any number of processes; OUT/prepared.json lists the settings and broken images.
+jpeg writes OUT/train.tar and OUT/val.tar, with the folders and names of the original files. raw
+writes OUT/train/ and OUT/val/, with pixels that need no decoding, about six times as large; with
+--channels or --value_range, in the type of the files. Both are the same for any number of
+processes; OUT/prepared.json lists the settings and broken images.
 """
 
 import argparse
@@ -34,7 +35,9 @@ from util.arguments import (
     process_count,
 )
 from util.errors import InputError, RunError, counted
-from util.settings.data import add_class_folder_arg
+from util.settings.data import add_class_folder_arg, add_pixel_args, check_pixel_flags, pixel_format
+
+FORMATS = {"jpeg": "jpeg", "raw": "raw", "uint8": "raw"}  # as given -> as meant; uint8 is older
 
 
 def jpeg_quality(text: str) -> int:
@@ -54,8 +57,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     side = "size to which the short side of larger images is resized (%(default)s)"
     add("--short_side", type=positive_int, default=256, metavar="PX", help=side)
     add_class_folder_arg(parser)
-    kinds = "JPEG files or raw pixels (%(default)s)"
-    add("--format", choices=("jpeg", "uint8"), default="jpeg", help=kinds)
+    kinds = "JPEG files or raw pixels (jpeg, but raw with --channels or --value_range)"
+    add("--format", choices=FORMATS, metavar="{jpeg,raw}", help=kinds)
+    add_pixel_args(parser)
     add("--quality", type=jpeg_quality, default=95, help="of JPEG files, 1 to 100 (%(default)s)")
     limit = "fraction of unreadable files above which to stop (%(default)s)"
     add("--max_broken", type=natural_float, default=0.01, help=limit)
@@ -76,6 +80,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise InputError("--verify reads only OUTPUT_DIR: leave --data_path out")
     if not (args.output_dir and (args.data_path or args.verify)):
         raise InputError("give --data_path and --output_dir, or --verify and --output_dir")
+    check_pixel_flags(pixel_format(args.channels, args.value_range), None, None)
+    args.pixels = pixel_format(args.channels, args.value_range, args.axes)
+    usual = "jpeg" if args.pixels.is_rgb8 else "raw"
+    args.format = FORMATS[args.format or usual]
+    if args.format == "jpeg" and not args.pixels.is_rgb8:
+        raise InputError(
+            "JPEG files cannot keep the channels and values of --channels and --value_range: use "
+            "--format raw"
+        )
     return args
 
 
@@ -87,12 +100,16 @@ from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 from util.compute.signals import ignore_signals
+from util.data.batch import Box, resize_crop
 from util.data.broken_images import BrokenImages, reason_of
+from util.data.colors import check_depth, highest_deep_value
 from util.data.datasets import build_dataset
 from util.data.decode import read_rgb
 from util.data.images import IndexedImages, class_names
-from util.data.packed import write_packed
+from util.data.packed import PackedImage, write_packed
 from util.data.report import report_images
+from util.data.values import read_values
+from util.normalization import RGB8, PixelFormat
 from util.runs.run import run_main, start_run
 from util.weights.files import write_new
 
@@ -104,11 +121,12 @@ _logger = logging.getLogger(__name__)
 
 
 class Prepared(NamedTuple):
-    """A prepared image: label, size in pixels, and a JPEG file or pixels (height, width, 3)."""
+    """A prepared image: label, size, and a JPEG file or numbers (height, width, C) of a type."""
 
     label: int
     height: int
     width: int
+    dtype: str
     content: bytes
 
 
@@ -119,12 +137,16 @@ class PreparedImages(Dataset):
         reader: gives open files and labels.
         short_side: in pixels; smaller images are not resized.
         quality: JPEG quality, 1 to 100; None for raw pixels.
+        pixels: how images are read.
     """
 
-    def __init__(self, reader: Dataset, *, short_side: int, quality: int | None) -> None:
+    def __init__(
+        self, reader: Dataset, *, short_side: int, quality: int | None, pixels: PixelFormat = RGB8
+    ) -> None:
         self.reader = reader
         self.short_side = short_side
         self.quality = quality
+        self.pixels = pixels
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -134,22 +156,39 @@ class PreparedImages(Dataset):
             file, label = self.reader[index]
             with file:
                 content = file.read()
-            is_jpeg = content.startswith(b"\xff\xd8")
-            image = read_rgb(io.BytesIO(content))
-            is_small = min(image.size) <= self.short_side
-            if not is_small:
-                image = v2.functional.resize(
-                    image, [self.short_side], InterpolationMode.BICUBIC, antialias=True
-                )
-            if self.quality is None:
-                content = image.tobytes()
-            elif not (is_jpeg and is_small):
-                encoded = io.BytesIO()
-                image.save(encoded, "JPEG", quality=self.quality)
-                content = encoded.getvalue()
+            prepare = self._prepare_rgb if self.pixels.is_rgb8 else self._prepare_values
+            return Prepared(int(label), *prepare(content))
         except Exception as error:  # decoders raise anything on broken files
             return reason_of(error)
-        return Prepared(int(label), image.height, image.width, content)
+
+    def _prepare_rgb(self, content: bytes) -> tuple[int, int, str, bytes]:
+        """Return the height, width, type and content of an image as 8-bit RGB."""
+        is_jpeg = content.startswith(b"\xff\xd8")
+        image = read_rgb(io.BytesIO(content))
+        is_small = min(image.size) <= self.short_side
+        if not is_small:
+            image = v2.functional.resize(
+                image, [self.short_side], InterpolationMode.BICUBIC, antialias=True
+            )
+        if self.quality is None:
+            content = image.tobytes()
+        elif not (is_jpeg and is_small):
+            encoded = io.BytesIO()
+            image.save(encoded, "JPEG", quality=self.quality)
+            content = encoded.getvalue()
+        return image.height, image.width, "|u1", content
+
+    def _prepare_values(self, content: bytes) -> tuple[int, int, str, bytes]:
+        """Return the same of the file's own numbers."""
+        values = read_values(io.BytesIO(content), self.pixels)  # (C, h, w)
+        height, width = values.shape[1:]
+        short = min(height, width)
+        if short > self.short_side:
+            size = [self.short_side * side // short for side in (height, width)]
+            values = resize_crop(values, Box(0, 0, height, width), size)
+        array = values.permute(1, 2, 0).contiguous().numpy()
+        little_endian = array.dtype.newbyteorder("<")
+        return *array.shape[:2], little_endian.str, array.astype(little_endian).tobytes()
 
 
 def readable(
@@ -207,29 +246,31 @@ def prepare(
     *,
     short_side: int,
     quality: int | None,
+    pixels: PixelFormat,
     num_workers: int,
     max_broken: float,
 ) -> None:
     """Write a new folder with the prepared images of all splits.
 
     Args:
-        short_side, quality: see `PreparedImages`.
+        short_side, quality, pixels: see `PreparedImages`.
         max_broken: fraction of a split's images that may be left out.
 
     Raises:
         InputError: see `readable`.
     """
     folder.mkdir()
-    record = {"short_side": short_side, "quality": quality, "splits": {}}
+    record = {"short_side": short_side, "quality": quality, **pixels.header, "splits": {}}
     for split, images in splits.items():
         names = [images.reader.filename(index) for index in range(len(images))]
-        prepared = PreparedImages(images.reader, short_side=short_side, quality=quality)
+        sizes = {"short_side": short_side, "quality": quality}
+        prepared = PreparedImages(images.reader, **sizes, pixels=pixels)
         broken = BrokenImages(len(images), max_broken)
         kept = readable(images, prepared, broken, num_workers)
         if quality is None:
-            rows = ((names[index], *image) for index, image in kept)
-            classes = class_names(images.reader)
-            write_packed(folder / split, rows, classes=classes, short_side=short_side)
+            rows = (PackedImage(names[index], *image) for index, image in kept)
+            index = {"classes": class_names(images.reader), "short_side": short_side}
+            write_packed(folder / split, rows, **index, channels=pixels.num_channels)
         else:
             names = jpeg_names(names)
             write_tar(folder / f"{split}.tar", ((names[i], image.content) for i, image in kept))
@@ -300,11 +341,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         verify(Path(args.output_dir))
         return
     options = {"transform": None, "seed": 0, "class_folder": args.class_folder}
+    options["pixels"] = args.pixels
     splits = {
         name: build_dataset("folder", args.data_path, split=split, **options)
         for name, split in SPLITS.items()
     }
     report_images(splits["train"], splits["val"])
+    if args.pixels.is_rgb8 and (highest := highest_deep_value(splits["train"])) is not None:
+        check_depth(highest, is_chosen=False)
     if any(
         getattr(images.reader, "has_label_files", False) for images in splits.values() if images
     ):
@@ -313,18 +357,24 @@ def main(argv: Sequence[str] | None = None) -> None:
             "as it is, or sort its images into one folder per class"
         )
     ambiguity = splits["train"].listed.ambiguity
-    if ambiguity and args.format == "uint8":
+    if ambiguity and args.format == "raw":
         raise InputError(f"the classes of the images are not clear: {ambiguity}")
     write = partial(
         prepare,
         {name: images for name, images in splits.items() if images is not None},
         short_side=args.short_side,
-        quality=None if args.format == "uint8" else args.quality,
+        quality=None if args.format == "raw" else args.quality,
+        pixels=args.pixels,
         num_workers=args.num_workers,
         max_broken=args.max_broken,
     )
     write_new(Path(args.output_dir), write, flag="--output_dir")
-    _logger.info("wrote %s: train on it with --data_path %s", args.output_dir, args.output_dir)
+    flags = f"--data_path {args.output_dir}"
+    if args.channels:
+        flags += f" --channels {args.channels}"
+    if args.value_range:
+        flags += " --value_range {:g} {:g}".format(*args.value_range)
+    _logger.info("wrote %s: train on it with %s", args.output_dir, flags)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts.analysis.flags import CHECKPOINT_HELP, add_mask_args
 from scripts.analysis.pictures import check_picture_path
 from util.arguments import Parser, check_arguments, positive_int
+from util.settings.evaluation import add_show_channels_arg, check_show_channels
 from util.settings.model import add_checkpoint_arg
 
 
@@ -37,8 +38,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--num_images", type=positive_int, default=8, help="maximum number of images (%(default)s)"
     )
+    add_show_channels_arg(parser)
     add_mask_args(parser)
     args = parser.parse_args(argv)
+    check_show_channels(args.show_channels)
     check_picture_path(args.output)
     return args
 
@@ -62,11 +65,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     device = start_run(device=args.device, seed=args.seed)
 
-    files = list_images(args.images, args.num_images)
     subject = Subject.load(
         args.checkpoint, device=device, seed=args.seed, mask_ratio=args.mask_ratio
     )
-    images, _ = read_images(files, subject.transform).to(device)  # (B, 3, H, W)
+    files = list_images(args.images, args.num_images, arrays=not subject.pixels.is_rgb8)
+    batch = read_images(files, subject.transform)
+    images, _ = batch.to(device)  # (B, C, H, W)
     mean, std = subject.colors
     figure = draw_reconstructions(
         subject.model,
@@ -76,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         std=std,
         precision=Precision("fp32", device),
         name=subject.name,
+        display=subject.display(batch, args.show_channels),
     )
     save_picture(figure, args.output)
     _logger.info("wrote %s with %s", args.output, counted(len(files), "image"))

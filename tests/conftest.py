@@ -6,6 +6,9 @@ import signal
 # Tests compare bits, which holds on a CPU. Name a GPU in this variable to run them on it.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+# JPEGs are decoded as with requirements.txt alone; tests/data/test_jpeg.py tries the others.
+os.environ.setdefault("CROSSMAE_JPEG_DECODER", "torchvision")
+
 # A shell starts what it runs in the background with SIGINT ignored, which children inherit. Those
 # that tests start must heed Ctrl-C wherever the tests run.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

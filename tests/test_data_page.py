@@ -1,5 +1,6 @@
 """The layouts on docs/data.md are read as the page says."""
 
+import io
 import logging
 import re
 import shlex
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from scipy.io import savemat
 
 from tests.helpers.data import STILL, all_labels, encoded, write_parquet, write_tar
@@ -20,12 +22,24 @@ PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
 LAYOUT = re.compile(r"```text\n(.+?)\n```\n\n```bash\n(.+?)\n```\n\n```text\n(.+?)\n```", re.DOTALL)
 LAYOUTS = LAYOUT.findall(PAGE)
 FIELDS = {field.name for field in fields(DataSettings)}
+KINDS = {"num_samples": int, "val_fraction": float, "channels": int}
 
 
 def content_of(name):
     if name.endswith(".cls"):
         return str(int(name.split(".")[0]) % 2).encode()
+    if name.endswith((".npy", ".npz", ".tif")):
+        return array_file(name)
     return encoded(1) if re.search(r"\.(jpe?g|png)$", name, re.IGNORECASE) else b""
+
+
+def array_file(name):
+    file, pixels = io.BytesIO(), np.zeros((5, 8, 8), np.uint16)
+    if name.endswith(".tif"):
+        tifffile.imwrite(file, pixels, photometric="minisblack")
+    else:
+        (np.save if name.endswith(".npy") else np.savez)(file, pixels)
+    return file.getvalue()
 
 
 def write(line):
@@ -50,16 +64,20 @@ def write(line):
 
 def settings_of(command):
     _, _, *words = shlex.split(command.replace("\\\n", ""))
-    flags = {flag.removeprefix("--"): value for flag, value in zip(*[iter(words)] * 2, strict=True)}
-    flags = {name: value for name, value in flags.items() if name in FIELDS}
-    for name, kind in (("num_samples", int), ("val_fraction", float)):
-        if name in flags:
-            flags[name] = kind(flags[name])
-    return DataSettings(**flags)
+    flags = {}
+    for word in words:
+        if word.startswith("--"):
+            values = flags.setdefault(word.removeprefix("--"), [])
+        else:
+            values.append(word)
+    flags = {name: values for name, values in flags.items() if name in FIELDS}
+    ranges = {"value_range": list(map(float, flags.pop("value_range", ()))) or None}
+    flags = {name: KINDS.get(name, str)(value) for name, (value,) in flags.items()}
+    return DataSettings(**flags, **ranges)
 
 
 def test_every_layout_of_the_page_is_found():
-    assert len(LAYOUTS) == PAGE.count("```bash") == 17
+    assert len(LAYOUTS) == PAGE.count("```bash") == 19
 
 
 @pytest.mark.parametrize(("layout", "command", "printed"), LAYOUTS)

@@ -229,9 +229,10 @@ def test_the_host_never_waits_for_the_device_within_a_step(amp, memory):
         with precision.autocast():
             loss = model(images, split)
         precision.backward(loss)
-        norm = precision.step(optimizer, model)
-        optimizer.zero_grad(set_to_none=True)
+        norm = precision.clip(optimizer, model)
         meters.update(loss=loss.detach(), grad_norm=norm, num_images=8, step=number)
+        precision.update(optimizer, skip=meters.found_bad)
+        optimizer.zero_grad(set_to_none=True)
 
     for number in range(2):  # the first steps allocate, and fill caches
         step(number)

@@ -445,5 +445,5 @@ def test_a_checkpoint_without_its_classes_or_weights_is_refused(tmp_path, data, 
 @pytest.mark.faults
 def test_a_diverging_run_saves_nothing_that_is_not_finite(tmp_path, data, capsys):
     argv = [*TINY, "--data_path", data, "--lr", 1e35, "--output_dir", tmp_path]
-    assert "not finite" in refused(capsys, *argv, code=1)
+    assert "not finite: the first module to return NaN" in refused(capsys, *argv, code=1)
     assert list_checkpoints(tmp_path) == []

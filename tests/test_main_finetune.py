@@ -695,6 +695,7 @@ def test_a_run_continues_without_the_weights_that_it_started_from(
     torch.save(released_like(), weights)
     message = refused(capsys, *argv, "--epochs", 3, "--output_dir", folder)
     assert "hash of the weights it starts from was" in message
+    assert f"(it started with --finetune {weights})" in message
     weights.unlink()
     assert "not found" in refused(capsys, *argv, "--output_dir", tmp_path / "new")
     assert "input_size was" in refused(capsys, *argv, "--input_size", 24, "--output_dir", folder)

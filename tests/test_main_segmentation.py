@@ -311,7 +311,7 @@ REFUSED = {
     "--crop_size 18": "a patch size of 4 does not divide 18 x 18 px",
     "--crop_size 16 16 16": "--crop_size takes one side, or a height and a width",
     "--std 0 1 1": "std must be above 0",
-    "--mean 0.5": "--mean: expected 3 arguments",
+    "--mean 0.5": "--mean has 1 number, but the images have 3 channels",
     "--finetune nowhere.pth": "checkpoint not found: nowhere.pth",
     "--resume nowhere.pth": "checkpoint not found: nowhere.pth",
     "--nb_classes 2": "names 3 classes, but --nb_classes is 2",
@@ -425,7 +425,7 @@ def test_other_classes_than_the_checkpoint_s_are_refused(tmp_path, data, finishe
 @pytest.mark.faults
 def test_a_diverging_run_saves_nothing_that_is_not_finite(tmp_path, data, capsys):
     argv = [*LINEAR, "--data_path", data, "--lr", 1e35, "--output_dir", tmp_path]
-    assert "not finite" in refused(capsys, *argv, code=1)
+    assert "not finite: the first module to return NaN" in refused(capsys, *argv, code=1)
     assert list_checkpoints(tmp_path) == []
 
 

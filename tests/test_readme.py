@@ -336,10 +336,12 @@ def test_the_quickstart_s_output_is_as_shown(logged):
     [words for words in PRETRAININGS if words[0] == "python" and "--repeated_aug" not in words],
     ids=" ".join,
 )
-def test_commands_of_pretraining_run(words, images, tmp_path):
+def test_commands_of_pretraining_run(words, images, checkpoint, tmp_path):
     argv = after(words, "main_pretrain.py")
     if "--effective_batch_size" in argv:
         argv += ["--effective_batch_size", 8]
+    if "--init_from" in argv:
+        argv += ["--init_from", checkpoint]
     run(*argv, *SMALL, *QUICK, "--data_path", images, "--output_dir", tmp_path)
     assert list_checkpoints(tmp_path)
 

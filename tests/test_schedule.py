@@ -114,6 +114,14 @@ def test_the_papers_and_our_commands_get_no_warning(num_images, batch, options):
     assert warnings_of(num_images, batch, **options) == []
 
 
+def test_a_floor_that_is_not_below_the_peak_is_warned_of():
+    optim = OptimSettings(batch_size=256, epochs=10, warmup_epochs=1, blr=1e-4, min_lr=1e-3)
+    steps = SimpleNamespace(effective_batch_size=256, steps_per_epoch=100)
+    assert odd_settings(optim, steps, plan_learning_rate(optim, steps), 25_600) == [
+        "the learning rate never falls: its peak is 0.0001, and --min_lr 0.001 is not below it"
+    ]
+
+
 def test_a_batch_larger_than_the_data_is_warned_of():
     assert warnings_of(200, 512) == [
         "a step of 512 images is more than the 200 training images, and the learning rate is "

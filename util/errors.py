@@ -27,7 +27,20 @@ class RunError(Exception):
 
 
 class NonFiniteLossError(RunError):
-    """The loss became NaN or infinite; the message names the step."""
+    """The loss or its gradient became NaN or infinite.
+
+    Args:
+        message: what happened; names the step.
+        step: number of the step in the run, counted from 0.
+        process: where the loss is not finite.
+        in_gradient: whether the loss is finite on all processes.
+    """
+
+    def __init__(
+        self, message: str, *, step: int, process: int = 0, in_gradient: bool = False
+    ) -> None:
+        super().__init__(message)
+        self.step, self.process, self.in_gradient = step, process, in_gradient
 
 
 class StoppedError(Exception):

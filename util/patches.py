@@ -9,29 +9,62 @@ from torch import Tensor
 PATCH_EPS = 1e-6  # added to a patch's variance, as in MAE
 
 
-def normalize(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Normalize uint8 pixels to float32 (x / 255 - mean) / std, in torchvision's operation order.
+# Values that become 0 and 1.
+TYPE_RANGES: dict[torch.dtype, tuple[float, float]] = {
+    torch.uint8: (0, 255),
+    torch.uint16: (0, 65535),
+    torch.int16: (-32768, 32767),
+    torch.float32: (0, 1),
+}
+
+
+def scale_to_unit(pixels: Tensor, value_range: tuple[float, float] | None = None) -> Tensor:
+    """Scale pixels of any type in TYPE_RANGES to float32 such that a range becomes [0, 1].
 
     Args:
-        mean, std: per channel, for pixels in [0, 1]; broadcastable to `pixels`.
+        value_range: None for that of the type.
     """
-    return pixels.to(torch.float32).mul_(1 / 255).sub_(mean).div_(std)
+    low, high = TYPE_RANGES[pixels.dtype] if value_range is None else value_range
+    scaled = pixels.to(torch.float32, copy=True)
+    if low:
+        scaled.sub_(low)
+    return scaled.mul_(1 / (high - low))
+
+
+def normalize(
+    pixels: Tensor, mean: Tensor, std: Tensor, value_range: tuple[float, float] | None = None
+) -> Tensor:
+    """Normalize pixels to float32 (x / 255 - mean) / std, in torchvision's operation order.
+
+    Args:
+        pixels: of a type in TYPE_RANGES.
+        mean, std: per channel, for pixels in [0, 1]; broadcastable to `pixels`.
+        value_range: see `scale_to_unit`.
+    """
+    return scale_to_unit(pixels, value_range).sub_(mean).div_(std)
+
+
+def as_movable(pixels: Tensor) -> Tensor:
+    """View uint16, for which PyTorch hardly has any operations, as int16 of the same bits."""
+    return pixels.view(torch.int16) if pixels.dtype == torch.uint16 else pixels
 
 
 @dataclass(frozen=True)
 class RawImages:
-    """uint8 images whose patches are normalized when they are gathered.
+    """Images in the type of their files, whose patches are normalized when they are gathered.
 
     The patches are bit-identical to those of normalized images.
 
     Args:
-        pixels: uint8 (B, C, H, W), preferably channels-last in memory.
+        pixels: (B, C, H, W) of a type in TYPE_RANGES, preferably channels-last in memory.
         mean, std: (C,), see `normalize`.
+        value_range: see `scale_to_unit`.
     """
 
     pixels: Tensor
     mean: Tensor
     std: Tensor
+    value_range: tuple[float, float] | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -83,12 +116,13 @@ def gather_patches(images: Tensor | RawImages, ids: Tensor, patch_size: int) -> 
         (B, N, p*p*C).
     """
     raw = images if isinstance(images, RawImages) else None
-    grid = patch_grid(images if raw is None else raw.pixels, patch_size)
+    grid = patch_grid(images if raw is None else as_movable(raw.pixels), patch_size)
     rows, columns = ids // grid.shape[2], ids % grid.shape[2]
     batch = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1)
     patches = grid[batch, rows, columns]  # (B, N, p, p, C)
     if raw is not None:
-        patches = normalize(patches, raw.mean, raw.std)
+        patches = patches.view(raw.pixels.dtype)
+        patches = normalize(patches, raw.mean, raw.std, raw.value_range)
     return patches.flatten(2)  # (B, N, p*p*C)
 
 

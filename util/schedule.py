@@ -170,6 +170,11 @@ def odd_settings(
         share = "every step" if warmup >= total else f"{warmup} of {counted(total, 'step')}"
         verb = "is" if warmup >= total else "are"
         warnings.append(f"{share} {verb} warm-up of the learning rate: lower {flag}")
+    if optim.min_lr >= lr.peak:
+        warnings.append(
+            f"the learning rate never falls: its peak is {lr.peak:.2g}, and --min_lr "
+            f"{optim.min_lr:g} is not below it"
+        )
     return warnings
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from util.arguments import Parser, positive_int, ratio, seed_number
 from util.errors import InputError
 from util.settings.data import DataSettings, add_reading_args
+from util.settings.evaluation import add_show_channels_arg, check_show_channels
 from util.settings.model import add_checkpoint_arg
 
 MAX_SHOWN = 8  # images in a figure
@@ -19,7 +20,7 @@ class ImageSettings:
     """Which images an analysis measures and draws; see the flags.
 
     Raises:
-        InputError: no images are named.
+        InputError: no images are named; see also `check_show_channels`.
     """
 
     data_path: str | None = None
@@ -29,8 +30,10 @@ class ImageSettings:
     batch_size: int = 32
     num_workers: int = 0
     max_broken: float = 0.01
+    show_channels: list[int] | None = None
 
     def __post_init__(self) -> None:
+        check_show_channels(self.show_channels)
         if not (self.data_path or self.dataset or self.images):
             raise InputError("no images: give --data_path, --images or both")
 
@@ -99,6 +102,8 @@ def add_image_args(parser: Parser, *, draws: bool = True) -> None:
         type=positive_int,
         help="measure and draw at most this many images, evenly spaced (all)",
     )
+    if draws:
+        add_show_channels_arg(group)
     add_loader_args(group)
 
 

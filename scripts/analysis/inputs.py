@@ -18,17 +18,18 @@ from util.compute.distributed import world_size
 from util.data.batch import Batch, Sample, collate
 from util.data.broken_images import BrokenImages, reason_of
 from util.data.datasets import build_dataset, open_val
-from util.data.decode import read_pixels
 from util.data.images import IndexedImages, Transform
 from util.data.layout import images_below
 from util.data.loaders import build_eval_loader
 from util.data.sampler import evenly_spaced
-from util.data.transforms import eval_transform
+from util.data.transforms import CenterCrop, eval_transform
 from util.errors import InputError
+from util.eval.display import Display, choose_display, is_deep
 from util.eval.figures import readable_name
 from util.eval.monitor import masked_batches, val_split
 from util.eval.reconstructions import Colors
 from util.masking import Masking, TokenSplit
+from util.normalization import PixelFormat
 from util.runs.run import start_run
 from util.settings.masking import MaskSettings
 
@@ -37,8 +38,13 @@ MEMORY_ADVICE = "lower --batch_size"
 _logger = logging.getLogger(__name__)
 
 
-def list_images(paths: Sequence[str], limit: int | None = None) -> list[Path]:
+def list_images(
+    paths: Sequence[str], limit: int | None = None, *, arrays: bool = False
+) -> list[Path]:
     """List the given files and the images in the given folders; above a limit, choose evenly.
+
+    Args:
+        arrays: whether NumPy's files in folders are images.
 
     Raises:
         InputError: a path is missing, or there are no images.
@@ -47,7 +53,7 @@ def list_images(paths: Sequence[str], limit: int | None = None) -> list[Path]:
     for path in map(Path, paths):
         if not path.exists():
             raise InputError(f"--images {path} does not exist")
-        files += images_below(path) if path.is_dir() else [path]
+        files += images_below(path, arrays=arrays) if path.is_dir() else [path]
     if not files:
         raise InputError(f"no images found in --images {' '.join(paths)}")
     return evenly(files, limit)
@@ -67,7 +73,7 @@ def read_images(files: Sequence[Path], transform: Transform) -> Batch:
     samples = []
     for path in files:
         try:
-            pixels = read_pixels(path.open("rb"))  # (3, h, w)
+            pixels = transform.read(path.open("rb"))  # (C, h, w)
         except Exception as error:  # decoders raise anything on broken files
             raise InputError(f"cannot read image {path}: {reason_of(error)}") from error
         samples.append(Sample(transform(pixels), label=None, broken=[]))
@@ -97,19 +103,19 @@ class FileBatches:
         return (read_images(part, self.transform) for part in self.parts)
 
 
-def open_measured(settings: ImageSettings, transform: Transform, seed: int) -> IndexedImages:
+def open_measured(settings: ImageSettings, transform: CenterCrop, seed: int) -> IndexedImages:
     """Open the validation images of --data_path, or all of a folder without such.
 
     Raises:
         InputError: they cannot be read by index; see also `build_dataset`.
     """
-    data = settings.data
+    data = settings.data.read_as(transform.pixels)
     found = open_val(data, transform, seed=seed)
     if found is None:
         name = data.data_path or data.dataset
         _logger.info("%s has no validation set of its own: measuring its images", name)
         options = {"split": "train", "transform": transform, "seed": seed}
-        found = build_dataset(data.name, data.data_path, **options)
+        found = build_dataset(data.name, data.data_path, pixels=data.pixels, **options)
     if not isinstance(found, IndexedImages):
         raise InputError(f"{data.name} is a stream: use a source that is read by index")
     return found
@@ -129,7 +135,7 @@ class AnalysisImages(NamedTuple):
 
 
 def open_images(
-    settings: ImageSettings, transform: Transform, *, seed: int, device: torch.device
+    settings: ImageSettings, transform: CenterCrop, *, seed: int, device: torch.device
 ) -> AnalysisImages:
     """Open the images to measure and those to draw; where one is not given, it is the other.
 
@@ -137,7 +143,8 @@ def open_images(
         InputError: an image to draw cannot be read; see also `open_measured`.
     """
     num_shown = min(MAX_SHOWN, settings.num_images or MAX_SHOWN)
-    files = list_images(settings.images) if settings.images else []
+    arrays = not transform.pixels.is_rgb8
+    files = list_images(settings.images, arrays=arrays) if settings.images else []
     shown = read_images(evenly(files, num_shown), transform) if files else None
     if not (settings.data_path or settings.dataset):
         files = evenly(files, settings.num_images)
@@ -171,6 +178,9 @@ class Subject:
 
     model: nn.Module
     colors: Colors
+    pixels: PixelFormat
+    tile: int | None
+    """Side of the windows of larger images that it was trained on."""
     masking: Masking
     device: torch.device
     name: str
@@ -200,12 +210,22 @@ class Subject:
         masking = Masking.of(masks, model.encoder.grid_size, seed=seed, all_masked=True)
         colors = training["mean"], training["std"]
         name = readable_name(training["model_name"], training["epoch"])
-        return cls(model.to(device), colors, masking, device, name)
+        form = training["pixels"], training["tile"]
+        return cls(model.to(device), colors, *form, masking, device, name)
 
     @property
-    def transform(self) -> Transform:
+    def transform(self) -> CenterCrop:
         """The transform of validation images in pre-training."""
-        return eval_transform(self.model.encoder.img_size, *self.colors)
+        reading = {"pixels": self.pixels, "tile": self.tile}
+        return eval_transform(self.model.encoder.img_size, *self.colors, **reading)
+
+    def display(self, shown: Batch, show_channels: Sequence[int] | None = None) -> Display:
+        """How images to draw are shown.
+
+        Raises:
+            InputError: see `choose_display`.
+        """
+        return choose_display(len(self.colors[0]), show_channels, stretch=is_deep(shown))
 
     def batches(self, images: AnalysisImages) -> Iterator[tuple[Tensor, TokenSplit]]:
         """Yield the measured images, normalized, and their splits, with a progress bar.

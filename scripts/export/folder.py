@@ -81,8 +81,9 @@ def model_card(source: Source, *, library: str, usage: str, more: str = "") -> s
         "",
         f"{kind}. {TASKS.get(weights.task, '')}".strip(),
         "",
-        f"- Input: RGB images, {resized} ({images.interpolation}), of which the central "
+        f"- Input: {images.kind}, {resized} ({images.interpolation}), of which the central "
         f"{height} x {width} px are taken.",
+        *(f"- {note.capitalize()}." for note in images.notes),
         f"- Mean {images.mean} and std {images.std}, on the [0, 1] scale.",
         "- License: unknown. State one before you publish this model.",
         "",

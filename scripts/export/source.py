@@ -6,8 +6,8 @@ from typing import NamedTuple
 from models import find_size
 from models_vit import VisionTransformer, build_vit, fold_probe
 from util.data.transforms import default_crop_pct
-from util.errors import InputError
-from util.normalization import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from util.errors import InputError, counted
+from util.normalization import PixelFormat, usual_colors
 from util.settings.model import SIZES
 from util.weights.encoder import EncoderWeights, load_encoder, read_encoder
 from util.weights.metadata import TASKS
@@ -33,6 +33,8 @@ class Preparation(NamedTuple):
     crop_pct: float
     interpolation: str
     squash: bool
+    tile: int | None
+    pixels: PixelFormat
 
     @property
     def cover_size(self) -> tuple[int, int]:
@@ -49,7 +51,31 @@ class Preparation(NamedTuple):
             f"crop_pct={self.crop_pct}",
             self.interpolation,
         ]
-        return ", ".join(words + ["squeezed, not cropped"] * self.squash)
+        words += ["squeezed, not cropped"] * self.squash
+        return ", ".join([*words, *([] if self.pixels.is_rgb8 else [self.kind]), *self.notes])
+
+    @property
+    def kind(self) -> str:
+        """Such as `RGB images`."""
+        if self.pixels.is_rgb8:
+            return "RGB images"
+        return f"images of {counted(self.pixels.num_channels, 'channel')}"
+
+    @property
+    def notes(self) -> list[str]:
+        """Say which part of large images is taken, and which values become 0 and 1, if unusual."""
+        notes = []
+        if self.tile is not None:
+            notes.append(f"larger images are cropped to {self.tile} px in their middle first")
+        if self.pixels.value_range is not None:
+            low, high = self.pixels.value_range
+            notes.append(f"values are scaled so that {low:g} becomes 0 and {high:g} becomes 1")
+        elif not self.pixels.is_rgb8:
+            notes.append(
+                "values are scaled by their type, so that 0 to 255, 0 to 65535 or -32768 to 32767 "
+                "becomes 0 to 1 and floating point stays as it is"
+            )
+        return notes
 
 
 class Source(NamedTuple):
@@ -104,17 +130,27 @@ def without_fc_norm(weights: EncoderWeights) -> EncoderWeights:
 
 
 def preparation(weights: EncoderWeights) -> Preparation:
-    """Return how images are prepared; without a mean and std in the file, as for ImageNet."""
+    """Return how images are prepared; with usual values for what the file does not say."""
+    mean, std = usual_colors(weights.in_chans)
     if weights.mean is None or weights.std is None:
-        _logger.info("the checkpoint has no mean and std, so ImageNet's are taken")
+        taken = "ImageNet's" if weights.in_chans == 3 else "0 and 1"
+        _logger.info("the checkpoint has no mean and std, so %s are taken", taken)
     crop_pct = weights.crop_pct
     return Preparation(
         weights.img_size,
-        list(weights.mean or IMAGENET_DEFAULT_MEAN),
-        list(weights.std or IMAGENET_DEFAULT_STD),
+        weights.mean or mean,
+        weights.std or std,
         default_crop_pct(weights.img_size) if crop_pct is None else crop_pct,
         **weights.resizing,
+        tile=weights.tile,
+        pixels=weights.pixels,
     )
+
+
+def reading_settings(weights: EncoderWeights) -> dict[str, object]:
+    """Return what a config.json says about reading images, if unusual, for our own reader."""
+    settings = {} if weights.tile is None else {"tile": weights.tile}
+    return settings if weights.pixels.is_rgb8 else settings | weights.pixels.header
 
 
 def problem_type(weights: EncoderWeights) -> str:

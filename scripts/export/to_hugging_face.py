@@ -17,6 +17,7 @@ from scripts.export.source import (
     complete,
     linear_head,
     problem_type,
+    reading_settings,
     without_fc_norm,
 )
 from util.errors import InputError
@@ -29,6 +30,12 @@ SQUEEZED = (
     "The processor squeezes the whole image to the input's size instead, because transformers "
     "cannot resize an image to cover a rectangle."
 )
+
+NOT_RGB = (
+    "The processor takes an array of a file's numbers, (height, width, channels), with "
+    '`input_data_format="channels_last"`.'
+)
+NOT_SCALED = "It does not scale them: do that before."
 
 _logger = logging.getLogger(__name__)
 
@@ -56,10 +63,13 @@ def write_hugging_face(source: Source, output: Path) -> None:
         'processor = AutoImageProcessor.from_pretrained("FOLDER")\n'
         f'model = {name}.from_pretrained("FOLDER"{option})'
     )
-    more = SQUEEZED if is_squeezed(source.images) else ""
-    if more:
-        _logger.info(more)
-    card = model_card(source, library="transformers", usage=usage, more=more)
+    notes = [SQUEEZED] if is_squeezed(source.images) else []
+    if not source.images.pixels.is_rgb8:
+        notes.append(NOT_RGB)
+        notes += [] if source.images.pixels.value_range else [NOT_SCALED]
+    for note in notes:
+        _logger.info(note)
+    card = model_card(source, library="transformers", usage=usage, more=" ".join(notes))
     settings = {
         "config.json": config,
         "preprocessor_config.json": processor_config(source.images),
@@ -169,6 +179,7 @@ def vit_config(weights: EncoderWeights, size: str) -> dict:
         "image_size": height if height == width else [height, width],
         "patch_size": patch_size,
         "num_channels": weights.in_chans,
+        **reading_settings(weights),
         "qkv_bias": True,
         "torch_dtype": "float32",
     }
@@ -183,6 +194,11 @@ def is_squeezed(images: Preparation) -> bool:
 def processor_config(images: Preparation) -> dict:
     """Return the preprocessor_config.json, which prepares images as in evaluation if it can."""
     height, width = images.img_size
+    mean, factor = images.mean, 1 / 255
+    if images.pixels.value_range:  # (x * factor - mean) / std, without subtracting `low` first
+        low, high = images.pixels.value_range
+        factor = 1 / (high - low)
+        mean = [value + low * factor for value in mean]
     if is_squeezed(images):
         size = {"height": height, "width": width}
     elif images.squash:
@@ -192,15 +208,15 @@ def processor_config(images: Preparation) -> dict:
     return {
         # Unlike ViTImageProcessor, it crops in every version of transformers.
         "image_processor_type": "BitImageProcessor",
-        "do_convert_rgb": True,
+        "do_convert_rgb": images.pixels.is_rgb8,
         "do_resize": True,
         "size": size,
         "resample": int(Resampling[images.interpolation.upper()]),
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
+        "do_rescale": images.pixels.is_rgb8 or images.pixels.value_range is not None,
+        "rescale_factor": factor,
         "do_normalize": True,
-        "image_mean": images.mean,
+        "image_mean": mean,
         "image_std": images.std,
     }

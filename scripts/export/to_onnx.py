@@ -49,7 +49,9 @@ def write_onnx(source: Source, output: Path) -> None:
         dynamo=True,
         verbose=False,
     )
-    for key in ("mean", "std"):
-        program.model.metadata_props[key] = json.dumps(getattr(source.images, key))
+    about = {key: getattr(source.images, key) for key in ("mean", "std")}
+    about["value_range"] = [0, 255] if source.images.pixels.is_rgb8 else source.weights.value_range
+    for key, value in about.items():
+        program.model.metadata_props[key] = json.dumps(value)
     write_new(output, program.save)
     _logger.info("onnxruntime.InferenceSession(%r).run(None, {'images': images})", str(output))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from scripts.export.folder import check_folder_name, model_card, write_folder
-from scripts.export.source import Source, complete, linear_head, problem_type
+from scripts.export.source import Source, complete, linear_head, problem_type, reading_settings
 from util.settings.model import SIZES
 from util.weights.encoder import save_encoder
 from util.weights.files import write_new
@@ -21,8 +21,8 @@ TIMM_NAMES = {
 
 USAGE = """import timm
 
-model = timm.create_model("local-dir:FOLDER", pretrained=True)
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"""
+model = timm.create_model("local-dir:FOLDER", pretrained=True)"""
+TRANSFORM = "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
 
 _logger = logging.getLogger(__name__)
 
@@ -38,7 +38,8 @@ def write_timm(source: Source, output: Path) -> None:
     if output.suffix in (".pth", ".safetensors"):
         write_weights(source, state, output)
     else:
-        card = model_card(source, library="timm", usage=USAGE, more=more(source))
+        usage = f"{USAGE}\n{TRANSFORM}" if source.images.pixels.is_rgb8 else USAGE
+        card = model_card(source, library="timm", usage=usage, more=more(source))
         settings = {"config.json": timm_config(source)}
         check_folder_name(output)
         write_new(output, partial(write_folder, state, settings, card))
@@ -113,6 +114,7 @@ def timm_config(source: Source) -> dict[str, object]:
     if weights.num_classes:
         config["global_pool"] = args.get("global_pool", "token")
         config["problem_type"] = problem_type(weights)  # timm does not read it, our reader does
+    config |= reading_settings(weights)
     if weights.classes:
         config["label_names"] = weights.classes
     if args:

@@ -1,5 +1,7 @@
 """Mixed precision, loss scaling, clipping and the choice of the attention kernel."""
 
+import copy
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -98,6 +100,21 @@ def test_fp16_step_with_infinite_gradients_is_skipped_and_the_next_one_is_not():
     assert norm == pytest.approx(5**0.5)  # of the unscaled gradients
     # AdamW's first step changes every weight by lr: the skipped one had no effect.
     torch.testing.assert_close(before - model.weight, torch.full((1, 4), 0.1), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("amp", ["fp32", "bf16"])
+def test_a_step_that_is_skipped_changes_neither_weights_nor_state(amp):
+    model, precision = nn.Linear(4, 1), Precision(amp, CPU)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    kept = []
+    for skip in (0.0, 1.0, 0.0):
+        precision.backward(model(torch.full((1, 4), 1.0 if skip == 0 else math.nan)).sum())
+        precision.clip(optimizer, model)
+        precision.update(optimizer, skip=torch.tensor(skip))
+        optimizer.zero_grad()
+        kept.append(copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"]]))
+    torch.testing.assert_close(kept[1], kept[0], rtol=0, atol=0)
+    assert not torch.equal(kept[2][0]["weight"], kept[1][0]["weight"])
 
 
 # Clipping

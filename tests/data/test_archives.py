@@ -8,6 +8,7 @@ import tarfile
 import pytest
 
 from tests.helpers.data import encoded, write_tar
+from util.data import archives
 from util.data.files import open_files
 from util.errors import InputError
 
@@ -62,6 +63,27 @@ def test_a_sparse_file_is_read_whole(tmp_path):
     found = contents(opened(tmp_path / "a.tar"))
     assert found["1.png"] == encoded(7).ljust(1 << 20, b"\0")
     assert found["2.png"] == encoded(8)
+
+
+def test_a_large_member_is_read_in_parts(tmp_path, monkeypatch):
+    write_tar(tmp_path / "a.tar", {"1.png": encoded(1), "2.png": encoded(2)})
+    source = opened(tmp_path / "a.tar")
+    expected = contents(source)
+    monkeypatch.setattr(archives, "LARGE", 10)
+    assert contents(source) == expected
+    file, _ = source[0]
+    whole = expected["1.png"]
+    assert (file.seek(5), file.read(3), file.tell()) == (5, whole[5:8], 8)
+    assert (file.seek(-4, io.SEEK_END), file.read()) == (len(whole) - 4, whole[-4:])
+    assert (file.seek(len(whole) + 9), file.read(5)) == (len(whole) + 9, b"")
+    file.close()
+    data = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(data[: data.index(b"2.png") + 520])
+    for limit in (10, 1 << 24):
+        monkeypatch.setattr(archives, "LARGE", limit)
+        assert source[0][0].read() == whole
+        with pytest.raises(OSError, match="the archive ends inside the image"):
+            source[1]
 
 
 def test_of_two_members_of_a_name_the_later_counts(tmp_path):

@@ -282,7 +282,10 @@ def test_a_wrong_checksum_is_named_with_its_chunk(name):
         (np.zeros((4, 4)), "1 channel of 64-bit floating-point numbers"),
         (np.zeros((4, 4, 3), np.float32), "3 channels of 32-bit floating-point numbers"),
         (np.zeros((4, 4), np.float32), "floating-point pixels have no known range"),
-        (np.full((4, 4), 70000, np.int32), "gray values 70000..70000 are outside 0..65535"),
+        (
+            np.full((4, 4), 70000, np.int32),
+            "gray values 70000..70000 are outside 0..65535: give --value_range",
+        ),
     ],
 )
 def test_a_tiff_of_an_unknown_kind_is_described(pixels, part):

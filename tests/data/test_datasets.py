@@ -510,7 +510,7 @@ def test_more_broken_files_than_allowed_stop_the_run_with_the_list():
     message = str(error.value)
     assert "25 of 1000 images (2.50%)" in message
     assert "limit of 1.00%" in message
-    assert "0.png, 1.png" in message
+    assert ", 1.png, 2.png" in message
     assert "19.png and 5 more" in message
     assert "20.png" not in message
 

@@ -8,22 +8,31 @@ from multiprocessing import get_context
 
 import numpy as np
 import pytest
+import torch
 
+from util.data.damage import BrokenImageError
 from util.data.datasets import build_dataset, open_val
 from util.data.packed import (
     FIELDS,
     PIXELS,
     RECORDS,
+    PackedImage,
     PackedImages,
     write_packed,
 )
+from util.data.values import read_values
 from util.errors import InputError
+from util.normalization import RGB8, PixelFormat
 from util.settings.data import PACKED_INDEX, DataSettings, holds_packed
 
 SIZES = [(5, 7), (1, 9), (300, 2)]
 NAMES = ["cat/1.png", "cat/zwei und 2.webp", "ödnis/\udcff.jpg"]  # the last is not UTF-8
 LABELS = [0, 0, 1]
 CLASSES = ("cat", "ödnis")
+
+
+def packed(name, label, array):
+    return PackedImage(name, label, *array.shape[:2], array.dtype.str, array.tobytes())
 
 
 def make_pixels():
@@ -34,7 +43,7 @@ def make_pixels():
 @pytest.fixture
 def folder(tmp_path):
     parts = zip(NAMES, LABELS, make_pixels(), strict=True)
-    rows = ((name, label, *array.shape[:2], array.tobytes()) for name, label, array in parts)
+    rows = [packed(name, label, array) for name, label, array in parts]
     write_packed(tmp_path / "train", rows, classes=CLASSES, short_side=2)
     return tmp_path / "train"
 
@@ -148,7 +157,8 @@ def shorten(path, size):
         ),
         (lambda f: change_record(f, "height", -1), "records.npy is damaged"),
         (lambda f: change_record(f, "label", -1), "records.npy is damaged"),
-        (lambda f: change_index(f, version=2), "has version 2 of the packed format"),
+        (lambda f: change_index(f, version=3), "has version 3 of the packed format"),
+        (lambda f: change_index(f, channels=1), "records.npy is damaged"),
         (lambda f: change_index(f, bytes=1), "has 1932 bytes, but packed.json says 1:"),
         (lambda f: change_index(f, images="3"), "has 3 records, but packed.json says 3"),
         (lambda f: change_index(f, classes=["cat"]), "records.npy is damaged"),
@@ -166,3 +176,74 @@ def test_damaged_or_foreign_files_are_refused_at_opening(folder, damage, advice)
         PackedImages(folder)
     assert advice in str(error.value)
     assert "\n" not in str(error.value)
+
+
+# Other channels and types
+
+
+DTYPES = ("uint8", "uint16", "int16", "float32")
+
+
+@pytest.fixture
+def bands(tmp_path):
+    """A function that packs images, one of each type; returns the folder and their values."""
+
+    def pack(dtypes=DTYPES, channels=5):
+        rng = np.random.default_rng(0)
+        arrays = [
+            rng.integers(0, 120, (3 + i, 5, channels)).astype(dtype)
+            for i, dtype in enumerate(dtypes)
+        ]
+        rows = [packed(f"a/{i}.tif", 0, array) for i, array in enumerate(arrays)]
+        write_packed(tmp_path / "own", rows, classes=["a"], short_side=2, channels=channels)
+        return tmp_path / "own", arrays
+
+    return pack
+
+
+def test_values_of_every_type_are_read_as_they_were_written(bands):
+    folder, arrays = bands()
+    images = PackedImages(folder)
+    assert (images.channels, images.dtypes) == (5, ("<f4", "<i2", "<u2", "|u1"))
+    for index, array in enumerate(arrays):
+        found, _ = images[index]
+        assert found.dtype == array.dtype
+        np.testing.assert_array_equal(found, array)
+
+
+def open_as(folder, pixels):
+    return build_dataset("", folder, split="train", transform=None, seed=0, pixels=pixels)
+
+
+def test_other_images_than_8_bit_rgb_are_not_read_as_such(bands):
+    folder, _ = bands(["uint8", "uint16"])
+    with pytest.raises(InputError, match=r"5 channels \(uint16 and uint8\): give --channels 5$"):
+        open_as(folder, RGB8)
+    pixels = PixelFormat(channels=5)
+    images = open_as(folder, pixels)
+    assert read_values(images.stored(1)[0], pixels).dtype == torch.uint16
+    with pytest.raises(BrokenImageError, match="it has 5 channels, but --channels is 4"):
+        read_values(images.stored(1)[0], PixelFormat(channels=4))
+
+
+def test_8_bit_rgb_is_written_as_earlier_code_reads_it(folder):
+    index = json.loads((folder / PACKED_INDEX).read_text())
+    assert list(index) == ["version", "images", "bytes", "short_side", "classes"]
+    assert index["version"] == 1
+    assert np.load(folder / RECORDS).dtype.names == ("offset", "height", "width", "label", "name")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda f: change_index(f, channels=4),
+        lambda f: change_index(f, dtypes=["<u2"]),
+        lambda f: change_record(f, "dtype", b"<f4"),
+        lambda f: change_record(f, "dtype", b"|O8"),
+    ],
+)
+def test_damaged_types_are_refused_at_opening(bands, damage):
+    folder, _ = bands(["uint8", "uint16"])
+    damage(folder)
+    with pytest.raises(InputError, match=r"records.npy is damaged"):
+        PackedImages(folder)

@@ -58,7 +58,9 @@ def test_further_pages_of_tiff_files_are_counted(tmp_path, packed):
     if packed:
         source = tmp_path / "data.tar"
         write_tar(source, {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()})
-    line = "  2 TIFF files have further pages, which are not read"
+    line = (
+        "  2 TIFF files have further pages, which are not read (--channels N reads N as channels)"
+    )
     assert block_of(open_train("", source))[-1] == line
 
 

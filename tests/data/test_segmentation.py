@@ -662,6 +662,15 @@ def test_images_are_told_apart_by_their_names(tmp_path):
     assert one["number of training images"] == 2
 
 
+def test_the_file_that_stands_in_for_a_broken_one_is_known(tmp_path):
+    for name in "abc":
+        write_pair(tmp_path, name)
+    images = opened(tmp_path)
+    (tmp_path / "images" / "train" / "b.png").write_bytes(b"")
+    names = [images.name_at((0, index)).rpartition("/")[2] for index in range(3)]
+    assert names == ["a.png", "c.png", "c.png"]
+
+
 # Whole datasets
 
 

@@ -739,5 +739,5 @@ def test_images_too_large_are_refused_before_they_are_decoded(tmp_path):
     assert report["reasons"].keys() == contents.keys()
     for name, reasons in report["reasons"].items():
         assert len(reasons) == 3, name
-        assert all(reason.endswith("pixels: resize it") for reason in reasons), reasons
+        assert all("pixels: resize it" in reason for reason in reasons), reasons
     assert report["memory"] < 100

@@ -78,6 +78,16 @@ class PreparedLoader:
     def steps(self, epoch, first_step=0):
         return iter(self.prepared[first_step:])
 
+    def keys_in_step(self, epoch, step):
+        batches = enumerate(self.prepared[step])
+        return [[(step, b, i) for i in range(batch.num_images)] for b, batch in batches]
+
+    def read(self, keys):
+        return [self.prepared[key[0][0]][key[0][1]] for key in keys]
+
+    def name(self, key):
+        return "step {}, micro-batch {}, image {}".format(*key)
+
 
 def prepared(num_steps, batch_size=4, num_micro_batches=1, pixels=None, broken=()):
     labels = torch.zeros(batch_size, dtype=torch.int64)

@@ -93,19 +93,31 @@ def test_the_first_step_whose_loss_is_not_finite_is_named(bad):
         meters.read()
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_ends_the_run_where_nothing_skips_the_step(bad):
+    meters = EpochMeters(CPU)
+    update(meters, loss=1, num_images=8, step=40, grad_norm=bad)
+    update(meters, loss=math.nan, num_images=8, step=41, grad_norm=math.nan)
+    with pytest.raises(NonFiniteLossError, match="the gradient of step 41 of the run") as caught:
+        meters.read()
+    assert (caught.value.step, caught.value.in_gradient) == (40, True)
+
+
 def test_a_bad_loss_on_one_process_ends_all(monkeypatch):
     mine, other = EpochMeters(CPU), EpochMeters(CPU)
     for step in range(20):
-        update(mine, loss=1, num_images=8, step=step)
-        update(other, loss=math.nan if step == 17 else 1, num_images=8, step=step)
+        bad = math.nan if step == 17 else 1  # the gradient is that of all processes
+        update(mine, loss=1, num_images=8, step=step, grad_norm=bad)
+        update(other, loss=bad, num_images=8, step=step, grad_norm=bad)
     let_processes_meet(monkeypatch, mine, other)
     for meters in (mine, other):
-        with pytest.raises(NonFiniteLossError, match=r"step 18 of .* on process 1"):
+        with pytest.raises(NonFiniteLossError, match=r"loss of step 18 .* on process 1") as caught:
             meters.read()
+        assert caught.value.process == 1
 
 
 def test_a_step_that_fp16_skips_does_not_spoil_the_gradient_norm_of_the_others():
-    meters = EpochMeters(CPU)
+    meters = EpochMeters(CPU, skips_steps=True)
     update(meters, loss=1, grad_norm=math.inf, num_images=8)
     meters.read()
     update(meters, loss=1, grad_norm=2, num_images=8)

@@ -72,7 +72,9 @@ def test_a_run_of_an_old_version_continues_as_it_would_have_there(
 ):
     # Its linear probes cropped as pre-training does.
     monkeypatch.setattr(
-        main_linprobe, "probe_transform", lambda *form: replace(probe_transform(*form), clip=False)
+        main_linprobe,
+        "probe_transform",
+        lambda *form, **how: replace(probe_transform(*form, **how), clip=False),
     )
     shutil.copy(GOLDEN / f"{name}.pth", tmp_path / "checkpoint-e0001-s000000.pth")
     main = MAINS.get(name, main_pretrain)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.checkpoints import save_at, truncate
+from tests.helpers.checkpoints import make_state, save_at, truncate
 from tests.helpers.runs import assert_identical
 from util.errors import InputError
 from util.runs.checkpoint import list_checkpoints, read_checkpoint
@@ -13,6 +13,7 @@ from util.runs.resume import (
     EFFECTIVE_BATCH,
     RunRecord,
     check_same_run,
+    continue_run,
     newest_good_checkpoint,
     read_resume,
 )
@@ -108,6 +109,34 @@ def test_a_path_that_is_missing_is_refused(tmp_path):
         find_resume(tmp_path, str(tmp_path / "nowhere.pth"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "flag"), [("pretrain", "--init_from"), ("linprobe", "--finetune")]
+)
+def test_weights_that_cannot_be_continued_are_refused_with_the_flag_that_starts_from_them(
+    tmp_path, kind, flag
+):
+    other = tmp_path / "released.pth"
+    torch.save({"model": {"w": torch.ones(2)}}, other)
+    with pytest.raises(InputError, match=rf"start a new run from its weights with {flag}$"):
+        read_resume(tmp_path / "run", str(other), kind, [])
+
+
+def test_the_weights_of_the_best_epoch_alone_cannot_be_continued(tmp_path):
+    path = save_at(tmp_path, (1, 0))[0]
+    content = torch.load(path, weights_only=True)
+    del content["optimizer"]
+    record = RunRecord("pretrain", {}, {"--epochs": 3}, {}, {}, ())
+    with pytest.raises(InputError, match=r"only the weights.*with --init_from$"):
+        continue_run(make_state(), path, content, record)
+
+
+@pytest.mark.parametrize("kind", ["segmentation", "detection"])
+def test_no_flag_is_named_for_checkpoints_that_nothing_starts_from(tmp_path, kind):
+    path = save_at(tmp_path, (1, 0), kind=kind)[0]
+    with pytest.raises(InputError, match=r"not a pre-training checkpoint of this project$"):
+        find_resume(tmp_path / "run", str(path))
+
+
 def change(path, **changes):
     torch.save(torch.load(path, weights_only=True) | changes, path)
 
@@ -169,11 +198,23 @@ def test_a_change_of_settings_is_logged(caplog):
     ]
 
 
-def test_epochs_may_increase_with_a_warning_but_not_decrease(caplog):
-    check(CHECKPOINT, IDENTITY, RECIPE | {"--epochs": 12})
-    assert "--epochs increased from 10 to 12: from epoch 5 on" in caplog.text
-    with pytest.raises(InputError, match=r"--epochs 8 is below the 10 .* 4 of them done"):
-        check(CHECKPOINT, IDENTITY, RECIPE | {"--epochs": 8})
+@pytest.mark.parametrize(
+    ("epochs", "change"),
+    [
+        (12, "increased from 10 to 12: from epoch 5 on, the learning rate follows the longer"),
+        (5, "decreased from 10 to 5: from epoch 5 on, the learning rate follows the shorter"),
+    ],
+)
+def test_a_run_may_become_longer_or_shorter_with_a_warning(caplog, epochs, change):
+    check(CHECKPOINT, IDENTITY, RECIPE | {"--epochs": epochs})
+    (message,) = caplog.messages
+    assert f"--epochs {change}" in message
+
+
+@pytest.mark.parametrize("epochs", [4, 3])
+def test_a_run_cannot_become_shorter_than_what_is_done(epochs):
+    with pytest.raises(InputError, match=rf"--epochs {epochs} is below the 10 .* 4 are done"):
+        check(CHECKPOINT, IDENTITY, RECIPE | {"--epochs": epochs})
 
 
 def test_another_number_of_processes_is_logged(caplog):

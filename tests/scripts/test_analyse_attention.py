@@ -229,9 +229,9 @@ def drawn(monkeypatch):
     """Splits and patches that are drawn."""
     calls, draw = [], analyse_attention.draw_maps
 
-    def record(subject, images, split, chosen):
+    def record(subject, images, split, chosen, display):
         calls.append((split, chosen))
-        return draw(subject, images, split, chosen)
+        return draw(subject, images, split, chosen, display)
 
     monkeypatch.setattr(analyse_attention, "draw_maps", record)
     return calls

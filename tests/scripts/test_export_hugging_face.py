@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -27,6 +28,7 @@ from tests.helpers.weights import (
 from util.data.transforms import eval_transform
 from util.errors import InputError
 from util.masking import TokenSplit
+from util.normalization import PixelFormat
 from util.settings.model import SIZES
 from util.weights.encoder import load_encoder, read_encoder
 
@@ -227,6 +229,32 @@ def test_images_are_prepared_as_in_evaluation(tmp_path, backend, img_size, heade
     again = read_encoder(folder)
     assert again.squash == settings.get("squash", False)
     assert again.interpolation == settings.get("interpolation", "bicubic")
+
+
+@pytest.mark.parametrize("value_range", [(0, 4095), (-1000, 1000), None], ids=str)
+def test_arrays_are_prepared_as_in_evaluation(tmp_path, value_range):
+    pixels = PixelFormat(5, value_range)
+    mean, std = [0.1, 0.2, 0.3, 0.4, 0.5], [0.2, 0.3, 0.4, 0.5, 0.6]
+    content = finetuned(vit_nano(num_classes=3, in_chans=5)) | {"mean": mean, "std": std}
+    folder, _ = export(tmp_path, content | pixels.header, "hf")
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    low, high = value_range or (0, 1)
+    array = np.random.default_rng(0).uniform(low, high, (40, 30, 5)).astype(np.float32)
+    prepared = processor(array, input_data_format="channels_last", return_tensors="pt")
+    transform = eval_transform((16, 16), mean, std, 0.875, pixels=pixels)
+    crops = transform(torch.from_numpy(array).permute(2, 0, 1))
+    expected = crops.normalization(crops.pixels[0].unsqueeze(0))
+    close(prepared["pixel_values"], expected)
+    card = (folder / "README.md").read_text()
+    assert "Input: images of 5 channels" in card
+    scaled = f"scaled so that {low} becomes 0 and {high} becomes 1"
+    assert (scaled in card, "It does not scale them" in card) == (
+        bool(value_range),
+        not value_range,
+    )
+    again = read_encoder(folder)
+    assert again.pixels == pixels
+    assert again.mean == pytest.approx(mean) and again.std == pytest.approx(std)
 
 
 def test_a_rectangle_is_squeezed_because_it_cannot_be_cropped(tmp_path):

@@ -58,6 +58,17 @@ def test_a_whole_model_is_read_back_bit_for_bit(tmp_path, name):
     assert read_encoder(path).hash() == read_encoder(tmp_path / "checkpoint.pth").hash()
 
 
+def test_a_model_of_five_channels_is_read_back_bit_for_bit(tmp_path):
+    model = randomized(mae_nano(in_chans=5))
+    colors = {"mean": [0.1] * 5, "std": [0.2] * 5}
+    content = pretrained(model, in_chans=5) | colors | {"channels": 5, "value_range": [0, 4095]}
+    path, log = export(tmp_path, content, "mae", "out.pth")
+    assert "values are scaled so that 0 becomes 0 and 4095 becomes 1" in log
+    again, training = load_model(path)
+    assert_identical(dict(again.state_dict()), dict(model.state_dict()))
+    assert training["pixels"].num_channels == len(training["mean"]) == len(training["std"]) == 5
+
+
 @pytest.mark.parametrize("factory", [crossmae_nano, mae_nano])
 def test_a_released_file_comes_back_as_it_was(tmp_path, factory):
     content = released(randomized(factory()))

@@ -244,6 +244,32 @@ def test_a_folder_is_read_back_with_all_that_is_known(tmp_path, pool):
 
 
 @pytest.mark.usefixtures("nano")
+@pytest.mark.parametrize("name", ["folder", "file.pth", "file.safetensors"])
+def test_five_channels_are_kept_with_their_mean_and_range(tmp_path, name):
+    model, colors = vit_nano(num_classes=3, in_chans=5), {"mean": [0.1] * 5, "std": [0.2] * 5}
+    reading = {"channels": 5, "value_range": [0, 4095], "tile": 512}
+    path, log = export(tmp_path, finetuned(model) | colors | reading, "timm", name)
+    theirs = in_timm(log, **NANO_IN_TIMM)
+    x = torch.randn(2, 5, 16, 16)
+    close(theirs(x), model(x))
+    prepared = timm.data.resolve_model_data_config(theirs)
+    assert prepared["input_size"] == (5, 16, 16)
+    assert (list(prepared["mean"]), list(prepared["std"])) == ([0.1] * 5, [0.2] * 5)
+    note = "values are scaled so that 0 becomes 0 and 4095 becomes 1"
+    assert "images of 5 channels, larger images are cropped to 512 px in their middle first" in log
+    assert note in log
+    if name == "file.pth":  # bare weights
+        return
+    again = read_encoder(path)
+    assert (again.channels, again.value_range, again.tile) == (5, (0, 4095), 512)
+    assert (again.mean, again.std) == ([0.1] * 5, [0.2] * 5)
+    if name == "folder":
+        card = (path / "README.md").read_text()
+        assert note.capitalize() in card
+        assert "create_transform" not in card
+
+
+@pytest.mark.usefixtures("nano")
 def test_encoder_only_leaves_out_the_head(tmp_path):
     model = vit_nano(pool="avg", num_classes=3)
     content = finetuned(model, classes=["ant", "bee", "cat"])

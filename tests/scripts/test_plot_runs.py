@@ -20,8 +20,10 @@ def test_runs_with_one_name_are_one_series(tmp_path):
     c = write_log(tmp_path / "c-0", 3.0)
     assert plot_runs.series_of([a, b, c]) == {"a": [a, b], "c": [c]}
     assert plot_runs.read_curve(b, "val_ap") == {10: 1.0, 20: 3.0}
+    assert plot_runs.read_curve(b, "val_ap", "epoch") == {1: 1.0, 2: 3.0}
     output = tmp_path / "plot.png"
-    run("--runs", a, b, c, "--metrics", "val_ap", "--output", output, main=plot_runs.main)
+    argv = ["--runs", a, b, c, "--metrics", "val_ap", "--x", "epoch", "--y_range", 0, 2]
+    run(*argv, "--output", output, main=plot_runs.main)
     assert Image.open(output).width > 300
 
 

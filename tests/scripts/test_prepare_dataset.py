@@ -6,6 +6,7 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 from PIL import ExifTags, Image
 from torchvision.transforms import InterpolationMode, v2
 
@@ -16,15 +17,18 @@ from tests.helpers.files import files_in, write_classes
 from tests.helpers.models import use_nano_models
 from tests.helpers.processes import command, finish, start
 from tests.helpers.runs import TINY, assert_identical, log_without_time, refusal, run, run_until
+from util.data.batch import Box, resize_crop
 from util.data.classes import check_classes
 from util.data.datasets import build_dataset, open_train_val
 from util.data.decode import read_rgb
+from util.data.values import read_values
 from util.errors import InputError
+from util.normalization import PixelFormat
 from util.runs.checkpoint import list_checkpoints, read_checkpoint
 from util.settings.data import DataSettings
 
 SIDE = 24
-FORMATS = ["jpeg", "uint8"]
+FORMATS = ["jpeg", "raw"]
 
 
 def photo(width, height, seed=0):
@@ -116,7 +120,7 @@ def test_names_labels_classes_and_pixels_are_those_of_the_folder(images, prepare
 
 
 def test_packed_images_keep_the_order_of_the_folder(images, prepared):
-    assert names_of(opened(prepared / "uint8")) == names_of(opened(images))
+    assert names_of(opened(prepared / "raw")) == names_of(opened(images))
 
 
 def test_a_small_jpeg_is_copied_byte_for_byte_and_nothing_is_enlarged(images, prepared):
@@ -155,7 +159,7 @@ def test_a_folder_without_classes_and_splits(images, tmp_path, form):
 
 
 def test_val_path_may_name_prepared_images(images, prepared):
-    for place in ("uint8/val", "jpeg/val.tar"):
+    for place in ("raw/val", "jpeg/val.tar"):
         data = DataSettings(dataset="folder", data_path=images, val_path=prepared / place)
         train_set, val_set = open_train_val(data, None, None, seed=0)
         assert (len(train_set), len(val_set)) == (15, 9)
@@ -175,10 +179,10 @@ def test_classes_that_are_not_clear_are_not_guessed(tmp_path, capsys):
         "--output_dir",
         tmp_path / "raw",
         "--format",
-        "uint8",
+        "raw",
     ]
     assert "2 folders are named gray" in refusal(capsys, *argv, main=main)
-    prepare(tmp_path / "images", tmp_path / "raw", "--format", "uint8", "--class_folder", "first")
+    prepare(tmp_path / "images", tmp_path / "raw", "--format", "raw", "--class_folder", "first")
     assert opened(tmp_path / "raw").classes == ("cats", "dogs", "red")
 
 
@@ -201,6 +205,84 @@ def test_pretraining_resumes_within_an_epoch_bit_for_bit(tmp_path, monkeypatch, 
     assert logs[0][-1]["val_images"] == 12
     settings = json.loads((tmp_path / "whole" / "args.json").read_text())
     assert settings["args"]["dataset"] is None
+
+
+def test_the_older_name_of_raw_pixels_is_understood(images, prepared, tmp_path):
+    prepare(images, tmp_path / "uint8", "--format", "uint8")
+    assert files_in(tmp_path / "uint8") == files_in(prepared / "raw")
+
+
+# Other channels and types
+
+
+@pytest.fixture
+def bands(tmp_path):
+    """Images of five channels, 16 bits; one is smaller than the rest, and one is 8 bits."""
+    rng = np.random.default_rng(0)
+    for name, (height, width), dtype in [
+        ("a/large", (60, 90), np.uint16),
+        ("a/small", (20, 30), np.uint16),
+        ("b/bytes", (40, 30), np.uint8),
+    ]:
+        coarse = rng.integers(0, np.iinfo(dtype).max, (3, 3, 5)).astype(np.float32)
+        array = resize_crop(
+            torch.from_numpy(coarse).permute(2, 0, 1), Box(0, 0, 3, 3), (height, width)
+        )
+        path = tmp_path / "bands" / f"{name}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, array.permute(1, 2, 0).numpy().clip(0, np.iinfo(dtype).max).astype(dtype))
+    return tmp_path / "bands"
+
+
+def test_own_values_are_resized_and_keep_their_channels_and_types(bands, tmp_path, capsys):
+    prepare(bands, tmp_path / "out", "--channels", 5)
+    assert (
+        f"train on it with --data_path {tmp_path / 'out'} --channels 5\n" in capsys.readouterr().out
+    )
+    pixels = PixelFormat(channels=5)
+    originals, results = (
+        build_dataset("", path, split="train", transform=None, seed=0, pixels=pixels)
+        for path in (bands, tmp_path / "out")
+    )
+    assert results.classes == ("a", "b")
+    shapes = []
+    for index in range(3):
+        values = read_values(originals.stored(index)[0], pixels)
+        found = read_values(results.stored(index)[0], pixels)
+        assert found.dtype == values.dtype
+        if min(values.shape[1:]) > SIDE:
+            values = resize_crop(values, Box(0, 0, *values.shape[1:]), found.shape[1:])
+        assert torch.equal(found.int(), values.int())
+        shapes.append(tuple(found.shape))
+    assert shapes == [(5, SIDE, 36), (5, 20, 30), (5, 32, SIDE)]
+
+
+def test_values_that_are_not_finite_are_left_out_and_listed(bands, tmp_path):
+    np.save(bands / "b" / "nan.npy", np.full((9, 9, 5), np.nan, np.float32))
+    prepare(bands, tmp_path / "out", "--channels", 5, "--max_broken", 0.5)
+    record = json.loads((tmp_path / "out" / "prepared.json").read_text())
+    assert record["channels"] == 5
+    left_out = record["splits"]["train"]["left_out"]
+    assert left_out == {str(bands / "b" / "nan.npy"): "NaN or infinite values"}
+
+
+def test_pretraining_on_prepared_values_is_that_on_the_files(bands, tmp_path, monkeypatch):
+    use_nano_models(monkeypatch)
+    own = ["--channels", 5, "--value_range", 0, 65535, "--val_fraction", 0]
+    prepare(bands, tmp_path / "data", "--short_side", 90, *own[:5])
+    for name, path in (("files", bands), ("packed", tmp_path / "data")):
+        run(*TINY, *own, "--data_path", path, "--output_dir", tmp_path / name)
+    states = [
+        read_checkpoint(list_checkpoints(tmp_path / name)[-1], "pretrain")["model"]
+        for name in ("files", "packed")
+    ]
+    assert_identical(*states)
+
+
+def test_jpeg_files_of_other_images_are_refused(bands, tmp_path, capsys):
+    argv = ["--data_path", bands, "--output_dir", tmp_path / "out", "--channels", 5]
+    assert "use --format raw" in refusal(capsys, *argv, "--format", "jpeg", main=main)
+    assert not (tmp_path / "out").exists()
 
 
 # Broken images
@@ -291,7 +373,7 @@ def test_an_earlier_result_is_not_overwritten(images, prepared, capsys):
         (["--data_path", "nowhere", "--output_dir", "OUT"], "nowhere does not exist"),
         (["--data_path", "EMPTY", "--output_dir", "OUT"], "no images found in"),
         (["--data_path", "IMAGES/val", "--output_dir", "OUT/deeper"], "cannot write"),
-        (["--data_path", "PREPARED/uint8", "--output_dir", "OUT"], "no images found in"),
+        (["--data_path", "PREPARED/raw", "--output_dir", "OUT"], "no images found in"),
         (["--verify", "--output_dir", "IMAGES"], "checksums.txt cannot be read"),
         (["--verify", "IMAGES"], "stands without a flag: write --output_dir before it"),
         (["--verify", "--output_dir", "IMAGES", "--data_path", "IMAGES"], "leave --data_path out"),
@@ -328,7 +410,7 @@ def test_an_invalid_jpeg_quality_is_refused(capsys, quality):
 def test_verify_finds_a_flipped_byte_in_any_file(prepared, tmp_path, capsys, form):
     run("--verify", "--output_dir", prepared / form, main=main)
     files = files_in(prepared / form)
-    assert len(files) == {"jpeg": 4, "uint8": 8}[form]
+    assert len(files) == {"jpeg": 4, "raw": 8}[form]
     for name, content in files.items():
         for position in {0, len(content) // 2, len(content) - 1}:
             for other, whole in files.items():

@@ -69,6 +69,17 @@ PREPARATION = {
 }
 
 
+@pytest.mark.parametrize("mean", [[0.4], [0.5, 0.5, 0.5], [0.1, 0.2]], ids=str)
+def test_a_mean_beside_weights_of_two_channels_is_theirs_or_left_out(tmp_path, caplog, mean):
+    caplog.set_level(logging.INFO)
+    timm_folder(tmp_path, {"pretrained_cfg": {"mean": mean, "std": mean}}, in_chans=2)
+    weights = read_encoder(tmp_path)
+    assert weights.mean == {1: mean * 2, 2: mean, 3: None}[len(mean)]
+    assert (weights.channels, weights.std) == (2, weights.mean)
+    left_out = "config.json has a mean and std of RGB, not of 2 channels: leaving them out"
+    assert (left_out in caplog.text) == (len(mean) == 3)
+
+
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("given", ["folder", "file"])
 def test_the_preparation_beside_timms_weights_is_read(tmp_path, flat, given):

@@ -28,17 +28,17 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def blank_images(
-    img_size: Sequence[int], device: torch.device
+    img_size: Sequence[int], device: torch.device, *, in_chans: int = 3
 ) -> Callable[[int], tuple[Tensor, ...]]:
     """Return the `example` of a classifier for `Precision.check_attention_backend`."""
-    return lambda count: (torch.zeros(count, 3, *img_size, device=device),)
+    return lambda count: (torch.zeros(count, in_chans, *img_size, device=device),)
 
 
 def blank_pairs(
-    img_size: Sequence[int], device: torch.device
+    img_size: Sequence[int], device: torch.device, *, in_chans: int = 3
 ) -> Callable[[int], tuple[Tensor, ...]]:
     """Return `blank_images` of at least two images, which batch norm needs."""
-    blank = blank_images(img_size, device)
+    blank = blank_images(img_size, device, in_chans=in_chans)
     return lambda count: blank(max(2, count))
 
 
@@ -124,11 +124,32 @@ class Precision:
 
     def step(self, optimizer: Optimizer, model: nn.Module) -> Tensor:
         """Update the parameters; return the gradient norm before clipping, on the device."""
+        norm = self.clip(optimizer, model)
+        self.update(optimizer)
+        return norm
+
+    def clip(self, optimizer: Optimizer, model: nn.Module) -> Tensor:
+        """Clip the gradients; return their norm before that, on the device."""
         self.scaler.unscale_(optimizer)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if self.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(model.parameters(), self.clip_grad, norm)
-        self.scaler.step(optimizer)
-        self.scaler.update()
         return full_tensor(norm)
+
+    def update(self, optimizer: Optimizer, *, skip: Tensor | None = None) -> None:
+        """Update the parameters by the clipped gradients.
+
+        Args:
+            skip: () on the device, 1 to leave weights and state as they are, else 0. Only fused
+                optimizers on CPUs and GPUs can do that without waiting for the device; the others
+                ignore it, as does fp16, whose loss scaling skips steps by itself.
+        """
+        can_skip = optimizer.defaults.get("fused") and self.device.type in ("cpu", "cuda")
+        if skip is None or not can_skip or self.scaler.is_enabled():
+            self.scaler.step(optimizer)
+        else:
+            optimizer.found_inf = skip  # the way in which GradScaler tells fused optimizers
+            optimizer.step()
+            del optimizer.found_inf
+        self.scaler.update()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from torch.utils.data import Dataset
 
@@ -11,6 +11,7 @@ from util.data.folders import DiskTree
 from util.data.images import MAX_BROKEN_IN_A_ROW, names_hash
 from util.data.layout import ImageList, find_images
 from util.errors import InputError
+from util.normalization import RGB8, PixelFormat
 
 
 class AnnotatedSample(NamedTuple):
@@ -19,6 +20,24 @@ class AnnotatedSample(NamedTuple):
     content: object | None
     """What `AnnotatedImages.transformed` returns; None if the image is broken and left out."""
     broken: list[tuple[str, str]]
+
+
+class StoredImages:
+    """Image files as `util.data.colors.choose_colors` reads them."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def stored(self, index: int) -> tuple[BinaryIO, None]:
+        """Return an open file, and no label."""
+        return self.paths[index].open("rb"), None
+
+    def name(self, index: int) -> str:
+        """Return an image's path."""
+        return str(self.paths[index])
 
 
 class AnnotatedImages(Dataset):
@@ -31,6 +50,8 @@ class AnnotatedImages(Dataset):
         folder: of the images.
         replace_broken: read the next image instead of a broken one, for training; else leave it
             out.
+        pixels: how images are read.
+        show_channels: of an image, in pictures, see `util.eval.display.choose_display`.
     """
 
     num_crops = 1  # of an image, for StepLoader
@@ -38,9 +59,17 @@ class AnnotatedImages(Dataset):
     notes = ()  # for the log
 
     def __init__(
-        self, names: Sequence[str], folder: Path, *, seed: int, replace_broken: bool
+        self,
+        names: Sequence[str],
+        folder: Path,
+        *,
+        seed: int,
+        replace_broken: bool,
+        pixels: PixelFormat = RGB8,
+        show_channels: Sequence[int] | None = None,
     ) -> None:
         self.names, self.folder = list(names), folder
+        self.pixels, self.show_channels = pixels, show_channels
         self.seed, self.replace_broken = seed, replace_broken
 
     def path(self, index: int) -> str:
@@ -61,7 +90,11 @@ class AnnotatedImages(Dataset):
         raise NotImplementedError
 
     def batch(self, contents: Sequence[object], broken: list[tuple[str, str]]) -> object:
-        """Combine what `transformed` returns into a micro-batch."""
+        """Combine what `transformed` returns into a micro-batch.
+
+        Raises:
+            InputError: the images have different types of values.
+        """
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -75,7 +108,7 @@ class AnnotatedImages(Dataset):
     @property
     def listed(self) -> ImageList:
         """What the folder holds, with or without annotations."""
-        return find_images(DiskTree(self.place), "", "last")
+        return find_images(DiskTree(self.place, arrays=not self.pixels.is_rgb8), "", "last")
 
     @property
     def num_samples(self) -> int:
@@ -119,6 +152,10 @@ class AnnotatedImages(Dataset):
             raise too_many_broken(broken)
         return AnnotatedSample(None, broken)
 
+    def name_at(self, key: tuple[int, int]) -> str:
+        """Return the path of the image that is read at (epoch, index), for messages."""
+        return self.path((key[1] + len(self[key].broken)) % len(self))
+
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[AnnotatedSample | InputError]:
         """Return a micro-batch; errors are values, see IndexedImages."""
         try:
@@ -132,4 +169,7 @@ class AnnotatedImages(Dataset):
             if isinstance(sample, InputError):
                 return sample
         broken = [entry for sample in samples for entry in sample.broken]
-        return self.batch([s.content for s in samples if s.content is not None], broken)
+        try:
+            return self.batch([s.content for s in samples if s.content is not None], broken)
+        except InputError as error:
+            return error

@@ -15,7 +15,9 @@ from util.data.layout import ImageList, ListedImages
 from util.errors import counted, first_few
 
 LABELS = ".cls"
+CUT_OFF = "the archive ends inside the image"
 MAX_PADDING = 2**20  # bytes of zeros at an archive's end
+LARGE = 2**24  # bytes of an image, from which it may be read in parts
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +32,52 @@ class Member(NamedTuple):
     """Of a file that is stored without its zeros, which only tarfile can read."""
 
 
+class PartOfFile(io.RawIOBase):
+    """The bytes of a member of an archive, read from the archive's file, which is closed with it.
+
+    Raises:
+        OSError: the archive ends before.
+    """
+
+    def __init__(self, file: BinaryIO, member: Member) -> None:
+        self._file, self._start, self._size = file, member.offset, member.size
+        self._position = 0
+        if file.seek(0, io.SEEK_END) < member.offset + member.size:
+            raise OSError(CUT_OFF)
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move to a position, which is returned."""
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = origin + offset
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Read into a buffer up to the end of the member, and return the number of bytes."""
+        self._file.seek(self._start + self._position)
+        size = min(len(buffer), max(self._size - self._position, 0))
+        number = self._file.readinto(memoryview(buffer)[:size])
+        self._position += number
+        return number
+
+    def close(self) -> None:
+        """Close the archive's file, too."""
+        self._file.close()
+        super().close()
+
+
 class TarTree:
     """The folders in a .tar archive, and in archives within it.
+
+    Args:
+        arrays: whether arrays of NumPy are images.
 
     Attributes:
         members: by path.
@@ -41,8 +87,9 @@ class TarTree:
         tarfile.ReadError: this is not a .tar archive.
     """
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, *, arrays: bool = False) -> None:
         self.root = root
+        self._arrays = arrays
         self.members: dict[str, Member] = {}
         self.dangling: list[str] = []
         self._links: dict[str, str] = {}
@@ -125,7 +172,7 @@ class TarTree:
         if is_hidden(name):
             self._listings[above].hidden.append(name)
         else:
-            self._listings[above].add_file(name)
+            self._listings[above].add_file(name, arrays=self._arrays)
 
 
 def _path_of(folder: str, name: str) -> str:
@@ -226,9 +273,12 @@ class TarImages(ListedImages):
                 else:
                     data = tarfile.open(fileobj=file).extractfile(member.sparse).read()  # noqa: SIM115
                 if len(data) < member.size:
-                    raise OSError("the archive ends inside the image")
+                    raise OSError(CUT_OFF)
                 yield data
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
-        (data,) = self._read_all([self.members[index]])
-        return io.BytesIO(data), self.labels[index]
+        member, label = self.members[index], self.labels[index]
+        if member.size > LARGE and member.sparse is None:
+            return io.BufferedReader(PartOfFile(Path(self.root).open("rb"), member)), label
+        (data,) = self._read_all([member])
+        return io.BytesIO(data), label

@@ -19,7 +19,7 @@ def reason_of(error: Exception) -> str:
         return "not an image that Pillow can read"
     text = " ".join(str(error).split())
     if isinstance(error, Image.DecompressionBombError):
-        return f"{text.partition(', could')[0]}: resize it"
+        return f"{text.partition(', could')[0]}: resize it, or read a TIFF by --channels and --tile"
     if isinstance(error, BrokenImageError | InputError) or type(error) is ValueError:
         return text
     return f"{type(error).__name__}: {text}"
@@ -76,7 +76,8 @@ class BrokenImages:
         found = len(names)
         if found <= self.max_fraction * self.num_images:
             return
-        listed = ", ".join(names[:MAX_LISTED])
+        first = f"{names[0]} ({self.reasons[names[0]]})"
+        listed = ", ".join([first, *names[1:MAX_LISTED]])
         more = f" and {found - MAX_LISTED} more" if found > MAX_LISTED else ""
         raise InputError(
             f"{found} of {self.num_images} images ({found / self.num_images:.2%}) cannot be read, "

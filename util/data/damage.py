@@ -41,7 +41,6 @@ UNREADABLE = (
     (0, b"%PDF", "PDF"),
     (0, b"PK\x03\x04", "ZIP"),
     (0, b"\x1f\x8b", "gzip"),
-    (0, b"\x93NUMPY", "NumPy"),
     (0, b"\x89HDF", "HDF5"),
 )
 TEXTS = (
@@ -51,6 +50,7 @@ TEXTS = (
     (r"^<", "XML"),
     ("", "text"),
 )
+NO_DIRECTORY = "TIFF without a readable directory: truncated or damaged"
 
 
 class BrokenImageError(OSError):
@@ -232,6 +232,8 @@ def _what_else(data: bytes) -> str:
         return "an empty file"
     if not data.strip(b"\0"):
         return "nothing but zero bytes"
+    if data.startswith(b"\x93NUMPY"):
+        return "an array of NumPy: give the number of its channels by --channels"
     for at, sign, name in UNREADABLE:
         if data.startswith(sign, at):
             return f"{name}, which Pillow cannot read"
@@ -292,7 +294,7 @@ def _cause_in_boxes(data: bytes) -> str | None:
 def _cause_in_tiff(data: bytes) -> str | None:
     page = tiff.first_page(data)
     if page is None:
-        return "TIFF without a readable directory: truncated or damaged"
+        return NO_DIRECTORY
     for offsets, sizes in (
         (tiff.STRIP_OFFSETS, tiff.STRIP_SIZES),
         (tiff.TILE_OFFSETS, tiff.TILE_SIZES),
@@ -311,8 +313,8 @@ def _kind_of_tiff(data: bytes) -> str:
     number = {2: " signed", 3: " floating-point"}.get(page.value(tiff.SAMPLE_FORMAT, 1), "")
     return (
         f"TIFF that Pillow cannot read ({counted(channels, 'channel')} of {depth}{number} "
-        f"numbers, compression {page.value(tiff.COMPRESSION, 1)}): save it as RGB or gray with 8 "
-        "or 16 bits"
+        f"numbers, compression {page.value(tiff.COMPRESSION, 1)}): give --channels {channels}, or "
+        "save it as RGB or gray with 8 or 16 bits"
     )
 
 

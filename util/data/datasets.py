@@ -22,10 +22,12 @@ from util.data.files import open_files, split_folder
 from util.data.held_out import HoldOut
 from util.data.hub import HubImages, adapt_stream_reader
 from util.data.images import IndexedImages, Transform
+from util.data.packed import PackedImages
 from util.data.sources import OWN_SOURCES
 from util.data.streams import StreamedImages
 from util.data.table import TableSource, check_apart
 from util.errors import InputError, counted
+from util.normalization import RGB8, PixelFormat
 from util.progress import waiting
 from util.settings.data import ClassFolder, DataSettings, kind_of
 from util.settings.evaluation import TaskName
@@ -60,6 +62,7 @@ def build_dataset(
     batch_size: int = 1,
     search_split: bool = True,
     class_folder: ClassFolder = "auto",
+    pixels: PixelFormat = RGB8,
 ) -> IndexedImages | StreamedImages | None:
     """Open a dataset by name.
 
@@ -71,7 +74,7 @@ def build_dataset(
         split: which of the images, see `open_files`.
         num_samples: images per epoch of a stream of unknown length.
         batch_size: micro-batch size, a hint for timm's streams.
-        search_split, class_folder: see `open_files`.
+        search_split, class_folder, pixels: see `open_files`.
 
     Returns:
         None only for "validation", if the source has no such split. Streams count as having none,
@@ -109,7 +112,7 @@ def build_dataset(
         source = _open(name, root, rest if ".tar" in rest else split, seed=seed, **options)
         return StreamedImages(source, transform, seed=seed, name=name)
     if kind == "folder" or is_image_folder:
-        options = {"search_split": search_split, "class_folder": class_folder}
+        options = {"search_split": search_split, "class_folder": class_folder, "pixels": pixels}
         if is_image_folder:
             first = "first" if class_folder == "auto" else class_folder
             options |= {"order": "torchvision", "class_folder": first}
@@ -124,6 +127,8 @@ def build_dataset(
     for found in splits:
         source = _open(name or kind, root, found, **options)
         if source is not None:
+            if isinstance(source, PackedImages):
+                source.check_format(pixels)
             place = f"{name or kind} ({found}{f', {root}' if root else ''})"
             return IndexedImages(source, transform, seed=seed, place=place)
     return None
@@ -175,10 +180,10 @@ def _open_val(
         classes: of the training images or a checkpoint, for a table's labels; None for its own.
     """
     if table is not None:
-        images = table.open("validation", task=task, classes=classes)
+        images = table.open("validation", task=task, classes=classes, pixels=data.pixels)
         return None if images is None else IndexedImages(images, transform, seed=seed)
     options = {"split": "validation", "transform": transform, "seed": seed}
-    options["class_folder"] = data.class_folder
+    options |= {"class_folder": data.class_folder, "pixels": data.pixels}
     if data.val_path:
         # Classes in the order of the training images'.
         name = data.name if data.name.lower() in IMAGE_FOLDERS else ""
@@ -218,8 +223,8 @@ def _check_task(task: TaskName, flag: str) -> None:
 @waiting("listing the images")
 def open_train_val(
     data: DataSettings,
-    train_transform: Transform,
-    val_transform: Transform,
+    train_transform: Transform | None = None,
+    val_transform: Transform | None = None,
     *,
     seed: int,
     batch_size: int = 1,
@@ -229,6 +234,8 @@ def open_train_val(
     """Open the training images, and the validation images if there are any.
 
     Args:
+        train_transform, val_transform: None to set them before an image is read, when the images
+            are known.
         batch_size: micro-batch size, a hint for timm's streams.
         task: what the labels are for.
         holds_out: whether some images are held out where there are no validation images.
@@ -246,7 +253,9 @@ def open_train_val(
     hold_out = HoldOut.of(data, by_default=holds_out)
     table, val_table = _tables(data, hold_out)
     if table is not None:
-        train_set = IndexedImages(table.open("train", task=task), train_transform, seed=seed)
+        train_set = IndexedImages(
+            table.open("train", task=task, pixels=data.pixels), train_transform, seed=seed
+        )
     else:
         _check_task(task, "--data_csv")
         train_set = build_dataset(
@@ -258,6 +267,7 @@ def open_train_val(
             num_samples=data.num_samples,
             batch_size=batch_size,
             class_folder=data.class_folder,
+            pixels=data.pixels,
         )
     options = {"seed": seed, "task": task, "classes": train_set.classes}
     val_set = _open_val(data, val_transform, val_table, **options)

@@ -3,20 +3,21 @@
 import io
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from util.data import tiff
 from util.data.damage import BrokenImageError, cause_of, without_metadata
+from util.data.jpeg import decode_jpeg, decoder_on
 from util.errors import InputError
+from util.normalization import RGB8, PixelFormat
 
 MAX_UNCHECKED_PIXELS = 2**24  # above it, Pillow checks for decompression bombs
 NO_IMAGE = "no image (null)"
@@ -68,6 +69,19 @@ def _orientation_of(image: Image.Image) -> int:
     return orientation if isinstance(orientation, int) else 1
 
 
+def first_full(image: Image.Image) -> Image.Image:
+    """Go to the first page of a TIFF that is no smaller version of another one."""
+    if image.format == "TIFF" and image.fp and image.tell() == 0:
+        image.seek(tiff.first_full_index(image.fp))
+    return image
+
+
+def bits_of(image: Image.Image) -> int | None:
+    """Return the bits of a gray TIFF's values; None for any other file."""
+    bits = image.tag_v2.get(tiff.BITS) if image.format == "TIFF" else None
+    return bits[0] if bits is not None and len(bits) == 1 else None
+
+
 @_without_warnings()
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any image to upright 8-bit RGB.
@@ -80,12 +94,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
         BrokenImageError: the range of the pixel values is unknown or has no RGB equivalent.
         Exception: Pillow cannot read it.
     """
-    if image.format == "TIFF" and image.fp and image.tell() == 0:
-        image.seek(tiff.first_full_index(image.fp))
+    image = first_full(image)
     tags = image.tag_v2 if image.format == "TIFF" else {}
     image = upright(image)
     if image.mode == "F":
-        raise BrokenImageError("floating-point pixels have no known range: save 8 or 16 bits")
+        raise BrokenImageError("floating-point pixels have no known range: give --value_range")
     if image.mode.startswith("I"):  # "I;16", its byte orders, and "I" for signed or 32-bit files
         image = _with_8_bits(image, tags)
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -95,7 +108,9 @@ def _with_8_bits(image: Image.Image, tags: dict[int, object]) -> Image.Image:
     """Scale gray of more bits, and invert it where 0 is white, as Pillow does with 8 bits."""
     gray = np.asarray(image).astype(np.int64)
     if gray.min() < 0 or gray.max() > 65535:
-        raise BrokenImageError(f"gray values {gray.min()}..{gray.max()} are outside 0..65535")
+        raise BrokenImageError(
+            f"gray values {gray.min()}..{gray.max()} are outside 0..65535: give --value_range"
+        )
     white = 4095 if tags.get(tiff.BITS) == (12,) else 65535
     gray = (gray * 255 + white // 2) // white
     if image.mode == "I;16" and tags and tags.get(tiff.PHOTOMETRIC) == tiff.WHITE_IS_ZERO:
@@ -110,8 +125,9 @@ class Jpeg(NamedTuple):
     shape: tuple[int, int, int]  # (3, h, w), of the decoded pixels
 
 
+T = TypeVar("T")
 Record = Image.Image | BinaryIO | np.ndarray | dict[str, object] | None
-"""A Pillow image, an array uint8 (h, w, 3), an open file, or a record or null of `datasets`."""
+"""A Pillow image, an array (h, w, C), an open file, or a record or null of `datasets`."""
 
 
 def read_rgb(record: Record) -> Image.Image:
@@ -124,7 +140,7 @@ def read_rgb(record: Record) -> Image.Image:
     if isinstance(record, np.ndarray):
         return Image.fromarray(record)
     if not isinstance(record, Image.Image):
-        return _rgb_of(_bytes_of(record))
+        return _rgb_of(bytes_of(record))
     with record:
         file = getattr(record, "fp", None)  # if it has not been read yet
         try:
@@ -138,7 +154,12 @@ def read_rgb(record: Record) -> Image.Image:
             return _rgb_of(file.read())
 
 
-def _bytes_of(record: BinaryIO | dict[str, object] | None) -> bytes:
+def bytes_of(record: BinaryIO | dict[str, object] | None) -> bytes:
+    """Return the bytes of an image's file, and close it.
+
+    Raises:
+        BrokenImageError: there is no image.
+    """
     if record is None:
         raise BrokenImageError(NO_IMAGE)
     if not isinstance(record, dict):
@@ -158,33 +179,42 @@ def _bytes_of(record: BinaryIO | dict[str, object] | None) -> bytes:
 
 
 def _rgb_of(data: bytes) -> Image.Image:
-    """Decode a file's bytes with Pillow; if that fails, again without metadata."""
     try:
-        return _decoded(data)
+        return decode_by_pillow(data, to_rgb)
+    except BrokenImageError:
+        # Where 0 is white, Pillow reads 16 bits in one byte order only.
+        positive = tiff.with_black_as_zero(data)
+        image = positive and _decoded_or_none(positive, to_rgb)
+        if not image:
+            raise
+        return ImageOps.invert(image)
+
+
+def decode_by_pillow(data: bytes, convert: Callable[[Image.Image], T]) -> T:
+    """Decode a file's bytes with Pillow; if that fails, again without metadata.
+
+    Args:
+        convert: what to do with the image.
+
+    Raises:
+        BrokenImageError, Image.DecompressionBombError: see `read_rgb`.
+    """
+    try:
+        return _decoded(data, convert)
     except FINAL_ERRORS:
         raise
     except Exception as error:  # decoders raise anything on broken files
-        image = _repaired(data)
-        if image is None:
-            raise BrokenImageError(cause_of(data, error)) from error
-        return image
+        for keep_orientation in (True, False):
+            bare = without_metadata(data, keep_orientation=keep_orientation)
+            found = None if bare is None else _decoded_or_none(bare, convert)
+            if found is not None:
+                return found
+        raise BrokenImageError(cause_of(data, error)) from error
 
 
-def _repaired(data: bytes) -> Image.Image | None:
-    for keep_orientation in (True, False):
-        bare = without_metadata(data, keep_orientation=keep_orientation)
-        image = bare and _decoded_or_none(bare)
-        if image:
-            return image
-    # Where 0 is white, Pillow reads 16 bits in one byte order only.
-    positive = tiff.with_black_as_zero(data)
-    image = positive and _decoded_or_none(positive)
-    return ImageOps.invert(image) if image else None
-
-
-def _decoded_or_none(data: bytes) -> Image.Image | None:
+def _decoded_or_none(data: bytes, convert: Callable[[Image.Image], T]) -> T | None:
     try:
-        return _decoded(data)
+        return _decoded(data, convert)
     except FINAL_ERRORS:
         raise
     except Exception:
@@ -192,9 +222,9 @@ def _decoded_or_none(data: bytes) -> Image.Image | None:
 
 
 @_without_warnings()
-def _decoded(data: bytes) -> Image.Image:
+def _decoded(data: bytes, convert: Callable[[Image.Image], T]) -> T:
     with Image.open(io.BytesIO(data)) as image:
-        return to_rgb(image)
+        return convert(image)
 
 
 def read_record(record: Record) -> Jpeg | Tensor:
@@ -204,11 +234,15 @@ def read_record(record: Record) -> Jpeg | Tensor:
         return torch.from_numpy(array).permute(2, 0, 1)  # (3, h, w)
     if record is None or isinstance(record, dict | Image.Image):
         return _pixels_of(read_rgb(record))
-    data = _bytes_of(record)
-    size = _size_of_plain_jpeg(data) or _size_of_upright_jpeg(data)
+    data = bytes_of(record)
+    size = _size_of_plain_jpeg(data)
+    if size is not None:
+        return _jpeg_of(data, size)
+    size = _size_of_upright_jpeg(data)
     if size is None:
         return _pixels_of(_rgb_of(data))
-    return _jpeg_of(data, size)
+    # A decoder might find in them that the image is turned, although Pillow does not.
+    return _jpeg_of(without_metadata(data, keep_orientation=False) or data, size)
 
 
 def _jpeg_of(data: bytes, size: tuple[int, int]) -> Jpeg:
@@ -252,15 +286,17 @@ def _size_of_plain_jpeg(data: bytes) -> tuple[int, int] | None:
     This walks the header's segments, several times faster than Pillow. None leaves the decision
     to Pillow.
     """
-    start = 2
+    start, size = 2, None
     while data[:2] == b"\xff\xd8" and start + 10 <= len(data) and data[start] == 0xFF:
         marker, length = struct.unpack_from(">xBH", data, start)
         if marker in (0xE1, 0xFF):  # EXIF or XMP; padding, which may precede them
             break
+        if marker == 0xDA:  # the pixels
+            return size
         if marker in (0xC0, 0xC2):  # the frame, baseline or progressive
             depth, height, width, channels = struct.unpack_from(">BHHB", data, start + 4)
             usual = depth == 8 and channels in (1, 3) and 0 < height * width < MAX_UNCHECKED_PIXELS
-            return (height, width) if usual else None
+            size = (height, width) if usual else None
         start += 2 + length
     return None
 
@@ -280,14 +316,20 @@ def _size_of_upright_jpeg(data: bytes) -> tuple[int, int] | None:
 
 def _decode(image: Jpeg) -> Tensor:
     try:
-        return decode_jpeg(image.data, mode=ImageReadMode.RGB)  # (3, h, w)
+        return decode_jpeg(image.data)  # (3, h, w)
     except RuntimeError:  # Pillow decides what is broken
         return _pixels_of(_rgb_of(image.data.numpy().tobytes()))
 
 
-def check_decoder(decode: str, device: torch.device) -> None:
-    """Raise InputError if `--decode gpu` has no CUDA device."""
+def check_decoder(decode: str, device: torch.device, pixels: PixelFormat = RGB8) -> None:
+    """Raise InputError if `--decode gpu` is impossible with the device, libraries or images."""
+    if decode == "gpu" and not pixels.is_rgb8:
+        raise InputError(
+            "--decode gpu is for 8-bit RGB: leave it out with --channels or --value_range"
+        )
     if decode == "gpu" and device.type != "cuda":
         raise InputError(
             f"--decode gpu needs a CUDA device, but this run is on {device}: use --decode cpu"
         )
+    if decode == "gpu":
+        decoder_on(device)

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
-from util.data.annotated import AnnotatedImages
-from util.data.batch import Normalization
+from util.data.annotated import AnnotatedImages, StoredImages
+from util.data.batch import Normalization, of_one_type
 from util.data.coco import CocoFile, CocoImage, read_coco
-from util.data.decode import read_pixels
+from util.data.colors import Colors, Earlier, choose_colors, new_run
 from util.data.images import names_hash
 from util.data.jitter import LargeScaleJitter, View, WholeImage
+from util.data.values import read_values
 from util.errors import InputError, counted
+from util.normalization import RGB8, PixelFormat
 from util.settings.detection import DetectionSettings
 
 _logger = logging.getLogger(__name__)
@@ -25,7 +27,7 @@ _logger = logging.getLogger(__name__)
 class DetectionBatch(NamedTuple):
     """A micro-batch from a worker."""
 
-    images: Tensor  # (B, 3, S, S), uint8
+    images: Tensor  # (B, C, S, S), of a type in TYPE_RANGES
     sizes: list[tuple[int, int]]  # (height, width) of what is not padding
     targets: list[dict[str, Tensor]]  # see models_vitdet; of evaluation, empty
     ids: list[int]  # positions in the dataset
@@ -57,7 +59,7 @@ class DetectionImages(AnnotatedImages):
         images: those to read.
         transform: LargeScaleJitter or WholeImage.
         train: whether targets are returned, which leave out crowds.
-        options: seed and replace_broken, see AnnotatedImages.
+        options: seed, replace_broken and pixels, see AnnotatedImages.
     """
 
     def __init__(
@@ -90,13 +92,13 @@ class DetectionImages(AnnotatedImages):
         return str(self.folder / self.images[index].name)
 
     def read(self, index: int) -> Tensor:
-        """Read an image uint8 (3, h, w).
+        """Read an image (C, h, w).
 
         Raises:
             Exception: the file is missing or broken, or its size is not the annotations'.
         """
         with Path(self.path(index)).open("rb") as file:
-            image = read_pixels(file)
+            image = read_values(file, self.pixels)
         height, width = self.images[index].size
         if image.shape[1:] != (height, width):
             own = f"{image.shape[2]} x {image.shape[1]} px"
@@ -106,14 +108,16 @@ class DetectionImages(AnnotatedImages):
     def transformed(
         self, index: int, content: Tensor, *seed_parts: int | str
     ) -> tuple[Tensor, tuple[int, int], dict[str, Tensor], int]:
-        """Transform an image: (3, S, S), its size without padding, its target and its index."""
+        """Transform an image: (C, S, S), its size without padding, its target and its index."""
         view = self.transform.view(content.shape[1:], *seed_parts)
         target = make_target(self.images[index], view, masks=self.masks) if self.train else {}
-        return view.image(content, self.normalization.mean), view.size, target, index
+        shown = view.image(content, self.normalization.mean, self.normalization.value_range)
+        return shown, view.size, target, index
 
     def batch(self, contents: Sequence[tuple], broken: list[tuple[str, str]]) -> DetectionBatch:
         """Stack images; sizes and targets stay lists."""
         images, *others = map(list, zip(*contents, strict=True)) if contents else ([],) * 4
+        images = of_one_type(images, self.normalization.value_range)
         stacked = torch.stack(images) if images else torch.empty(0)
         return DetectionBatch(stacked, *others, broken, self.normalization)
 
@@ -154,8 +158,10 @@ def open_detection(
     *,
     side: int,
     masks: bool,
-    mean: Sequence[float],
-    std: Sequence[float],
+    mean: Colors,
+    std: Colors,
+    pixels: PixelFormat = RGB8,
+    earlier: Earlier = new_run,
     seed: int,
 ) -> DetectionData:
     """Open the training and validation images.
@@ -163,9 +169,12 @@ def open_detection(
     Args:
         side: of the square input, in pixels.
         masks: whether objects have masks besides boxes.
+        pixels: how images are read.
+        earlier: see `choose_colors`.
 
     Raises:
-        InputError: see `read_coco`, `check_files`, `check_objects` and `check_classes`.
+        InputError: see `read_coco`, `check_files`, `check_objects`, `choose_colors` and
+            `check_classes`.
     """
     found = settings.find("train")
     if found is None:
@@ -181,18 +190,22 @@ def open_detection(
     images = file.images[: settings.limit_images]
     check_files(images, folder, settings.max_broken)
     check_objects(images, path)
+    files = StoredImages([folder / image.name for image in images])
+    mean, std = choose_colors(files, mean, std, pixels=pixels, earlier=earlier)
     train = DetectionImages(
         file,
         images,
         folder,
         transform,
-        Normalization(tuple(mean), tuple(std)),
+        Normalization(tuple(mean), tuple(std), pixels.value_range),
         train=True,
         masks=masks,
         seed=seed,
         replace_broken=True,
+        pixels=pixels,
     )
-    val = open_validation(settings, side=side, masks=masks, mean=mean, std=std)
+    colors = {"mean": mean, "std": std, "pixels": pixels}
+    val = open_validation(settings, side=side, masks=masks, **colors)
     if val is not None:
         check_classes(val.file, file.classes, f"those of {path}")
     for name, own in (("training", train), ("validation", val)):
@@ -207,8 +220,12 @@ def open_validation(
     masks: bool,
     mean: Sequence[float],
     std: Sequence[float],
+    pixels: PixelFormat = RGB8,
 ) -> DetectionImages | None:
     """Open the validation images; None if there are none.
+
+    Args:
+        side, masks, pixels: see `open_detection`.
 
     Raises:
         InputError: see `read_coco`, `check_files` and `check_objects`.
@@ -225,11 +242,13 @@ def open_validation(
         file.images,
         folder,
         WholeImage(side),
-        Normalization(tuple(mean), tuple(std)),
+        Normalization(tuple(mean), tuple(std), pixels.value_range),
         train=False,
         masks=masks,
         seed=0,
         replace_broken=False,
+        pixels=pixels,
+        show_channels=settings.show_channels,
     )
 
 

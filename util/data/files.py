@@ -12,6 +12,7 @@ from util.data.folders import DiskTree, Role, Tree, joined
 from util.data.layout import Layout, ListedImages, find_images, find_layout, walk
 from util.data.other_files import how_to_read_file, how_to_read_folder
 from util.errors import InputError
+from util.normalization import RGB8, PixelFormat
 from util.settings.data import ClassFolder
 
 
@@ -29,12 +30,14 @@ def open_files(
     search_split: bool = True,
     class_folder: ClassFolder = "auto",
     order: Literal["natural", "torchvision"] = "natural",
+    pixels: PixelFormat = RGB8,
 ) -> FolderImages | TarImages | None:
     """Open the images of a split in a folder or a .tar file.
 
     Args:
         search_split: False if the path is that of the split, and has no others.
         class_folder, order: see `find_images`.
+        pixels: how images are read; arrays of NumPy are not images of 8-bit RGB.
 
     Returns:
         None if there are no validation images among other splits.
@@ -43,8 +46,9 @@ def open_files(
         InputError: there are no images, or it is not clear which of them are meant.
     """
     path = path.rstrip("/") or "/"
-    tree = _open_tree(path)
-    options = {"class_folder": class_folder, "order": order}
+    arrays = not pixels.is_rgb8
+    tree = _open_tree(path, arrays=arrays)
+    options = {"class_folder": class_folder, "order": order, "pixels": pixels}
     with _no_paths_within(tree):
         above = find_layout(tree, class_folder, tars=True)
         chosen = _choose(tree, above, split, search=search_split)
@@ -53,7 +57,7 @@ def open_files(
         base, left = chosen
         if not base.lower().endswith(".tar"):
             return _open_images(tree, base, split, above.tables, left, **options)
-    tree = _open_tree(f"{path}/{base}")
+    tree = _open_tree(f"{path}/{base}", arrays=arrays)
     with _no_paths_within(tree):
         return _open_images(tree, "", split, above.tables, left, **options)
 
@@ -79,6 +83,7 @@ def _open_images(
     *,
     class_folder: ClassFolder,
     order: Literal["natural", "torchvision"],
+    pixels: PixelFormat,
 ) -> FolderImages | TarImages:
     """Open the images of one split.
 
@@ -89,6 +94,7 @@ def _open_images(
     layout = find_layout(tree, class_folder, start=base)
     base, left_within = _choose(tree, layout, split, search=False)
     images = find_images(tree, base, class_folder, order=order)
+    images.pixels = pixels
     images.left = list(dict.fromkeys([*left, *left_within, *images.left]))
     images.tables = list(dict.fromkeys([*tables, *layout.tables]))
     images.notes += [layout.note] if layout.note else []
@@ -114,14 +120,14 @@ def split_folder(path: str, split: Literal["train", "validation"]) -> str | None
     return chosen and f"{path}/{chosen[0]}".rstrip("/")
 
 
-def _open_tree(path: str) -> Tree:
+def _open_tree(path: str, *, arrays: bool) -> Tree:
     file = Path(path)
     if not file.is_file():
-        return DiskTree(path)
+        return DiskTree(path, arrays=arrays)
     if file.suffix.lower() != ".tar":
         raise InputError(f"{path} is not a folder or .tar file: {how_to_read_file(file)}")
     try:
-        return TarTree(path)
+        return TarTree(path, arrays=arrays)
     except tarfile.ReadError as error:
         raise InputError(
             f"{path} is not a .tar archive: copy or pack it again, or give its folder ({error})"

@@ -20,6 +20,7 @@ IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".jp2"),
     *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
 )
+ARRAY_SUFFIXES = (".npy", ".npz")  # of images if their format is stated
 SYSTEM_NAMES = {
     *("__macosx", "@eadir", "lost+found", "$recycle.bin", "thumbs.db", "desktop.ini"),
     *("system volume information", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"),
@@ -73,9 +74,10 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
-def is_image(name: str) -> bool:
-    """Whether a file's suffix is an image's."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122, pathlib is slow
+def is_image(name: str, *, arrays: bool = False) -> bool:
+    """Whether a file's suffix is an image's, or an array's of NumPy if these are images."""
+    suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122, pathlib is slow
+    return suffix in IMAGE_SUFFIXES or (arrays and suffix in ARRAY_SUFFIXES)
 
 
 @dataclass
@@ -90,9 +92,9 @@ class Listing:
     loops: list[str] = field(default_factory=list)
     """Links that lead back, see `DiskTree`."""
 
-    def add_file(self, name: str) -> None:
-        """Add a file that is not hidden."""
-        (self.images if is_image(name) else self.others).append(name)
+    def add_file(self, name: str, *, arrays: bool) -> None:
+        """Add a file that is not hidden; `arrays`: whether those of NumPy are images."""
+        (self.images if is_image(name, arrays=arrays) else self.others).append(name)
 
 
 class Tree(Protocol):
@@ -114,12 +116,16 @@ class DiskTree:
     Back is to a folder above the link, or, from a linked folder, to one that was read already: so
     the walk ends.
 
+    Args:
+        arrays: whether arrays of NumPy are images.
+
     Raises:
         InputError: a folder cannot be listed.
     """
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, *, arrays: bool = False) -> None:
         self.root = root
+        self._arrays = arrays
         self._listings: dict[str, Listing] = {}
         self._linked: set[str] = set()  # real paths of the folders that links lead to
 
@@ -139,7 +145,7 @@ class DiskTree:
                     elif _is_folder(entry):
                         (links if entry.is_symlink() else found.folders).append(entry.name)
                     elif entry.is_symlink() or entry.is_file():  # one to nothing is a broken image
-                        found.add_file(entry.name)
+                        found.add_file(entry.name, arrays=self._arrays)
                     else:
                         found.others.append(entry.name)  # reading from a pipe would wait forever
         except OSError as error:

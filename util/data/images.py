@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from util.data.batch import Crops, Sample
 from util.data.broken_images import reason_of, too_many_broken
+from util.data.damage import BrokenImageError
 from util.data.decode import Record
 from util.data.labels import index_of
 from util.data.layout import ImageList
@@ -67,7 +68,11 @@ class Transform(Protocol):
         """Return what `__call__` takes; any exception means that the record is broken."""
 
     def __call__(self, image: object, *seed_parts: int | str) -> Crops:
-        """Return crops of an image; all randomness comes from the seed, see `fold_seed`."""
+        """Return crops of an image; all randomness comes from the seed, see `fold_seed`.
+
+        Raises:
+            BrokenImageError: a window of it cannot be read.
+        """
 
 
 class IndexedImages(Dataset):
@@ -247,9 +252,17 @@ class IndexedImages(Dataset):
             except Exception as error:  # decoders raise anything on broken files
                 broken.append((self.name(candidate), reason_of(error)))
                 continue
-            crops = self.transform(image, "augment", self.seed, epoch, index)
+            try:
+                crops = self.transform(image, "augment", self.seed, epoch, index)
+            except BrokenImageError as error:  # in a window, which is read only now
+                broken.append((self.name(candidate), reason_of(error)))
+                continue
             return Sample(crops, self._label_of(label), broken)
         raise too_many_broken(broken)
+
+    def name_at(self, key: tuple[int, int]) -> str:
+        """Return the name of the image that is read at (epoch, index)."""
+        return self.name((key[1] + len(self[key].broken)) % len(self))
 
     def _label_of(self, label: object) -> int | float | Tensor | None:
         """Return an image's label in the form that a batch of the task takes."""

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from faster_coco_eval.core import mask as rle
 from torch import Tensor
-from torchvision.transforms.v2 import functional as v2f
 
 from util.data.batch import Box
+from util.data.geometry import crop, in_type, mirror, pad, resize
 from util.seeding import fold_seed
 
 
@@ -28,15 +28,24 @@ class View(NamedTuple):
     """Of the square, in pixels."""
     vertical_flip: bool = False
 
-    def image(self, image: Tensor, fill: Sequence[float]) -> Tensor:
-        """Image uint8 (3, h, w) -> (3, side, side), with `fill` in [0, 1] outside."""
-        image = v2f.resized_crop(image, *self.box, list(self.size), antialias=True)
-        return self._place(image, [round(255 * value) for value in fill])
+    def image(
+        self,
+        image: Tensor,
+        fill: Sequence[float],
+        value_range: tuple[float, float] | None = None,
+    ) -> Tensor:
+        """Image (C, h, w) -> (C, side, side).
+
+        Args:
+            fill: color elsewhere, in [0, 1].
+            value_range: the values that are 0 and 1; None for those of the image's type.
+        """
+        shown = resize(crop(image, self.box), self.size)
+        return self._place(shown, in_type(fill, image.dtype, value_range))
 
     def mask(self, mask: dict) -> Tensor:
         """Compressed run lengths of an object -> its mask uint8 (side, side)."""
-        top, left, height, width = self.box
-        mask = torch.from_numpy(rle.decode(mask))[top : top + height, left : left + width]
+        mask = crop(torch.from_numpy(rle.decode(mask)), self.box)
         # Of a pixel's center, as for the image; "nearest" would take its corner.
         mask = F.interpolate(mask[None, None].contiguous(), self.size, mode="nearest-exact")
         return self._place(mask[0], [0])[0]
@@ -57,13 +66,9 @@ class View(NamedTuple):
             boxes = torch.stack((left, height - bottom, right, height - top), dim=1)
         return boxes
 
-    def _place(self, image: Tensor, fill: Sequence[int]) -> Tensor:
-        if self.flip:
-            image = image.flip(-1)
-        if self.vertical_flip:
-            image = image.flip(-2)
-        height, width = self.size
-        return v2f.pad(image, [0, 0, self.side - width, self.side - height], fill=list(fill))
+    def _place(self, image: Tensor, fill: Sequence[float]) -> Tensor:
+        image = mirror(image, horizontal=self.flip, vertical=self.vertical_flip)
+        return pad(image, (self.side, self.side), fill)
 
 
 @dataclass(frozen=True)

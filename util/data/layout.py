@@ -28,6 +28,7 @@ from util.data.folders import (
     words_of,
 )
 from util.errors import InputError, counted, first_few
+from util.normalization import RGB8, PixelFormat
 from util.settings.data import ClassFolder
 
 TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".mat", ".xml", ".xlsx")
@@ -240,6 +241,8 @@ class ImageList:
     """Sentences for the log."""
     ambiguity: str | None = None
     """Why the classes are not known for certain."""
+    pixels: PixelFormat = RGB8
+    """How the images are read."""
 
     def part(self, ids: Sequence[int], *, bare: bool) -> "ImageList":
         """Return some of the images.
@@ -251,7 +254,7 @@ class ImageList:
         labels = [self.labels[index] for index in ids]
         counts = Counter(path.rpartition("/")[0] for path in paths)
         if bare:
-            return ImageList(self.root, paths, labels, self.classes, counts)
+            return ImageList(self.root, paths, labels, self.classes, counts, pixels=self.pixels)
         return replace(self, paths=paths, labels=labels, num_images=counts)
 
     @property
@@ -346,9 +349,9 @@ def find_images(
     return found
 
 
-def images_below(folder: Path) -> list[Path]:
-    """List the images of a folder and those below it, sorted."""
-    found = walk(DiskTree(str(folder)), "")
+def images_below(folder: Path, *, arrays: bool = False) -> list[Path]:
+    """List the images of a folder and those below it, sorted; see `DiskTree`."""
+    found = walk(DiskTree(str(folder), arrays=arrays), "")
     return sorted(folder / path / name for path, listing, _ in found for name in listing.images)
 
 

@@ -25,6 +25,8 @@ from util.progress import with_progress
 from util.seeding import generator_for
 from util.settings.data import DataSettings
 
+MAX_VALUE_BYTES = 4  # of a pixel, in floating point
+
 logger = logging.getLogger(__name__)
 
 
@@ -59,7 +61,9 @@ def image_bytes(dataset: Dataset) -> int:
         return 0  # timm's, and those of detection and segmentation
     if getattr(transform, "decode", "cpu") != "cpu":
         return 0  # JPEG files
-    return 3 * math.prod(transform.size) * transform.num_crops
+    value_bytes = 1 if transform.pixels.is_rgb8 else MAX_VALUE_BYTES
+    values = transform.pixels.num_channels * math.prod(transform.size)
+    return values * value_bytes * transform.num_crops
 
 
 class StepLoader:
@@ -116,6 +120,19 @@ class StepLoader:
             for step in range(first_step, self.steps_per_epoch)
         )
 
+    def keys_in_step(self, epoch: int, step: int) -> list[list[tuple[int, int]]]:
+        """Return what this rank's micro-batches of a step are read by; none in a stream."""
+        self.sampler.set_position(epoch, step)
+        return list(itertools.islice(self.sampler, self.sampler.micro_batches_in_step(step)))
+
+    def read(self, keys: list[list[tuple[int, int]]]) -> list[Batch]:
+        """Read micro-batches in this process, apart from the steps of an epoch."""
+        return list(Batches(self.dataset, batch_sampler=keys))
+
+    def name(self, key: tuple[int, int]) -> str:
+        """Return the name of the file that is read by a key."""
+        return self.dataset.name_at(key)
+
 
 class StreamStepLoader(StepLoader):
     """Loads the micro-batches of each step from a stream; resumes only at the start of an epoch.
@@ -139,6 +156,10 @@ class StreamStepLoader(StepLoader):
         options = {"generator": generator_for("workers", self.sampler.seed, epoch, rank)}
         options["batch_size"] = self.sampler.batch_size
         return iter(Batches(self.dataset, **options, **self.workers))
+
+    def keys_in_step(self, epoch: int, step: int) -> list[list[tuple[int, int]]]:
+        """Return nothing: a stream cannot be read at a place."""
+        return []
 
 
 def build_train_loader(

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from util.data.decode import upright
-from util.data.folders import IMAGE_SUFFIXES
+from util.data.folders import ARRAY_SUFFIXES, IMAGE_SUFFIXES
 from util.data.layout import images_below
 from util.errors import InputError, counted
 from util.settings.segmentation import ADE20K_NAMES
@@ -30,8 +30,13 @@ class Pair(NamedTuple):
     mask: Path
 
 
-def list_images(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> dict[str, Path]:
+def list_images(
+    folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES, *, arrays: bool = False
+) -> dict[str, Path]:
     """Find a folder's images by their path without suffix, sorted.
+
+    Args:
+        arrays: whether arrays of NumPy are images.
 
     Raises:
         InputError: the folder is missing or empty, or two files differ only in their suffix.
@@ -39,7 +44,9 @@ def list_images(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> dict[
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give the folder of the images")
     found: dict[str, Path] = {}
-    paths = [path for path in images_below(folder) if path.suffix.lower() in suffixes]
+    suffixes = (*suffixes, *(ARRAY_SUFFIXES if arrays else ()))
+    files = images_below(folder, arrays=arrays)
+    paths = [path for path in files if path.suffix.lower() in suffixes]
     for path in sorted(paths, key=lambda path: (path.parent.parts, path.name)):
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name in found:
@@ -50,8 +57,11 @@ def list_images(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> dict[
     return found
 
 
-def list_pairs(root: Path, split: str) -> list[Pair]:
+def list_pairs(root: Path, split: str, *, arrays: bool = False) -> list[Pair]:
     """Find the images of a split and their masks: `images/SPLIT` and `annotations/SPLIT`.
+
+    Args:
+        arrays: whether arrays of NumPy are images.
 
     Raises:
         InputError: a folder is missing, or an image or a mask has no partner.
@@ -63,7 +73,7 @@ def list_pairs(root: Path, split: str) -> list[Pair]:
                 f"{folder} does not exist: --data_path needs images/{split} and "
                 f"annotations/{split} with masks of the same names"
             )
-    images = list_images(folders["images"])
+    images = list_images(folders["images"], arrays=arrays)
     masks = list_images(folders["annotations"], MASK_SUFFIXES)
     for what, partner, alone in (
         ("image", "mask", [path for name, path in images.items() if name not in masks]),

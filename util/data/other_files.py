@@ -6,7 +6,7 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from util.data.folders import IMAGE_SUFFIXES, is_image, sorted_naturally
+from util.data.folders import ARRAY_SUFFIXES, IMAGE_SUFFIXES, is_image, sorted_naturally
 from util.errors import counted, first_few
 
 ARCHIVES = (".zip", ".7z", ".rar", ".tgz", ".tbz", ".txz", ".gz", ".bz2", ".xz", ".zst", ".lz4")
@@ -28,7 +28,7 @@ def how_to_read_file(file: Path) -> str:
         return f"unpack it once ({command}) and give that folder instead"
     if suffix in TABLES:
         return f"if it lists images and their classes, give it by --data_csv {name}"
-    if is_image(file.name):
+    if is_image(file.name, arrays=True):
         return f"it is one image; give its folder, {shlex.quote(str(file.parent))}"
     return "give a folder or a .tar file that contains images"
 
@@ -41,6 +41,13 @@ def how_to_read_folder(folder: str, names: Sequence[str]) -> str:
     """
     names = sorted_naturally(names)
     there = f" (there are {first_few(names)})" if names else ""
+    arrays = [name for name in names if name.lower().endswith(ARRAY_SUFFIXES)]
+    packs = (".tar", *HUB_FILES, *ARCHIVES)
+    if arrays and not any(name.lower().endswith(packs) for name in names):
+        return (
+            f"{first_few(arrays)} {'is an array' if len(arrays) == 1 else 'are arrays'} of NumPy; "
+            "if these are images, give the number of their channels by --channels"
+        )
     if Path(folder).is_file():
         return f"give a .tar file that contains images{there}"
     archives = [name for name in names if name.lower().endswith(".tar")]
@@ -73,7 +80,9 @@ def _is_shard(archive: Path) -> bool:
             names = [member.name for member, _ in zip(tar, range(LOOKED_AT), strict=False)]
     except (tarfile.TarError, OSError):
         return False
-    return any(name.lower().endswith(SIDECARS) for name in names) and any(map(is_image, names))
+    return any(name.lower().endswith(SIDECARS) for name in names) and any(
+        is_image(name, arrays=True) for name in names
+    )
 
 
 def _brace_pattern(names: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from util.compute.distributed import all_gather_objects, broadcast_object, rank, world_size
+from util.data.arrays import has_further_pages
 from util.data.images import names_hash
 from util.data.layout import ImageList
 from util.data.sampler import evenly_spaced
@@ -113,11 +114,12 @@ def _notes(images: Images, listed: ImageList) -> list[str]:
     looked_at = [tiffs[i] for i in evenly_spaced(len(tiffs), MAX_TIFFS)]
     with_more = 0
     for index in looked_at:
-        file = Path(listed.root, listed.paths[index])
-        with_more += num_pages(file if file.is_file() else images.stored(index)[0]) > 1
+        path = Path(listed.root, listed.paths[index])
+        file = path if path.is_file() else images.stored(index)[0]
+        with_more += num_pages(file) > 1 and has_further_pages(file, listed.pixels)
     if with_more:
         text = counted(with_more, "TIFF file has", "TIFF files have")
-        text += " further pages, which are not read"
+        text += " further pages, which are not read (--channels N reads N as channels)"
         if len(looked_at) < len(tiffs):
             text += f" (of {len(looked_at)} of {len(tiffs)} looked at)"
         notes.append(text)

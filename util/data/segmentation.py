@@ -9,14 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from util.data.annotated import AnnotatedImages
-from util.data.batch import Normalization
+from util.data.annotated import AnnotatedImages, StoredImages
+from util.data.batch import Normalization, of_one_type
 from util.data.broken_images import reason_of
-from util.data.decode import read_pixels
+from util.data.colors import Colors, Earlier, choose_colors, new_run
 from util.data.joint_transforms import JointAugmentation, WholeImage, scaled_size
 from util.data.masks import LabelRule, Pair, list_pairs, read_class_names, read_mask
 from util.data.sampler import evenly_spaced
+from util.data.values import read_values
 from util.errors import InputError, counted
+from util.normalization import RGB8, PixelFormat
 from util.settings.segmentation import SegmentationSettings
 
 MAX_CLASSES = 2**15 - 1  # labels are int16
@@ -29,7 +31,7 @@ _logger = logging.getLogger(__name__)
 class SegmentationBatch(NamedTuple):
     """A micro-batch from a worker; of evaluation, one image or none."""
 
-    images: Tensor  # (B, 3, H, W), uint8
+    images: Tensor  # (B, C, H, W), of a type in TYPE_RANGES
     labels: Tensor  # (B, H, W), int16; UNLABELED where a pixel does not count
     broken: list[tuple[str, str]]  # (file name, reason), each time a broken pair was read
     normalization: Normalization
@@ -40,7 +42,7 @@ class SegmentationBatch(NamedTuple):
         return len(self.labels)
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return images (B, 3, H, W), normalized float32, and labels (B, H, W) on the device."""
+        """Return images (B, C, H, W), normalized float32, and labels (B, H, W) on the device."""
         images, labels = (x.to(device, non_blocking=True) for x in (self.images, self.labels))
         return self.normalization(images), labels.long()
 
@@ -50,7 +52,7 @@ class SegmentationImages(AnnotatedImages):
 
     Args:
         transform: JointAugmentation or WholeImage.
-        options: seed and replace_broken, see AnnotatedImages.
+        options: seed, replace_broken and pixels, see AnnotatedImages.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class SegmentationImages(AnnotatedImages):
         return str(self.pairs[index].image)
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """Read an image uint8 (3, h, w) and its labels (h, w).
+        """Read an image (C, h, w) and its labels (h, w).
 
         Raises:
             InputError: the mask has colors, or a label that is not a class.
@@ -79,7 +81,7 @@ class SegmentationImages(AnnotatedImages):
         """
         pair = self.pairs[index]
         with pair.image.open("rb") as file:
-            image = read_pixels(file)
+            image = read_values(file, self.pixels)
         try:
             values = read_mask(pair.mask)
         except InputError:
@@ -108,6 +110,7 @@ class SegmentationImages(AnnotatedImages):
     ) -> SegmentationBatch:
         """Stack images and labels."""
         images, labels = map(list, zip(*contents, strict=True)) if contents else ([], [])
+        images = of_one_type(images, self.normalization.value_range)
         stacked = (torch.stack(x) if x else torch.empty(0) for x in (images, labels))
         return SegmentationBatch(*stacked, broken, self.normalization)
 
@@ -182,29 +185,40 @@ def open_segmentation(
     settings: SegmentationSettings,
     *,
     crop_size: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
+    mean: Colors,
+    std: Colors,
+    pixels: PixelFormat = RGB8,
+    earlier: Earlier = new_run,
     seed: int,
 ) -> SegmentationData:
     """Open the images and masks of --data_path; validation images are those of its `val`.
 
+    Args:
+        pixels: how images are read.
+        earlier: see `choose_colors`.
+
     Raises:
-        InputError: see `list_pairs`, `open_classes` and `check_masks`.
+        InputError: see `list_pairs`, `open_classes`, `choose_colors` and `check_masks`.
     """
+    settings = settings.read_as(pixels)
     root, layout = settings.root, settings.layout
     classes = open_classes(settings)
     rule = label_rule(settings, classes)
+    pairs = list_pairs(root, layout.train, arrays=not pixels.is_rgb8)
+    files = StoredImages([pair.image for pair in pairs])
+    mean, std = choose_colors(files, mean, std, pixels=pixels, earlier=earlier)
+    normalization = Normalization(tuple(mean), tuple(std), pixels.value_range)
     augmentation = JointAugmentation(
         crop_size,
-        tuple(mean),
+        normalization.mean,
         layout.short_side,
         tuple(settings.scale),
         settings.photometric,
         settings.hflip,
         settings.vflip,
+        pixels.value_range,
     )
-    options = {"normalization": Normalization(tuple(mean), tuple(std)), "seed": seed}
-    pairs = list_pairs(root, layout.train)
+    options = {"normalization": normalization, "pixels": pixels, "seed": seed}
     train = SegmentationImages(pairs, rule, augmentation, replace_broken=True, **options)
     check_masks(train, classes)
     val = None
@@ -219,16 +233,22 @@ def open_validation(
     rule: LabelRule,
     *,
     normalization: Normalization,
+    pixels: PixelFormat = RGB8,
     seed: int = 0,
 ) -> SegmentationImages:
     """Open the validation images of --data_path.
 
+    Args:
+        pixels: how images are read.
+
     Raises:
         InputError: see `list_pairs`.
     """
-    pairs = list_pairs(settings.root, settings.layout.val)
+    pairs = list_pairs(settings.root, settings.layout.val, arrays=not pixels.is_rgb8)
     whole = WholeImage(settings.layout.short_side)
-    return SegmentationImages(pairs, rule, whole, normalization, seed=seed, replace_broken=False)
+    options = {"seed": seed, "replace_broken": False, "pixels": pixels}
+    options["show_channels"] = settings.show_channels
+    return SegmentationImages(pairs, rule, whole, normalization, **options)
 
 
 def label_rule(settings: SegmentationSettings, classes: Sequence[str]) -> LabelRule:

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from typing import NamedTuple
 
-from util.data.folders import IMAGE_SUFFIXES, is_hidden
+from util.data.folders import ARRAY_SUFFIXES, IMAGE_SUFFIXES, is_hidden
 from util.data.labels import index_of, read_labels
 from util.errors import first_few
 
 LABEL = "cls"
 MAX_BEFORE_PLAIN = 16  # files of a sample, before one with nothing but the sample's key
 PEEKED = 16  # samples
+FORMATS = (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES)
 ADVICE = f"write the index of each image's class, from 0, into KEY.{LABEL}"
 
 
@@ -26,9 +27,9 @@ class ShardSample(NamedTuple):
 
     @property
     def image(self) -> bytes | None:
-        """The encoded image: `KEY.jpg` before `KEY.seg.png`; None if there is none."""
-        images = [suffix for suffix in self.files if _format_of(suffix) in IMAGE_SUFFIXES]
-        order = {suffix: IMAGE_SUFFIXES.index(_format_of(suffix)) for suffix in images}
+        """The encoded image: `KEY.jpg` before `KEY.seg.png` and `KEY.npy`; None without one."""
+        images = [suffix for suffix in self.files if _format_of(suffix) in FORMATS]
+        order = {suffix: FORMATS.index(_format_of(suffix)) for suffix in images}
         first = min(images, key=lambda s: (s.count("."), order[s]), default=None)
         return None if first is None else self.files[first]
 

@@ -110,16 +110,17 @@ class StreamedImages(IterableDataset):
                 source = _read_shards(self.reader, parts, share, num_shares, broken)
             else:
                 source = (("", image, label) for image, label in self.reader)
+            seed_parts = ("augment", self.seed, self.epoch, share)
             for name, record, label in source:
                 try:
                     image = self.transform.read(record)
+                    crops = self.transform(image, *seed_parts, num_images)
                 except Exception as error:  # decoders raise anything on broken files
                     broken.append((name or self._name_of(record), reason_of(error)))
                     num_broken += 1
                     if num_broken == MAX_BROKEN_IN_A_ROW:
                         raise too_many_broken(broken) from error
                     continue
-                crops = self.transform(image, "augment", self.seed, self.epoch, share, num_images)
                 yield Sample(crops, index_of(label), broken.copy())
                 broken.clear()
                 num_broken, num_images = 0, num_images + 1

@@ -36,6 +36,7 @@ from util.data.labels import (
 )
 from util.data.sampler import evenly_spaced
 from util.errors import InputError, as_input_error, counted, first_few
+from util.normalization import RGB8, PixelFormat
 from util.settings.evaluation import TaskName
 
 JSON_LINES = (".jsonl", ".ndjson")
@@ -245,11 +246,13 @@ class TableSource:
         *,
         task: TaskName = "classification",
         classes: Sequence[str] | None = None,
+        pixels: PixelFormat = RGB8,
     ) -> "TableImages | None":
         """Open the images of a split.
 
         Args:
             classes: of the training images, whose labels these have; None to find them.
+            pixels: how images are read; arrays of NumPy are not images of 8-bit RGB.
 
         Returns:
             None if there are no validation images.
@@ -277,7 +280,7 @@ class TableSource:
         found = learn(self.table, rows_to_learn, task, classes, number_classes=number_classes)
         if found.unlabeled and task != "classification":
             raise InputError(found.unlabeled)
-        images = TableImages(self, rows, found, task)
+        images = TableImages(self, rows, found, task, arrays=not pixels.is_rgb8)
         images.num_held_out = sum(self._held_out) if self._holds_out else 0
         left = {role: len(own) for role, own in parts.items() if role not in splits}
         if left and (split == "train" or self.alone):
@@ -492,7 +495,13 @@ class TableImages(Dataset):
     """
 
     def __init__(
-        self, source: TableSource, rows: Sequence[Row], found: Learned, task: TaskName
+        self,
+        source: TableSource,
+        rows: Sequence[Row],
+        found: Learned,
+        task: TaskName,
+        *,
+        arrays: bool,
     ) -> None:
         folder = source.path.parent if source.folder is None else source.folder
         if not folder.is_dir():
@@ -500,7 +509,7 @@ class TableImages(Dataset):
         self.place = str(source.path)
         self.task = task
         self.names = [row.path for row in rows]
-        self.paths = find_files(folder, self.names)
+        self.paths = find_files(folder, self.names, arrays=arrays)
         self.labels = None if found.labels is None else found.labels[: len(rows)]
         self.classes, self.unlabeled = found.classes, found.unlabeled
         self.has_word_labels = found.has_words
@@ -554,8 +563,11 @@ class TableImages(Dataset):
         return Path(self.paths[index]).open("rb"), label
 
 
-def find_files(folder: Path, names: Sequence[str]) -> list[str]:
+def find_files(folder: Path, names: Sequence[str], *, arrays: bool) -> list[str]:
     """Return the paths of files; a name without an image's suffix stands for the one that has it.
+
+    Args:
+        arrays: whether arrays of NumPy are images.
 
     Raises:
         InputError: there are two such files.
@@ -566,11 +578,11 @@ def find_files(folder: Path, names: Sequence[str]) -> list[str]:
         path = os.path.normpath(os.path.join(folder, name))  # noqa: PTH118, pathlib is slow
         if "\\" in path and not os.path.exists(path):  # noqa: PTH110, as Windows writes it
             path = path.replace("\\", "/")
-        if is_image(name):
+        if is_image(name, arrays=arrays):
             return path
         parent, stem = os.path.split(path)
         if parent not in listings:
-            listings[parent] = _images_by_stem(Path(parent))
+            listings[parent] = _images_by_stem(Path(parent), arrays=arrays)
         found = listings[parent].get(stem, [])
         if len(found) > 1:
             raise InputError(
@@ -581,11 +593,12 @@ def find_files(folder: Path, names: Sequence[str]) -> list[str]:
     return [path_of(name) for name in names]
 
 
-def _images_by_stem(folder: Path) -> dict[str, list[str]]:
+def _images_by_stem(folder: Path, *, arrays: bool) -> dict[str, list[str]]:
     found = defaultdict(list)
     with suppress(OSError):  # missing files are found later
-        for name in filter(is_image, os.listdir(folder)):  # noqa: PTH208
-            found[os.path.splitext(name)[0]].append(name)  # noqa: PTH122
+        for name in os.listdir(folder):  # noqa: PTH208
+            if is_image(name, arrays=arrays):
+                found[os.path.splitext(name)[0]].append(name)  # noqa: PTH122
     return found
 
 

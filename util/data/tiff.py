@@ -1,7 +1,7 @@
 """The directories of a TIFF file, one per page, read without its pixels."""
 
 import io
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
@@ -103,6 +103,14 @@ def pages(file: BinaryIO) -> Iterator[Page]:
             entries[tag] = Entry(at, raw, kind, length, raw[4 + length_size :])
         next_position = table[table_size:]
         yield Page(file, order, position, count_size, entries, next_position)
+
+
+def are_complete(found: Sequence[Page]) -> bool:
+    """Whether the last page of those that `pages` found is the last one of the file.
+
+    It may not be if there are `MAX_PAGES`.
+    """
+    return len(found) == MAX_PAGES or not any(found[-1].next)
 
 
 def _read_at(file: BinaryIO, position: int, size: int) -> bytes:

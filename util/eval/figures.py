@@ -10,6 +10,7 @@ from torch import Tensor
 
 from util.compute.precision import Precision
 from util.data.batch import denormalize
+from util.eval.display import Display
 from util.eval.reconstructions import (
     MOMENTS_NOTE,
     blind_prediction,
@@ -142,17 +143,18 @@ def _wrap(text: str, width: int, font: ImageFont.ImageFont) -> list[str]:
     return lines
 
 
-def readable_name(model_name: str, epoch: int | None = None) -> str:
+def readable_name(model_name: str, epoch: int | None = None, *, at_start: str = "untrained") -> str:
     """Name of a model such as crossmae_vit_tiny_patch16, as a title shows it.
 
     Args:
         epoch: epochs of training; None if unknown.
+        at_start: what the model is before the first.
     """
     method, _, size = model_name.partition("_vit_")
     name = f"{METHODS.get(method, method)} ViT-{size.replace('_patch', '/')}"
     if epoch is None:
         return name
-    return f"{name}, epoch {epoch}" if epoch else f"{name}, untrained"
+    return f"{name}, epoch {epoch}" if epoch else f"{name}, {at_start}"
 
 
 def masked_share(split: TokenSplit) -> str:
@@ -175,6 +177,7 @@ def draw_reconstructions(
     std: Sequence[float],
     precision: Precision,
     name: str,
+    display: Display | None = None,
 ) -> np.ndarray:
     """Draw images, their visible patches, and these with the predictions for all others (Fig. 2).
 
@@ -183,6 +186,7 @@ def draw_reconstructions(
         images: (B, C, H, W), normalized by `mean` and `std`, on the model's device.
         split: predicts every masked patch.
         name: of the model; begins the title, which also has the PSNR of the masked patches.
+        display: None for 8-bit RGB.
 
     Returns:
         uint8 (height, width, 3).
@@ -202,9 +206,12 @@ def draw_reconstructions(
         f"{name}: {masked_share(split)}, their PSNR is {quality:.1f} dB{moments} "
         f"({flat}: {blind_quality:.1f} dB)"
     )
+    display = display or Display()
+    title += f"; {display.note}" if display.note else ""
     pixels = predicted_pixels(model, pred, images, split, colors)
     originals = denormalize(images, *colors)
+    rendering = display.of(originals)
     original, masked, _, result = reconstruction_panels(
-        originals, pixels, split, model.encoder.patch_size
+        rendering.images(originals), rendering.patches(pixels), split, model.encoder.patch_size
     )
     return draw_figure([original, masked, result], title=title)

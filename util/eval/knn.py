@@ -264,13 +264,16 @@ def measure_knn(
     return {f"knn{k}": percent for k, percent in accuracy.items()}
 
 
-def describe_knn(stats: Mapping[str, float], untrained: Mapping[str, float]) -> str:
+def describe_knn(
+    stats: Mapping[str, float], untrained: Mapping[str, float], *, at_start: str = "untrained"
+) -> str:
     """Describe the results of `measure_knn` with 20 neighbors for the log.
 
     Args:
         untrained: the results before training; without any if they are not known.
+        at_start: what the network before training is called.
     """
-    before = f"{untrained['knn20']:.1f}% (untrained) -> " if "knn20" in untrained else ""
+    before = f"{untrained['knn20']:.1f}% ({at_start}) -> " if "knn20" in untrained else ""
     return f"k-NN {before}{stats['knn20']:.1f}%"
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,9 +18,10 @@ from util.data.images import IndexedImages, Transform
 from util.data.loaders import Batches, show_progress
 from util.data.sampler import evenly_spaced
 from util.data.streams import StreamedImages
+from util.eval.display import Display, choose_display, is_deep
 from util.eval.figures import draw_reconstructions, readable_name
 from util.eval.knn import build_knn_loaders, measure_knn
-from util.eval.reconstructions import blind_prediction, patch_psnr
+from util.eval.reconstructions import Colors, blind_prediction, patch_psnr
 from util.masking import Masking, TokenSplit
 from util.seeding import generator_for
 from util.settings.data import DataSettings
@@ -117,6 +119,10 @@ class Monitor(NamedTuple):
     knn_loaders: tuple[Batches, Batches] | None
     shown: tuple[Tensor, TokenSplit] | None
     """Normalized images (N, C, H, W) on the device, and their masks."""
+    display: Display
+    """How they are shown."""
+    at_start: str = "untrained"
+    """What figures call the model before the first step."""
 
     @property
     def knn_every(self) -> int:
@@ -148,9 +154,11 @@ def open_monitor(
     *,
     model_name: str,
     masking: Masking,
+    colors: Colors,
     precision: Precision,
     batch_size: int,
     plain_transform: Transform,
+    at_start: str = "untrained",
 ) -> Monitor:
     """Choose the images for evaluation and figures.
 
@@ -158,13 +166,17 @@ def open_monitor(
         val_set: None without validation images. Figures then show training images, if these can
             be read by index.
         model_name: such as crossmae_vit_base_patch16, for the title of figures.
+        colors: mean and std of the images' channels.
         batch_size: per process, for k-NN.
         plain_transform: for training images in figures.
+        at_start: what the model before the first step is called in figures.
 
     Raises:
-        InputError: k-NN was requested, but the images do not allow it.
+        InputError: k-NN was requested, but the images do not allow it; there is no such channel
+            as those to show.
     """
     device = precision.device
+    display = choose_display(len(colors[0]), every.show_channels)
     knn_loaders = build_knn_loaders(
         train_set,
         val_set,
@@ -179,10 +191,11 @@ def open_monitor(
         shown_set = train_set.with_transform(plain_transform)
     if shown_set:
         ids = evenly_spaced(len(shown_set), NUM_SHOWN)
-        images, _ = collate([shown_set[0, i] for i in ids]).to(device)
-        shown = images, val_split(masking, ids, device)
-    settings = model_name, every, masking, data.mean, data.std, precision
-    return Monitor(*settings, val_loader, knn_loaders, shown)
+        batch = collate([shown_set[0, i] for i in ids])
+        display = replace(display, stretch=is_deep(batch))
+        shown = batch.to(device)[0], val_split(masking, ids, device)
+    settings = model_name, every, masking, *colors, precision
+    return Monitor(*settings, val_loader, knn_loaders, shown, display, at_start)
 
 
 def measure(
@@ -240,5 +253,6 @@ def draw(
         mean=monitor.mean,
         std=monitor.std,
         precision=monitor.precision,
-        name=readable_name(monitor.model_name, epoch),
+        name=readable_name(monitor.model_name, epoch, at_start=monitor.at_start),
+        display=monitor.display,
     )

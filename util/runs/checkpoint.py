@@ -81,7 +81,8 @@ class TrainState:
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
-        self.meters = EpochMeters(self.precision.device)
+        skips_steps = self.precision.scaler.is_enabled()
+        self.meters = EpochMeters(self.precision.device, skips_steps=skips_steps)
 
     def state_dict(self) -> dict:
         """Tensors and plain values for a checkpoint."""

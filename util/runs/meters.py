@@ -10,19 +10,25 @@ from util.errors import NonFiniteLossError
 
 
 class EpochMeters:
-    """Means over an epoch, accumulated on the device and read on the host only at log points."""
+    """Means over an epoch, accumulated on the device and read on the host only at log points.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        skips_steps: whether steps with an infinite gradient are skipped, by fp16 loss scaling;
+            else such a gradient ends the run, as does a loss that is not finite.
+    """
+
+    def __init__(self, device: torch.device, *, skips_steps: bool = False) -> None:
         # float64, so that a long epoch does not lose precision; MPS does not support it.
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.device = device
+        self.device, self.skips_steps = device, skips_steps
         self.reset()
 
     def reset(self) -> None:
         """Start a new epoch."""
         # Sums of loss and gradient norm, and the images in steps with a finite gradient.
         self.sums = torch.zeros(3, dtype=self.dtype, device=self.device)
-        self.first_bad_step = torch.full((1,), math.inf, dtype=self.dtype, device=self.device)
+        # The first steps whose loss, and whose gradient, were not finite
+        self.first_bad = torch.full((2,), math.inf, dtype=self.dtype, device=self.device)
         self.num_images = 0
         self.last_sums, self.last_num_images = [0.0, 0.0, 0.0], 0
 
@@ -35,13 +41,17 @@ class EpochMeters:
             num_images: over all processes.
             step: number in the run, counted from 0.
         """
-        # A step skipped by fp16 loss scaling has an infinite gradient.
         is_finite = grad_norm.isfinite()
         norm = torch.where(is_finite, grad_norm, 0.0)
         self.sums += torch.stack((loss, norm, is_finite.to(loss.dtype))) * num_images
         self.num_images += num_images
-        bad_step = torch.where(loss.isfinite(), math.inf, step)
-        self.first_bad_step = torch.minimum(self.first_bad_step, bad_step)
+        is_good = torch.stack((loss.isfinite(), is_finite | self.skips_steps))
+        self.first_bad = torch.minimum(self.first_bad, torch.where(is_good, math.inf, step))
+
+    @property
+    def found_bad(self) -> Tensor:
+        """1 from the first step on whose loss or gradient was not finite here, else 0, float32."""
+        return self.first_bad.isfinite().any().float()
 
     def read(self) -> dict[str, float]:
         """Return the mean loss and gradient norm since the last read.
@@ -51,16 +61,9 @@ class EpochMeters:
         Raises:
             NonFiniteLossError: on all processes at once.
         """
-        rows = all_gather(torch.cat((self.sums, self.first_bad_step)))
-        *sums, _ = rows.mean(dim=0).tolist()
-        bad_step, process = rows[:, -1].min(dim=0)
-        if bad_step < math.inf:
-            where = f" on process {process}" if len(rows) > 1 else ""
-            raise NonFiniteLossError(
-                f"the loss of step {int(bad_step) + 1} of the run is not finite{where}, and "
-                "nothing has been saved since: lower the learning rate or use --amp bf16 or fp32, "
-                "then continue from the last checkpoint"
-            )
+        rows = all_gather(torch.cat((self.sums, self.first_bad)))
+        raise_if_bad(rows[:, 3:])
+        *sums, _, _ = rows.mean(dim=0).tolist()
         window = [new - old for new, old in zip(sums, self.last_sums, strict=True)]
         num_images = self.num_images - self.last_num_images
         self.last_sums, self.last_num_images = sums, self.num_images
@@ -81,6 +84,26 @@ class EpochMeters:
         self.last_num_images = int(state["num_images"])
         self.sums += torch.tensor(self.last_sums, dtype=self.dtype, device=self.device)
         self.num_images = self.last_num_images
+
+
+def raise_if_bad(first_bad: Tensor) -> None:
+    """Raise NonFiniteLossError if a step was bad.
+
+    Args:
+        first_bad: (processes, 2), the first steps whose loss, and whose gradient, were not finite.
+    """
+    (in_loss, in_gradient), processes = (x.tolist() for x in first_bad.min(dim=0))
+    step, process = min(in_loss, in_gradient), processes[0]
+    if step == math.inf:
+        return
+    if in_gradient < in_loss:  # it is the sum of all processes' gradients
+        message = f"the gradient of step {int(step) + 1} of the run is not finite, but its loss is"
+    else:
+        where = f" on process {process}" if len(first_bad) > 1 else ""
+        message = f"the loss of step {int(step) + 1} of the run is not finite{where}"
+    raise NonFiniteLossError(
+        message, step=int(step), process=process, in_gradient=in_gradient < in_loss
+    )
 
 
 def mean_metrics(sums: list[float], num_images: int) -> dict[str, float]:

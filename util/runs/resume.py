@@ -3,8 +3,9 @@
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from util.compute.distributed import (
     all_gather_objects,
@@ -15,6 +16,7 @@ from util.compute.distributed import (
 from util.data.images import HELD_OUT, TRAINING_IMAGES
 from util.data.loaders import StepLoader
 from util.errors import InputError, counted
+from util.normalization import RGB8
 from util.runs.checkpoint import (
     CheckpointWriter,
     TrainState,
@@ -37,6 +39,7 @@ from util.weights.files import (
     read_weights_file,
     unknown_content,
 )
+from util.weights.metadata import check_pixels
 
 # Keys in the fixed settings.
 EFFECTIVE_BATCH = "effective batch size"
@@ -49,6 +52,9 @@ EMA_DECAY = "decay of the first steps with --ema"
 MAX_ITERS = "--max_iters"  # the length of runs that are measured in steps
 SOURCES = ("data_path", "val_path", "data_csv", "val_csv")  # settings of the data
 CLASSIFIERS = ("finetune", "linprobe")  # kinds of checkpoints that `read_encoder` reads
+DEAD_ENDS = ("segmentation", "detection")  # kinds of checkpoints that nothing starts from
+
+T = TypeVar("T")
 
 _logger = logging.getLogger(__name__)
 
@@ -107,11 +113,18 @@ class RunRecord(NamedTuple):
     """Epochs between evaluations, for the log; 0 for none."""
     notes: Mapping[str, str] | None = None
     """What the log says beside metrics, see `util.runs.rows.cells`."""
+    at_start: str = "untrained"
+    """What the log calls the network before the first step."""
 
     @property
     def in_steps(self) -> bool:
         """Whether the length of the run is a number of steps."""
         return self.length[0] == MAX_ITERS
+
+
+def start_flag(kind: str) -> str:
+    """Return the flag for weights that a new run of a kind starts from."""
+    return "--init_from" if kind == "pretrain" else "--finetune"
 
 
 @contextmanager
@@ -169,6 +182,7 @@ def open_run(
             evaluated_every=record.evaluated_every,
             in_steps=record.in_steps,
             notes=record.notes,
+            at_start=record.at_start,
         )
         yield checkpoints, run_log
         run_log.close()
@@ -237,6 +251,11 @@ class Origin(NamedTuple):
     is_gone: bool = False
     """Whether they were not found: the run's own checkpoint has all weights."""
 
+    @property
+    def at_start(self) -> str:
+        """What the log calls the network before the first step."""
+        return "untrained" if self.digest is None else "at the start"
+
 
 def start_or_continue(
     find_start: Callable[..., StartingPoint],
@@ -260,19 +279,10 @@ def start_or_continue(
         WeightsNotFoundError: the weights are gone, and the run has no checkpoint.
         InputError: see `find_start` and `read_resume`.
     """
-    start = missing = None
-    try:
-        start = find_start(finetune, **given)
-    except WeightsNotFoundError as error:
-        missing = error
-    missing = next(filter(None, all_gather_objects([missing])), None)
-    if missing is None:
-        return start, Origin(start.weights and start.weights.hash())
-    found = read_resume(run.folder, run.resume, kind, list_checkpoints(run.folder))
+    start, found = _read_unless_gone(partial(find_start, finetune, **given), run, kind)
     if found is None:
-        raise missing
+        return start, Origin(start.weights and start.weights.hash())
     path, checkpoint = found
-    _logger.info("%s; that is not needed: %s has all weights of this run", missing, path)
     with unknown_content(path):
         origin = Origin(checkpoint["identity"][WEIGHTS_HASH], is_gone=True)
         if kind in CLASSIFIERS:
@@ -280,8 +290,80 @@ def start_or_continue(
         known = {"model": checkpoint["model_name"]}
         known["img_size"] = checkpoint["model_options"]["img_size"]
         known |= {name: checkpoint[name] for name in ("mean", "std")}
+        trained_on = check_pixels(checkpoint, checkpoint["model_options"])
+        given["pixels"] = given.get("pixels", RGB8).or_those_of(trained_on)
         given = {name: known[name] if value is None else value for name, value in given.items()}
         return find_start(None, **given), origin
+
+
+def colors_of_run(run: RunSettings, kind: str) -> tuple[list[float], list[float]] | None:
+    """Return the mean and std of the run that will be continued; None for a new run.
+
+    Args:
+        kind: one of KINDS.
+
+    Raises:
+        InputError: see `read_resume`.
+    """
+    found = read_resume(run.folder, run.resume, kind, list_checkpoints(run.folder))
+    if found is None:
+        return None
+    path, checkpoint = found
+    with unknown_content(path):
+        return list(checkpoint["mean"]), list(checkpoint["std"])
+
+
+def init_or_continue(load: Callable[[str], str], run: RunSettings, kind: str) -> Origin:
+    """Load the weights of --init_from; if they are gone, the run's own checkpoint is enough.
+
+    Args:
+        load: loads the weights at a path or address into the model; returns their hash.
+        kind: one of KINDS.
+
+    Raises:
+        WeightsNotFoundError: the weights are gone, and the run has no checkpoint.
+        InputError: they are the run's own, or see `load` and `read_resume`.
+    """
+    if run.init_from is None:
+        return Origin(None)
+    path = Path(run.init_from)
+    if checkpoint_position(path) and path.resolve().parent == run.folder.resolve():
+        raise InputError(
+            f"--init_from {path} is a checkpoint of the run in --output_dir: leave --init_from out "
+            "to continue that run, or choose another --output_dir for a new one"
+        )
+    digest, found = _read_unless_gone(partial(load, run.init_from), run, kind)
+    if found is None:
+        return Origin(digest)
+    path, checkpoint = found
+    with unknown_content(path):
+        return Origin(checkpoint["identity"].get(WEIGHTS_HASH), is_gone=True)
+
+
+def _read_unless_gone(
+    read: Callable[[], T], run: RunSettings, kind: str
+) -> tuple[T | None, tuple[Path, dict] | None]:
+    """Call `read`; if the weights that it reads are gone on any process, read a checkpoint instead.
+
+    Returns:
+        What `read` returns and None; else None, and path and content of the run's checkpoint.
+
+    Raises:
+        WeightsNotFoundError: the weights are gone, and the run has no checkpoint.
+    """
+    result = missing = None
+    try:
+        result = read()
+    except WeightsNotFoundError as error:
+        missing = error
+    missing = next(filter(None, all_gather_objects([missing])), None)
+    if missing is None:
+        return result, None
+    found = read_resume(run.folder, run.resume, kind, list_checkpoints(run.folder))
+    if found is None:
+        raise missing
+    _logger.info("%s; that is not needed: %s has all weights of this run", missing, found[0])
+    return None, found
 
 
 def read_resume(
@@ -341,7 +423,26 @@ def _read_resume(
                 f"overwritten: move them away ({newer[0].name} and later), or choose another "
                 "--output_dir"
             )
-    return found or (path, read_checkpoint(path, kind))
+    return found or (path, _read_given(path, kind))
+
+
+def _read_given(path: Path, kind: str) -> dict:
+    """Read the checkpoint that --resume names.
+
+    Raises:
+        InputError: see `read_checkpoint`; of other weights, it says how to start a run from them.
+    """
+    content = read_weights_file(path)
+    try:
+        return check_format(content, path, kind)
+    except InputError as error:
+        other = str(content.get("format", ""))
+        if other.endswith((kind, *DEAD_ENDS)):  # of a newer version, or no plain encoder
+            raise
+        raise InputError(
+            f"{error}, so --resume cannot continue from it: start a new run from its weights with "
+            f"{start_flag(kind)}"
+        ) from error
 
 
 def continue_run(state: TrainState, path: Path, checkpoint: dict, record: RunRecord) -> None:
@@ -352,8 +453,9 @@ def continue_run(state: TrainState, path: Path, checkpoint: dict, record: RunRec
     """
     if "optimizer" not in checkpoint:
         raise InputError(
-            f"{path} contains only the weights of the best epoch, so training cannot continue "
-            "from it: resume another checkpoint, or start a new run from it with --finetune"
+            f"{path} contains only the weights, such as those of the best epoch, so training "
+            "cannot continue from it: resume another checkpoint, or start a new run from it with "
+            f"{start_flag(record.kind)}"
         )
     with unknown_content(path):
         check_same_run(checkpoint, record, path)
@@ -387,7 +489,7 @@ def check_same_run(checkpoint: dict, record: RunRecord, path: Path) -> None:
         checkpoint: has the settings of its run as `identity` (fixed) and `recipe` (may change).
 
     Raises:
-        InputError: fixed settings differ, or --epochs is lower than before.
+        InputError: fixed settings differ, or --epochs is lower than before and done already.
     """
     fixed, may_change, given = record.fixed, record.may_change, record.given
     known, before = (
@@ -400,6 +502,10 @@ def check_same_run(checkpoint: dict, record: RunRecord, path: Path) -> None:
         advice = "Use the same settings"
         if fixed.get(EFFECTIVE_BATCH) != size:
             advice += f" (--effective_batch_size {size} works with any number of processes)"
+        if fixed.get(WEIGHTS_HASH) != checkpoint["identity"].get(WEIGHTS_HASH):
+            args = checkpoint.get("args", {})
+            flag = next((name for name in ("init_from", "finetune") if args.get(name)), None)
+            advice += f" (it started with --{flag} {args[flag]})" if flag else ""
         held_out, number = fixed.get(HELD_OUT, 0), checkpoint["identity"].get(TRAINING_IMAGES)
         if held_out and number == fixed[TRAINING_IMAGES] + held_out:
             advice += " (--val_fraction 0 trains on all images, as before)"
@@ -414,19 +520,21 @@ def check_same_run(checkpoint: dict, record: RunRecord, path: Path) -> None:
     length, length_before, length_done = (
         per_epoch * number for number in (epochs, before["--epochs"], done)
     )
-    if length < length_before:
+    if length < length_before and epochs <= done:
         raise InputError(
-            f"{flag} {length} is below the {length_before} of the run that wrote {path}, "
-            f"{length_done} of them done: the schedule cannot be shortened, so start a new run in "
-            "another --output_dir"
+            f"{flag} {length} is below the {length_before} of the run that wrote {path}, of which "
+            f"{length_done} are done, so nothing would be left to train: give more, or start a new "
+            "run in another --output_dir"
         )
     if not is_main_process():
         return
-    if length > length_before:
+    if length != length_before:
+        is_longer = length > length_before
+        word, kind = ("increased", "longer") if is_longer else ("decreased", "shorter")
         _logger.warning(
-            "%s increased from %d to %d: from epoch %d on, the learning rate follows the longer "
-            "schedule, so the run differs from one started with %s %d",
-            *(flag, length_before, length, done + 1, flag, length),
+            "%s %s from %d to %d: from epoch %d on, the learning rate follows the %s schedule, so "
+            "the run differs from one started with %s %d",
+            *(flag, word, length_before, length, done + 1, kind, flag, length),
         )
     processes = may_change.get("processes")
     if before.get("processes") != processes:

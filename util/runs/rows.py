@@ -15,6 +15,7 @@ class Column(NamedTuple):
     """Word and metric."""
 
 
+UNTRAINED = "untrained"  # network before the first step
 LOSS = "{:.4f}"
 PERCENT = "{:5.1f}"
 # Metrics that are not named here are only in log.jsonl and TensorBoard.
@@ -30,15 +31,21 @@ COLUMNS = {
     "val_miou": Column("mIoU", PERCENT, "%"),
     "val_box_ap": Column("box AP", PERCENT),
     "val_mask_ap": Column("mask AP", PERCENT),
-    "knn20": Column("k-NN", PERCENT, "%", beside=("untrained", "untrained_knn20")),
+    "knn20": Column("k-NN", PERCENT, "%", beside=(UNTRAINED, "untrained_knn20")),
 }
 
 
-def cells(values: Mapping[str, float], notes: Mapping[str, str] | None = None) -> list[str]:
+def cells(
+    values: Mapping[str, float],
+    notes: Mapping[str, str] | None = None,
+    *,
+    at_start: str = UNTRAINED,
+) -> list[str]:
     """Return the text of each metric of an epoch that has a column, in the order of COLUMNS.
 
     Args:
         notes: metric -> what to know about its values, shown with each.
+        at_start: what the network before the first step is called.
     """
     found = []
     for name, column in COLUMNS.items():
@@ -48,6 +55,7 @@ def cells(values: Mapping[str, float], notes: Mapping[str, str] | None = None) -
         remarks = [notes[name]] if notes and name in notes else []
         if column.beside is not None and column.beside[1] in values:
             word, other = column.beside
+            word = at_start if word == UNTRAINED else word
             remarks.append(f"{word} {column.form.format(values[other]).strip()}")
         found.append(f"{text} ({'; '.join(remarks)})" if remarks else text)
     return found

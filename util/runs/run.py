@@ -32,6 +32,7 @@ from util.compute.watchdog import (
     stop_watchdog,
 )
 from util.compute.worker_deaths import dead_loader, end_loaders, kill_loaders
+from util.data.jpeg import CPU, decoder_on
 from util.errors import InputError, RunError, StoppedError, escaped
 from util.kernels import cpu_linear
 from util.runs.log_file import LineFormatter, LogFile, write_to_log_file
@@ -102,7 +103,7 @@ def versions() -> dict[str, str]:
     """Collect what a result depends on besides its arguments: commit, versions and kernels.
 
     Raises:
-        InputError: the environment requests an unknown kernel.
+        InputError: the environment requests an unknown kernel or decoder.
     """
     return {
         "commit": git_commit(),
@@ -112,6 +113,7 @@ def versions() -> dict[str, str]:
         "timm": timm.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_linear": cpu_linear(),
+        "jpeg_decoder": decoder_on(CPU).name,
     }
 
 
@@ -126,7 +128,8 @@ def start_run(
             is ended; None: no watchdog.
 
     Raises:
-        InputError: the device is not available, or the environment requests an unknown kernel.
+        InputError: the device is not available, or the environment requests an unknown kernel or
+            decoder.
     """
     chosen = init_distributed(
         device or ("cuda" if torch.cuda.is_available() else "cpu"), timeout_minutes=timeout_minutes
@@ -143,6 +146,7 @@ def start_run(
         torch.backends.cuda.enable_cudnn_sdp(False)
     if chosen.type == "cpu":
         cpu_linear()  # refuses an unknown kernel before anything is read
+    decoder_on(CPU)  # likewise an unknown decoder
     return chosen
 
 

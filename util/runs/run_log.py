@@ -21,7 +21,7 @@ from util.compute.distributed import is_main_process
 from util.errors import InputError, RunError, counted
 from util.progress import clock, on_terminal
 from util.runs.checkpoint import Progress
-from util.runs.rows import cells
+from util.runs.rows import UNTRAINED, cells
 from util.runs.run import write_json
 
 LOG_NAME = "log.jsonl"
@@ -151,7 +151,7 @@ class RunLog:
         unwritten: lines of `log.jsonl` that could not be written yet; checkpoints contain them.
         evaluated_every: epochs between evaluations, for the time left; 0 for none.
         in_steps: whether rows count steps, for runs whose epochs only say when they are evaluated.
-        notes: see `util.runs.rows.cells`.
+        notes, at_start: see `util.runs.rows.cells`.
 
     Attributes:
         untrained: metrics before the first step, if any were measured.
@@ -171,8 +171,9 @@ class RunLog:
         evaluated_every: int = 0,
         in_steps: bool = False,
         notes: Mapping[str, str] | None = None,
+        at_start: str = UNTRAINED,
     ) -> None:
-        self.unwritten, self.notes = unwritten, notes
+        self.unwritten, self.notes, self.at_start = unwritten, notes, at_start
         self.num_epochs, self.steps_per_epoch, self.device = num_epochs, steps_per_epoch, device
         self.output_dir, self.path = output_dir, output_dir / LOG_NAME
         self.bar, self.in_steps = None, in_steps
@@ -202,7 +203,7 @@ class RunLog:
         if values and is_main_process():
             self.untrained = values
             self._add_line(values, epoch=0, step=0)
-            self._show_row(values, epoch=0, step=0, remark="untrained")
+            self._show_row(values, epoch=0, step=0, remark=self.at_start)
 
     def start_epoch(self, epoch: int, step_in_epoch: int) -> None:
         """Open the progress bar of an epoch, counted from 0; a resumed epoch starts partway."""
@@ -373,7 +374,7 @@ class RunLog:
         self, values: Mapping[str, float], *, epoch: int, step: int, remark: str = ""
     ) -> None:
         """Log the row of an epoch; its last column is the time since this start."""
-        texts = cells(values, self.notes)
+        texts = cells(values, self.notes, at_start=self.at_start)
         self.last_line = time.monotonic()
         elapsed = clock(self.last_line - self.start_time)
         row = [self._place(epoch, step), *filter(None, [remark]), *texts, elapsed]

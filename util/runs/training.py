@@ -1,21 +1,27 @@
 """Training steps for every engine: gradient accumulation, resume, log points and saves."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from util.compute.contention import contention_watch
-from util.compute.distributed import gradient_sync, rank, world_size
+from util.compute.distributed import all_gather_objects, gradient_sync, rank, world_size
+from util.compute.precision import Precision
 from util.compute.signals import defer_signals, stop_signal
 from util.compute.watchdog import enter_step
 from util.data.batch import Batch
 from util.data.loaders import StepLoader
+from util.errors import NonFiniteLossError
 from util.optim import set_lr
 from util.runs.checkpoint import CheckpointWriter, TrainState
+from util.runs.nonfinite import CauseSearch
 from util.runs.run_log import RunLog, TimedIterator
+
+_logger = logging.getLogger(__name__)
 
 
 class Step:
@@ -38,13 +44,14 @@ class Step:
         state: TrainState,
         batches: Sequence[Batch],
         *,
+        number: int,
         num_images: int,
         num_crops: int,
         device: torch.device,
         run_log: RunLog,
     ) -> None:
         self.model, self.state, self.batches, self.run_log = model, state, batches, run_log
-        self.num_images, self.number = num_images, state.progress.step
+        self.number, self.num_images, self.num_crops = number, num_images, num_crops
         self.own_images = num_crops * len(range(rank(), num_images // num_crops, world_size()))
         self.loss = torch.zeros((), device=device)
         self.weight = 0.0  # of the current micro-batch
@@ -79,6 +86,84 @@ class Step:
         loss = loss * self.weight
         self.state.precision.backward(loss)
         self.loss += loss.detach()
+
+
+class RepeatedStep(Step):
+    """A step computed once more, forward only, to find what is not finite in it.
+
+    Weights are those that it was computed with, because none are updated from a bad step on
+    (`Precision.update` has the exceptions), and its number draws the same masks and noise.
+
+    Args:
+        last: the step before the log point.
+        batches: of the repeated step.
+        changed: its number and num_images.
+    """
+
+    def __init__(self, last: Step, batches: Sequence[Batch], **changed: int) -> None:
+        same = {"num_crops": last.num_crops, "device": last.loss.device, "run_log": last.run_log}
+        super().__init__(last.model, last.state, batches, **same, **changed)
+        self.search = CauseSearch(last.state.model, last.num_crops)
+
+    def micro_batches(self) -> Iterator[tuple[Batch, slice]]:
+        """Yield each micro-batch, and watch the model until the next."""
+        for batch, rows in super().micro_batches():
+            with self.search.micro_batch(batch.num_images):
+                yield batch, rows
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Context for a forward pass, without gradients and compiled code."""
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), super().autocast():
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Check the loss of the current micro-batch instead."""
+        self.search.check_loss(loss)
+
+
+def explain(error: NonFiniteLossError, last: Step, loader: StepLoader) -> Iterator[Step]:
+    """Yield the bad step once more, then raise the error with its cause.
+
+    All processes take part, because sharded models need them all. A stream cannot be read again, so
+    the last step is repeated instead, whose images may be innocent.
+
+    Args:
+        last: the step before the log point.
+    """
+    progress, advice = last.state.progress, lower_rate(last.state.precision)
+    cause = ""
+    if not error.in_gradient:
+        _logger.warning("%s: it is computed once more to find the cause", error)
+        step_in_epoch = progress.step_in_epoch - 1 - (last.number - error.step)
+        keys = loader.keys_in_step(progress.epoch, step_in_epoch)
+        if keys:
+            own = {"number": error.step, "num_images": loader.images_in_step(step_in_epoch)}
+            step = RepeatedStep(last, loader.read(keys), **own)
+        else:
+            own = {"number": last.number, "num_images": last.num_images}
+            step = RepeatedStep(last, last.batches, **own)
+        yield step
+        name_of = (lambda number, image: loader.name(keys[number][image])) if keys else None
+        found = (step.search.describe(name_of), step.search.blames_images)
+        found, blames_images = all_gather_objects([found])[error.process]
+        replaced = f" of step {step.number + 1}, since a stream cannot be read again"
+        cause = f": {found}{replaced if step.number != error.step else ''}"
+        if blames_images:
+            advice = f"look at these images, or {advice}"
+    raise NonFiniteLossError(
+        f"{error}{cause}; nothing has been saved since, so {advice}, then continue from the last "
+        "checkpoint",
+        **vars(error),
+    ) from error
+
+
+def lower_rate(precision: Precision) -> str:
+    """Advice against values that grow too large."""
+    if precision.amp == "fp16":
+        return "lower the learning rate or use --amp bf16 or fp32"
+    clip = "use --clip_grad 1" if precision.clip_grad is None else "lower --clip_grad"
+    return f"lower the learning rate or {clip}"
 
 
 def training_steps(
@@ -125,6 +210,7 @@ def training_steps(
             model,
             state,
             batches,
+            number=progress.step,
             num_images=num_images,
             num_crops=loader.num_crops,
             device=device,
@@ -132,13 +218,15 @@ def training_steps(
         )
         yield step
 
-        grad_norm = precision.step(state.optimizer, model)
-        state.optimizer.zero_grad(set_to_none=True)
-        if state.ema is not None:
-            state.ema.update(state.model, step=progress.step + 1)
+        grad_norm = precision.clip(state.optimizer, model)
         meters.update(
             loss=step.loss, grad_norm=grad_norm, num_images=num_images, step=progress.step
         )
+        # From a bad step on, the weights stay what it was computed with, see `RepeatedStep`.
+        precision.update(state.optimizer, skip=meters.found_bad)
+        state.optimizer.zero_grad(set_to_none=True)
+        if state.ema is not None:
+            state.ema.update(state.model, step=progress.step + 1)
         contention.end_step()
         progress.step += 1
         progress.step_in_epoch += 1
@@ -150,7 +238,10 @@ def training_steps(
         is_log_point = end_of_epoch or progress.step_in_epoch % log_every == 0 or stops
         run_log.end_step(progress.step, epoch=progress.epoch, is_log_point=is_log_point)
         if is_log_point:
-            stats = meters.read()  # the host waits for the device only here
+            try:
+                stats = meters.read()  # the host waits for the device only here
+            except NonFiniteLossError as error:
+                yield from explain(error, step, loader)  # and raise it
             state.broken.check()
             run_log.log_step(
                 progress.step,

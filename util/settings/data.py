@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -16,7 +16,7 @@ from util.arguments import (
 )
 from util.errors import InputError
 from util.machine import default_workers
-from util.normalization import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, check_scale
+from util.normalization import AXES, PixelFormat, check_scale
 
 ClassFolder = Literal["auto", "first", "last"]
 CLASS_FOLDERS = get_args(ClassFolder)
@@ -26,6 +26,7 @@ USUAL_FRACTION = 0.01  # of the images, held out for validation in pre-training
 LEAST_HELD_OUT, MOST_HELD_OUT = 8, 500  # images, but never more than a tenth
 MIN_CROP_PCT = 0.1  # below it, a resized image takes more than 100 times a crop's memory
 
+AUTO = "auto"  # to measure a mean and std
 PACKED_INDEX = "packed.json"  # file that makes a folder one of packed images
 
 
@@ -52,8 +53,15 @@ class DataSettings:
     """Which folder of an image's path is its class, see `util.data.layout.name_classes`."""
     input_size: list[int] | None = None
     """One side, or height and width. If None, it is that of the weights; so are mean and std."""
-    mean: list[float] | None = None
-    std: list[float] | None = None
+    channels: int | None = None
+    value_range: list[float] | None = None
+    axes: str | None = None
+    """These three are the images' format, see `pixels`."""
+    mean: list[float] | str | None = None
+    std: list[float] | str | None = None
+    """"auto" to measure it on the training images."""
+    tile: int | None = None
+    """Side of the windows that are read instead of whole images, in pixels."""
     crop_pct: float | None = None
     """Side of the crop over the side of a resized validation image; None is MAE's default."""
     max_broken: float = 0.01
@@ -62,7 +70,7 @@ class DataSettings:
     def __post_init__(self) -> None:
         if self.input_size and len(self.input_size) > 2:
             raise InputError("--input_size takes one side, or a height and a width")
-        check_colors(self.mean, self.std)
+        check_pixel_flags(self.pixels, self.mean, self.std)
         if self.data_csv:
             has_folders = self.val_path and not self.val_csv
             further = {
@@ -77,6 +85,22 @@ class DataSettings:
         if self.val_fraction and (self.val_csv or self.val_path):
             flag = "--val_csv" if self.val_csv else "--val_path"
             raise InputError(f"{flag} gives the validation images: leave --val_fraction out")
+
+    @property
+    def pixels(self) -> PixelFormat:
+        """How images are read, as far as the flags say it."""
+        return pixel_format(self.channels, self.value_range, self.axes)
+
+    @property
+    def input_form(self) -> dict[str, object]:
+        """What the flags say of a model's input, as arguments of `models.starting_point`."""
+        colors = {"mean": self.mean, "std": self.std, "pixels": self.pixels}
+        return {"img_size": self.input_size, **colors}
+
+    def read_as(self, pixels: PixelFormat) -> "DataSettings":
+        """Return these settings for images of another format, such as that of the weights."""
+        value_range = None if pixels.value_range is None else list(pixels.value_range)
+        return replace(self, channels=pixels.channels, value_range=value_range, axes=pixels.axes)
 
     @property
     def name(self) -> str:
@@ -98,11 +122,38 @@ def kind_of(path: str | Path | None) -> str:
     return "packed" if path and holds_packed(path) else "folder"
 
 
-def check_colors(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-    """Raise InputError for a --std that is not above 0, or values of pixels from 0 to 255."""
+def pixel_format(
+    channels: int | None, value_range: Sequence[float] | None, axes: str | None = None
+) -> PixelFormat:
+    """Return the format that flags or a checkpoint describe."""
+    return PixelFormat(channels, None if value_range is None else tuple(value_range), axes)
+
+
+def check_pixel_flags(
+    pixels: PixelFormat, mean: Sequence[float] | str | None, std: Sequence[float] | str | None
+) -> None:
+    """Check the flags of the images' format and colors.
+
+    Raises:
+        InputError: the range is empty, only one of mean and std is measured, a std is not above 0,
+            or values of 8-bit RGB are those of pixels from 0 to 255.
+    """
+    low, high = pixels.value_range or (0, 1)
+    if not low < high:
+        raise InputError(
+            "--value_range takes the value that becomes 0 and then the one that becomes 1, such as "
+            f"0 4095, not {low:g} {high:g}"
+        )
+    if AUTO in (mean, std):
+        if mean != std:
+            raise InputError(
+                "--mean and --std are measured together: give auto for both, or numbers"
+            )
+        return
     if std and min(std) <= 0:
         raise InputError(f"--std must be above 0 in every channel, not {std}")
-    check_scale(mean, std)
+    if pixels.is_rgb8:
+        check_scale(mean, std)
 
 
 def crop_pct(text: str) -> float:
@@ -158,7 +209,9 @@ def add_data_args(
         help="side of the square input, or height and width "
         f"({inherited}{input_size or 'the default of the model'})",
     )
+    add_pixel_args(group, inherited=inherited)
     add_color_args(group, inherited=inherited)
+    add_tile_arg(group)
     if input_size is None:
         add_crop_pct_arg(group)
     add_reading_args(group)
@@ -218,17 +271,79 @@ def add_class_folder_arg(group: argparse._ActionsContainer) -> None:
     )
 
 
-def add_color_args(group: argparse._ArgumentGroup, *, inherited: str) -> None:
+class _Numbers(argparse.Action):
+    """Stores a number for each channel, or the word "auto"."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: list[float | str],
+        option_string: str | None = None,
+    ) -> None:
+        if AUTO in values and len(values) > 1:
+            parser.error(f"{option_string} takes auto alone, or a number for each channel")
+        setattr(namespace, self.dest, AUTO if AUTO in values else values)
+
+
+def number_or_auto(text: str) -> float | str:
+    """Parse a finite number, or the word "auto"."""
+    return AUTO if text == AUTO else finite_float(text)
+
+
+def add_color_args(group: argparse._ActionsContainer, *, inherited: str) -> None:
     """Add the flags for mean and std; `inherited` says where defaults come from, if not fixed."""
-    for name, imagenet in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
+    for name in ("mean", "std"):
         group.add_argument(
             f"--{name}",
-            type=finite_float,
-            nargs=3,
-            metavar=("R", "G", "B"),
-            default=None if inherited else list(imagenet),
-            help=f"{name} of the channels, on the [0, 1] scale ({inherited}ImageNet's)",
+            action=_Numbers,
+            type=number_or_auto,
+            nargs="+",
+            metavar="X",
+            help=f"{name} of each channel, on the [0, 1] scale; auto measures it on a sample of "
+            f"the training images ({inherited}ImageNet's for three channels, else auto)",
         )
+
+
+def add_pixel_args(group: argparse._ActionsContainer, *, inherited: str = "") -> None:
+    """Add the flags of `PixelFormat`; `inherited` says where defaults come from."""
+    group.add_argument(
+        "--channels",
+        type=positive_int,
+        metavar="N",
+        help="read N channels of the files as they are, in their own type: 8 or 16 bits, floating "
+        f"point, TIFF with many bands, .npy and .npz ({inherited}any image becomes 8-bit RGB)",
+    )
+    group.add_argument(
+        "--value_range",
+        type=finite_float,
+        nargs=2,
+        metavar=("LO", "HI"),
+        help="values that become 0 and 1, such as 0 4095 for 12 bits in 16-bit files "
+        f"({inherited}those of the files' type; 0 1 in floating point)",
+    )
+    add_axes_arg(group)
+
+
+def add_axes_arg(group: argparse._ActionsContainer) -> None:
+    """Add the flag for the order of an array's axes."""
+    group.add_argument(
+        "--axes",
+        choices=AXES,
+        help="order of an array's axes: height, width, channels or channels, height, width "
+        "(by its shape)",
+    )
+
+
+def add_tile_arg(group: argparse._ActionsContainer, *, inherited: str = "") -> None:
+    """Add the flag for windows of large images; `inherited` says where the default comes from."""
+    group.add_argument(
+        "--tile",
+        type=positive_int,
+        metavar="PX",
+        help="read a window of PX x PX pixels of each larger image, at random in training and from "
+        f"the center in evaluation, instead of shrinking the image ({inherited}the whole image)",
+    )
 
 
 def add_reading_args(group: argparse._ArgumentGroup) -> None:

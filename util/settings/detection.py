@@ -6,7 +6,16 @@ from pathlib import Path
 
 from util.arguments import positive_float, positive_int
 from util.errors import InputError
-from util.settings.data import add_color_args, add_flip_args, add_reading_args, check_colors
+from util.normalization import PixelFormat
+from util.settings.data import (
+    add_color_args,
+    add_flip_args,
+    add_pixel_args,
+    add_reading_args,
+    check_pixel_flags,
+    pixel_format,
+)
+from util.settings.evaluation import add_show_channels_arg, check_show_channels
 
 MIN_SCORE = 0.5  # of what pictures show
 SPLITS = {"train": ("train2017", "train"), "val": ("val2017", "val")}
@@ -30,18 +39,31 @@ class DetectionSettings:
     aug: bool = True
     hflip: float = 0.5
     vflip: float = 0.0
-    mean: list[float] | None = None
-    std: list[float] | None = None
+    channels: int | None = None
+    value_range: list[float] | None = None
+    axes: str | None = None
+    """These three are the images' format, see `pixels`."""
+    mean: list[float] | str | None = None
+    std: list[float] | str | None = None
+    """"auto" to measure it on the training images."""
+    show_channels: list[int] | None = None
+    """In pictures, numbered from 1."""
     max_broken: float = 0.01
     num_workers: int = 0
 
     def __post_init__(self) -> None:
-        check_colors(self.mean, self.std)
+        check_pixel_flags(self.pixels, self.mean, self.std)
+        check_show_channels(self.show_channels)
         if self.lsj_scale[0] > self.lsj_scale[1]:
             raise InputError(f"--lsj_scale takes the smaller factor first, not {self.lsj_scale}")
         for split in SPLITS:
             if getattr(self, f"{split}_images") and not getattr(self, f"{split}_ann"):
                 raise InputError(f"--{split}_images needs --{split}_ann")
+
+    @property
+    def pixels(self) -> PixelFormat:
+        """How images are read, as far as the flags say it."""
+        return pixel_format(self.channels, self.value_range, self.axes)
 
     def recipe(self) -> dict[str, object]:
         """What has to stay the same within a run, besides the images."""
@@ -129,5 +151,8 @@ def add_detection_data_args(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="neither jitter nor flip training images, but fit them into INPUT_SIZE (jitter)",
     )
-    add_color_args(group, inherited="from --finetune's file, else ")
+    inherited = "from --finetune's file, else "
+    add_pixel_args(group, inherited=inherited)
+    add_color_args(group, inherited=inherited)
+    add_show_channels_arg(group)
     add_reading_args(group)

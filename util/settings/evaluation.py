@@ -1,6 +1,7 @@
 """Settings and flags of evaluation: during pre-training, of a task, and of whole images."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -12,7 +13,11 @@ KNN_EVERY = 20  # epochs
 
 @dataclass(frozen=True)
 class MonitorSettings:
-    """Epochs between measurements; see the flags."""
+    """Epochs between measurements, and what pictures show; see the flags.
+
+    Raises:
+        InputError: see `check_show_channels`.
+    """
 
     eval_every: int = 20
     knn_every: int | None = None
@@ -20,6 +25,10 @@ class MonitorSettings:
     knn_images: int = 50_000
     visualize_every: int | None = None
     """None: after 0, 1, 2, 5, 10, 20, 50, ... epochs."""
+    show_channels: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        check_show_channels(self.show_channels)
 
 
 def add_monitor_args(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +61,25 @@ def add_monitor_args(parser: argparse.ArgumentParser) -> None:
         help="draw reconstructions every N epochs, and after the last (after 0, 1, 2, 5, 10, 20, "
         "50, ... epochs, and the last)",
     )
+    add_show_channels_arg(group)
+
+
+def add_show_channels_arg(group: argparse._ActionsContainer) -> None:
+    """Add the flag for what pictures show of images with any number of channels."""
+    group.add_argument(
+        "--show_channels",
+        type=positive_int,
+        nargs="+",
+        metavar="N",
+        help="channels that pictures show, numbered from 1: one in gray, or three as red, green "
+        "and blue (the first three)",
+    )
+
+
+def check_show_channels(numbers: Sequence[int] | None) -> None:
+    """Raise InputError unless one or three channels are shown."""
+    if numbers is not None and len(numbers) not in (1, 3):
+        raise InputError("--show_channels takes one channel, for gray, or three, for colors")
 
 
 MODES = ("slide", "whole")

@@ -148,6 +148,7 @@ class HeadSettings:
     def recipe(self, options: dict[str, object]) -> dict[str, object]:
         """Name `options` and the weight of the auxiliary loss as the flags are."""
         names = {"img_size": "--crop_size", "num_classes": "number of classes"}
+        names["in_chans"] = "--channels"
         recipe = {names.get(name, f"--{name}"): value for name, value in options.items()}
         return recipe | ({"--aux_weight": self.auxiliary} if self.head == "upernet" else {})
 
@@ -192,6 +193,7 @@ class DetectorSettings:
             "num_classes": "number of classes",
             "rel_pos": "relative positions",
             "masks": "masks",
+            "in_chans": "--channels",
         }
         return {names.get(name, f"--{name}"): value for name, value in options.items()}
 

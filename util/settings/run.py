@@ -5,13 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from util.arguments import natural_float, natural_int, positive_float, positive_int, seed_number
+from util.errors import InputError
 
 TIMEOUT_MINUTES = 30.0  # default for how long processes wait for each other
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Settings for device, output, resume and logging of a run; see the flags."""
+    """Settings for device, output, resume and logging of a run; see the flags.
+
+    Raises:
+        InputError: two settings say where to begin.
+    """
 
     output_dir: str
     log_dir: str | None
@@ -23,6 +28,13 @@ class RunSettings:
     keep_last: int
     log_every: int
     timeout_minutes: float
+    init_from: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.init_from and self.resume not in ("auto", "none"):
+            raise InputError(
+                "--init_from starts a new run and --resume PATH continues one: leave one out"
+            )
 
     @property
     def folder(self) -> Path:
@@ -36,8 +48,14 @@ class RunSettings:
         return Path(self.log_dir or (older if older.is_dir() else self.folder))
 
 
-def add_run_args(parser: argparse.ArgumentParser, *, output_dir: str, save_every: int = 20) -> None:
-    """Add the flags of RunSettings."""
+def add_run_args(
+    parser: argparse.ArgumentParser,
+    *,
+    output_dir: str,
+    save_every: int = 20,
+    has_init_from: bool = False,
+) -> None:
+    """Add the flags of RunSettings; `has_init_from` adds that of pre-training, too."""
     group = parser.add_argument_group("run")
     group.add_argument(
         "--output_dir",
@@ -49,6 +67,15 @@ def add_run_args(parser: argparse.ArgumentParser, *, output_dir: str, save_every
     group.add_argument(
         "--seed", type=seed_number, default=0, help="seed of all random numbers (%(default)s)"
     )
+    if has_init_from:
+        group.add_argument(
+            "--init_from",
+            metavar="PATH",
+            help="weights that a new run starts from, with the decoder if it has the same layers: "
+            "a pre-training checkpoint of this project or of the released CrossMAE or MAE code, or "
+            "any encoder that main_finetune.py takes; a path, hf-hub:OWNER/NAME, or an https:// "
+            "address (none: random weights)",
+        )
     group.add_argument(
         "--resume",
         default="auto",

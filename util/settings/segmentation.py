@@ -7,7 +7,16 @@ from typing import NamedTuple
 
 from util.arguments import integer, positive_float, positive_int
 from util.errors import InputError
-from util.settings.data import add_color_args, add_flip_args, add_reading_args, check_colors
+from util.normalization import PixelFormat
+from util.settings.data import (
+    add_color_args,
+    add_flip_args,
+    add_pixel_args,
+    add_reading_args,
+    check_pixel_flags,
+    pixel_format,
+)
+from util.settings.evaluation import add_show_channels_arg, check_show_channels
 
 ADE20K_NAMES = "objectInfo150.txt"
 
@@ -58,20 +67,48 @@ class SegmentationSettings:
     reduce_zero_label: bool | None = None
     short_side: int | None = None
     scale: tuple[float, float] = (0.5, 2.0)
-    photometric: bool = True
+    photometric: bool | None = None
+    """None: for 8-bit RGB alone, see `read_as`."""
     hflip: float = 0.5
     vflip: float = 0.0
-    mean: list[float] | None = None
-    std: list[float] | None = None
+    channels: int | None = None
+    value_range: list[float] | None = None
+    axes: str | None = None
+    """These three are the images' format, see `pixels`."""
+    mean: list[float] | str | None = None
+    std: list[float] | str | None = None
+    """"auto" to measure it on the training images."""
+    show_channels: list[int] | None = None
+    """In pictures, numbered from 1."""
     max_broken: float = 0.01
     num_workers: int = 0
     defaults: Layout | None = None
     """Of the layout; None: those of `dataset`."""
 
     def __post_init__(self) -> None:
-        check_colors(self.mean, self.std)
+        check_pixel_flags(self.pixels, self.mean, self.std)
+        check_show_channels(self.show_channels)
         if self.scale[0] > self.scale[1]:
             raise InputError(f"--scale takes the smaller factor first, not {self.scale}")
+
+    @property
+    def pixels(self) -> PixelFormat:
+        """How images are read, as far as the flags say it."""
+        return pixel_format(self.channels, self.value_range, self.axes)
+
+    def read_as(self, pixels: PixelFormat) -> "SegmentationSettings":
+        """Return these settings for images of a format, such as that of the weights.
+
+        Raises:
+            InputError: colors shall vary that are not 8-bit RGB.
+        """
+        if self.photometric and not pixels.is_rgb8:
+            raise InputError(
+                "--photometric changes colors, which needs 8-bit RGB images, not those of "
+                "--channels or --value_range: leave it out"
+            )
+        photometric = pixels.is_rgb8 if self.photometric is None else self.photometric
+        return replace(self, photometric=photometric)
 
     def recipe(self) -> dict[str, object]:
         """What has to stay the same within a run, besides the images."""
@@ -167,9 +204,11 @@ def add_segmentation_data_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--photometric",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="vary brightness, contrast, saturation and hue in training (on)",
+        help="vary brightness, contrast, saturation and hue in training (on for 8-bit RGB images)",
     )
     add_flip_args(group)
-    add_color_args(group, inherited="from --finetune's file, else ")
+    inherited = "from --finetune's file, else "
+    add_pixel_args(group, inherited=inherited)
+    add_color_args(group, inherited=inherited)
+    add_show_channels_arg(group)
     add_reading_args(group)

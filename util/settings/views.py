@@ -67,6 +67,11 @@ class AugmentSettings:
     remode: str = "pixel"
     recount: int = 1
 
+    @property
+    def changes_colors(self) -> bool:
+        """Whether images have to be 8-bit RGB."""
+        return self.auto_augment != "none" or bool(self.color_jitter)
+
     def __post_init__(self) -> None:
         if self.auto_augment != "none" and not re.fullmatch(AUTO_AUGMENT, self.auto_augment):
             raise InputError(

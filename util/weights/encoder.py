@@ -15,14 +15,23 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from util.errors import InputError, counted, first_few
-from util.normalization import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from util.normalization import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    RGB8,
+    PixelFormat,
+    check_counts,
+)
 from util.progress import waiting
+from util.settings.data import AUTO
+from util.weights.channels import adapt_embedding
 from util.weights.files import save_safetensors, unknown_content
 from util.weights.locations import read_weights
 from util.weights.metadata import (
     ENCODER_FORMAT,
     check_mean_std,
     check_metadata,
+    check_pixels,
     hf_metadata,
     own_metadata,
     timm_metadata,
@@ -68,11 +77,15 @@ class EncoderWeights(NamedTuple):
     crop_pct: float | None = None
     interpolation: str | None = None
     squash: bool | None = None
+    tile: int | None = None
     """As in the `eval_transform` that a classifier was evaluated with."""
     task: str | None = None
     """What the head was trained for: "classification", "multilabel" or "regression"."""
     target_scale: tuple[float, float] | None = None
     """Mean and std of a regression's targets; the head predicts (target - mean) / std."""
+    channels: int | None = None
+    value_range: tuple[float, float] | None = None
+    """How images were read, see `PixelFormat`."""
     num_heads: int | None = None
     norm_eps: float | None = None
     left_out: tuple[str, ...] = ()
@@ -93,6 +106,11 @@ class EncoderWeights(NamedTuple):
     def in_chans(self) -> int:
         """Input channels C."""
         return self.encoder[PATCH_WEIGHT].shape[1]
+
+    @property
+    def pixels(self) -> PixelFormat:
+        """How images were read."""
+        return PixelFormat(self.channels, self.value_range)
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -119,11 +137,7 @@ class EncoderWeights(NamedTuple):
 
     def hash(self) -> str:
         """Return a digest of all weights that does not depend on the file they come from."""
-        digest = hashlib.blake2b(digest_size=8)
-        for name, tensor in sorted({**self.encoder, **self.head_state}.items()):
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().numpy().data)
-        return digest.hexdigest()
+        return hash_weights({**self.encoder, **self.head_state})
 
 
 class StartingPoint(NamedTuple):
@@ -133,13 +147,41 @@ class StartingPoint(NamedTuple):
     size: str
     """Such as base_patch16."""
     img_size: tuple[int, int]
-    mean: list[float]
-    std: list[float]
+    mean: list[float] | str
+    std: list[float] | str
+    """"auto" until they are measured."""
+    pixels: PixelFormat = RGB8
+    """How images are read."""
+    is_told: bool = True
+    """Whether the user or the weights give a mean or std, instead of a default."""
+
+    @property
+    def told_colors(self) -> tuple[list[float] | str | None, list[float] | str | None]:
+        """Mean and std, as `choose_colors` takes them: None for the default."""
+        return (self.mean, self.std) if self.is_told else (None, None)
 
     @property
     def input_format(self) -> tuple[tuple[int, int], list[float], list[float]]:
         """Size of the images, mean and std of their channels, as every transform needs them."""
         return self.img_size, self.mean, self.std
+
+    def check_colors(self) -> None:
+        """Raise InputError if mean and std have to be measured, where no images are trained on."""
+        if AUTO in (self.mean, self.std):
+            raise InputError(
+                "there are no training images to measure mean and std on: give "
+                f"{counted(self.pixels.num_channels, 'number')} each by --mean and --std"
+            )
+        check_counts(self.mean, self.std, self.pixels.num_channels)
+
+
+def hash_weights(state: Mapping[str, Tensor]) -> str:
+    """Return a digest of weights and their names, in any order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def count_blocks(encoder: Mapping[str, Tensor]) -> int:
@@ -160,9 +202,7 @@ def read_encoder(path: str | Path) -> EncoderWeights:
         WeightsNotFoundError: it does not exist, or its address cannot be reached.
         InputError: the file is damaged, lacks an encoder, or has parts our ViT lacks.
     """
-    content, folder = read_weights(path)
-    with unknown_content(path):
-        weights = _read_encoder(content, path, folder)
+    weights = find_encoder(*read_weights(path), path)
     if weights.left_out:
         groups = sorted({re.split(r"\.", name)[0] for name in weights.left_out})
         _logger.info(
@@ -172,12 +212,20 @@ def read_encoder(path: str | Path) -> EncoderWeights:
     return weights
 
 
-def _read_encoder(content: dict, path: str | Path, folder: Path) -> EncoderWeights:
-    """Read an encoder from a file's content, and its metadata from there or a folder.
+def find_encoder(content: dict, folder: Path, path: str | Path) -> EncoderWeights:
+    """Find the encoder in a file's content, and its metadata there or in the file's folder.
 
     Args:
-        path: what the user gave.
+        path: what the user gave, for messages.
+
+    Raises:
+        InputError: see `read_encoder`.
     """
+    with unknown_content(path):
+        return _find_encoder(content, folder, path)
+
+
+def _find_encoder(content: dict, folder: Path, path: str | Path) -> EncoderWeights:
     names, renamed, left_out = _rename(_find_state(content, path), path)
     # Only floating-point tensors are converted: a batch norm's counter stays an integer.
     renamed = {n: t.detach().float() if t.is_floating_point() else t for n, t in renamed.items()}
@@ -190,11 +238,12 @@ def _read_encoder(content: dict, path: str | Path, folder: Path) -> EncoderWeigh
     _check_complete(encoder, head_state, path)
     encoder[PATCH_WEIGHT] = _as_convolution(encoder[PATCH_WEIGHT], path)
 
+    in_chans = encoder[PATCH_WEIGHT].shape[1]
     metadata = own_metadata(content, path)
     if names is HUGGING_FACE:
-        metadata |= hf_metadata(folder)
+        metadata |= hf_metadata(folder, in_chans)
     elif not metadata:
-        metadata = timm_metadata(folder, head_state)
+        metadata = timm_metadata(folder, head_state, in_chans)
         if metadata:
             _logger.info("%s: taking mean, std, crop and classes from its config.json", path)
     *_, patch_height, patch_size = encoder[PATCH_WEIGHT].shape
@@ -205,7 +254,9 @@ def _read_encoder(content: dict, path: str | Path, folder: Path) -> EncoderWeigh
         )
     _, num_positions, _ = encoder["pos_embed"].shape
     img_size = _image_size(num_positions - 1, patch_size, metadata, path)
-    mean, std = check_mean_std(metadata.get("mean"), metadata.get("std"), path)
+    pixels = check_pixels(metadata, {"in_chans": in_chans})
+    colors = metadata.get("mean"), metadata.get("std")
+    mean, std = check_mean_std(*colors, path, pixels=pixels)
     check_metadata(metadata)
     pool = (
         "avg" if "fc_norm.weight" in head_state else "cls" if "norm.weight" in head_state else None
@@ -222,8 +273,11 @@ def _read_encoder(content: dict, path: str | Path, folder: Path) -> EncoderWeigh
         crop_pct=metadata.get("crop_pct"),
         interpolation=metadata.get("interpolation"),
         squash=metadata.get("squash"),
+        tile=metadata.get("tile"),
         task=metadata.get("task"),
         target_scale=metadata.get("target_scale") and tuple(metadata["target_scale"]),
+        channels=pixels.channels,
+        value_range=pixels.value_range,
         num_heads=metadata.get("num_heads"),
         norm_eps=metadata.get("norm_eps"),
         left_out=tuple(left_out),
@@ -407,8 +461,9 @@ def _as_pair(size: int | Sequence[int]) -> tuple[int, int]:
 def load_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> None:
     """Load weights into a VisionTransformer, and log what is new and what is left out.
 
-    Position embeddings are resampled to another image size. The norm before the head is loaded if
-    the file has one for the model's pooling.
+    Position embeddings are resampled to another image size, and the patch embedding is adapted to
+    another number of channels. The norm before the head is loaded if the file has one for the
+    model's pooling.
 
     Args:
         model: unchanged if anything does not fit.
@@ -429,6 +484,9 @@ def load_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> No
     if weights.grid_size != model.grid_size:
         grids = (*weights.grid_size, *model.grid_size)
         _logger.info("position embeddings resampled from %d x %d patches to %d x %d", *grids)
+    if weights.in_chans != model.in_chans:
+        counts = (counted(weights.in_chans, "channel"), model.in_chans)
+        _logger.info("patch embedding adapted from %s to %d", *counts)
     new = [name for name in model.state_dict() if name not in state]
     if {*new} in ({"norm.weight", "norm.bias"}, {"fc_norm.weight", "fc_norm.bias"}):
         norm = new[0].partition(".")[0]
@@ -449,23 +507,20 @@ def load_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> No
 
 
 def fit_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> dict[str, Tensor]:
-    """Return what `load_encoder` loads: checked, and with position embeddings resampled.
+    """Return what `load_encoder` loads: checked, resampled and adapted.
 
     Raises:
         InputError: the weights do not fit the model.
     """
-    _check_sizes(model, weights)
+    _check_sizes(model, weights, head=head)
     norms = {"avg": ("fc_norm.",), "cls": ("norm.",), "norm_avg": ("norm.",), None: ()}[model.pool]
     wanted = (*norms, "head.") if head else norms
     state = {
         **weights.encoder,
         **{name: tensor for name, tensor in weights.head_state.items() if name.startswith(wanted)},
     }
-    if weights.grid_size != model.grid_size:
-        sizes = {"new_size": list(model.grid_size), "old_size": list(weights.grid_size)}
-        # Without antialiasing, as in MAE.
-        positions = resample_abs_pos_embed(state["pos_embed"], antialias=False, **sizes)
-        state["pos_embed"] = positions
+    state["pos_embed"] = resample_positions(state["pos_embed"], weights.grid_size, model.grid_size)
+    state[PATCH_WEIGHT] = adapt_embedding(state[PATCH_WEIGHT], model.in_chans)
     own = model.state_dict()
     for name, tensor in state.items():
         if name not in own or own[name].shape != tensor.shape:
@@ -483,13 +538,24 @@ def fit_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> dic
     return state
 
 
-def _check_sizes(model: nn.Module, weights: EncoderWeights) -> None:
+def resample_positions(
+    positions: Tensor, old_size: tuple[int, int], new_size: tuple[int, int]
+) -> Tensor:
+    """Resample position embeddings (1, 1+L, D) to another grid of patches, as in MAE."""
+    if old_size == new_size:
+        return positions
+    sizes = {"new_size": list(new_size), "old_size": list(old_size)}
+    return resample_abs_pos_embed(positions, antialias=False, **sizes)
+
+
+def _check_sizes(model: nn.Module, weights: EncoderWeights, *, head: bool) -> None:
     """Refuse weights of another size with a clearer message than a shape mismatch."""
     patch_size, embed_dim, depth = weights.shape
     by_name, fixed = "leave out --model, or set it to the size of the weights", "use another file"
+    by_flag = "leave out --channels, because a trained head is for the channels of its training"
     sizes = [
         ("patches of {} px", patch_size, model.patch_size, by_name),
-        ("{} channels", weights.in_chans, model.in_chans, fixed),
+        *([("{} channels", weights.in_chans, model.in_chans, by_flag)] if head else []),
         ("a width of {}", embed_dim, model.embed_dim, by_name),
         ("{} blocks", depth, len(model.blocks), by_name),
         ("an MLP {} wide", weights.mlp_dim, model.blocks[0].mlp.fc1.out_features, fixed),
@@ -511,34 +577,42 @@ def input_format(
     weights: EncoderWeights | None,
     *,
     img_size: Sequence[int] | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
+    mean: Sequence[float] | str | None,
+    std: Sequence[float] | str | None,
+    pixels: PixelFormat = RGB8,
     default_size: int,
-) -> tuple[tuple[int, int], list[float], list[float]]:
+) -> tuple[tuple[int, int], list[float] | str, list[float] | str]:
     """Return (height, width), mean and std of the input: the user's choice, else the weights' own.
 
     Args:
         img_size: the user's choice; one side, or height and width.
         mean, std: the user's choice, on the [0, 1] scale. If neither the user nor the weights give
-            them, they are ImageNet's, which the log says.
+            them, they are ImageNet's, which the log says, or measured if there are not three
+            channels.
+        pixels: how images are read.
         default_size: side in pixels if there are no weights.
     """
     own_size = weights.img_size if weights else (default_size, default_size)
     own_mean, own_std = (weights.mean, weights.std) if weights else (None, None)
     height, width = tuple(img_size) * (2 // len(img_size)) if img_size else own_size
+    if weights and weights.in_chans != pixels.num_channels:
+        own_mean = own_std = None
     values = {"mean": mean or own_mean, "std": std or own_std}
-    if weights and None in values.values():
+    if pixels.num_channels != 3:
+        return (height, width), *(value or AUTO for value in values.values())
+    if weights and weights.in_chans != 3:
+        text = "the %s is for %d channels: its mean and std are not taken"
+        _logger.info(text, weights.kind, weights.in_chans)
+    elif weights and None in values.values():
         untold = " and ".join(name for name, value in values.items() if value is None)
         _logger.info(
             "the %s does not tell the %s of its training: taking ImageNet's (many of timm's ViTs "
             "need --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5)",
             *(weights.kind, untold),
         )
-    return (
-        (height, width),
-        list(values["mean"] or IMAGENET_DEFAULT_MEAN),
-        list(values["std"] or IMAGENET_DEFAULT_STD),
-    )
+    defaults = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    chosen = (value or list(usual) for value, usual in zip(values.values(), defaults, strict=True))
+    return (height, width), *chosen
 
 
 def save_encoder(weights: EncoderWeights, path: Path) -> None:

@@ -10,8 +10,14 @@ from PIL import Image
 from timm.models import is_model_in_modules
 from torch import Tensor
 
-from util.errors import InputError, as_input_error
-from util.normalization import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, check_scale
+from util.errors import InputError, as_input_error, counted
+from util.normalization import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    RGB8,
+    PixelFormat,
+    check_scale,
+)
 from util.settings.model import POOLS
 from util.weights.files import KINDS, check_format
 
@@ -21,6 +27,8 @@ ENCODER_FORMAT = "crossmae-encoder"  # in the metadata of an encoder-only file
 OLD_KEYS = {"crop_share": "crop_pct"}  # names in earlier versions
 # Settings in the header of a checkpoint of this project, under the same names as here.
 HEADER_KEYS = ("classes", "interpolation", "squash", "task", "target_scale")
+READING_KEYS = ("channels", "value_range", "tile")
+HEADER_KEYS += READING_KEYS
 TASKS = {  # Hugging Face's names -> ours
     "single_label_classification": "classification",
     "multi_label_classification": "multilabel",
@@ -68,22 +76,55 @@ def own_metadata(content: dict, path: str | Path) -> dict:
 
 
 def check_mean_std(
-    mean: Sequence[float] | None, std: Sequence[float] | None, path: str | Path
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    path: str | Path,
+    *,
+    pixels: PixelFormat = RGB8,
 ) -> tuple[list[float] | None, list[float] | None]:
-    """Check and return a file's mean and std of the RGB channels, each of which may be None.
+    """Check and return a file's mean and std of the channels, each of which may be None.
+
+    Args:
+        pixels: of the images that the file was trained on.
 
     Raises:
-        TypeError, ValueError: one is not three finite numbers, or a std is not above 0.
-        InputError: one is of pixels from 0 to 255.
+        TypeError, ValueError: one has another length or numbers that are not finite, or a std is
+            not above 0.
+        InputError: one is of pixels from 0 to 255, and images are 8-bit RGB.
     """
     checked = [None if v is None else [float(x) for x in v] for v in (mean, std)]
     for values in filter(None, checked):
-        if len(values) != 3 or not all(map(math.isfinite, values)):
-            raise ValueError(f"{values} are not three finite numbers")
+        if len(values) != pixels.num_channels or not all(map(math.isfinite, values)):
+            raise ValueError(f"{values} are not {pixels.num_channels} finite numbers")
     if std is not None and min(checked[1]) <= 0:
         raise ValueError(f"std must be above 0, not {std}")
-    check_scale(*checked, path)
+    if pixels.is_rgb8:
+        check_scale(*checked, path)
     return tuple(checked)
+
+
+def check_pixels(metadata: Mapping[str, object], options: Mapping[str, object]) -> PixelFormat:
+    """Check and return the format of the images that a file was trained on.
+
+    Args:
+        metadata: may have `channels` and `value_range`.
+        options: of the model; its `in_chans` is 3 if absent.
+
+    Raises:
+        TypeError, ValueError: the format is not one, or not that of the model.
+    """
+    in_chans = options.get("in_chans", 3)
+    channels, value_range = metadata.get("channels"), metadata.get("value_range")
+    if channels is None and in_chans != 3:
+        channels = in_chans
+    if channels not in (None, in_chans):
+        raise ValueError(f"{channels} channels for a model of {in_chans}")
+    if value_range is not None:
+        low, high = map(float, value_range)
+        if not -math.inf < low < high < math.inf:
+            raise ValueError(f"value_range {value_range}")
+        value_range = low, high
+    return PixelFormat(channels, value_range)
 
 
 def check_metadata(metadata: dict) -> None:
@@ -100,6 +141,8 @@ def check_metadata(metadata: dict) -> None:
     for key, values in choices.items():
         if metadata.get(key) not in (None, *values):
             raise ValueError(f"{key} {metadata[key]}")
+    if (tile := metadata.get("tile")) is not None and not (isinstance(tile, int) and tile > 0):
+        raise ValueError(f"tile {tile}")
     if not 0 < (1 if crop_pct is None else crop_pct) <= 1:
         raise ValueError(f"crop_pct {crop_pct}")
     if not 0 <= (metadata.get("norm_eps") or 0) < 1:
@@ -110,11 +153,25 @@ def check_metadata(metadata: dict) -> None:
             raise ValueError(f"target_scale {metadata['target_scale']}")
 
 
-def timm_metadata(folder: Path, head_state: Mapping[str, Tensor]) -> dict:
+def of_channels(values: Sequence[float], channels: int, path: Path) -> list[float] | None:
+    """Return a mean or std for each channel; None if it is of RGB, unlike the weights.
+
+    Args:
+        values: one number is for all channels.
+    """
+    if len(values) == 3 != channels:
+        counts = (path, counted(channels, "channel"))
+        _logger.info("%s has a mean and std of RGB, not of %s: leaving them out", *counts)
+        return None
+    return list(values) * (channels if len(values) == 1 else 1)
+
+
+def timm_metadata(folder: Path, head_state: Mapping[str, Tensor], channels: int) -> dict:
     """Return the metadata in timm's `config.json` beside weights; {} without one.
 
     Args:
         head_state: final norm and head, by which the two ways to pool the mean differ.
+        channels: of the images.
 
     Raises:
         InputError: the config describes another network than our ViT.
@@ -131,13 +188,16 @@ def timm_metadata(folder: Path, head_state: Mapping[str, Tensor]) -> dict:
         f"{path} has invalid settings: correct it, or move it away",
         *(AttributeError, LookupError, TypeError, ValueError),
     ):
-        metadata = _timm_metadata(config, head_state, path)
-        check_mean_std(metadata["mean"], metadata["std"], path)
+        metadata = _timm_metadata(config, head_state, channels, path)
+        pixels = check_pixels(metadata, {"in_chans": channels})
+        check_mean_std(metadata["mean"], metadata["std"], path, pixels=pixels)
         check_metadata(metadata)
     return metadata
 
 
-def _timm_metadata(config: dict, head_state: Mapping[str, Tensor], path: Path) -> dict:
+def _timm_metadata(
+    config: dict, head_state: Mapping[str, Tensor], channels: int, path: Path
+) -> dict:
     preparation = config.get("pretrained_cfg", config)  # earlier versions wrote one flat table
     args = config.get("model_args") or {}
     foreign = {name: value for name, value in args.items() if not _is_plain(name, value)}
@@ -157,8 +217,9 @@ def _timm_metadata(config: dict, head_state: Mapping[str, Tensor], path: Path) -
     return {
         "usual_size": input_size,
         "pool": _timm_pool(pool, head_state, path) if pool else None,
-        "mean": list(mean) * (3 // len(mean)),  # one number is for all channels
-        "std": list(std) * (3 // len(std)),
+        "mean": of_channels(mean, channels, path),
+        "std": of_channels(std, channels, path),
+        **{key: config.get(key) for key in READING_KEYS},
         "crop_pct": preparation.get("crop_pct", TIMM_CROP_PCT),
         "interpolation": _supported(preparation.get("interpolation", "bicubic")),
         "squash": crop_mode == "squash",
@@ -213,8 +274,12 @@ def _supported(interpolation: str) -> str | None:
     return None
 
 
-def hf_metadata(folder: Path) -> dict:
-    """Return the metadata in the files beside Hugging Face weights, where they exist."""
+def hf_metadata(folder: Path, channels: int) -> dict:
+    """Return the metadata in the files beside Hugging Face weights, where they exist.
+
+    Args:
+        channels: of the images.
+    """
     config = read_json(folder / "config.json")
     activation = config.get("hidden_act", "gelu")
     if activation != "gelu":
@@ -222,6 +287,7 @@ def hf_metadata(folder: Path) -> dict:
             f"{folder / 'config.json'} has hidden_act {activation}, but our ViT uses gelu: use "
             "another file"
         )
+    pixels = PixelFormat(config.get("channels"), config.get("value_range"))
     classes = _in_order(config.get("id2label") or {})
     if classes == [f"LABEL_{i}" for i in range(len(classes))]:  # Hugging Face's placeholders
         classes = None
@@ -230,21 +296,34 @@ def hf_metadata(folder: Path) -> dict:
         "num_heads": config.get("num_attention_heads"),
         "norm_eps": config.get("layer_norm_eps"),
         "classes": classes,
-        **_hf_preparation(read_json(folder / "preprocessor_config.json")),
+        **_hf_preparation(folder / "preprocessor_config.json", channels, pixels),
+        **{key: config.get(key) for key in READING_KEYS},
         **_task(config),
     }
 
 
-def _hf_preparation(processor: dict) -> dict:
-    """Return mean, std, interpolation and crop of an image processor of Hugging Face."""
-    mean, std = processor.get("image_mean"), processor.get("image_std")
+def _hf_preparation(path: Path, channels: int, pixels: PixelFormat) -> dict:
+    """Return mean, std, interpolation and crop of an image processor of Hugging Face.
+
+    Args:
+        path: its settings.
+        channels: of the images.
+        pixels: how images are read, if this project wrote the settings.
+    """
+    processor = read_json(path)
+    mean, std = (processor.get(f"image_{name}") for name in ("mean", "std"))
+    mean, std = (values and of_channels(values, channels, path) for values in (mean, std))
     if processor.get("do_normalize") is False:
-        mean, std = [0.0] * 3, [1.0] * 3
-    # Theirs are of pixels times a factor, ours of pixels over 255.
-    factor = 1 if processor.get("do_rescale") is False else processor.get("rescale_factor", 1 / 255)
-    scale = 255 * factor
-    if not math.isclose(scale, 1) and mean and std:
-        mean, std = ([value / scale for value in values] for values in (mean, std))
+        mean, std = [0.0] * channels, [1.0] * channels
+    if mean and std and (pixels.is_rgb8 or pixels.value_range):
+        # Theirs are of pixels times a factor, ours of pixels on the [0, 1] scale.
+        scaled = processor.get("do_rescale") is not False
+        factor = processor.get("rescale_factor", 1 / 255) if scaled else 1
+        low, high = pixels.value_range or (0, 255)
+        scale = (high - low) * factor
+        scale = 1 if math.isclose(scale, 1) else scale
+        mean = [(value - low * factor) / scale for value in mean]
+        std = [value / scale for value in std]
     resample, size = processor.get("resample"), processor.get("size")
     found = {"mean": mean, "std": std}
     if resample is not None:
