@@ -75,13 +75,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             curves = [read_curve(folder, metric, args.x) for folder in folders]
             places = sorted(set.intersection(*map(set, curves)))
             values = [[curve[place] for curve in curves] for place in places]
-            label = f"{name} ({len(curves)})"
+            label = name if len(curves) == 1 else f"{name} ({len(curves)} runs)"
             (line,) = axes.plot(places, list(map(statistics.mean, values)), ".-", label=label)
             low, high = ([choose(own) for own in values] for choose in (min, max))
             axes.fill_between(places, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
         axes.set(xlabel=args.x, title=metric)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_ylim(args.y_range or (min(0, axes.get_ylim()[0]), None))
+        low, high = axes.get_ylim()
+        room = 0.25 * (high - min(0, low))  # for the legend, above the curves
+        axes.set_ylim(args.y_range or (min(0, low), high + room))
         axes.legend(fontsize=8)
     save_figure(figure, args.output)
 

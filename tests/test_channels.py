@@ -14,6 +14,7 @@ import main_finetune
 import main_knn
 import main_linprobe
 from scripts import predict
+from scripts.analysis.inputs import Subject
 from tests.helpers import runs
 from tests.helpers.arrays import CLASSES, write_gray_png, write_npy, write_set, write_tiff
 from tests.helpers.exports import export
@@ -294,3 +295,15 @@ def test_a_model_of_windows_is_evaluated_on_windows(tmp_path, five):
         dumps.append(json.loads(dump.read_text())["val_loss"])
     assert dumps[0] == pytest.approx(read_log(tmp_path / "out")[-1]["val_loss"], rel=1e-6)
     assert dumps[1] != pytest.approx(dumps[0], rel=1e-6)
+
+
+def test_pictures_of_a_model_of_windows_show_windows(tmp_path, five, capsys):
+    argv = ["--data_path", five, "--channels", 5, "--value_range", 0, 4095, *QUICK, "--epochs", 1]
+    argv += ["--model", "crossmae_vit_tiny_patch4", "--input_size", 16, "--tile", 16]
+    run(*argv, "--output_dir", tmp_path, main=runs.MAINS["pretrain"].main)
+    path = runs.list_checkpoints(tmp_path)[-1]
+    subject = Subject.load(str(path), device=torch.device("cpu"), seed=0)
+    assert subject.transform.tile == 16
+    knn = ["--checkpoint", path, "--data_path", five, "--no-logistic", "--k", 1, *ON_CPU]
+    run(*knn, "--output_dir", tmp_path / "knn", main=main_knn.main)
+    assert "was trained on windows of 16 px of larger images (--tile)" in capsys.readouterr().out
