@@ -95,4 +95,6 @@ def test_a_broken_image_with_such_a_name_is_one_line_of_log_and_error(
     assert "\x1b" not in out
     (line,) = [line for line in out.splitlines() if "Broken image" in line]
     assert f"{SHOWN} (" in line
-    assert refusal(capsys, *argv, tmp_path / "refused", "--max_broken", 0).endswith(SHOWN)
+    assert refusal(capsys, *argv, tmp_path / "refused", "--max_broken", 0).endswith(
+        f"{SHOWN} (not an image, but text)"
+    )
