@@ -9,6 +9,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+from tests.helpers.files import CountingFile
 from tests.helpers.jpegs import UPRIGHT, file_of, photo
 from tests.helpers.tiffs import packed_12_bit, shape_of, tiff
 from util.data import stored, tiff_arrays
@@ -22,17 +23,6 @@ THREE = PixelFormat(channels=3)
 PIXELS = np.random.default_rng(0).integers(0, 65536, (45, 70, 5), np.uint16)
 PLANES = np.ascontiguousarray(np.moveaxis(PIXELS, 2, 0))
 BYTES = PIXELS.astype(np.uint8)
-
-
-class CountingFile(io.BytesIO):
-    """Counts the bytes that are read."""
-
-    num_read = 0
-
-    def read(self, size=-1):
-        data = super().read(size)
-        self.num_read += len(data)
-        return data
 
 
 def tiff_of(pixels, **options):

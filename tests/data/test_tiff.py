@@ -6,22 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers.files import CountingFile
 from tests.helpers.jpegs import file_of, photo
 from tests.helpers.tiffs import tiff
 from util.data.tiff import MAX_PAGES, num_pages
 
 GRAY = np.zeros((4, 4), np.uint8)
-
-
-class CountingFile(io.BytesIO):
-    """Counts the bytes that are read."""
-
-    num_read = 0
-
-    def read(self, size=-1):
-        data = super().read(size)
-        self.num_read += len(data)
-        return data
 
 
 @pytest.mark.parametrize("order", ["<", ">"])

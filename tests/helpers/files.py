@@ -1,5 +1,6 @@
 """Small folders of images and annotations, and helpers to compare files."""
 
+import io
 import json
 import os
 import random
@@ -9,6 +10,17 @@ from pathlib import Path
 import numpy as np
 from faster_coco_eval.core import mask as rle
 from PIL import Image
+
+
+class CountingFile(io.BytesIO):
+    """Counts the bytes that are read."""
+
+    num_read = 0
+
+    def read(self, size=-1):
+        data = super().read(size)
+        self.num_read += len(data)
+        return data
 
 
 class RunsCode:

@@ -19,10 +19,9 @@ from util.data.streams import StreamedImages
 from util.data.transforms import eval_transform
 from util.errors import InputError, counted
 from util.normalization import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
     PixelFormat,
     check_counts,
+    usual_colors,
 )
 from util.patches import scale_to_unit
 from util.progress import with_progress
@@ -63,10 +62,6 @@ class Measured(NamedTuple):
     """Name of the image with the value farthest from [0, 1]."""
 
 
-def new_run() -> None:
-    """Return what a new run has measured before: nothing."""
-
-
 def choose_colors(
     train_set: IndexedImages | StoredImages | StreamedImages,
     mean: Colors,
@@ -74,7 +69,7 @@ def choose_colors(
     *,
     pixels: PixelFormat,
     tile: int | None = None,
-    earlier: Earlier = new_run,
+    earlier: Earlier | None = None,
 ) -> tuple[list[float], list[float]]:
     """Return mean and std of the channels; measure them if that was asked for.
 
@@ -84,22 +79,21 @@ def choose_colors(
     Args:
         mean, std: as given by the user, or by the weights that training starts from.
         tile: see `CenterCrop`.
-        earlier: returns what a run that is continued has measured, None for another run.
+        earlier: returns what a run that is continued has measured, None for a new run.
 
     Raises:
         InputError: the numbers of channels differ, the images do not have the range of values that
             is assumed, or they are a stream, of which nothing can be measured.
     """
     channels = pixels.num_channels
-    usual = (list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD))
     is_default = mean is None and std is None
-    default = usual if channels == 3 else (AUTO, AUTO)
+    default = usual_colors(channels) if channels == 3 else (AUTO, AUTO)
     mean, std = (default[i] if x is None else x for i, x in enumerate((mean, std)))
     check_counts(mean, std, channels)
     if (mean == AUTO) != (std == AUTO):
         raise InputError("--mean and --std belong together: give both, or auto for both")
     is_auto = mean == AUTO
-    if is_auto and (before := earlier()):
+    if is_auto and earlier and (before := earlier()):
         check_counts(*before, channels)
         return before
     if isinstance(train_set, StreamedImages):

@@ -13,7 +13,7 @@ from torchvision.ops import masks_to_boxes
 from util.data.annotated import AnnotatedImages, StoredImages
 from util.data.batch import Normalization, of_one_type
 from util.data.coco import CocoFile, CocoImage, read_coco
-from util.data.colors import Colors, Earlier, choose_colors, new_run
+from util.data.colors import Colors, Earlier, choose_colors
 from util.data.images import names_hash
 from util.data.jitter import LargeScaleJitter, View, WholeImage
 from util.data.values import read_values
@@ -161,7 +161,7 @@ def open_detection(
     mean: Colors,
     std: Colors,
     pixels: PixelFormat = RGB8,
-    earlier: Earlier = new_run,
+    earlier: Earlier | None = None,
     seed: int,
 ) -> DetectionData:
     """Open the training and validation images.

@@ -12,7 +12,7 @@ from torch import Tensor
 from util.data.annotated import AnnotatedImages, StoredImages
 from util.data.batch import Normalization, of_one_type
 from util.data.broken_images import reason_of
-from util.data.colors import Colors, Earlier, choose_colors, new_run
+from util.data.colors import Colors, Earlier, choose_colors
 from util.data.joint_transforms import JointAugmentation, WholeImage, scaled_size
 from util.data.masks import LabelRule, Pair, list_pairs, read_class_names, read_mask
 from util.data.sampler import evenly_spaced
@@ -188,7 +188,7 @@ def open_segmentation(
     mean: Colors,
     std: Colors,
     pixels: PixelFormat = RGB8,
-    earlier: Earlier = new_run,
+    earlier: Earlier | None = None,
     seed: int,
 ) -> SegmentationData:
     """Open the images and masks of --data_path; validation images are those of its `val`.

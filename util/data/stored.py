@@ -53,7 +53,7 @@ def layout_of(shape: Sequence[int], pixels: PixelFormat) -> Layout:
     """Tell the axes of an array: those of `pixels`, or by which end has its number of channels.
 
     Raises:
-        BrokenImageError: it is no image, or both readings are possible.
+        BrokenImageError: it is not an image, or both readings are possible.
     """
     shape = tuple(shape)
     if len(shape) == 2:

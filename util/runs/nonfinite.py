@@ -168,7 +168,7 @@ def largest(content: object) -> float | None:
 
 
 def bad_rows(content: object, num_rows: int) -> list[bool] | None:
-    """Return which rows of tensors are not finite; None if that lies in no tensor of so many."""
+    """Return which rows of tensors are not finite; None if no tensor with that many has any."""
     is_bad = [
         ~tensor.isfinite().flatten(1).all(dim=1).cpu()
         for tensor in floats(content)

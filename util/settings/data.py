@@ -30,8 +30,33 @@ AUTO = "auto"  # to measure a mean and std
 PACKED_INDEX = "packed.json"  # file that makes a folder one of packed images
 
 
+@dataclass(frozen=True, kw_only=True)
+class PixelSettings:
+    """How images are read and normalized.
+
+    Raises:
+        InputError: see `check_pixel_flags`.
+    """
+
+    channels: int | None = None
+    value_range: list[float] | None = None
+    axes: str | None = None
+    """These three are the images' format, see `pixels`."""
+    mean: list[float] | str | None = None
+    std: list[float] | str | None = None
+    """"auto" to measure it on the training images."""
+
+    def __post_init__(self) -> None:
+        check_pixel_flags(self.pixels, self.mean, self.std)
+
+    @property
+    def pixels(self) -> PixelFormat:
+        """How images are read, as far as the flags say it."""
+        return pixel_format(self.channels, self.value_range, self.axes)
+
+
 @dataclass(frozen=True)
-class DataSettings:
+class DataSettings(PixelSettings):
     """Which images to read, and how.
 
     Raises:
@@ -53,13 +78,6 @@ class DataSettings:
     """Which folder of an image's path is its class, see `util.data.layout.name_classes`."""
     input_size: list[int] | None = None
     """One side, or height and width. If None, it is that of the weights; so are mean and std."""
-    channels: int | None = None
-    value_range: list[float] | None = None
-    axes: str | None = None
-    """These three are the images' format, see `pixels`."""
-    mean: list[float] | str | None = None
-    std: list[float] | str | None = None
-    """"auto" to measure it on the training images."""
     tile: int | None = None
     """Side of the windows that are read instead of whole images, in pixels."""
     crop_pct: float | None = None
@@ -70,7 +88,7 @@ class DataSettings:
     def __post_init__(self) -> None:
         if self.input_size and len(self.input_size) > 2:
             raise InputError("--input_size takes one side, or a height and a width")
-        check_pixel_flags(self.pixels, self.mean, self.std)
+        super().__post_init__()
         if self.data_csv:
             has_folders = self.val_path and not self.val_csv
             further = {
@@ -85,11 +103,6 @@ class DataSettings:
         if self.val_fraction and (self.val_csv or self.val_path):
             flag = "--val_csv" if self.val_csv else "--val_path"
             raise InputError(f"{flag} gives the validation images: leave --val_fraction out")
-
-    @property
-    def pixels(self) -> PixelFormat:
-        """How images are read, as far as the flags say it."""
-        return pixel_format(self.channels, self.value_range, self.axes)
 
     @property
     def input_form(self) -> dict[str, object]:

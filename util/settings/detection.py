@@ -6,14 +6,12 @@ from pathlib import Path
 
 from util.arguments import positive_float, positive_int
 from util.errors import InputError
-from util.normalization import PixelFormat
 from util.settings.data import (
+    PixelSettings,
     add_color_args,
     add_flip_args,
     add_pixel_args,
     add_reading_args,
-    check_pixel_flags,
-    pixel_format,
 )
 from util.settings.evaluation import add_show_channels_arg, check_show_channels
 
@@ -22,7 +20,7 @@ SPLITS = {"train": ("train2017", "train"), "val": ("val2017", "val")}
 
 
 @dataclass(frozen=True)
-class DetectionSettings:
+class DetectionSettings(PixelSettings):
     """Which images and annotations to read, and how; see the flags.
 
     Raises:
@@ -39,31 +37,19 @@ class DetectionSettings:
     aug: bool = True
     hflip: float = 0.5
     vflip: float = 0.0
-    channels: int | None = None
-    value_range: list[float] | None = None
-    axes: str | None = None
-    """These three are the images' format, see `pixels`."""
-    mean: list[float] | str | None = None
-    std: list[float] | str | None = None
-    """"auto" to measure it on the training images."""
     show_channels: list[int] | None = None
     """In pictures, numbered from 1."""
     max_broken: float = 0.01
     num_workers: int = 0
 
     def __post_init__(self) -> None:
-        check_pixel_flags(self.pixels, self.mean, self.std)
+        super().__post_init__()
         check_show_channels(self.show_channels)
         if self.lsj_scale[0] > self.lsj_scale[1]:
             raise InputError(f"--lsj_scale takes the smaller factor first, not {self.lsj_scale}")
         for split in SPLITS:
             if getattr(self, f"{split}_images") and not getattr(self, f"{split}_ann"):
                 raise InputError(f"--{split}_images needs --{split}_ann")
-
-    @property
-    def pixels(self) -> PixelFormat:
-        """How images are read, as far as the flags say it."""
-        return pixel_format(self.channels, self.value_range, self.axes)
 
     def recipe(self) -> dict[str, object]:
         """What has to stay the same within a run, besides the images."""

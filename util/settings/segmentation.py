@@ -9,12 +9,11 @@ from util.arguments import integer, positive_float, positive_int
 from util.errors import InputError
 from util.normalization import PixelFormat
 from util.settings.data import (
+    PixelSettings,
     add_color_args,
     add_flip_args,
     add_pixel_args,
     add_reading_args,
-    check_pixel_flags,
-    pixel_format,
 )
 from util.settings.evaluation import add_show_channels_arg, check_show_channels
 
@@ -52,7 +51,7 @@ LAYOUTS = {
 
 
 @dataclass(frozen=True)
-class SegmentationSettings:
+class SegmentationSettings(PixelSettings):
     """Which images and masks to read, and how; see the flags.
 
     Raises:
@@ -71,13 +70,6 @@ class SegmentationSettings:
     """None: for 8-bit RGB alone, see `read_as`."""
     hflip: float = 0.5
     vflip: float = 0.0
-    channels: int | None = None
-    value_range: list[float] | None = None
-    axes: str | None = None
-    """These three are the images' format, see `pixels`."""
-    mean: list[float] | str | None = None
-    std: list[float] | str | None = None
-    """"auto" to measure it on the training images."""
     show_channels: list[int] | None = None
     """In pictures, numbered from 1."""
     max_broken: float = 0.01
@@ -86,15 +78,10 @@ class SegmentationSettings:
     """Of the layout; None: those of `dataset`."""
 
     def __post_init__(self) -> None:
-        check_pixel_flags(self.pixels, self.mean, self.std)
+        super().__post_init__()
         check_show_channels(self.show_channels)
         if self.scale[0] > self.scale[1]:
             raise InputError(f"--scale takes the smaller factor first, not {self.scale}")
-
-    @property
-    def pixels(self) -> PixelFormat:
-        """How images are read, as far as the flags say it."""
-        return pixel_format(self.channels, self.value_range, self.axes)
 
     def read_as(self, pixels: PixelFormat) -> "SegmentationSettings":
         """Return these settings for images of a format, such as that of the weights.
