@@ -15,8 +15,8 @@ from util.eval.knn import describe_knn
 from util.masking import Masking, TokenSplit
 from util.patches import RawImages
 from util.runs.checkpoint import TrainState, last_checkpoint
+from util.runs.epoch_log import read_log
 from util.runs.rows import UNTRAINED, cells
-from util.runs.run_log import read_log
 from util.runs.start import tensorboard_command
 from util.runs.training import training_steps
 from util.seeding import generator_for

@@ -205,7 +205,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     run, data, iterations, compute, encoder, detector, tuning = (
         take(settings, args) for settings in SETTINGS
     )
-    device = start_run(device=run.device, seed=run.seed, timeout_minutes=run.timeout_minutes)
+    device = start_run(
+        device=run.device,
+        seed=run.seed,
+        timeout_minutes=run.timeout_minutes,
+        num_threads=run.num_threads,
+    )
     if args.eval:
         check_output_folders(args.dump_json)
         if args.dump_json:
@@ -313,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--seed": run.seed,
         EFFECTIVE_BATCH: loader.effective_batch_size,
     }
-    may_change = changeable_settings(optim, data, lr=lr.peak, amp=precision.amp, ema=tuning.ema)
+    may_change = changeable_settings(optim, data, lr=lr.peak, precision=precision, ema=tuning.ema)
     header = {
         "model_name": name,
         "model_options": options,

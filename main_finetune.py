@@ -173,6 +173,7 @@ from util.data.transforms import default_crop_pct, eval_transform, finetune_tran
 from util.eval.tasks import Classification, Multilabel, Regression, Task, build_task, describe
 from util.optim import build_ema, build_layer_decay_adamw
 from util.runs.checkpoint import Best, TrainState
+from util.runs.files import write_json
 from util.runs.report import report
 from util.runs.resume import (
     CONTENT,
@@ -185,7 +186,7 @@ from util.runs.resume import (
     open_run,
     start_or_continue,
 )
-from util.runs.run import log_lines, run_main, start_run, write_json
+from util.runs.run import log_lines, run_main, start_run
 from util.runs.start import describe_encoder, describe_images, log_start
 from util.schedule import plan_learning_rate
 from util.weights.encoder import EncoderWeights, load_encoder
@@ -340,7 +341,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     run, data, optim, compute, encoder, aim, tuning, view, augment, mix = (
         take(settings, args) for settings in SETTINGS
     )
-    device = start_run(device=run.device, seed=run.seed, timeout_minutes=run.timeout_minutes)
+    device = start_run(
+        device=run.device,
+        seed=run.seed,
+        timeout_minutes=run.timeout_minutes,
+        num_threads=run.num_threads,
+    )
     if args.eval:
         check_output_folders(args.dump_json)
         if args.dump_json:
@@ -472,7 +478,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--seed": run.seed,
         EFFECTIVE_BATCH: loader.effective_batch_size,
     }
-    computed = {"amp": precision.amp, "fsdp": compute.fsdp, "ema": tuning.ema}
+    computed = {"precision": precision, "fsdp": compute.fsdp, "ema": tuning.ema}
     may_change = changeable_settings(optim, data, lr=lr.peak, **computed)
     may_change |= {"--best_by": aim.best_by, CONTENT: train_set.content_hash()}
     given = given_options(args, parse_args([])) | {EMA_DECAY}

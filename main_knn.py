@@ -126,7 +126,8 @@ from util.eval.frozen_features import (
     check_measurable,
 )
 from util.eval.knn import extract_features
-from util.runs.run import run_main, start_run, write_args, write_json
+from util.runs.files import write_json
+from util.runs.run import run_main, start_run, write_args
 from util.runs.start import describe_device, describe_encoder, log_block
 from util.weights.encoder import load_encoder
 

@@ -96,7 +96,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train a probe from the beginning, or continue a stopped run."""
     args = parse_args(argv)
     run, data, optim, compute, encoder, view = (take(group, args) for group in SETTINGS)
-    device = start_run(device=run.device, seed=run.seed, timeout_minutes=run.timeout_minutes)
+    device = start_run(
+        device=run.device,
+        seed=run.seed,
+        timeout_minutes=run.timeout_minutes,
+        num_threads=run.num_threads,
+    )
 
     # The weights determine the input format.
     start, origin = start_or_continue(
@@ -159,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--seed": run.seed,
         EFFECTIVE_BATCH: loader.effective_batch_size,
     }
-    may_change = changeable_settings(optim, data, lr=lr.peak, amp=precision.amp)
+    may_change = changeable_settings(optim, data, lr=lr.peak, precision=precision)
     may_change[CONTENT] = train_set.content_hash()
     may_change[CROPS] = "drawn once and clipped"
     # Counted as given, because checkpoints without it are of a version that cropped differently.

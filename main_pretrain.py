@@ -127,7 +127,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     run, data, optim, compute, network, masks, monitoring, view = (
         take(group, args) for group in SETTINGS
     )
-    device = start_run(device=run.device, seed=run.seed, timeout_minutes=run.timeout_minutes)
+    device = start_run(
+        device=run.device,
+        seed=run.seed,
+        timeout_minutes=run.timeout_minutes,
+        num_threads=run.num_threads,
+    )
     check_decoder(args.decode, device, data.pixels)
 
     # Data come first, so that problems show before a model is built.
@@ -202,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         **view.recipe(),
     }
     may_change = changeable_settings(
-        optim, data, lr=lr.peak, amp=precision.amp, fsdp=compute.fsdp
+        optim, data, lr=lr.peak, precision=precision, fsdp=compute.fsdp
     ) | {"--decode": args.decode, CONTENT: train_set.content_hash()}
     header = {
         "model_name": network.model,

@@ -114,6 +114,7 @@ from util.eval.display import choose_display
 from util.eval.miou import Windows, describe
 from util.optim import build_ema, build_layer_decay_adamw
 from util.runs.checkpoint import Best, TrainState
+from util.runs.files import write_json
 from util.runs.report import report
 from util.runs.resume import (
     EFFECTIVE_BATCH,
@@ -127,7 +128,7 @@ from util.runs.resume import (
     open_run,
     start_or_continue,
 )
-from util.runs.run import log_lines, run_main, start_run, write_json
+from util.runs.run import log_lines, run_main, start_run
 from util.runs.start import describe_encoder, describe_images, log_start
 from util.schedule import linear_lr, plan_learning_rate
 from util.weights.encoder import load_encoder
@@ -188,7 +189,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     run, data, iterations, compute, encoder, head, window, tuning = (
         take(settings, args) for settings in SETTINGS
     )
-    device = start_run(device=run.device, seed=run.seed, timeout_minutes=run.timeout_minutes)
+    device = start_run(
+        device=run.device,
+        seed=run.seed,
+        timeout_minutes=run.timeout_minutes,
+        num_threads=run.num_threads,
+    )
     if args.eval:
         check_output_folders(args.dump_json)
         if args.dump_json:
@@ -284,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--seed": run.seed,
         EFFECTIVE_BATCH: loader.effective_batch_size,
     }
-    may_change = changeable_settings(optim, data, lr=lr.peak, amp=precision.amp, ema=tuning.ema)
+    may_change = changeable_settings(optim, data, lr=lr.peak, precision=precision, ema=tuning.ema)
     header = {
         "model_name": name,
         "model_options": options,

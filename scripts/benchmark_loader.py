@@ -96,19 +96,42 @@ from torchvision.transforms import functional
 from scripts.benchmark.step import describe_machine
 from util.compute.signals import ignore_signals
 from util.data.batch import Sample, collate, denormalize
+from util.data.broken_images import reason_of
 from util.data.datasets import build_dataset
-from util.data.decode import Jpeg, read_record
+from util.data.decode import Jpeg, formats, read_record
 from util.data.images import IndexedImages
 from util.data.jpeg import CPU, LIBRARIES, Decoder, open_decoder
 from util.data.loaders import build_train_loader
 from util.data.transforms import pretrain_transform
-from util.runs.run import run_main, start_logging, versions, write_json
+from util.runs.files import write_json
+from util.runs.run import run_main, start_logging, versions
 
 NUM_COMPARED = 64  # images whose pixels are compared
 MAX_DIFFERENCE = 0.1  # mean, on a scale of 255
 NORMALIZATION = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 _logger = logging.getLogger(__name__)
+
+
+def read_plainly(
+    images: IndexedImages,
+    index: int,
+    prepare: Callable[[Image.Image], Image.Image] = lambda image: image,
+) -> tuple[Image.Image, int]:
+    """Read an image by Pillow alone, in RGB, and its label.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    file, label = images.reader[index]
+    try:
+        with file:
+            return prepare(Image.open(file, formats=formats())).convert("RGB"), label
+    except Exception as error:  # decoders raise anything on broken files
+        raise InputError(
+            f"{images.name(index)} cannot be read ({reason_of(error)}), and the reference does not "
+            "replace broken images: repair or remove it"
+        ) from error
 
 
 class Reference(Dataset):
@@ -120,7 +143,7 @@ class Reference(Dataset):
     """
 
     def __init__(self, images: IndexedImages, size: tuple[int, int]) -> None:
-        self.reader = images.reader
+        self.images = images
         self.transform = v1.Compose(
             [
                 v1.RandomResizedCrop(
@@ -133,12 +156,11 @@ class Reference(Dataset):
         )
 
     def __len__(self) -> int:
-        return len(self.reader)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        file, label = self.reader[index]
-        with file:
-            return self.transform(Image.open(file).convert("RGB")), label
+        image, label = read_plainly(self.images, index)
+        return self.transform(image), label
 
 
 def open_images(path: str, size: tuple[int, int], num_crops: int = 1) -> IndexedImages:
@@ -162,7 +184,11 @@ def reference_epochs(args: argparse.Namespace, images: IndexedImages) -> Iterato
         worker_init_fn=ignore_signals,
     )
     while True:
-        yield from (len(pixels) for pixels, _ in loader)
+        try:
+            yield from (len(pixels) for pixels, _ in loader)
+        except InputError as error:  # in the text of a worker's, the traceback comes first
+            *_, sentence = str(error).strip().splitlines()
+            raise InputError(sentence.removeprefix("util.errors.InputError: ")) from error
         yield 0
 
 
@@ -224,8 +250,7 @@ def pixel_difference(images: IndexedImages, size: tuple[int, int]) -> float:
     """Mean difference, on a scale of 255, between the reference's crops and this project's."""
     differences = []
     for index in range(min(NUM_COMPARED, len(images))):
-        with images.reader[index][0] as file:
-            image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+        image, _ = read_plainly(images, index, ImageOps.exif_transpose)
         seed = ("augment", 0, 0, index)
         (box,), (flip,), _ = images.transform.draw(image.height, image.width, *seed)
         crop = functional.resized_crop(image, *box, size, v1.InterpolationMode.BICUBIC)

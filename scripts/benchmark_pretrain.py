@@ -194,7 +194,8 @@ from util.compute.recompute import set_memory
 from util.flops import ForwardFlops, crossmae_decoder_flops, encoder_flops, mae_decoder_flops
 from util.masking import TokenCounts, count_tokens, random_split
 from util.optim import build_adamw, set_lr
-from util.runs.run import run_main, start_run, versions, write_json
+from util.runs.files import write_json
+from util.runs.run import run_main, start_run, versions
 
 AGAINST_NOTE = (
     "Times faster: theirs / ours, median over rounds. Bytes: ours / theirs, saved per image of the "

@@ -54,7 +54,8 @@ from scripts.benchmark.step import MeasuredStep, describe_machine, measure_inter
 from scripts.benchmark.tables import markdown
 from util.compute.precision import Precision
 from util.optim import build_adamw, set_lr
-from util.runs.run import run_main, start_run, versions, write_json
+from util.runs.files import write_json
+from util.runs.run import run_main, start_run, versions
 
 NUM_CLASSES = 150
 

@@ -77,7 +77,8 @@ from util.data.batch import denormalize
 from util.eval.figures import LABELS, draw_figure, masked_share, reconstruction_panels
 from util.eval.reconstructions import MOMENTS_NOTE, predicted_pixels, reconstruction_scores
 from util.masking import TokenSplit
-from util.runs.run import run_main, versions, write_json
+from util.runs.files import write_json
+from util.runs.run import run_main, versions
 
 SSIM_SIDE = 11  # pixels of its window
 

@@ -70,7 +70,8 @@ from util.compute.recompute import set_memory
 from util.data.batch import Batch, Normalization
 from util.masking import Masking
 from util.optim import build_adamw
-from util.runs.run import run_main, start_logging, versions, write_json
+from util.runs.files import write_json
+from util.runs.run import run_main, start_logging, versions
 
 GB, TFLOP, GIB = 1e9, 1e12, 2**30
 DEVICE = torch.device("cpu")

@@ -31,17 +31,49 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.local_job import HERE, job_port
 from util.arguments import Parser, check_arguments, natural_int, positive_int
-from util.errors import InputError
+from util.errors import UNPRINTABLE, InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 MAINS = sorted(path.stem.removeprefix("main_") for path in ROOT.glob("main_*.py"))
 LOCAL_JOB = [sys.executable, str(ROOT / "scripts" / "local_job.py")]
 SBATCH_FLAGS = ("partition", "time", "account", "qos", "constraint", "mem", "cpus_per_task")
+# What SLURM or scripts/local_job.py would replace or drop in the path of a log, besides %j.
+REPLACED = {"slurm": r"\\|%(?!j)", "local": "%t"}
 # A task ended by SIGUSR1 has saved, or had not started to train. The job is requeued after all have
 # ended, so that none is cut off; where SLURM does not allow that, the job fails visibly.
 REQUEUE = f"""code=$?
 [ $code -ne {128 + signal.SIGUSR1} ] || scontrol requeue $SLURM_JOB_ID
 exit $code"""
+
+
+def check_value(flag: str, value: str) -> None:
+    """Check a value that is quoted for a line of a batch script.
+
+    sbatch reads such a line as a shell would, except for backslashes: it drops them, and one that
+    precedes a quote makes the rest of a value further options. A line break begins a new line.
+
+    Raises:
+        InputError: it is empty, or has a character that sbatch would not read as it is.
+    """
+    if not value:
+        raise InputError(f"{flag} is empty: give a value, or leave it out")
+    if "\\" in value:
+        raise InputError(f"{flag} {value} has a backslash, which sbatch does not keep: remove it")
+    if UNPRINTABLE.search(value):
+        raise InputError(
+            f"{flag} {value} has a line break or another character that is not printed: remove it"
+        )
+
+
+def check_job_dir(job_dir: Path, cluster: str) -> None:
+    """Raise InputError if logs would not be in this folder, or its name cannot be printed."""
+    advice = "give another folder for logs by --job_dir"
+    if UNPRINTABLE.search(str(job_dir)):
+        raise InputError(
+            f"{job_dir} has a line break or another character that is not printed: {advice}"
+        )
+    if found := re.search(REPLACED[cluster], str(job_dir)):
+        raise InputError(f"{job_dir} has {found[0]}, which is replaced in names of logs: {advice}")
 
 
 def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -93,12 +125,18 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if len(own) == len(argv):
         raise InputError(f"-- not found: put the flags of main_{args.main}.py after it")
 
-    args.sbatch = {name: getattr(args, name) for name in SBATCH_FLAGS if getattr(args, name)}
+    args.sbatch = {name: vars(args)[name] for name in SBATCH_FLAGS if vars(args)[name] is not None}
+    for name, value in args.sbatch.items():
+        check_value(f"--{name}", value)
     for word in others:
-        found = re.fullmatch(r"--slurm_([\w-]+)(?:=(.*))?", word)
+        found = re.fullmatch(r"--slurm_([A-Za-z][\w-]*)(?:=(.*))?", word, re.ASCII | re.DOTALL)
         if not found:
             raise InputError(f"{word} is not a flag of the launcher: {foreign}")
+        if found[2] is not None:
+            check_value(f"--slurm_{found[1]}", found[2])
         args.sbatch[found[1].replace("-", "_")] = True if found[2] is None else found[2]
+    if args.job_dir == "":
+        raise InputError("--job_dir is empty: give a folder, or leave it out")
     if args.gpus_per_node and args.tasks_per_node not in (None, args.gpus_per_node):
         raise InputError(
             f"--tasks_per_node {args.tasks_per_node} contradicts --gpus_per_node "
@@ -218,6 +256,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, main_argv = parse_args(sys.argv[1:] if argv is None else argv)
     main_args = importlib.import_module(f"main_{args.main}").parse_args(main_argv)
     job_dir = Path(args.job_dir or Path(main_args.output_dir, "jobs")).absolute()
+    if args.cluster != "foreground":  # which has no logs
+        check_job_dir(job_dir, args.cluster)
     check_machine(args, job_dir)
     if args.cluster != "slurm" and args.sbatch:
         unused = [name if name in SBATCH_FLAGS else f"slurm_{name}" for name in args.sbatch]

@@ -19,10 +19,17 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from util.compute.launchers import LAUNCHER_PID
+
 HERE = "-"  # instead of a log
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 OF_A_TERMINAL = (signal.SIGINT, signal.SIGHUP)
-SECONDS_TO_END = 30  # for the other tasks after one has failed, as under SLURM
+# For the other tasks after one has failed: to end on their own, until a SIGTERM, and as under SLURM
+# until a SIGKILL.
+SECONDS_TO_NOTICE = 5
+SECONDS_TO_END = 30
 
 
 def job_port(number: int) -> int:
@@ -57,6 +64,7 @@ def run_tasks(words: list[str], logs: Sequence[Path | None], received: list[int]
         "MASTER_PORT": str(job_port(os.getpid())),
         "WORLD_SIZE": str(len(logs)),
         "LOCAL_WORLD_SIZE": str(len(logs)),
+        LAUNCHER_PID: str(os.getpid()),  # so that tasks notice if this process dies
     }
     # Otherwise each task would use all cores.
     shared.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // len(logs), 1)))
@@ -72,18 +80,29 @@ def run_tasks(words: list[str], logs: Sequence[Path | None], received: list[int]
             )
         tasks.append(process)
 
-    passed_on, deadline = 0, math.inf
+    passed_on, failed_at, terminated = 0, math.inf, False
     while None in (codes := [task.poll() for task in tasks]):
         for number in received[passed_on:]:
             passed_on += 1
             for task in tasks:
                 task.send_signal(number)
         if any(codes):
-            deadline = min(deadline, time.monotonic() + SECONDS_TO_END)
-        if time.monotonic() > deadline:
+            failed_at = min(failed_at, time.monotonic())
+        seconds = time.monotonic() - failed_at
+        if seconds > SECONDS_TO_NOTICE and not terminated:
+            # A task that has not joined the others yet would wait for the one that failed.
+            terminated = True
+            for task in tasks:
+                task.terminate()
+        if seconds > SECONDS_TO_END:
             for task in tasks:
                 task.kill()
         time.sleep(0.1)
+    if failed_at < math.inf and not received and all(code < 0 for code in codes):
+        # No task was able to say anything, as during its imports.
+        number = next((rank for rank, code in enumerate(codes) if code != -signal.SIGTERM), 0)
+        name = signal.Signals(-codes[number]).name
+        print(f"local_job.py: error: {name} ended process {number} of the job", file=sys.stderr)
     return [code if code >= 0 else 128 - code for code in codes]
 
 

@@ -39,8 +39,8 @@ if __name__ == "__main__":
     check_arguments(parse_args)  # before the imports below, which take seconds
 
 from util.eval.plots import new_figure, save_figure
+from util.runs.epoch_log import read_log
 from util.runs.run import run_main, start_logging
-from util.runs.run_log import read_log
 
 
 def read_curve(folder: Path, metric: str, x: str = "step") -> dict[int, float]:
@@ -49,7 +49,7 @@ def read_curve(folder: Path, metric: str, x: str = "step") -> dict[int, float]:
     Raises:
         InputError: the log does not have it.
     """
-    curve = {line[x]: line[metric] for line in read_log(folder) if metric in line}
+    curve = {line[x]: line[metric] for line in read_log(folder) if {x, metric} <= line.keys()}
     if not curve:
         raise InputError(f"the log in {folder} has no {metric}: correct --metrics or --runs")
     return curve

@@ -8,7 +8,6 @@ matplotlib.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from util.arguments import Parser, check_arguments, check_output_folders
 from util.errors import InputError
+from util.json_text import parse_json
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -48,7 +48,7 @@ def read_scores(folder: Path) -> dict[str, dict]:
     """
     path = folder / "segmentation.json"
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_bytes())
         rows = {row["class"]: row for row in content["classes"]}
         return {**rows, MEAN: {"iou": content["val_miou"], "pixels": None}}
     except (OSError, ValueError, LookupError, TypeError) as error:

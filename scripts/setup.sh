@@ -13,22 +13,19 @@ install_into_venv() {
     local wanted
     wanted=$(cat requirements*.txt)
 
-    if [ ! -x "$python" ]; then
+    if [ ! -x "$python" ] || [ -e .venv/making ]; then
         local base=${PYTHON:-python3}
         "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
             fail "Python 3.10 or newer is needed: install it, or name one with PYTHON=/path/to/python3"
         echo "making .venv with $("$base" --version)"
-        "$base" -m venv .venv || {
-            rm -rf .venv
+        make_venv "$base" .venv ||
             fail "the venv module does not work: on Debian or Ubuntu, run apt-get install python3-venv"
-        }
     fi
-    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && [ ! -e .venv/installing ]; then
         echo "$requirements is installed in .venv"
     else
         echo "installing $requirements into .venv: a few minutes and gigabytes the first time"
-        "$python" -m pip install --quiet --disable-pip-version-check \
-            -c requirements-pinned.txt -r "$requirements" ||
+        install_packages .venv -c requirements-pinned.txt -r "$requirements" ||
             fail "pip could not install $requirements: see above"
     fi
     # The check imports torchvision, which takes seconds, so it is repeated only after a change.
@@ -38,6 +35,87 @@ install_into_venv() {
         list_builds >"$checked"
     fi
     echo "$wanted" >"$stamp"
+}
+
+# Makes the environment FOLDER with the Python BASE, unless it is there. The file `making` is in it
+# until it is complete: one that was stopped halfway is made again.
+#     make_venv BASE FOLDER
+make_venv() {
+    local base=$1 folder=$2
+    [ ! -e "$folder/making" ] || rm -rf "$folder/bin" "$folder"
+    [ ! -x "$folder/bin/python" ] || return 0
+    mkdir -p "$folder"
+    touch "$folder/making"
+    run_in "$folder" "$base" -m venv "$folder" || {
+        rm -rf "$folder/bin" "$folder"
+        return 1
+    }
+    rm "$folder/making"
+}
+
+# Installs into the environment FOLDER what pip's ARGUMENTS name. The file `installing` is in it until
+# that has succeeded.
+#     install_packages FOLDER ARGUMENTS
+install_packages() {
+    local folder=$1
+    shift
+    local python=$folder/bin/python
+    [ ! -e "$folder/installing" ] || forget_incomplete_packages "$python"
+    touch "$folder/installing"
+    run_in "$folder" "$python" -m pip install --quiet --no-input --disable-pip-version-check "$@" ||
+        return 1
+    rm "$folder/installing"
+}
+
+# Runs a program whose temporary files, gigabytes for pip, are in the environment FOLDER, where those
+# that it leaves when it is killed are removed the next time.
+run_in() {
+    local folder=$1 temporary code=0
+    shift
+    rm -rf "$folder/tmp"
+    mkdir "$folder/tmp"
+    temporary=$(cd "$folder/tmp" && pwd)
+    TMPDIR=$temporary run_attached "$@" || code=$?
+    rm -rf "$temporary"
+    return $code
+}
+
+# Makes pip install again what it was stopped at: it writes INSTALLER after all files of a package,
+# and moves the files of an old version to names with ~.
+forget_incomplete_packages() {
+    "$1" - <<'PYTHON'
+import csv
+import shutil
+import sysconfig
+from pathlib import Path
+
+site = Path(sysconfig.get_path("purelib"))
+for path in site.glob("~*"):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+for info in site.glob("*.dist-info"):
+    record = info / "RECORD"
+    complete = record.is_file() and (info / "INSTALLER").is_file()
+    if complete:
+        files = [row[0] for row in csv.reader(record.read_text().splitlines()) if row]
+        complete = all((site / file).exists() for file in files if not file.endswith(".pyc"))
+    if not complete:
+        shutil.rmtree(info)
+PYTHON
+}
+
+# Runs a program and its children, which end when a signal ends this script: bash alone would leave
+# them running. They are a group of their own, which gets no Ctrl-C but from here.
+run_attached() {
+    set -m
+    "$@" &
+    set +m
+    local group=$! code=0 name
+    for name in HUP INT TERM; do
+        trap "kill -TERM -$group || true; wait $group || true; exit $((128 + $(kill -l $name)))" $name
+    done
+    wait "$group" || code=$?
+    trap - HUP INT TERM
+    return $code
 }
 
 # Lists the installed torch and torchvision, with the time when each was installed.

@@ -31,12 +31,12 @@ export OMP_NUM_THREADS=1
 status=0
 for end in lower upper; do
     python=$folder/$end/bin/python
-    [ -x "$python" ] || "${!end}" -m venv "$folder/$end"
-    "$python" -m pip install --quiet --disable-pip-version-check --upgrade \
-        -c "$folder/$end.txt" -r requirements-dev.txt
+    make_venv "${!end}" "$folder/$end"
+    install_packages "$folder/$end" --upgrade -c "$folder/$end.txt" -r requirements-dev.txt
     check_torchvision "$python"
     echo "$end end: $("$python" --version)"
     "$python" -m pip list --disable-pip-version-check | grep -E '^(torch|torchvision|timm|numpy|tifffile|imagecodecs) '
-    "$python" -m pytest -n 2 --dist loadgroup -q -m "not slow and not faults and not slurm" || status=1
+    run_attached "$python" -m pytest -n 2 --dist loadgroup -q \
+        -m "not slow and not faults and not slurm" || status=1
 done
 exit $status

@@ -3,6 +3,12 @@
 import os
 import signal
 
+from tests.helpers import leftovers
+
+# Before anything that asks for the temporary or the home folder. Parallel workers inherit it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    leftovers.begin()
+
 # Tests compare bits, which holds on a CPU. Name a GPU in this variable to run them on it.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
@@ -22,6 +28,11 @@ from tests.helpers.models import use_nano_models
 from tests.helpers.processes import end_processes
 from tests.helpers.runs import TINY, run
 from util.runs.checkpoint import list_checkpoints
+
+
+def pytest_terminal_summary(terminalreporter):
+    if terminalreporter.stats.get("failed") and not terminalreporter.config.option.basetemp:
+        terminalreporter.line("--basetemp FOLDER keeps the temporary folders of failed tests")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -22,7 +22,7 @@ from tests.helpers.models import crossmae_nano
 from tests.helpers.runs import EACH_STEP, QUICK, assert_identical, refusal, run, run_until, state_of
 from tests.helpers.weights import finetuned, pretrained, randomized, stored, timm_nano, vit_nano
 from util.normalization import PixelFormat
-from util.runs.run_log import read_log
+from util.runs.epoch_log import read_log
 from util.weights.encoder import read_encoder
 
 pytestmark = pytest.mark.usefixtures("nano")

@@ -24,7 +24,7 @@ from util.data.segmentation import open_segmentation
 from util.errors import InputError
 from util.normalization import PixelFormat
 from util.runs.checkpoint import BEST_NAME, list_checkpoints, read_checkpoint
-from util.runs.run_log import read_log
+from util.runs.epoch_log import read_log
 from util.settings.detection import DetectionSettings
 from util.settings.segmentation import SegmentationSettings
 

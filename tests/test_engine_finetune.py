@@ -42,10 +42,10 @@ from util.runs.checkpoint import (
     list_checkpoints,
     read_checkpoint,
 )
+from util.runs.epoch_log import LOG_NAME
 from util.runs.meters import EpochMeters
 from util.runs.report import report
 from util.runs.resume import RunRecord, continue_run, newest_good_checkpoint
-from util.runs.run_log import LOG_NAME
 from util.seeding import seed_everything
 
 NUM_CLASSES = 10
@@ -580,12 +580,12 @@ def test_a_finished_run_without_its_last_checkpoint_fails(tmp_path):
 
 
 def test_a_best_epoch_that_could_not_be_written_is_not_taken_for_kept(tmp_path, monkeypatch):
-    def full(*_):
+    def full(*_, **options):
         raise OSError("disk full")
 
     writer = make_writer(tmp_path, make_state(vit_nano(), ema=0.9))
     with monkeypatch.context() as patch:
-        patch.setattr("util.runs.checkpoint.write_atomically", full)
+        patch.setattr("util.runs.checkpoint.replace_file", full)
         writer.save_if_best({"val_top1": 70.0}, by=TOP1)
     writer.save_if_best({"val_top1": 60.0}, by=TOP1)
     assert (tmp_path / BEST_NAME).exists()

@@ -25,7 +25,7 @@ from tests.helpers.processes import NANO_MAIN, command, finish, start
 from tests.helpers.runs import EACH_STEP, assert_identical, refusal, run_until, state_of
 from util.compute import memory
 from util.runs.checkpoint import BEST_NAME, list_checkpoints, read_checkpoint
-from util.runs.run_log import read_log
+from util.runs.epoch_log import read_log
 
 KIND = "detection"
 TINY = ["--model", "vit_tiny_patch4", "--input_size", 32, "--window_size", 3, "--global_blocks", 1]

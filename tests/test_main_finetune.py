@@ -28,7 +28,7 @@ from tests.helpers.runs import (
     run_until,
 )
 from util.runs.checkpoint import BEST_NAME, list_checkpoints, read_checkpoint
-from util.runs.run_log import read_log
+from util.runs.epoch_log import read_log
 from util.settings.model import SIZES, ModelSize
 from util.weights.encoder import read_encoder
 

@@ -27,7 +27,7 @@ from util.data.batch import collate
 from util.data.datasets import build_dataset
 from util.data.transforms import eval_transform
 from util.runs.checkpoint import list_checkpoints
-from util.runs.run_log import read_log
+from util.runs.epoch_log import read_log
 from util.weights.encoder import read_encoder
 
 HEAD = [f"head.0.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")]

@@ -37,8 +37,8 @@ from util.eval.monitor import evaluate, is_picture_due
 from util.eval.reconstructions import MOMENTS_NOTE
 from util.normalization import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from util.runs.checkpoint import list_checkpoints, read_checkpoint
+from util.runs.epoch_log import read_log
 from util.runs.run import versions
-from util.runs.run_log import read_log
 from util.settings.model import SIZES
 
 MAE = ["--model", "mae_vit_tiny_patch4"]

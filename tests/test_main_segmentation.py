@@ -18,7 +18,7 @@ from tests.helpers.processes import NANO_MAIN, command, finish, start
 from tests.helpers.runs import EACH_STEP, assert_identical, refusal, run_until, state_of
 from util.compute import compiling
 from util.runs.checkpoint import BEST_NAME, list_checkpoints, read_checkpoint
-from util.runs.run_log import read_log
+from util.runs.epoch_log import read_log
 from util.settings import model as model_settings
 from util.settings.model import ModelSize
 

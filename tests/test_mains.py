@@ -23,7 +23,7 @@ from tests.helpers.runs import (
     state_of,
 )
 from util.runs.checkpoint import BEST_NAME, list_checkpoints
-from util.runs.run_log import read_log
+from util.runs.epoch_log import read_log
 
 TRAINING = ("pretrain", "finetune", "linprobe")
 MAINS = {

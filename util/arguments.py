@@ -21,7 +21,7 @@ from util.errors import InputError, escaped
 from util.terminal import keep_streams, say_at_once
 
 MAX_COUNT = 10**9  # the product of two larger counts would overflow
-MAX_WORKERS = 1000  # processes
+MAX_WORKERS = 1000  # processes, or threads of one
 
 Settings = TypeVar("Settings")
 
@@ -195,6 +195,13 @@ def natural_int(text: str) -> int:
 
 def process_count(text: str) -> int:
     """A number of processes, limited because a typo could otherwise freeze the machine."""
+    return whole_number(text, MAX_WORKERS)
+
+
+def thread_count(text: str) -> int:
+    """A number of threads, from 1 on, limited as that of processes is."""
+    if integer(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
     return whole_number(text, MAX_WORKERS)
 
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 from util.errors import InputError
 from util.eval.plots import new_figure, save_figure
-from util.runs.run import set_aside, versions, write_json
+from util.runs.files import set_aside, write_json
+from util.runs.run import versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

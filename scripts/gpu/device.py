@@ -16,7 +16,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.benchmark.step import build_matmul, describe_machine, time_calls
-from util.runs.run import versions, write_json
+from util.runs.files import write_json
+from util.runs.run import versions
 
 GIB = 2**30
 

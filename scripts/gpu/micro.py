@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.benchmark.step import describe_machine, time_calls
 from scripts.benchmark.tables import markdown
-from util.runs.run import versions, write_json
+from util.runs.files import write_json
+from util.runs.run import versions
 from util.settings.compute import ATTENTION_BACKENDS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

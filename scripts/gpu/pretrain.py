@@ -20,7 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.benchmark.step import describe_machine
-from util.runs.run import versions, write_json
+from util.runs.files import write_json
+from util.runs.run import versions
 from util.runs.run_log import SPEED
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -39,7 +39,7 @@ from util.data.sampler import StepSampler
 from util.errors import InputError, RunError
 from util.machine import cores_per_process, default_workers
 from util.runs.checkpoint import list_checkpoints, read_checkpoint
-from util.runs.run_log import read_log
+from util.runs.epoch_log import read_log
 
 pytestmark = pytest.mark.xdist_group("distributed")  # whose runs are made once
 
@@ -333,7 +333,7 @@ def join(monkeypatch):
         monkeypatch.setattr(torch, "zeros", lambda *size, device: zeros(*size))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-        monkeypatch.setattr(distributed, "_open_store", lambda *_: None)
+        monkeypatch.setattr(distributed.Meeting, "gather", lambda _: None)
         monkeypatch.setattr(dist, "init_process_group", init_process_group)
         return init_distributed(device), options
 

@@ -27,6 +27,7 @@ from tests.helpers.runs import (
 )
 from util.compute.signals import (
     SIGNALS,
+    StopRequest,
     blocked_signals,
     defer_signals,
     handled_signals,
@@ -117,7 +118,7 @@ def test_a_signal_to_loader_processes_does_not_end_them(images, undisturbed, tmp
 
 def test_a_signal_during_evaluation_stops_after_the_epoch_is_saved(images, tmp_path, monkeypatch):
     # No signal during the epoch's steps, only after them.
-    monkeypatch.setattr(checkpoint, "stop_signal", lambda: signal.SIGTERM)
+    monkeypatch.setattr(checkpoint, "stop_request", lambda: StopRequest(15, "by SIGTERM"))
     every_step = ["--log_every", 1000, "--save_every", 2]
     with pytest.raises(StoppedError, match="stopped by SIGTERM after 1 epoch and 0 steps"):
         run(*options(images, tmp_path), *every_step)
@@ -254,3 +255,39 @@ def test_a_program_in_the_background_goes_on_ignoring_ctrl_c():
         run_main(lambda: signal.raise_signal(signal.SIGINT))
     """
     assert outcome_of(program) == (0, "", "")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_stopped_program_does_not_wait_for_the_batches_of_its_loader_processes(trains):
+    program = f"""
+        import torch
+        from torch.utils.data import _utils
+        from util.compute.signals import stop_signal
+        from util.data.loaders import Batches
+        from util.errors import StoppedError
+
+        _utils.MP_STATUS_CHECK_INTERVAL = 10_000  # five seconds for each process
+
+        class Slow(torch.utils.data.Dataset):
+            collate = staticmethod(list)
+            def __len__(self):
+                return 100
+            def __getitem__(self, index):
+                if index > 1:
+                    time.sleep(10_000)
+                return index
+
+        def main():
+            batches = iter(Batches(Slow(), batch_size=1, num_workers=2))
+            next(batches)
+            if {trains}:
+                defer_signals(saves="soon")
+            signal.raise_signal(signal.SIGTERM)
+            raise StoppedError("saved", signal.SIGTERM)
+
+        run_main(main)
+    """
+    code, _, err = outcome_of(program)
+    assert code == 128 + signal.SIGTERM, err
+    assert err == ("" if trains else "program.py: stopped by SIGTERM\n")

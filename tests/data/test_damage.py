@@ -251,7 +251,7 @@ TEXTS = {
     b"version https://git-lfs.github.com/spec/v1\n": "Git LFS",
     b"%PDF-1.7": "PDF, which Pillow cannot read",
     b"\0\0\0\x18ftypheic\0\0\0\0": "HEIC, which Pillow cannot read",
-    bytes(range(128, 256)): "not an image that Pillow can read",
+    bytes(range(128, 256)): "not an image of a known format",
 }
 
 

@@ -178,14 +178,14 @@ def while_it_starts(seconds):
 
 AIMED = [
     partial(before_event, r"open .*/lock ", 1),
-    partial(before_event, r"open .*/args\.tmp w", 1),
-    partial(before_event, r"rename .*/args\.tmp", 1),
+    partial(before_event, r"open .*/args\.json\.tmp x", 1),
+    partial(before_event, r"rename .*/args\.json\.tmp", 1),
     partial(before_event, r"open .*tfevents", 1),
-    partial(before_event, r"open .*/log\.tmp w", 1),
-    partial(before_event, r"rename .*/log\.tmp", 1),
+    partial(before_event, r"open .*/log\.jsonl\.tmp x", 1),
+    partial(before_event, r"rename .*/log\.jsonl\.tmp", 1),
     partial(before_event, r"open .*/log\.jsonl a", 1),
-    partial(before_event, r"rename .*/reconstructions\.tmp", 1),
-    partial(before_event, r"open .*\.pth\.tmp w", 2),
+    partial(before_event, r"rename .*/reconstructions\.png\.tmp", 1),
+    partial(before_event, r"open .*\.pth\.tmp x", 2),
     partial(before_event, r"rename .*\.pth\.tmp", 1),
     partial(before_event, r"remove .*\d\.pth ", 1),  # both the new and the old one exist
     partial(before_event, r"remove .*\d\.pth ", 3),
@@ -488,7 +488,7 @@ def is_alive(pid):
 @pytest.mark.parametrize(
     "moment",
     [
-        partial(before_event, r"open .*\.pth\.tmp w", 2, kill_loader),
+        partial(before_event, r"open .*\.pth\.tmp x", 2, kill_loader),
         partial(before_event, r"rename .*\.pth\.tmp", 8, kill_loader),
         partial(before_event, r"remove .*\d\.pth ", 10, kill_loader),
         partial(before_event, r"open .*\.jsonl a", 2, kill_loader),

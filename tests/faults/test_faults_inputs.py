@@ -41,8 +41,8 @@ from util.data.broken_images import reason_of
 from util.data.decode import read_pixels, read_rgb
 from util.data.transforms import pretrain_transform
 from util.runs.checkpoint import list_checkpoints
+from util.runs.epoch_log import read_log
 from util.runs.run import run_main
-from util.runs.run_log import read_log
 
 pytestmark = pytest.mark.faults
 

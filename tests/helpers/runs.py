@@ -1,6 +1,7 @@
 """Runs of a main, their results, and error messages."""
 
 import logging
+import threading
 from contextlib import contextmanager
 
 import pytest
@@ -14,8 +15,9 @@ import main_pretrain
 import main_segmentation
 from tests.helpers.processes import command, finish, start
 from util.runs.checkpoint import BEST_NAME, list_checkpoints, read_checkpoint
+from util.runs.epoch_log import read_log
 from util.runs.run import run_main
-from util.runs.run_log import RunLog, read_log
+from util.runs.run_log import RunLog
 
 MAINS = {
     "pretrain": main_pretrain,
@@ -38,13 +40,14 @@ EACH_STEP = ["--save_every_minutes", "0", "--log_every", "1", "--keep_last", "0"
 def logging_restored():
     """Undo what a main does to the root logger."""
     root = logging.getLogger()
-    handlers, level = root.handlers, root.level
+    handlers, level, hook = root.handlers, root.level, threading.excepthook
     try:
         yield
     finally:
         root.handlers = handlers
         root.setLevel(level)
         logging.captureWarnings(False)
+        threading.excepthook = hook
 
 
 def run(*argv, main=main_pretrain.main):

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import resource
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,8 @@ from util.runs.checkpoint import (
     Progress,
     list_checkpoints,
     read_checkpoint,
-    write_atomically,
 )
+from util.runs.files import replace_file
 from util.runs.resume import newest_good_checkpoint
 
 # Content
@@ -130,13 +131,18 @@ def files_no_larger_than(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def write_weights(path, number):
+    content = {"w": torch.ones(number)}
+    replace_file(path, lambda file: torch.save(content, file), durable=True)
+
+
 @pytest.mark.faults
 def test_half_written_files_are_removed_on_a_full_disk(tmp_path):
     path = tmp_path / "checkpoint-e0001-s000000.pth"
-    write_atomically({"w": torch.ones(10)}, path)
+    write_weights(path, 10)
     before = path.read_bytes()
     with files_no_larger_than(100_000), pytest.raises((OSError, RuntimeError)):
-        write_atomically({"w": torch.ones(300_000)}, path)
+        write_weights(path, 300_000)
     assert names(tmp_path) == [path.name]
     assert path.read_bytes() == before
 
@@ -166,10 +172,8 @@ def test_an_interrupted_write_does_not_leave_a_half_written_file(tmp_path, monke
 
 def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     events = []
-    fsync, replace = checkpoint_module.os.fsync, Path.replace
-    monkeypatch.setattr(
-        checkpoint_module.os, "fsync", lambda file: (events.append("fsync"), fsync(file))
-    )
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (events.append("fsync"), fsync(file)))
     monkeypatch.setattr(
         Path, "replace", lambda path, new: (events.append("replace"), replace(path, new))
     )

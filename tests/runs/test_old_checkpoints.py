@@ -22,7 +22,7 @@ from tests.helpers.processes import ROOT
 from tests.helpers.runs import run
 from tests.helpers.versions import same_bernoulli
 from util.data.transforms import probe_transform
-from util.runs.run_log import read_log
+from util.runs.epoch_log import read_log
 from util.settings import model as model_settings
 from util.settings.model import ModelSize
 

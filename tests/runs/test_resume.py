@@ -1,5 +1,6 @@
 """Which checkpoint a run continues from, and the check that it is the same run."""
 
+import platform
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from tests.helpers.checkpoints import make_state, save_at, truncate
 from tests.helpers.runs import assert_identical
 from util.errors import InputError
+from util.runs import run as runs
 from util.runs.checkpoint import list_checkpoints, read_checkpoint
 from util.runs.resume import (
     EFFECTIVE_BATCH,
@@ -243,3 +245,36 @@ def test_an_option_of_a_newer_version_that_was_given_is_a_difference(caplog):
         check(CHECKPOINT, IDENTITY | {"--new": 4}, RECIPE, {"--new"})
     check(CHECKPOINT, IDENTITY, RECIPE | {"--speed": "low"}, {"--speed"})
     assert caplog.messages == ["continuing with a change: --speed was None and is now 'low'"]
+
+
+# What changes the last bits; whole runs are in tests/faults/test_threads.py
+
+H200 = {"--num_threads": None, "device": "NVIDIA H200"}
+
+
+def test_threads_and_kernels_of_the_cpu_are_not_mentioned_on_a_gpu(caplog):
+    versions = {"cpu_capability": "NO AVX", "cpu_linear": "another", "torch": torch.__version__}
+    before = CHECKPOINT | {"recipe": RECIPE | H200, "versions": versions}
+    check(before, IDENTITY, RECIPE | H200)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("number", [1, 8])
+def test_a_gpu_instead_of_a_cpu_is_named_but_not_its_threads(caplog, number):
+    cpu = {"--num_threads": number, "device": "AMD EPYC"}
+    for before, now in [(cpu, H200), (H200, cpu)]:
+        caplog.clear()
+        check(CHECKPOINT | {"recipe": RECIPE | before}, IDENTITY, RECIPE | now)
+        names = f"device was {before['device']!r} and is now {now['device']!r}"
+        assert caplog.messages == [f"the result may not be bit-identical: {names}"]
+
+
+def test_the_device_is_called_as_its_maker_does(tmp_path, monkeypatch):
+    file, cpu = tmp_path / "cpuinfo", torch.device("cpu")
+    monkeypatch.setattr(runs, "CPU_INFO", file)
+    assert runs.device_name(cpu) == f"CPU ({platform.machine()})"  # no such file: macOS
+    file.write_text("processor\t: 0\nCPU part\t: 0xd4f\n")  # ARM
+    assert runs.device_name(cpu) == f"CPU ({platform.machine()})"
+    file.write_text("processor\t: 0\nmodel name\t: AMD EPYC 9B14\nmodel name\t: other\n")
+    assert runs.device_name(cpu) == "AMD EPYC 9B14"
+    assert runs.device_name(torch.device("mps")) == "mps"

@@ -11,7 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from util.runs import run_log
 from util.runs.checkpoint import Progress
-from util.runs.run_log import RunLog, TimedIterator, read_log
+from util.runs.epoch_log import read_log
+from util.runs.run_log import RunLog, TimedIterator
 
 CPU = torch.device("cpu")
 

@@ -117,3 +117,33 @@ def test_labels_are_not_read():
     model, loader = make_model(), make_loader((4,))
     loader.prepared[0][0].labels[2] = -100  # cross-entropy ignores it
     train(model, loader, sgd_state(model))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "log_every", "checks"),
+    [
+        (60.0, 1000, range(1, 12)),  # after every step
+        (2.0, 1000, [1, 3, 5, 7, 9, 11]),
+        (0.001, 1000, [1, 21, 41]),  # steps may become slower
+        (2.0, 3, [1, 3, 5, 6, 8, 9]),  # log points ask, too
+    ],
+)
+def test_several_processes_ask_each_other_every_few_seconds(
+    monkeypatch, seconds, log_every, checks
+):
+    clock = [0.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(training, "world_size", lambda: 2)
+    asked, step = [], 0
+
+    def gather(values):
+        asked.append(step)
+        return [*values, (step == checks[-1], 1e-9)]  # the other's clock does not count
+
+    monkeypatch.setattr(training, "all_gather_objects", gather)
+    stops = training.StopChecks()
+    for step in range(1, checks[-1] + 1):  # as `gather` reads it
+        clock[0] += seconds
+        is_log_point = step % log_every == 0
+        assert stops.requested(is_log_point=is_log_point) == (step == checks[-1])
+    assert asked == list(checks)

@@ -29,7 +29,7 @@ from tests.helpers.models import NANO_DECODER, use_nano_models
 from tests.helpers.runs import TINY, refusal, run
 from tests.helpers.weights import pretrained, stored
 from util.runs.checkpoint import list_checkpoints
-from util.runs.run_log import read_log
+from util.runs.epoch_log import read_log
 from util.settings.model import ModelSize
 
 main = compare_reconstructions.main

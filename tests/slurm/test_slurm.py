@@ -197,6 +197,20 @@ def test_a_task_that_dies_ends_the_others(images, tmp_path):
 
 
 @pytest.mark.faults
+def test_odd_names_reach_slurm_as_they_are(tmp_path):
+    odd = """it's "a" #1 --nice=77 $HOME `id`"""
+    folders = [tmp_path / name for name in (odd, "$(id) %j;*")]
+    wrong = six_epochs(tmp_path / "nowhere", tmp_path / "run")
+    comment = f"--slurm_comment={odd}"
+    jobs = [submit("--job_dir", folder, comment, main_flags=wrong) for folder in folders]
+    for number, log in jobs:
+        assert state_at_end(number) == ("FAILED", "2:0", 0)
+        assert log.read_text().count("main_pretrain.py: error: ") == 1
+        assert f"Comment={odd}" in said("scontrol", "show", "job", number)
+        assert job(number)["Nice"] == "0"
+
+
+@pytest.mark.faults
 def test_a_rejection_by_sbatch_is_reported_in_one_sentence(images, tmp_path):
     words = ["scripts/launch.py", "--main", "pretrain", "--cluster", "slurm"]
     words += ["--tasks_per_node", 2, "--slurm_partition=none", "--", *six_epochs(images, tmp_path)]

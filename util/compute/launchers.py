@@ -1,11 +1,25 @@
-"""What the programs that start processes say in the environment: a process's place in its run."""
+"""The programs that start a run's processes: a process's place in its run, and its launcher's end.
+
+A process that outlives its launcher would train on while nobody knows of it, and nobody could stop
+or restart all processes together. So the death of torchrun or scripts/local_job.py stops a run.
+"""
 
 import os
-from collections.abc import Sequence
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
+from util.compute.signals import stop_itself
 from util.errors import InputError
 from util.machine import whole_number
+
+LAUNCHER_PID = "CROSSMAE_LAUNCHER_PID"  # set by scripts/local_job.py
+OF_TORCHRUN = "TORCHELASTIC_RUN_ID"
+PERIOD = 1.0  # seconds between two looks at the launcher
 
 
 class Place(NamedTuple):
@@ -17,6 +31,11 @@ class Place(NamedTuple):
     """Number among the processes on this machine; None without LOCAL_RANK."""
     launched_rank: int | None = None
     """The same, as a launcher of LAUNCHERS says it."""
+
+
+def is_first() -> bool:
+    """Whether this is process 0 by the variables of a launcher, or alone."""
+    return os.environ.get("RANK", "").strip() in ("", "0")
 
 
 class Launcher(NamedTuple):
@@ -56,7 +75,7 @@ def find_launched() -> Launched | None:
     return None
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """Join names as in a sentence: A, B and C."""
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
@@ -91,7 +110,7 @@ def find_place() -> Place:
     missing = [name for name in needed if not os.environ.get(name, "").strip()]
     if missing:
         raise InputError(
-            f"WORLD_SIZE requests several processes, which also need {_listed(missing)}: "
+            f"WORLD_SIZE requests several processes, which also need {listed(missing)}: "
             "start the run with torchrun, or unset WORLD_SIZE"
         )
     port = whole_number("MASTER_PORT")
@@ -99,3 +118,96 @@ def find_place() -> Place:
         raise InputError(f"MASTER_PORT must be between 1 and {2**16 - 1}, not {port}: correct it")
     knows = launched is not None and launched.world_size == world_size
     return Place(rank, world_size, local_rank, launched.local_rank if knows else None)
+
+
+@dataclass
+class Starter:
+    """The program that started this process and waits for its end.
+
+    A shell is none: a run that it starts in the background is meant to outlive it.
+    """
+
+    name: str
+    pid: int | None
+    """None: it had died before this process looked for it."""
+
+    def __str__(self) -> str:
+        return self.name if self.pid is None else f"{self.name} (process {self.pid})"
+
+    def has_died(self) -> bool:
+        """Whether it has; the system then gives its processes another parent."""
+        return os.getppid() != self.pid
+
+
+_starter: Starter | None = None  # one is enough: a process has one parent
+
+
+def find_starter() -> Starter | None:
+    """The launcher that started this process; None for a shell, or a script of the launcher.
+
+    Raises:
+        InputError: a variable that launchers set is wrong.
+    """
+    parent = os.getppid()
+    of_job = whole_number(LAUNCHER_PID)
+    if of_job is not None and not _sets(parent, LAUNCHER_PID):
+        return Starter("scripts/local_job.py", of_job)
+    if OF_TORCHRUN not in os.environ or _sets(parent, OF_TORCHRUN):
+        return None
+    return Starter("torchrun", None if _store_is_closed() else parent)
+
+
+def _sets(pid: int, name: str) -> bool:
+    """Whether a process was itself started with this environment variable; False if unknown."""
+    with suppress(OSError):  # another user's, or a system without /proc
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return any(variable.startswith(f"{name}=".encode()) for variable in variables)
+    return False
+
+
+def _store_is_closed() -> bool:
+    """Whether the store of torchrun, which is open as long as it lives, refuses a connection."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False
+    address = os.environ.get("MASTER_ADDR", ""), whole_number("MASTER_PORT") or 0
+    try:
+        socket.create_connection(address, timeout=5).close()
+    except ConnectionRefusedError:
+        return True
+    except (OSError, OverflowError):  # says nothing about torchrun
+        pass
+    return False
+
+
+def dead_launcher() -> str | None:
+    """The launcher that started this process, such as "torchrun (process 123)", if it has died."""
+    return str(_starter) if _starter is not None and _starter.has_died() else None
+
+
+@contextmanager
+def stopped_with_launcher(clean_up: Callable[[], None]) -> Iterator[None]:
+    """Context in which the death of the launcher acts like a SIGTERM; within `handled_signals`.
+
+    Args:
+        clean_up: see `stop_itself`.
+    """
+    global _starter
+    _starter = find_starter()
+    if _starter is None:
+        yield
+        return
+    ended = threading.Event()
+    thread = threading.Thread(target=_watch, args=(ended, clean_up), name="launcher", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _watch(ended: threading.Event, clean_up: Callable[[], None]) -> None:
+    while (launcher := dead_launcher()) is None:
+        if ended.wait(PERIOD):
+            return
+    stop_itself(f"by the death of {launcher}", ended, clean_up)

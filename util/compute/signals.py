@@ -1,7 +1,8 @@
 """Handling of the signals that end a program: Ctrl-C, SIGTERM, and SIGUSR1 before a time limit.
 
 A signal ends a program in order and at once, except while it trains: then it is only recorded, and
-the run saves and ends where a step has ended. A second Ctrl-C never waits for that.
+the run saves and ends where a step has ended. A second Ctrl-C never waits for that. The death of
+the program that started a run acts like a SIGTERM (`util.compute.launchers`).
 """
 
 import logging
@@ -11,30 +12,40 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from util.terminal import say_at_once
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 END = b"\0"  # instead of a signal's number
 AGAIN = 0.3  # seconds before which a Ctrl-C is the same one: a launcher may pass it on
+PATIENCE = 10.0  # seconds for a program that is to end at once, but is inside a long call
 
 _logger = logging.getLogger(__name__)
 _received: list[int] = []  # one list is enough: a process has only one handler per signal
 _deferred = False
 _saves = ""  # when, for the user
+_cause: str | None = None  # of a signal that the program sent to itself
 
 
 class SignalExit(SystemExit):
     """A signal ends the program; no `except Exception` on the way catches it.
 
     Attributes:
-        signal: its number.
+        cause: "by SIGTERM" and the like; goes on after "stopped".
     """
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
-        self.signal = number
+        self.cause = _cause or f"by {signal_name(number)}"
+
+
+class StopRequest(NamedTuple):
+    """What asked a run to save and end."""
+
+    signal: int
+    cause: str
+    """See `SignalExit`."""
 
 
 def signal_name(number: int) -> str:
@@ -49,7 +60,7 @@ def handled_signals(clean_up: Callable[[], None]) -> Iterator[None]:
     Args:
         clean_up: called from a thread before a second Ctrl-C ends the process.
     """
-    global _deferred, _saves
+    global _deferred, _saves, _cause
     # A program in the background of a script ignores Ctrl-C, which is meant for the foreground.
     ignores = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     numbers = SIGNALS[:-1] if ignores else SIGNALS
@@ -63,7 +74,7 @@ def handled_signals(clean_up: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        _deferred, _saves = False, ""
+        _deferred, _saves, _cause = False, "", None
         _received.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -118,6 +129,32 @@ def defer_signals(*, saves: str = "") -> None:
 def stop_signal() -> int | None:
     """First signal that this process received, or None."""
     return _received[0] if _received else None
+
+
+def stop_request() -> StopRequest | None:
+    """What asked this process to stop, or None."""
+    number = stop_signal()
+    return None if number is None else StopRequest(number, _cause or f"by {signal_name(number)}")
+
+
+def stop_itself(cause: str, ended: threading.Event, clean_up: Callable[[], None]) -> None:
+    """Act on a reason to stop like on a SIGTERM; called from a thread.
+
+    Args:
+        cause: goes on after "stopped".
+        ended: set once the program is ending.
+        clean_up: called before the process is ended inside a call that lasts, which only happens
+            while there is nothing to save.
+    """
+    global _cause
+    if not _received:
+        _cause = cause
+    # To the main thread, whose call it interrupts if that is possible.
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+    if not ended.wait(PATIENCE) and not _received and not _deferred:
+        clean_up()
+        say_at_once(f"stopped {cause}")
+        os._exit(128 + signal.SIGTERM)
 
 
 @contextmanager

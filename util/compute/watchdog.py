@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from util.compute.distributed import broadcast_object, rank, world_size
+from util.compute.distributed import broadcast_object, meeting_store, rank, world_size
+from util.compute.launchers import dead_launcher
 from util.compute.signals import stop_signal
 
 PERIOD = 1.0  # seconds between two heartbeats
@@ -104,9 +105,9 @@ class Watchdog:
 
     def silent_ranks(self, seconds: float) -> list[int]:
         """Ranks of the other processes that have sent no heartbeat for this many seconds."""
-        if self.store_is_lost:
-            return [0]
         ages = [time.monotonic() - heard for heard in self.heard]
+        if self.store_is_lost:  # which is all that is known
+            return [0] if ages[0] > seconds and dead_launcher() is None else []
         return [n for n, age in enumerate(ages) if age > seconds and n != self.rank]
 
     def slowest_ranks(self) -> list[int]:
@@ -114,6 +115,17 @@ class Watchdog:
         beats = [json.loads(heartbeat) for heartbeat in self.last_heartbeats]
         positions = [(beat["step"], ACTIVITIES.index(beat["activity"])) for beat in beats]
         return [n for n, position in enumerate(positions) if position == min(positions)]
+
+    def stuck(self, seconds: float) -> str:
+        """Message that some main thread has made no progress for this many seconds."""
+        if self.store_is_lost and (launcher := dead_launcher()):
+            # Nothing is known of the others.
+            what = f"{_position.activity} for {seconds:.0f} s after the death of {launcher}, in"
+            return self.describe([self.rank], f"has been {what}")
+        slowest = self.slowest_ranks()
+        what = json.loads(self.last_heartbeats[slowest[0]])["activity"]
+        have = "has" if len(slowest) == 1 else "have"
+        return self.describe(slowest, f"{have} been {what} for {seconds:.0f} s in")
 
     def describe(self, numbers: list[int], what: str) -> str:
         """Message that says what happened to processes, at which step, and what to do."""
@@ -138,20 +150,19 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._wait():
             try:
-                self.send_heartbeat()
-                self.read_heartbeats()
-            except dist.DistError:  # the store died with process 0
+                if not self.store_is_lost:  # PyTorch prints a page at each attempt
+                    self.send_heartbeat()
+                    self.read_heartbeats()
+            except dist.DistError:  # the store died with process 0, or with torchrun
                 self.store_is_lost = True
             idle = time.monotonic() - _position.since
             # torchrun sends SIGTERM when a process has died, and SIGKILL half a minute later.
-            patience = min(SILENT if stop_signal() is None else GONE, self.timeout)
+            is_urgent = stop_signal() is not None and dead_launcher() is None
+            patience = min(GONE if is_urgent else SILENT, self.timeout)
             if idle > patience and self.silent_ranks(patience):
                 self._end(self.describe(self.silent_ranks(patience), LOST))
             elif idle > self.timeout:
-                slowest = self.slowest_ranks()
-                what = json.loads(self.last_heartbeats[slowest[0]])["activity"]
-                have = "has" if len(slowest) == 1 else "have"
-                self._end(self.describe(slowest, f"{have} been {what} for {idle:.0f} s in"))
+                self._end(self.stuck(idle))
 
     def _wait(self) -> bool:
         """Wait for the next heartbeat; return whether the watchdog has been stopped meanwhile."""
@@ -188,32 +199,44 @@ def stop_watchdog() -> None:
         # Python aborts if it exits while a thread is inside a call to the store.
         _watchdog.thread.join(SILENT)
         with suppress(dist.DistError):
-            _watchdog.leave()
+            if not _watchdog.store_is_lost:
+                _watchdog.leave()
         _watchdog = None
+
+
+def _report_store() -> dist.Store | None:
+    """Where processes register before they report why the run ends; None if this one is alone."""
+    return meeting_store() if _watchdog is None else _watchdog.store
 
 
 def claim_report() -> bool:
     """Claim the right to report why the run ends; False if another process already has it."""
-    if _watchdog is None:
+    store = _report_store()
+    if store is None:
         return True
-    try:
-        return _watchdog.store.add("reported", 1) == 1
-    except dist.DistError:
-        return True
+    with suppress(dist.DistError):
+        if _watchdog is None or not _watchdog.store_is_lost:
+            return store.add("reported", 1) == 1
+    # torchrun's death stops all processes, and the first says so.
+    return dead_launcher() is None or rank() == 0
 
 
 def await_report(seconds: float) -> None:
     """Wait until another process has reported why the run ends, for at most this long."""
-    end = time.monotonic() + seconds
+    store, end = _report_store(), time.monotonic() + seconds
     with suppress(dist.DistError):
-        while time.monotonic() < end and not (_watchdog and _watchdog.store.add("reported", 0)):
+        while time.monotonic() < end and not (store and store.add("reported", 0)):
             time.sleep(0.1)
 
 
 def lost_process(error: Exception) -> str | None:
     """Message about the lost process that made a connection fail; None for any other error."""
     broken = isinstance(error, RuntimeError) and "gloo" in str(error)
-    if _watchdog is None or not (broken or isinstance(error, dist.DistError)):
+    if not (broken or isinstance(error, dist.DistError)):
+        return None
+    if launcher := dead_launcher():
+        return f"{launcher} has died: {ADVICE}"
+    if _watchdog is None:
         return None
     deadline = time.monotonic() + 2 * GONE
     while time.monotonic() < deadline:

@@ -2,7 +2,9 @@
 
 import re
 import signal
+import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import active_children
@@ -10,6 +12,8 @@ from multiprocessing.process import BaseProcess
 from weakref import WeakSet
 
 from util.compute.shared_memory import shared_memory_message
+
+LEAVING = 2.0  # seconds for loader processes to end on their own
 
 _processes: WeakSet[BaseProcess] = WeakSet()  # of all loaders
 
@@ -58,6 +62,22 @@ def kill_loaders() -> None:
     """Kill the remaining loader processes without waiting; may be called from any thread."""
     for process in list(_processes):
         process.kill()
+
+
+@_sigchld_handler_disabled()
+def release_loaders(error: BaseException) -> None:
+    """End the loaders in the frames that an error has left, and forget the frames' variables.
+
+    A loader that is no longer used waits until each of its processes has loaded its batch, for up
+    to five seconds each. By the time they are killed here it waits for nothing else of theirs.
+    """
+    timer = threading.Timer(LEAVING, kill_loaders)
+    timer.daemon = True
+    timer.start()
+    try:
+        traceback.clear_frames(error.__traceback__)
+    finally:
+        timer.cancel()
 
 
 @_sigchld_handler_disabled()

@@ -16,7 +16,7 @@ MAX_LISTED = 20
 def reason_of(error: Exception) -> str:
     """Return why an image is broken, in one line that is the same every time."""
     if isinstance(error, UnidentifiedImageError):  # its own text contains a memory address
-        return "not an image that Pillow can read"
+        return "not an image of a known format"
     text = " ".join(str(error).split())
     if isinstance(error, Image.DecompressionBombError):
         return f"{text.partition(', could')[0]}: resize it, or read a TIFF by --channels and --tile"

@@ -1,6 +1,5 @@
 """Annotation files in COCO's format: reading, checking, and masks of objects."""
 
-import json
 import logging
 import math
 from collections import Counter
@@ -12,6 +11,7 @@ import numpy as np
 from faster_coco_eval.core import mask as rle
 
 from util.errors import InputError, counted
+from util.json_text import parse_json
 
 MAX_LISTED = 20
 MAX_REACH = 2.0  # of a polygon from the image's center, in sides
@@ -144,10 +144,10 @@ def read_coco(path: Path, *, masks: bool, max_broken: float) -> CocoFile:
 
 def _read_lists(path: Path) -> dict[str, list]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = parse_json(path.read_bytes())
     except OSError as error:
         raise InputError(f"cannot read the annotations in {path}: {error}") from error
-    except (RecursionError, ValueError) as error:
+    except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}): export it again") from error
     for name in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(name), list):

@@ -12,7 +12,7 @@ from PIL import Image
 from util.compute.distributed import broadcast_object, is_main_process
 from util.data.annotated import StoredImages
 from util.data.broken_images import reason_of
-from util.data.decode import bits_of, first_full
+from util.data.decode import bits_of, check_opened, first_full, formats
 from util.data.images import IndexedImages
 from util.data.sampler import evenly_spaced
 from util.data.streams import StreamedImages
@@ -168,8 +168,10 @@ def highest_deep_value(images: IndexedImages | StoredImages) -> int | None:
     for index in evenly_spaced(len(images), NUM_CHECKED):
         try:
             record, _ = images.stored(index)
-            image = Image.open(record) if hasattr(record, "read") else record
+            is_file = hasattr(record, "read")
+            image = Image.open(record, formats=formats()) if is_file else record
             with image:
+                check_opened(image)
                 if not image.mode.startswith("I") or bits_of(image) == 12:
                     continue
                 highest = max(highest or 0, int(np.asarray(first_full(image)).max()))

@@ -30,6 +30,41 @@ SIGNATURES = (
     (0, b"P5", "PGM"),
     (0, b"P6", "PPM"),
 )
+# Formats that Pillow knows and that are not read, by how their files begin. The bytes of some could
+# pass for TGA, which has no signature: without a palette, its bytes 3 to 6 are zero.
+FOREIGN = {
+    "EPS": rb"%!PS|\xc5\xd0\xd3\xc6",
+    "ICO": rb"\0\0\x01\0(?!\0\0)",
+    "CUR": rb"\0\0\x02\0(?!\0\0)",
+    "ICNS": rb"icns",
+    "PSD": rb"8BPS",
+    "DDS": rb"DDS ",
+    "BLP": rb"BLP[12]",
+    "FTEX": rb"FTEX",
+    "QOI": rb"qoif",
+    "SGI": rb"\x01\xda",
+    "PCX": rb"\n[\0\x02\x03\x05][\0\x01]",
+    "DCX": rb"\xb1\x68\xde\x3a",
+    "MSP": rb"DanM|LinS",
+    "PIXAR": rb"\x80\xe8\0\0",
+    "IM": rb"Image type:",
+    "XBM": rb"\s*#define",
+    "XPM": rb"/\* XPM \*/",
+    "XV thumbnail": rb"P7 332",
+    "Sun raster": rb"\x59\xa6\x6a\x95",
+    "GIMP brush": rb"\0\0..\0\0\0[\x01\x02].{12}GIMP",
+    "PCD": rb".{2048}PCD_",
+    "OLE (FPX or MIC)": rb"\xd0\xcf\x11\xe0",
+    "WMF": rb"\xd7\xcd\xc6\x9a",
+    "EMF": rb"\x01\0\0\0.{36} EMF",
+    "DIB": rb"[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0",
+    "FLI": rb".{4}[\x11\x12]\xaf",
+    "MPEG": rb"\0\0\x01[\xb3\xba]",
+    "FITS": rb"SIMPLE",
+    "GRIB": rb"GRIB",
+    "BUFR": rb"BUFR",
+    "McIDAS": rb"\0\0\0\0\0\0\0\x04",
+}
 UNREADABLE = (
     (0, b"MM\0+", "big-endian BigTIFF"),
     (4, b"ftyphei", "HEIC"),
@@ -226,6 +261,15 @@ def _format_of(data: bytes) -> str | None:
     return next((n for at, sign, n in SIGNATURES if data.startswith(sign, at)), None)
 
 
+def check_format(data: bytes) -> None:
+    """Raise BrokenImageError for a file of a format that Pillow knows, but that is not read."""
+    if _format_of(data) is not None:
+        return
+    for name, beginning in FOREIGN.items():
+        if re.match(beginning, data, re.DOTALL):
+            raise BrokenImageError(f"{name}, which is not read")
+
+
 def _what_else(data: bytes) -> str:
     """Return what a file of no known format of images is."""
     if not data:
@@ -241,9 +285,9 @@ def _what_else(data: bytes) -> str:
     try:
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(head).lstrip()
     except UnicodeDecodeError:
-        return "not an image that Pillow can read"
+        return "not an image of a known format"
     if re.search(r"[\x00-\x08\x0e-\x1f]", text):
-        return "not an image that Pillow can read"
+        return "not an image of a known format"
     what = next(what for sign, what in TEXTS if re.search(sign, text, re.IGNORECASE))
     return f"not an image, but {what}"
 

@@ -5,6 +5,7 @@ import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
@@ -14,11 +15,13 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from util.data import tiff
-from util.data.damage import BrokenImageError, cause_of, without_metadata
+from util.data.damage import BrokenImageError, cause_of, check_format, without_metadata
+from util.data.folders import IMAGE_FORMATS
 from util.data.jpeg import decode_jpeg, decoder_on
 from util.errors import InputError
 from util.normalization import RGB8, PixelFormat
 
+MULTI_PICTURE = "MPO"  # Pillow's name of a JPEG that has further pictures
 MAX_UNCHECKED_PIXELS = 2**24  # above it, Pillow checks for decompression bombs
 NO_IMAGE = "no image (null)"
 FINAL_ERRORS = (BrokenImageError, Image.DecompressionBombError, MemoryError)  # not of metadata
@@ -42,6 +45,22 @@ def _without_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Return Pillow's names of the formats to read, of which old versions lack some."""
+    Image.init()
+    return tuple(name for name in IMAGE_FORMATS if name in Image.OPEN)
+
+
+def check_opened(image: Image.Image) -> None:
+    """Raise BrokenImageError for an image that a library has opened, of a format that is not read.
+
+    Opening has read its header, the pixels are not decoded yet.
+    """
+    if image.format not in (None, MULTI_PICTURE, *IMAGE_FORMATS):
+        raise BrokenImageError(f"{image.format}, which is not read")
 
 
 @_without_warnings()
@@ -142,6 +161,7 @@ def read_rgb(record: Record) -> Image.Image:
     if not isinstance(record, Image.Image):
         return _rgb_of(bytes_of(record))
     with record:
+        check_opened(record)
         file = getattr(record, "fp", None)  # if it has not been read yet
         try:
             return to_rgb(record)
@@ -223,7 +243,8 @@ def _decoded_or_none(data: bytes, convert: Callable[[Image.Image], T]) -> T | No
 
 @_without_warnings()
 def _decoded(data: bytes, convert: Callable[[Image.Image], T]) -> T:
-    with Image.open(io.BytesIO(data)) as image:
+    check_format(data)
+    with Image.open(io.BytesIO(data), formats=formats()) as image:
         return convert(image)
 
 
@@ -307,7 +328,7 @@ def _size_of_upright_jpeg(data: bytes) -> tuple[int, int] | None:
     if not data.startswith(b"\xff\xd8"):
         return None
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             usual = image.format == "JPEG" and image.mode in ("RGB", "L")
             return image.size[::-1] if usual and _orientation_of(image) == 1 else None
     except Exception:  # the file or its metadata are damaged

@@ -4,6 +4,7 @@ A folder is a split (`train2017`), holds masks or lists (`annotations` beside `i
 or a system's (`__MACOSX`), or belongs to the images, of which the folders may be classes.
 """
 
+import itertools
 import os
 import re
 from collections import defaultdict
@@ -15,11 +16,22 @@ from typing import Literal, NamedTuple, Protocol
 
 from util.errors import InputError
 
+# The formats of images, by Pillow's names, and the suffixes of their files. Pillow knows others,
+# some of which start programs (EPS) or are decoded by code that hardly anybody uses.
+IMAGE_FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "AVIF": (".avif",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "JPEG2000": (".jp2",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "TGA": (".tga",),
+}
 # By default timm finds only .png, .jpg and .jpeg, and silently skips the others.
-IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".jp2"),
-    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
-)
+IMAGE_SUFFIXES = tuple(itertools.chain.from_iterable(IMAGE_FORMATS.values()))
 ARRAY_SUFFIXES = (".npy", ".npz")  # of images if their format is stated
 SYSTEM_NAMES = {
     *("__macosx", "@eadir", "lost+found", "$recycle.bin", "thumbs.db", "desktop.ini"),

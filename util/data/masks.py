@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from util.data.decode import upright
+from util.data.decode import decode_by_pillow, upright
 from util.data.folders import ARRAY_SUFFIXES, IMAGE_SUFFIXES
 from util.data.layout import images_below
 from util.errors import InputError, counted
@@ -167,12 +166,13 @@ def read_mask(path: Path) -> np.ndarray:
 
     Raises:
         InputError: it has colors instead of indices.
-        OSError: it is truncated or not an image.
+        BrokenImageError: it is damaged or of an unknown format.
     """
-    with Image.open(path) as image:
-        if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
-            raise InputError(
-                f"{path} has mode {image.mode} instead of class indices: save masks as index or "
-                "palette PNG"
-            )
-        return np.asarray(upright(image)).astype(np.int64)
+    mode, values = decode_by_pillow(
+        path.read_bytes(), lambda image: (image.mode, np.asarray(upright(image)))
+    )
+    if mode not in ("1", "L", "P", "I") and not mode.startswith("I;16"):
+        raise InputError(
+            f"{path} has mode {mode} instead of class indices: save masks as index or palette PNG"
+        )
+    return values.astype(np.int64)

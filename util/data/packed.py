@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from util.data.broken_images import reason_of
 from util.errors import InputError, counted
+from util.json_text import parse_json
 from util.normalization import PixelFormat
 from util.settings.data import PACKED_INDEX
 
@@ -121,7 +122,7 @@ class PackedImages(Dataset):
         self.root = Path(root)
         path = self.root / PACKED_INDEX
         try:
-            index = json.loads(path.read_bytes())
+            index = parse_json(path.read_bytes())
             if index["version"] > VERSION:
                 raise InputError(
                     f"{path} has version {index['version']} of the packed format, but this code "

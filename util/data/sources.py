@@ -1,6 +1,5 @@
 """Sources that timm lacks or reads differently: the digits, iNaturalist 2019, packed images."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
@@ -13,6 +12,7 @@ from util.data.broken_images import reason_of
 from util.data.decode import to_rgb
 from util.data.packed import PackedImages
 from util.errors import InputError
+from util.json_text import parse_json
 
 
 class Digits(Dataset):
@@ -53,7 +53,7 @@ class INat2019(Dataset):
     def __init__(self, root: str | Path, split: Literal["train", "validation"]) -> None:
         path = Path(root, {"train": "train2019.json", "validation": "val2019.json"}[split])
         try:
-            content = json.loads(path.read_bytes())
+            content = parse_json(path.read_bytes())
             names = {category["id"]: category.get("name") for category in content["categories"]}
             files = {image["id"]: image["file_name"] for image in content["images"]}
             pairs = [(entry["image_id"], entry["category_id"]) for entry in content["annotations"]]

@@ -8,7 +8,6 @@ split.
 
 import csv
 import itertools
-import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +35,7 @@ from util.data.labels import (
 )
 from util.data.sampler import evenly_spaced
 from util.errors import InputError, as_input_error, counted, first_few
+from util.json_text import parse_json
 from util.normalization import RGB8, PixelFormat
 from util.settings.evaluation import TaskName
 
@@ -150,8 +150,8 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
         for line, text in enumerate(file, start=1):
             if not text.strip():
                 continue
-            with as_input_error(f"line {line} of {path} is not JSON", json.JSONDecodeError):
-                values = json.loads(text)
+            with as_input_error(f"line {line} of {path} is not JSON"):
+                values = parse_json(text)
             if not isinstance(values, dict):
                 raise InputError(f'line {line} of {path} is not an object such as {{"path": ...}}')
             yield line, values

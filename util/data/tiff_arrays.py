@@ -45,13 +45,10 @@ def open_tiff(file: BinaryIO, pixels: PixelFormat) -> Stored:
         raise BrokenImageError(NO_DIRECTORY)
     are_full = [page.is_full for page in directories]
     _check_alike(directories[are_full.index(True) if True in are_full else 0])
-    file.seek(0)
-    opened = tifffile.TiffFile(file)
-    series = _first_full(opened.series, are_full)
-    if _needs_other_files(series):  # which are images of their own
-        opened.close()  # these others
+    series = _series_of(file, are_full)
+    if series is None or _needs_other_files(series):  # which are images of their own
         file.seek(0)
-        series = _first_full(tifffile.TiffFile(file, is_ome=False).series, are_full)
+        series = _first_full(tifffile.TiffFile(Unnamed(file), is_ome=False).series, are_full)
     if series.transform is not None:
         raise BrokenImageError(f"TIFF of the kind {series.kind}: save it as a plain TIFF")
     if _has_channels_last(series, pixels):
@@ -60,6 +57,27 @@ def open_tiff(file: BinaryIO, pixels: PixelFormat) -> Stored:
     if not (channels.are_samples or tiff.are_complete(directories)):
         raise BrokenImageError("TIFF whose further pages are damaged or cut off")
     return TiffImage(file, series, channels, pixels, num_pages=sum(are_full))
+
+
+class Unnamed:
+    """An open file without its name, by which tifffile would find and open others.
+
+    An OME-TIFF names any files for its pages, and Micro-Manager's have the beginning of their names
+    in common.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.seek, self.tell = file.seek, file.tell
+        self.read, self.readinto = file.read, file.readinto
+
+
+def _series_of(file: BinaryIO, are_full: list[bool]) -> tifffile.TiffPageSeries | None:
+    """Return the first series of full pages; None if only other files could tell their number."""
+    file.seek(0)
+    try:
+        return _first_full(tifffile.TiffFile(Unnamed(file)).series, are_full)
+    except ValueError:
+        return None
 
 
 def _needs_other_files(series: tifffile.TiffPageSeries) -> bool:

@@ -15,7 +15,14 @@ from util.data.arrays import HEAD_SIZE, ImageArray, is_array, open_array
 from util.data.batch import Box
 from util.data.broken_images import reason_of
 from util.data.damage import PNG, BrokenImageError
-from util.data.decode import Record, bytes_of, decode_by_pillow, read_pixels, upright
+from util.data.decode import (
+    Record,
+    bytes_of,
+    check_opened,
+    decode_by_pillow,
+    read_pixels,
+    upright,
+)
 from util.errors import counted
 from util.normalization import RGB8, PixelFormat
 
@@ -115,6 +122,7 @@ def open_values(record: Record, pixels: PixelFormat = RGB8) -> OpenImage | Tenso
         return _tensor_of(record, False, pixels)
     if isinstance(record, Image.Image):
         with record:
+            check_opened(record)
             return _tensor_of(*_numbers_of(record), pixels)
     file = record if hasattr(record, "read") else io.BytesIO(bytes_of(record))
     head = file.read(HEAD_SIZE)

@@ -5,7 +5,6 @@ random state, because everything random is derived from the progress (`util.seed
 """
 
 import logging
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -21,11 +20,13 @@ from torch.optim import Optimizer
 from util.compute.distributed import all_gather_objects, broadcast_object, is_main_process
 from util.compute.precision import Precision
 from util.compute.sharding import gather_state, load_model_state, load_optimizer_state
-from util.compute.signals import signal_name, stop_signal
+from util.compute.signals import stop_request
 from util.compute.watchdog import activity
 from util.compute.worker_deaths import dead_loader
 from util.data.broken_images import BrokenImages
 from util.errors import RunError, StoppedError, counted
+from util.runs.files import replace_file
+from util.runs.lock import FolderLock
 from util.runs.meters import EpochMeters
 from util.weights.files import VERSION, check_format, read_weights_file
 
@@ -165,6 +166,11 @@ def read_checkpoint(path: str | Path, kind: str) -> dict:
     return check_format(read_weights_file(path), path, kind)
 
 
+def checkpoint_name(epoch: int, step_in_epoch: int) -> str:
+    """Name of the checkpoint of a position in a run."""
+    return f"checkpoint-e{epoch:04d}-s{step_in_epoch:06d}.pth"
+
+
 def checkpoint_position(path: Path) -> tuple[int, int] | None:
     """Parse (epoch, step in epoch) from a checkpoint's name; None for other files."""
     match = NAME.fullmatch(path.name)
@@ -186,7 +192,10 @@ def last_checkpoint(folder: Path, epoch: int) -> Path:
     Raises:
         RunError: it could not be written.
     """
-    paths = list_checkpoints(folder)
+    path = folder / checkpoint_name(epoch, 0)
+    if path.is_file():
+        return path
+    paths = list(filter(Path.is_file, list_checkpoints(folder)))
     if not paths or checkpoint_position(paths[-1])[0] < epoch:
         raise RunError(
             "the last checkpoint could not be written, see above: free disk space and start the "
@@ -205,6 +214,7 @@ class CheckpointWriter:
         every_epochs: epochs between saves of `end_epoch`.
         every_minutes: minutes between saves of `save_if_due`; None: only on signals.
         keep_last: number of checkpoints to keep, 0 for all; deletions are logged.
+        lock: on the folder, of the main process.
     """
 
     def __init__(
@@ -217,16 +227,17 @@ class CheckpointWriter:
         every_epochs: int = 1,
         every_minutes: float | None,
         keep_last: int,
+        lock: FolderLock | None = None,
     ) -> None:
-        self.folder, self.state = folder, state
+        self.folder, self.state, self.lock = folder, state, lock
         self.every_epochs = every_epochs
         self.header = {"format": f"crossmae-{kind}", "version": VERSION, **header}
         self.every_minutes, self.keep_last = every_minutes, keep_last
         self.last_save = time.monotonic()
+        self.not_deleted: set[Path] = set()
         if is_main_process():
             for unfinished in folder.glob("checkpoint-*.pth.tmp"):
-                unfinished.unlink()
-                _logger.info("deleted %s, left unfinished by an earlier start", unfinished)
+                self._delete(unfinished, "left unfinished by an earlier start")
 
     def save_if_due(self) -> None:
         """Save if `every_minutes` have passed or a process received a stop signal.
@@ -236,18 +247,18 @@ class CheckpointWriter:
         Raises:
             StoppedError: after a signal to any process, on all at once.
         """
-        signals = [number for number in all_gather_objects([stop_signal()]) if number]
+        requests = [request for request in all_gather_objects([stop_request()]) if request]
         minutes = (time.monotonic() - self.last_save) / 60
         is_time = self.every_minutes is not None and minutes >= self.every_minutes
-        if signals or broadcast_object(is_time):
+        if requests or broadcast_object(is_time):
             self.save()
-        if signals:
+        if requests:
             broadcast_object(None)  # launchers end all once one exits: wait for the save
             done = self.state.progress.describe()
             raise StoppedError(
-                f"stopped by {signal_name(signals[0])} after {done}: "
+                f"stopped {requests[0].cause} after {done}: "
                 "start the same command again to continue",
-                signals[0],
+                requests[0].signal,
             )
 
     def end_epoch(self, *, is_last: bool) -> None:
@@ -272,7 +283,7 @@ class CheckpointWriter:
         """
         self.last_save = time.monotonic()
         progress = self.state.progress
-        name = f"checkpoint-e{progress.epoch:04d}-s{progress.step_in_epoch:06d}.pth"
+        name = checkpoint_name(progress.epoch, progress.step_in_epoch)
         path = self._write(self.folder / name, self.state.state_dict)
         if path:
             self._delete_old(path)
@@ -303,6 +314,8 @@ class CheckpointWriter:
         state = gather_state(take_state())
         if not is_main_process():
             return None
+        if self.lock is not None:
+            self.lock.keep()
         bad = next(not_finite(state), None)
         if bad:
             raise RunError(
@@ -311,7 +324,8 @@ class CheckpointWriter:
             )
         try:
             with activity("saving"):
-                write_atomically({**self.header, **state}, path)
+                content = {**self.header, **state}
+                replace_file(path, lambda file: torch.save(content, file), durable=True)
         except (OSError, RuntimeError) as error:
             if dead_loader(error):
                 raise
@@ -328,8 +342,20 @@ class CheckpointWriter:
         # A later name belongs to a damaged file that a resume skipped.
         paths = list_checkpoints(self.folder)
         for path in paths[: paths.index(newest) + 1][: -self.keep_last]:
+            self._delete(path, f"--keep_last {self.keep_last}")
+
+    def _delete(self, path: Path, why: str) -> None:
+        """Delete a file that is not needed; if that is impossible, say so once."""
+        try:
             path.unlink()
-            _logger.info("deleted %s (--keep_last %d)", path, self.keep_last)
+        except FileNotFoundError:  # somebody was faster
+            return
+        except OSError as error:
+            if path not in self.not_deleted:
+                _logger.warning("could not delete %s (%s): it stays", path, error)
+            self.not_deleted.add(path)
+        else:
+            _logger.info("deleted %s (%s)", path, why)
 
 
 def not_finite(content: object, name: str = "state") -> Iterator[str]:
@@ -339,27 +365,3 @@ def not_finite(content: object, name: str = "state") -> Iterator[str]:
             yield from not_finite(value, f"{name}.{key}")
     elif isinstance(content, torch.Tensor) and not content.isfinite().all():
         yield name
-
-
-def write_atomically(content: dict, path: Path) -> None:
-    """Write a file so that at any moment `path` is either the old file or the complete new one.
-
-    Raises:
-        OSError, RuntimeError: the write failed; `path` is unchanged.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    # The rename is durable only once the folder is synced.
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

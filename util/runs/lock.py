@@ -1,5 +1,6 @@
 """Lock that lets only one run at a time write to a folder."""
 
+import errno
 import fcntl
 import json
 import logging
@@ -11,12 +12,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 from util.compute.distributed import broadcast_object, is_main_process
-from util.errors import InputError
+from util.errors import InputError, RunError
+from util.runs.files import open_own
 
 LOCK_NAME = "lock"
 ATTEMPTS = 10
 
 _logger = logging.getLogger(__name__)
+
+
+class TakenError(Exception):
+    """Another process, which the message names, has the lock."""
 
 
 class FolderLock:
@@ -34,54 +40,99 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK_NAME
-        self.made: list[Path] = []
+        self.was_in_place = True  # when it was released
+        self.made = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock()
+        except OSError as error:
+            raise InputError(
+                f"cannot write {self.path} ({error}): choose another --output_dir"
+            ) from error
+        except TakenError as taken:
+            raise InputError(
+                f"another run, {taken}, is writing to {folder}: wait until it ends, stop it, or "
+                "choose another --output_dir"
+            ) from taken
+
+    def _lock(self) -> None:
+        """Open and lock the file, and write into it who has it.
+
+        Raises:
+            OSError: it cannot be opened.
+            TakenError: another process has it.
+        """
         for _ in range(ATTEMPTS):
-            self.file = self._locked()
-            if self._is_in_place():
+            self.file = open_own(self.path, "a+b", buffering=0)
+            try:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                owner = _owner(self.file)
+                self.file.close()
+                raise TakenError(owner) from error
+            except OSError as error:  # some network file systems do not support locks
+                folder = self.path.parent
+                _logger.warning("cannot lock %s (%s): start only one run in it", folder, error)
+            if self.is_in_place():
                 break
             self.file.close()  # the previous owner removed it between opening and locking
         else:
-            raise InputError(f"cannot lock {self.path}: choose another --output_dir")
+            raise FileNotFoundError(errno.ENOENT, "it vanishes again and again", str(self.path))
         owner = {"process": os.getpid(), "host": socket.gethostname()}
         owner["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
         self.file.truncate(0)
         with suppress(OSError):  # it only serves the error message of other runs
             self.file.write(json.dumps(owner).encode())
 
-    def _locked(self) -> BinaryIO:
-        folder = self.path.parent
+    def is_in_place(self) -> bool:
+        """Whether the folder is still this run's; once released, whether it was until then."""
+        if self.file.closed:
+            return self.was_in_place
         try:
-            self.made += [path for path in (folder, *folder.parents) if not path.exists()]
-            folder.mkdir(parents=True, exist_ok=True)
-            file = self.path.open("a+b", buffering=0)
-        except OSError as error:
-            raise InputError(
-                f"cannot write {self.path} ({error}): choose another --output_dir"
-            ) from error
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            owner = _owner(file)
-            file.close()
-            raise InputError(
-                f"another run, {owner}, is writing to {folder}: wait until it ends, stop it, or "
-                "choose another --output_dir"
-            ) from error
-        except OSError as error:  # some network file systems do not support locks
-            _logger.warning("cannot lock %s (%s): start only one run in it", folder, error)
-        return file
+            return os.path.samestat(os.fstat(self.file.fileno()), self.path.lstat())
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:  # of a disk that has failed, as the write itself will say
+            return True
 
-    def _is_in_place(self) -> bool:
-        with suppress(FileNotFoundError):
-            return os.path.samestat(os.fstat(self.file.fileno()), self.path.stat())
-        return False
+    def keep(self) -> None:
+        """Check before a write that the folder is still this run's, whoever deletes the lock file.
+
+        If nobody has taken the folder meanwhile, it is locked again.
+
+        Raises:
+            RunError: the folder is gone, or another run's.
+        """
+        if self.is_in_place():
+            return
+        folder = self.path.parent
+        if not folder.is_dir():
+            raise RunError(
+                f"{folder} has been deleted or moved while this run was writing to it, so nothing "
+                "more can be saved: move it back and start the same command again, or start anew"
+            )
+        self.was_in_place = False
+        self.file.close()
+        try:
+            self._lock()
+        except TakenError as taken:
+            raise RunError(
+                f"{self.path} has been deleted, and another run, {taken}, is writing to {folder} "
+                "now: this run ends, since the two would overwrite each other's files"
+            ) from taken
+        except OSError as error:
+            _logger.warning("cannot lock %s again (%s): start no other run in it", folder, error)
+        else:
+            _logger.warning("%s was deleted while this run had it: it is locked again", self.path)
 
     def release(self) -> None:
         """Release the lock, and remove the folders that it created if they are empty."""
         if self.file.closed:
             return
-        with suppress(OSError):  # must not hide the error that ended the run
-            self.path.unlink(missing_ok=True)
+        self.was_in_place = self.is_in_place()
+        if self.was_in_place:  # otherwise it is another run's now
+            with suppress(OSError):  # must not hide the error that ended the run
+                self.path.unlink(missing_ok=True)
         self.file.close()
         with suppress(OSError):  # not empty
             for path in self.made:

@@ -2,10 +2,12 @@
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from util.errors import escaped
+from util.runs.files import open_own
 
 LOG_FILE = "log.txt"
 MAX_LINES = 10_000  # that wait for a file, or for space on its disk
@@ -38,15 +40,16 @@ class LogFile(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.path: Path | None = None
+        self.is_ours: Callable[[], bool] = lambda: True
         self.lines: deque[str] = deque(maxlen=MAX_LINES)
         self.setFormatter(LineFormatter("%Y-%m-%d %H:%M:%S"))
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record, and those before it that have not been written."""
         self.lines.append(self.format(record) + "\n")
-        if self.path is not None:
+        if self.path is not None and self.is_ours():
             content = "".join(self.lines).encode(errors="backslashreplace")
-            with suppress(OSError), self.path.open("ab", buffering=0) as file:
+            with suppress(OSError), open_own(self.path, "ab", buffering=0) as file:
                 end = file.tell()
                 if file.write(content) == len(content):
                     self.lines.clear()
@@ -54,10 +57,18 @@ class LogFile(logging.Handler):
                     file.truncate(end)
 
 
-def open_log_file(folder: Path) -> None:
-    """Write the log, what was logged before included, to `log.txt` in a run's folder."""
+def open_log_file(folder: Path, is_ours: Callable[[], bool] = lambda: True) -> None:
+    """Write the log, what was logged before included, to `log.txt` in a run's folder.
+
+    Args:
+        is_ours: whether the folder is still this run's, and not another one's.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
     for handler in _log_files():
-        handler.path = folder / LOG_FILE
+        open_own(folder / LOG_FILE, "ab").close()
+        handler.path, handler.is_ours = folder / LOG_FILE, is_ours
 
 
 def write_to_log_file(text: str, *, error: BaseException | None = None) -> None:

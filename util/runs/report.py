@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from util.runs.checkpoint import BEST_NAME, last_checkpoint
-from util.runs.run_log import read_log
+from util.runs.epoch_log import read_log
 
 _logger = logging.getLogger(__name__)
 

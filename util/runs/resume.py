@@ -7,26 +7,31 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import torch
+
 from util.compute.distributed import (
     all_gather_objects,
     broadcast_object,
     is_main_process,
     world_size,
 )
+from util.compute.precision import Precision
 from util.data.images import HELD_OUT, TRAINING_IMAGES
 from util.data.loaders import StepLoader
 from util.errors import InputError, counted
 from util.normalization import RGB8
 from util.runs.checkpoint import (
     CheckpointWriter,
+    Progress,
     TrainState,
     checkpoint_position,
     list_checkpoints,
     read_checkpoint,
 )
+from util.runs.epoch_log import is_count
 from util.runs.lock import lock_folder
 from util.runs.log_file import open_log_file
-from util.runs.run import write_args
+from util.runs.run import device_name, libraries, write_args
 from util.runs.run_log import RunLog
 from util.settings.data import DataSettings
 from util.settings.optim import OptimSettings
@@ -48,6 +53,12 @@ WEIGHTS_HASH = "hash of the weights it starts from"
 # average did not follow the weights more closely at first, so it counts as given.
 CONTENT = "hash of the content of 100 images, by class"
 EMA_DECAY = "decay of the first steps with --ema"
+# The same, of what changes only the last bits. With them do the versions and kernels of
+# `util.runs.run.libraries`, two of which matter on a CPU only, and some arguments.
+THREADS = "--num_threads"
+DEVICE = "device"
+CPU_KERNELS = ("cpu_capability", "cpu_linear")
+ROUNDING_ARGS = ("batch_size", "attention_backend", "compile")
 
 MAX_ITERS = "--max_iters"  # the length of runs that are measured in steps
 SOURCES = ("data_path", "val_path", "data_csv", "val_csv")  # settings of the data
@@ -64,7 +75,7 @@ def changeable_settings(
     data: DataSettings | SegmentationSettings,
     *,
     lr: float,
-    amp: str,
+    precision: Precision,
     fsdp: bool | None = None,
     ema: float | None = None,
 ) -> dict[str, object]:
@@ -73,6 +84,7 @@ def changeable_settings(
     Args:
         optim: with all defaults filled in.
         lr: peak learning rate.
+        precision: of the run, and its device.
         fsdp: whether the model is sharded; None if the program has no such option.
         ema: decay of a moving average; None if there is none.
     """
@@ -82,9 +94,12 @@ def changeable_settings(
         "lr": lr,
         "--min_lr": optim.min_lr,
         "--clip_grad": optim.clip_grad,
-        "--amp": amp,
+        "--amp": precision.amp,
         **{f"--{name}": getattr(data, name) for name in SOURCES if hasattr(data, name)},
         "processes": world_size(),
+        DEVICE: device_name(precision.device),
+        # What a GPU computes does not depend on it.
+        THREADS: torch.get_num_threads() if precision.device.type == "cpu" else None,
     }
     settings |= {} if ema is None else {EMA_DECAY: "n / (n + 9)"}
     return settings if fsdp is None else {**settings, "--fsdp": fsdp}
@@ -159,7 +174,8 @@ def open_run(
             except OSError as error:
                 raise InputError(f"cannot write to --log_dir {run.log_folder}: {error}") from error
         versions = write_args(run.folder, record.args, record.data)
-        open_log_file(run.folder)
+        if lock is not None:
+            open_log_file(run.folder, lock.is_in_place)
         settings = {"identity": record.fixed, "recipe": record.may_change, "args": record.args}
         checkpoints = CheckpointWriter(
             run.folder,
@@ -169,6 +185,7 @@ def open_run(
             every_epochs=run.save_every,
             every_minutes=run.save_every_minutes,
             keep_last=run.keep_last,
+            lock=lock,
         )
         run_log = RunLog(
             run.folder,
@@ -183,6 +200,7 @@ def open_run(
             in_steps=record.in_steps,
             notes=record.notes,
             at_start=record.at_start,
+            lock=lock,
         )
         yield checkpoints, run_log
         run_log.close()
@@ -200,9 +218,35 @@ def _read_good(path: Path, kind: str) -> dict | None:
     return check_format(content, path, kind)
 
 
+def _position_in(content: dict) -> tuple[int, int] | None:
+    """Return (epoch, step in epoch) of a checkpoint's content; None if that is damaged."""
+    progress = content.get("progress")
+    if not isinstance(progress, dict):
+        return None
+    position = progress.get("epoch"), progress.get("step_in_epoch")
+    return position if all(map(is_count, position)) else None
+
+
 def _read_newest_good(paths: Sequence[Path], kind: str) -> tuple[Path, dict] | None:
-    contents = ((path, _read_good(path, kind)) for path in reversed(paths))
-    found = next(((path, content) for path, content in contents if content is not None), None)
+    """Read the checkpoint that is furthest in the run, by its content: it may have been renamed.
+
+    Args:
+        paths: in the order of their names.
+    """
+    found = newest = None
+    for path in reversed(paths):
+        named = checkpoint_position(path)
+        if found is not None and named < newest:
+            break
+        content = _read_good(path, kind)
+        if content is None:
+            continue
+        position = _position_in(content) or named
+        if position != named:
+            done = Progress(*position).describe()
+            _logger.warning("%s is from after %s of the run, whatever its name says", path, done)
+        if found is None or position >= newest:
+            found, newest = (path, content), position
     if paths and found is None:
         raise InputError(
             f"no checkpoint in {paths[0].parent} can be read ({len(paths)} tried): choose another "
@@ -411,19 +455,17 @@ def _read_resume(
             )
         return None
     path = Path(resume)
-    found = None
     if path.resolve().parent != folder.resolve():
-        found = _read_newest_good(own, kind)
-    else:
-        position = checkpoint_position(path)
-        newer = [p for p in own if position is None or checkpoint_position(p) > position]
-        if newer:
-            raise InputError(
-                f"{folder} contains checkpoints newer than {path.name}, which would be "
-                f"overwritten: move them away ({newer[0].name} and later), or choose another "
-                "--output_dir"
-            )
-    return found or (path, _read_given(path, kind))
+        return _read_newest_good(own, kind) or (path, _read_given(path, kind))
+    content = _read_given(path, kind)
+    position = _position_in(content) or checkpoint_position(path) or (0, 0)
+    newer = [p for p in own if p.name != path.name and checkpoint_position(p) > position]
+    if newer:
+        raise InputError(
+            f"{folder} contains checkpoints newer than {path.name}, which would be overwritten: "
+            f"move them away ({newer[0].name} and later), or choose another --output_dir"
+        )
+    return path, content
 
 
 def _read_given(path: Path, kind: str) -> dict:
@@ -544,8 +586,35 @@ def check_same_run(checkpoint: dict, record: RunRecord, path: Path) -> None:
             "draw different numbers, so the result is not bit-identical",
             *(before["processes"], processes),
         )
-    for change in changes({**before, "--epochs": epochs, "processes": processes}, may_change):
+    warn_of_rounding(checkpoint, record)
+    named = ("--epochs", "processes", THREADS, DEVICE)
+    before |= {name: may_change.get(name) for name in named}
+    for change in changes(before, may_change):
         _logger.warning("continuing with a change: %s", change)
+
+
+def warn_of_rounding(checkpoint: dict, record: RunRecord) -> None:
+    """Log what changes the last bits, besides the number of processes.
+
+    What a checkpoint of an older version does not say counts as unchanged.
+    """
+    threads, threads_before = record.may_change.get(THREADS), checkpoint["recipe"].get(THREADS)
+    if None not in (threads, threads_before) and threads != threads_before:
+        _logger.warning(
+            "the number of threads was %s and is now %s: sums are rounded in a different order, so "
+            "the result is not bit-identical (%s %s is as before)",
+            *(threads_before, threads, THREADS, threads_before),
+        )
+    used = libraries()
+    if threads is None:  # on a GPU
+        used = {name: value for name, value in used.items() if name not in CPU_KERNELS}
+    now = {DEVICE: record.may_change.get(DEVICE), **used}
+    now |= {f"--{name}": record.args[name] for name in ROUNDING_ARGS if name in record.args}
+    before = {**checkpoint["recipe"], **checkpoint.get("versions", {})}
+    before |= {f"--{name}": value for name, value in checkpoint.get("args", {}).items()}
+    different = changes({name: before.get(name, value) for name, value in now.items()}, now)
+    if different:
+        _logger.warning("the result may not be bit-identical: %s", "; ".join(different))
 
 
 def changes(before: dict, now: dict) -> list[str]:

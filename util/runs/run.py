@@ -3,12 +3,13 @@
 import atexit
 import errno
 import gc
-import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,10 +21,18 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from util.compute.distributed import init_distributed, is_main_process, rank, stop_processes
+from util.compute.distributed import (
+    has_joined,
+    init_distributed,
+    is_joining,
+    is_main_process,
+    rank,
+    stop_processes,
+)
+from util.compute.launchers import is_first, stopped_with_launcher
 from util.compute.out_of_memory import is_out_of_memory, out_of_memory_message
 from util.compute.shared_memory import shared_memory_is_full, shared_memory_message
-from util.compute.signals import SignalExit, defer_signals, handled_signals, signal_name
+from util.compute.signals import SignalExit, defer_signals, handled_signals
 from util.compute.watchdog import (
     await_report,
     claim_report,
@@ -31,17 +40,19 @@ from util.compute.watchdog import (
     start_watchdog,
     stop_watchdog,
 )
-from util.compute.worker_deaths import dead_loader, end_loaders, kill_loaders
+from util.compute.worker_deaths import dead_loader, end_loaders, kill_loaders, release_loaders
 from util.data.jpeg import CPU, decoder_on
 from util.errors import InputError, RunError, StoppedError, escaped
 from util.kernels import cpu_linear
+from util.runs.files import TIME_FORMAT, write_json
 from util.runs.log_file import LineFormatter, LogFile, write_to_log_file
 from util.terminal import keep_streams
 
-TIME_FORMAT = "%Y%m%d-%H%M%S"
 REPORT_DELAY = 5  # seconds
+CPU_INFO = Path("/proc/cpuinfo")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-BAD_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM)
+BAD_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+BAD_PATH += (errno.EACCES, errno.EPERM)
 
 _logger = logging.getLogger(__name__)
 
@@ -69,8 +80,15 @@ def start_logging() -> None:
     root.handlers = [TerminalHandler(), LogFile()] if is_main_process() else [TerminalHandler()]
     root.setLevel(logging.INFO if is_main_process() else logging.WARNING)
     logging.captureWarnings(True)
+    threading.excepthook = _report_thread
     for client in ("httpx", "httpx2"):  # of huggingface_hub, with a line for every request
         logging.getLogger(client).setLevel(logging.WARNING)
+
+
+def _report_thread(end: threading.ExceptHookArgs) -> None:
+    """Print a thread's error, but not that of TensorBoard's: its next call raises it again."""
+    if not type(end.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(end)
 
 
 def log_lines(text: str) -> None:
@@ -99,15 +117,13 @@ def git_commit() -> str:
         return "unknown"
 
 
-def versions() -> dict[str, str]:
-    """Collect what a result depends on besides its arguments: commit, versions and kernels.
+def libraries() -> dict[str, str]:
+    """Versions and kernels of the libraries that compute; with others the last bits may differ.
 
     Raises:
         InputError: the environment requests an unknown kernel or decoder.
     """
     return {
-        "commit": git_commit(),
-        "python": platform.python_version(),
         "torch": str(torch.__version__),  # a TorchVersion is not a plain value
         "torchvision": torchvision.__version__,
         "timm": timm.__version__,
@@ -117,8 +133,34 @@ def versions() -> dict[str, str]:
     }
 
 
+def versions() -> dict[str, str]:
+    """Collect what a result depends on besides its arguments: commit, versions and kernels.
+
+    Raises:
+        InputError: see `libraries`.
+    """
+    return {"commit": git_commit(), "python": platform.python_version(), **libraries()}
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the GPU or, if the system says it, of the processor that a run computes on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    with suppress(OSError):  # not Linux
+        found = re.search(r"^model name\s*: (.+)$", CPU_INFO.read_text(), re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return f"CPU ({platform.machine()})"
+
+
 def start_run(
-    *, device: str | None, seed: int, timeout_minutes: float | None = None
+    *,
+    device: str | None,
+    seed: int,
+    timeout_minutes: float | None = None,
+    num_threads: int | None = None,
 ) -> torch.device:
     """Set up processes and logging, and seed the initialization; return the device.
 
@@ -126,11 +168,14 @@ def start_run(
         device: None: the GPU if there is one, else the CPU.
         timeout_minutes: with several processes, how long one may make no progress before the run
             is ended; None: no watchdog.
+        num_threads: CPU threads of this process; None: as many as before, first PyTorch's choice.
 
     Raises:
         InputError: the device is not available, or the environment requests an unknown kernel or
             decoder.
     """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
     chosen = init_distributed(
         device or ("cuda" if torch.cuda.is_available() else "cpu"), timeout_minutes=timeout_minutes
     )
@@ -170,26 +215,6 @@ def write_args(output_dir: Path, args: dict, data: dict | None) -> dict[str, str
     return start["versions"]
 
 
-def write_json(path: Path, content: dict, *, keep_earlier: bool = True) -> None:
-    """Write a JSON file; an earlier one is renamed to include its time, or replaced.
-
-    Raises:
-        OSError: the write failed; the earlier file is unchanged.
-    """
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    if keep_earlier:
-        set_aside(path)
-    temporary.replace(path)
-
-
-def set_aside(path: Path) -> None:
-    """Rename a file that exists to include its time."""
-    if path.exists():
-        when = time.strftime(TIME_FORMAT, time.localtime(path.stat().st_mtime))
-        path.rename(path.with_name(f"{path.stem}-{when}{path.suffix}"))
-
-
 def run_main(main: Callable[[], None], *, memory_advice: str = "use fewer images") -> NoReturn:
     """Run a main and exit: 0, or 2 with one sentence for wrong input, 1 for a failed run.
 
@@ -209,10 +234,11 @@ def run_main(main: Callable[[], None], *, memory_advice: str = "use fewer images
             except SignalExit as end:
                 code = end.code
                 defer_signals()
-                if is_main_process() and claim_report():
+                if _may_say_what_stopped():
                     if sys.stderr.isatty():  # which shows ^C, or the rest of a progress bar
                         sys.stderr.write("\n")
-                    report_end(f"{Path(sys.argv[0]).name}: stopped by {signal_name(end.signal)}")
+                    report_end(f"{Path(sys.argv[0]).name}: stopped {end.cause}")
+                release_loaders(end)
     finally:
         end_loaders()
         stop_watchdog()
@@ -220,12 +246,21 @@ def run_main(main: Callable[[], None], *, memory_advice: str = "use fewer images
     sys.exit(code)
 
 
+def _may_say_what_stopped() -> bool:
+    """Whether this process reports a signal, which usually all processes of a run get."""
+    if is_joining():
+        return claim_report()
+    return (is_main_process() and claim_report()) if has_joined() else is_first()
+
+
 def exit_code(main: Callable[[], None], memory_advice: str) -> int:
     """Run a main and return its exit code; if several processes fail, only one reports why."""
     try:
-        main()
+        with stopped_with_launcher(kill_loaders):
+            main()
     except StoppedError as error:
         _logger.info("%s", error)
+        release_loaders(error)
         return 128 + error.signal
     except Exception as error:
         # Report first: torchrun signals all processes once one has ended.

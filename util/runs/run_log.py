@@ -1,6 +1,5 @@
 """Logs of a run: progress, TensorBoard and `log.jsonl`."""
 
-import json
 import logging
 import resource
 import sys
@@ -8,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,11 +21,12 @@ from util.compute.distributed import is_main_process
 from util.errors import InputError, RunError, counted
 from util.progress import clock, on_terminal
 from util.runs.checkpoint import Progress
+from util.runs.epoch_log import EpochLog
+from util.runs.files import replace_file, write_json
+from util.runs.lock import FolderLock
 from util.runs.rows import UNTRAINED, cells
-from util.runs.run import write_json
 
-LOG_NAME = "log.jsonl"
-RECENT = 100  # steps whose time counts for the time left
+RECENT = 100  # steps, and evaluations, whose time counts for the time left
 PERIOD = 10.0  # seconds from the last line until a log point within an epoch is shown
 SILENCE = 20.0  # seconds without a line, after which any step is
 # TensorBoard's groups, in this order.
@@ -64,13 +65,6 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def read_log(output_dir: Path) -> list[dict]:
-    """Read a run's `log.jsonl`, one line per epoch; a truncated line is skipped."""
-    path = output_dir / LOG_NAME
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
-
-
 class StepClock:
     """Time of a run's steps, and of what comes between its epochs: evaluation and saves.
 
@@ -84,7 +78,7 @@ class StepClock:
         self.evaluated_every = evaluated_every
         self.first: float | None = None
         self.recent: deque[float] = deque(maxlen=RECENT)
-        self.evaluations: list[float] = []
+        self.evaluations: deque[float] = deque(maxlen=RECENT)
         self.last = time.monotonic()
         self.evaluates = False
 
@@ -152,6 +146,7 @@ class RunLog:
         evaluated_every: epochs between evaluations, for the time left; 0 for none.
         in_steps: whether rows count steps, for runs whose epochs only say when they are evaluated.
         notes, at_start: see `util.runs.rows.cells`.
+        lock: on `output_dir`, of the main process.
 
     Attributes:
         untrained: metrics before the first step, if any were measured.
@@ -172,31 +167,29 @@ class RunLog:
         in_steps: bool = False,
         notes: Mapping[str, str] | None = None,
         at_start: str = UNTRAINED,
+        lock: FolderLock | None = None,
     ) -> None:
-        self.unwritten, self.notes, self.at_start = unwritten, notes, at_start
+        self.lock = lock
+        self.notes, self.at_start = notes, at_start
         self.num_epochs, self.steps_per_epoch, self.device = num_epochs, steps_per_epoch, device
-        self.output_dir, self.path = output_dir, output_dir / LOG_NAME
-        self.bar, self.in_steps = None, in_steps
+        self.output_dir, self.bar, self.in_steps = output_dir, None, in_steps
         self.start_time = self.window_time = self.last_line = time.monotonic()
         self.clock = StepClock(num_epochs, steps_per_epoch, evaluated_every)
-        self.tensorboard = None
+        self.tensorboard = self.lines = None
         self.untrained: dict[str, float] = {}
         if is_main_process():
             try:
                 self.tensorboard = SummaryWriter(log_dir, purge_step=step + 1)
+            except UnicodeEncodeError:
+                _logger.warning(
+                    "TensorBoard is off, since it cannot write to %s, which is not UTF-8: give "
+                    "another --log_dir",
+                    log_dir,
+                )
             except OSError as error:
                 raise InputError(f"cannot write to --log_dir {log_dir}: {error}") from error
-            # Lines unwritten at the time of the checkpoint may have been written since.
-            lines = {line["epoch"]: line for line in [*unwritten, *read_log(output_dir)]}
-            if not step:
-                lines = {}
-            kept = [line for number, line in sorted(lines.items()) if number <= epoch]
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            temporary.replace(self.path)
-            unwritten.clear()
-            self.size = self.path.stat().st_size
-            self.untrained = lines.get(0, {})
+            self.lines = EpochLog(output_dir, epoch=epoch, step=step, unwritten=unwritten)
+            self.untrained = self.lines.untrained
 
     def start(self, values: dict[str, float]) -> None:
         """Log what was measured before the first step; nothing if that is nothing."""
@@ -318,22 +311,25 @@ class RunLog:
         with self._writing_tensorboard() as tensorboard:
             if tensorboard:
                 tensorboard.add_image(name, image, x, dataformats="HWC")
+        self._keep_lock()
         path = self.output_dir / f"{name}.png"
-        temporary = path.with_suffix(".tmp")
         try:
-            Image.fromarray(image).save(temporary, format="PNG")
-            temporary.replace(path)
+            replace_file(path, partial(Image.fromarray(image).save, format="PNG"))
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             _logger.warning("could not save %s: %s", path, error)
 
     def save_json(self, name: str, content: dict) -> None:
         """Save the latest of some results as `<name>.json`."""
+        self._keep_lock()
         path = self.output_dir / f"{name}.json"
         try:
             write_json(path, content, keep_earlier=False)
         except OSError as error:
             _logger.warning("could not save %s: %s", path, error)
+
+    def _keep_lock(self) -> None:
+        if self.lock is not None:
+            self.lock.keep()
 
     @contextmanager
     def _writing_tensorboard(self) -> Iterator[SummaryWriter | None]:
@@ -361,9 +357,9 @@ class RunLog:
 
     def _add_line(self, values: dict[str, float | int], *, epoch: int, step: int) -> None:
         """Add metrics over epochs to `log.jsonl` and TensorBoard."""
+        self._keep_lock()
         seconds = round(time.monotonic() - self.start_time, 1)  # since this start
-        self.unwritten.append({"epoch": epoch, "step": step, **values, "seconds": seconds})
-        self._write_lines()
+        self.lines.add({"epoch": epoch, "step": step, **values, "seconds": seconds})
         health = {name: value for name, value in values.items() if name in HEALTH_OF_EPOCHS}
         rest = {name: value for name, value in values.items() if name not in health}
         x = step if self.in_steps else epoch
@@ -408,12 +404,13 @@ class RunLog:
         with self._writing_tensorboard() as tensorboard:
             if tensorboard:
                 tensorboard.close()
-        if self.unwritten:
-            self._write_lines()
-        if self.unwritten:
-            epochs = counted(len(self.unwritten), "epoch")
+        if self.lines is None:
+            return
+        self.lines.write()
+        if self.lines.unwritten:
+            epochs = counted(len(self.lines.unwritten), "epoch")
             raise RunError(
-                f"{self.path} lacks the lines of {epochs}, see above: free "
+                f"{self.lines.path} lacks the lines of {epochs}, see above: free "
                 "disk space and start the same command again"
             )
 
@@ -421,18 +418,3 @@ class RunLog:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-
-    def _write_lines(self) -> None:
-        try:
-            with self.path.open("a") as file:
-                # Removes a line that an earlier attempt left half-written.
-                file.truncate(min(file.tell(), self.size))
-                file.writelines(json.dumps(line) + "\n" for line in self.unwritten)
-        except OSError as error:
-            _logger.warning(
-                "could not write %s: %s. %s will be written once there is space",
-                *(self.path, error, counted(len(self.unwritten), "line")),
-            )
-        else:
-            self.size = self.path.stat().st_size
-            self.unwritten.clear()

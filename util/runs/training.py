@@ -1,6 +1,7 @@
 """Training steps for every engine: gradient accumulation, resume, log points and saves."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
@@ -20,6 +21,9 @@ from util.optim import set_lr
 from util.runs.checkpoint import CheckpointWriter, TrainState
 from util.runs.nonfinite import CauseSearch
 from util.runs.run_log import RunLog, TimedIterator
+
+CHECK_SECONDS = 5.0
+MAX_UNCHECKED = 20  # steps between two checks, because steps may become slower
 
 _logger = logging.getLogger(__name__)
 
@@ -166,6 +170,36 @@ def lower_rate(precision: Precision) -> str:
     return f"lower the learning rate or {clip}"
 
 
+class StopChecks:
+    """Tells after which step a run stops early, the same one on all processes.
+
+    A single process stops after any step. Several ask each other, for which the host waits for the
+    device: at log points, where it waits anyway, and between them about every CHECK_SECONDS by the
+    main process's clock.
+    """
+
+    def __init__(self) -> None:
+        self.start, self.steps, self.interval = time.monotonic(), 0, 1
+
+    def requested(self, *, is_log_point: bool) -> bool:
+        """Whether a process has received a stop signal; call it after each step.
+
+        Args:
+            is_log_point: whether this step is one in any case.
+        """
+        if world_size() == 1:
+            return stop_signal() is not None
+        self.steps += 1
+        if self.steps < self.interval and not is_log_point:
+            return False
+        own = stop_signal() is not None, (time.monotonic() - self.start) / self.steps
+        answers = all_gather_objects([own])
+        (_, seconds), *_ = answers
+        self.start, self.steps = time.monotonic(), 0
+        self.interval = max(1, int(CHECK_SECONDS / max(seconds, CHECK_SECONDS / MAX_UNCHECKED)))
+        return any(stops for stops, _ in answers)
+
+
 def training_steps(
     model: nn.Module,
     loader: StepLoader,
@@ -192,12 +226,13 @@ def training_steps(
     Raises:
         NonFiniteLossError: on all processes at once, before anything is saved.
         InputError: too many images cannot be read.
-        StoppedError: the run received a stop signal and was saved.
+        StoppedError: a process of the run received a stop signal, and the run was saved.
     """
     progress, precision, meters = state.progress, state.precision, state.meters
     images_logged = meters.num_images
     contention = contention_watch(device)
-    defer_signals(saves="after this step" if world_size() == 1 else "at the next log point")
+    defer_signals(saves="after this step" if world_size() == 1 else "after one of the next steps")
+    stops = StopChecks()
     run_log.start_epoch(progress.epoch, progress.step_in_epoch)
     steps = TimedIterator(loader.steps(progress.epoch, progress.step_in_epoch))
     enter_step(progress.step)
@@ -233,9 +268,8 @@ def training_steps(
         enter_step(progress.step)
 
         end_of_epoch = progress.step_in_epoch == loader.steps_per_epoch
-        # A single process stops at once, several at the next log point, where they sync anyway.
-        stops = world_size() == 1 and stop_signal() is not None
-        is_log_point = end_of_epoch or progress.step_in_epoch % log_every == 0 or stops
+        is_log_point = end_of_epoch or progress.step_in_epoch % log_every == 0
+        is_log_point |= stops.requested(is_log_point=is_log_point)
         run_log.end_step(progress.step, epoch=progress.epoch, is_log_point=is_log_point)
         if is_log_point:
             try:

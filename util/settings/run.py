@@ -4,7 +4,14 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from util.arguments import natural_float, natural_int, positive_float, positive_int, seed_number
+from util.arguments import (
+    natural_float,
+    natural_int,
+    positive_float,
+    positive_int,
+    seed_number,
+    thread_count,
+)
 from util.errors import InputError
 
 TIMEOUT_MINUTES = 30.0  # default for how long processes wait for each other
@@ -29,6 +36,7 @@ class RunSettings:
     log_every: int
     timeout_minutes: float
     init_from: str | None = None
+    num_threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.init_from and self.resume not in ("auto", "none"):
@@ -64,6 +72,12 @@ def add_run_args(
     )
     group.add_argument("--log_dir", help="folder for TensorBoard's files (OUTPUT_DIR)")
     group.add_argument("--device", help="cuda, cuda:N or cpu (cuda if available)")
+    group.add_argument(
+        "--num_threads",
+        type=thread_count,
+        help="CPU threads of each process, besides its loader's; the number changes the last bits "
+        "of what a CPU computes (PyTorch's choice: OMP_NUM_THREADS, else the cores)",
+    )
     group.add_argument(
         "--seed", type=seed_number, default=0, help="seed of all random numbers (%(default)s)"
     )
@@ -107,5 +121,6 @@ def add_run_args(
         "--timeout_minutes",
         type=positive_float,
         default=TIMEOUT_MINUTES,
-        help="end the run if a process makes no progress for this long (%(default)s)",
+        help="end the run if a process makes no progress for this long, or has not joined the "
+        "others by then (%(default)s)",
     )

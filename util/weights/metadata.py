@@ -11,6 +11,7 @@ from timm.models import is_model_in_modules
 from torch import Tensor
 
 from util.errors import InputError, as_input_error, counted
+from util.json_text import parse_json
 from util.normalization import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -350,7 +351,7 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_bytes())
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}): copy it again") from error
     if not isinstance(content, dict):
