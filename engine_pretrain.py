@@ -15,7 +15,8 @@ from util.eval.knn import describe_knn
 from util.masking import Masking, TokenSplit
 from util.patches import RawImages
 from util.runs.checkpoint import TrainState, last_checkpoint
-from util.runs.epoch_log import read_log
+from util.runs.epoch_log import LOG_NAME, read_log
+from util.runs.report import MISSING_LINE
 from util.runs.rows import UNTRAINED, cells
 from util.runs.start import tensorboard_command
 from util.runs.training import training_steps
@@ -100,25 +101,29 @@ def train_one_epoch(
     return state.end_epoch()
 
 
-def report(run: RunSettings, notes: Mapping[str, str] | None, *, at_start: str = UNTRAINED) -> None:
+def report(
+    run: RunSettings, epoch: int, notes: Mapping[str, str] | None, *, at_start: str = UNTRAINED
+) -> None:
     """Log the results of a finished run and the paths of its files.
 
     Args:
+        epoch: the last one.
         notes, at_start: see `util.runs.rows.cells`.
 
     Raises:
         RunError: the last checkpoint could not be written.
     """
-    log = read_log(run.folder)
-    first, last = log[0], log[-1]
-    path = last_checkpoint(run.folder, last["epoch"])
+    path = last_checkpoint(run.folder, epoch)
+    log = {line["epoch"]: line for line in read_log(run.folder)}
+    first, last = log.get(0, {}), log.get(epoch, {})
+    if not last:
+        _logger.warning(MISSING_LINE, run.folder / LOG_NAME)
     if "val_loss" in last:
         measured = {name: last[name] for name in last if name.startswith(("val_", "blind_"))}
         number = counted(last["val_images"], "validation image")
         _logger.info("%s: %s", number, ", ".join(cells(measured, notes)))
     if "knn20" in last:
-        before = first if first["epoch"] == 0 else {}
-        _logger.info("%s", describe_knn(last, before, at_start=at_start))
+        _logger.info("%s", describe_knn(last, first, at_start=at_start))
     _logger.info("checkpoint: %s", path)
     _logger.info("TensorBoard: %s", tensorboard_command(run))
     figure = run.folder / f"{FIGURE}.png"

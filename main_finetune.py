@@ -539,7 +539,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if is_main_process():
         title = "fine-tuning" if origin.digest else "training from scratch"
-        report(run.folder, title, progress.best, by=best.metric, describe=describe)
+        report(run.folder, title, progress, by=best.metric, describe=describe)
 
 
 if __name__ == "__main__":

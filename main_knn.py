@@ -215,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "num_classes": num_classes,
         "results": results,
     }
+    output_dir.mkdir(parents=True, exist_ok=True)  # again, if it was deleted meanwhile
     write_json(output_dir / REPORT, report)
     _logger.info("report: %s", output_dir / REPORT)
 

@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report(
             run.folder,
             f"linear probe, pool {pool}",
-            progress.best,
+            progress,
             by=BEST.metric,
             describe=describe,
         )

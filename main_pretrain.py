@@ -303,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             checkpoints.end_epoch(is_last=is_last)
 
     if is_main_process():
-        report(run, record.notes, at_start=origin.at_start)
+        report(run, progress.epoch, record.notes, at_start=origin.at_start)
 
 
 if __name__ == "__main__":

@@ -357,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if is_main_process():
         title = "fine-tuning" if origin.digest else "training from scratch"
         how = {"by": BEST.metric, "describe": describe, "in_steps": True}
-        report(run.folder, title, progress.best, **how)
+        report(run.folder, title, progress, **how)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,9 @@ def check_job_dir(job_dir: Path, cluster: str) -> None:
             f"{job_dir} has a line break or another character that is not printed: {advice}"
         )
     if found := re.search(REPLACED[cluster], str(job_dir)):
-        raise InputError(f"{job_dir} has {found[0]}, which is replaced in names of logs: {advice}")
+        raise InputError(
+            f"{job_dir} has {found[0]}, which does not stay as it is in names of logs: {advice}"
+        )
 
 
 def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -51,7 +51,10 @@ def recorded(*numbers: int) -> list[int]:
 
 
 def run_tasks(words: list[str], logs: Sequence[Path | None], received: list[int]) -> list[int]:
-    """Run one task per log until all have ended; return their exit codes as in a shell.
+    """Run one task per log until all have ended.
+
+    Returns:
+        Their exit codes as in a shell, in the order in which they ended.
 
     Args:
         words: the command of every task.
@@ -81,7 +84,12 @@ def run_tasks(words: list[str], logs: Sequence[Path | None], received: list[int]
         tasks.append(process)
 
     passed_on, failed_at, terminated = 0, math.inf, False
-    while None in (codes := [task.poll() for task in tasks]):
+    ended = {}  # the exit code of each task
+    while len(ended) < len(tasks):
+        codes = [task.poll() for task in tasks]
+        for rank, code in enumerate(codes):
+            if code is not None:
+                ended.setdefault(rank, code)
         for number in received[passed_on:]:
             passed_on += 1
             for task in tasks:
@@ -98,12 +106,12 @@ def run_tasks(words: list[str], logs: Sequence[Path | None], received: list[int]
             for task in tasks:
                 task.kill()
         time.sleep(0.1)
-    if failed_at < math.inf and not received and all(code < 0 for code in codes):
+    if failed_at < math.inf and not received and all(code < 0 for code in ended.values()):
         # No task was able to say anything, as during its imports.
-        number = next((rank for rank, code in enumerate(codes) if code != -signal.SIGTERM), 0)
-        name = signal.Signals(-codes[number]).name
+        number = next((rank for rank, code in ended.items() if code != -signal.SIGTERM), 0)
+        name = signal.Signals(-ended[number]).name
         print(f"local_job.py: error: {name} ended process {number} of the job", file=sys.stderr)
-    return [code if code >= 0 else 128 - code for code in codes]
+    return [code if code >= 0 else 128 - code for code in ended.values()]
 
 
 def main(pattern: str, num_tasks: str, *words: str) -> int:

@@ -49,7 +49,7 @@ def read_curve(folder: Path, metric: str, x: str = "step") -> dict[int, float]:
     Raises:
         InputError: the log does not have it.
     """
-    curve = {line[x]: line[metric] for line in read_log(folder) if {x, metric} <= line.keys()}
+    curve = {line[x]: line[metric] for line in read_log(folder) if metric in line}
     if not curve:
         raise InputError(f"the log in {folder} has no {metric}: correct --metrics or --runs")
     return curve

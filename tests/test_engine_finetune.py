@@ -554,7 +554,13 @@ def write_run(folder, *top1s):
 def test_a_finished_run_says_what_it_reached(tmp_path, caplog):
     lines = write_run(tmp_path, 50.0, 70.0, 70.0, 60.0)
     with caplog.at_level("INFO"):
-        report(tmp_path, "fine-tuning", {"epoch": 2}, by="val_top1", describe=describe)
+        report(
+            tmp_path,
+            "fine-tuning",
+            Progress(epoch=4, best={"epoch": 2}),
+            by="val_top1",
+            describe=describe,
+        )
     assert [record.getMessage() for record in caplog.records] == [
         f"fine-tuning, last epoch (4): {describe(lines[3])}",
         f"fine-tuning, best epoch (2): {describe(lines[1])}",
@@ -567,7 +573,7 @@ def test_a_finished_run_says_what_it_reached(tmp_path, caplog):
 def test_a_finished_run_without_validation_images_names_its_checkpoint_alone(tmp_path, caplog):
     write_run(tmp_path, None, None)
     with caplog.at_level("INFO"):
-        report(tmp_path, "fine-tuning", None, by="val_top1", describe=describe)
+        report(tmp_path, "fine-tuning", Progress(epoch=2), by="val_top1", describe=describe)
     (record,) = caplog.records
     assert record.getMessage() == f"checkpoint: {tmp_path / 'checkpoint-e0002-s000000.pth'}"
 
@@ -576,7 +582,7 @@ def test_a_finished_run_without_its_last_checkpoint_fails(tmp_path):
     write_run(tmp_path, 50.0, 60.0)
     (tmp_path / "checkpoint-e0002-s000000.pth").rename(tmp_path / "checkpoint-e0001-s000000.pth")
     with pytest.raises(RunError, match="the last checkpoint could not be written"):
-        report(tmp_path, "fine-tuning", None, by="val_top1", describe=describe)
+        report(tmp_path, "fine-tuning", Progress(epoch=2), by="val_top1", describe=describe)
 
 
 def test_a_best_epoch_that_could_not_be_written_is_not_taken_for_kept(tmp_path, monkeypatch):

@@ -56,7 +56,7 @@ def test_starts_a_thing_of_every_kind(tmp_path):
     note("no variables", popen("sleep", "1000", env={}, start_new_session=True))
     shell("daemon", "(setsid sleep 1000 & NOTE); exit")
     shell("daemon without variables", "sleep 1000 & NOTE; sleep 2", env={}, start_new_session=True)
-    log = tmp_path / "log"
+    log = Path(tempfile.mkdtemp()) / "log"
     shell("daemon with a log", f"(setsid sleep 1000 >{log} & NOTE); exit", env={})
     if not (copy := os.fork()):  # as the processes of a loader
         os.setsid()
@@ -180,9 +180,10 @@ class Trial:
                     memory.unlink()
                 elif kind == "mount":
                     subprocess.run(["umount", "-l", what], capture_output=True)
-        if shutil.which("chattr"):
-            subprocess.run(["chattr", "-R", "-f", "-i", self.temporary], capture_output=True)
-        subprocess.run(["chmod", "-R", "u+rwx", self.temporary], capture_output=True)
+        for path in (self.temporary, self.folder / "kept"):
+            if shutil.which("chattr"):
+                subprocess.run(["chattr", "-R", "-f", "-i", path], capture_output=True)
+            subprocess.run(["chmod", "-R", "u+rwx", path], capture_output=True)
 
 
 def is_running(number):
@@ -239,7 +240,7 @@ def test_stopped_tests_leave_nothing(trial, way, number, group):
     assert_nothing_is_left(trial)
 
 
-@pytest.mark.parametrize(("way", "ends"), zip(WAYS, ["passes", "fails", "fails"], strict=True))
+@pytest.mark.parametrize(("way", "ends"), [*zip(WAYS, ["passes", "fails", "fails"], strict=True)])
 def test_tests_that_end_leave_nothing(trial, way, ends):
     code = finish(trial.start(WAYS[way], seconds=0, ends=ends))[0]
     text = (trial.folder / "output.txt").read_text()

@@ -16,6 +16,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.helpers.processes import ROOT, command, finish, free_port, start, wait_until
+from util.compute import distributed
 from util.runs.run import run_main, start_run
 
 pytestmark = [pytest.mark.faults]
@@ -237,6 +238,7 @@ if os.environ["RANK"] == killed:
     os.kill(os.getpid(), signal.SIGKILL)
 sys.argv = ["program.py"]
 sys.path.insert(0, ".")
+from util.compute import distributed
 from util.runs.run import run_main, start_run
 others.touch()
 run_main(lambda: start_run(device="cpu", seed=0, timeout_minutes=30))
@@ -264,3 +266,20 @@ def test_a_process_killed_during_its_imports_ends_the_other_at_once(
         assert sentences == [f"program.py: stopped by SIGTERM while waiting for process {killed}"]
     elif launcher != "torchrun":  # which has a table of its own
         assert sentences == [f"local_job.py: error: SIGKILL ended process {killed} of the job"]
+
+
+def test_a_job_ends_with_the_code_of_the_task_that_failed_first():
+    fails = "import os, sys, time; os.environ['RANK'] == '1' and sys.exit(2); time.sleep(300)"
+    python = command()[0]
+    words = [*command(ROOT / "scripts" / "local_job.py", "-", 2), python, "-c", fails]
+    assert finish(start(words))[0] == 2
+
+
+def test_a_process_that_comes_after_the_deadline_says_so(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    meeting = distributed.Meeting(distributed.Place(1, 2), 0.1)
+    meeting.store = dist.HashStore()
+    for number in range(2):
+        meeting.store.set(meeting._key(number), "")
+    assert str(meeting._too_late()).startswith("process 1 came when others had stopped waiting")

@@ -111,17 +111,24 @@ def launched(launcher, argv, folder, moment):
     return process
 
 
-def kill(process):
-    """Kill a launcher and wait until nothing of its run is left; return what the run said."""
-    left = descendants_of(process.pid)
-    process.kill()
-    try:
-        out, err = process.communicate(timeout=SECONDS)  # the pipes' last writer has ended
+def outputs(launchers, folder, seconds=SECONDS):
+    """Wait until nothing of a run in a folder is left; return what it said."""
+    try:  # until the pipes' last writer has ended
+        return "".join("".join(process.communicate(timeout=seconds)) for process in launchers)
     finally:
-        for pid in left:
+        for pid in processes_of(folder):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-    return out + err
+
+
+def processes_of(folder):
+    """Processes with this output folder in their command."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if str(folder) in (path / "cmdline").read_text().split("\0"):
+                found.append(int(path.name))
+    return found
 
 
 def the_sentence(text, process):
@@ -150,7 +157,8 @@ def test_a_run_ends_before_its_first_step_when_its_launcher_is_killed(
     argv, tmp_path, launcher, moment
 ):
     process = launched(launcher, argv, tmp_path / "run", moment)
-    text = kill(process)
+    process.kill()
+    text = outputs([process], tmp_path / "run")
     if moment == "start":
         assert the_sentence(text, process) in ("", " while waiting for process 1")
     else:  # the process of torchrun may be unknown by now
@@ -175,7 +183,8 @@ def test_a_run_saves_when_its_launcher_is_killed_and_continues_to_the_same_bits(
 ):
     folder, number = tmp_path / "run", int(launcher.split()[1])
     process = launched(launcher, argv, folder, moment)
-    text = kill(process)
+    process.kill()
+    text = outputs([process], tmp_path / "run")
     rest = the_sentence(text, process)
     assert rest.endswith(": start the same command again to continue")
     saved = list_checkpoints(folder)[-1]
@@ -223,18 +232,12 @@ def test_a_run_of_two_nodes_saves_and_ends_when_one_of_the_launchers_is_killed(
     words[words.index("--standalone") : words.index("--standalone") + 1] = place
     agents = [start(words, MOMENT="step") for _ in range(2)]
     wait_until(lambda: list_checkpoints(tmp_path / "run"), "a save")
-    left = [pid for agent in agents for pid in descendants_of(agent.pid)]
     agents[number].kill()
-    try:
-        texts = ["".join(agent.communicate(timeout=SECONDS)) for agent in agents]
-    finally:
-        for pid in left:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    text = outputs(agents, tmp_path / "run")
     # The other launcher may have noticed first, and sent a SIGTERM.
     cause = rf"SIGTERM|the death of torchrun \(process {agents[number].pid}\)"
-    sentences = re.findall(rf"stopped by (?:{cause}) after \d", "".join(texts))
-    assert len(sentences) == 1, texts
+    sentences = re.findall(rf"stopped by (?:{cause}) after \d", text)
+    assert len(sentences) == 1, text
 
 
 @pytest.mark.parametrize("processes", [None, 2])
@@ -245,8 +248,7 @@ def test_a_run_outlives_the_shell_that_started_it(argv, tmp_path, processes):
     process = start(["bash", "-c", shell], MOMENT="step")
     wait_for_line(process, "reached step")
     process.kill()
-    out, err = process.communicate(timeout=2 * SECONDS)
-    assert "stopped" not in out + err
+    assert "stopped" not in outputs([process], tmp_path / "run", seconds=2 * SECONDS)
     assert list_checkpoints(tmp_path / "run")[-1].name == f"checkpoint-e{EPOCHS:04d}-s000000.pth"
 
 

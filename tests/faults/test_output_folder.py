@@ -20,6 +20,7 @@ from tests.helpers.files import copied, write_classes
 from tests.helpers.models import use_nano_models
 from tests.helpers.processes import NANO_MAIN, command, finish, start
 from tests.helpers.runs import (
+    MAINS,
     QUICK,
     TINY,
     assert_identical,
@@ -274,6 +275,36 @@ def test_a_log_in_another_encoding_is_kept_beside_a_new_one(
     assert damaged in [kept.read_bytes() for kept in folder.glob("log-*.jsonl")]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: b"",
+        lambda content: content.decode().encode("utf-16"),
+        lambda content: content + b"{}\n",
+        lambda content: content[: content.rstrip().rindex(b"\n") + 9],
+        None,
+    ],
+    ids=["empty", "UTF-16", "one line more", "half of the last line", "deleted"],
+)
+@pytest.mark.parametrize("main", ["pretrain", "finetune"])
+def test_a_finished_run_that_lost_its_log_names_its_last_checkpoint(
+    tmp_path, argv, undisturbed, capsys, main, change
+):
+    folder = tmp_path / "run"
+    words = [*argv, "--output_dir", folder]
+    if main == "finetune":
+        words = [*QUICK, "--epochs", EPOCHS, "--model", "vit_tiny_patch4", "--input_size", 16]
+        words += ["--data_path", argv[argv.index("--data_path") + 1], "--output_dir", folder]
+        run(*words, main=MAINS[main].main)
+    else:
+        copied(undisturbed, folder)
+    path = folder / "log.jsonl"
+    content = path.read_bytes()
+    path.unlink() if change is None else path.write_bytes(change(content))
+    run(*words, main=MAINS[main].main)
+    assert f"checkpoint: {folder / name_of(EPOCHS)}" in capsys.readouterr().out
+
+
 # Other things under the names of a run's files
 
 
@@ -445,6 +476,31 @@ def test_a_run_whose_lock_file_was_deleted_locks_its_folder_again(
     assert capsys.readouterr().out.count("lock was deleted while this run had it") == 1
     assert "another run, process" in refused[0][2]
     assert_same_end(folder, undisturbed)
+
+
+def test_a_lock_that_cannot_be_taken_again_is_named_once(
+    tmp_path, argv, undisturbed, capsys, monkeypatch
+):
+    folder = tmp_path / "run"
+
+    def replace():
+        (folder / "lock").unlink()
+        (folder / "lock").mkdir()
+
+    at_step(monkeypatch, 3, replace)
+    run(*argv, "--log_every", 1, "--output_dir", folder)
+    assert capsys.readouterr().out.count(f"cannot lock {folder} again") == 1
+    assert "epoch 3/3" in (folder / "log.txt").read_text()
+    assert_same_end(folder, undisturbed)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"7" * 5000, b"\xff", b"null", b"{}"])
+def test_a_second_start_is_refused_whatever_the_lock_file_says(tmp_path, argv, capsys, content):
+    process = hold(tmp_path)
+    (tmp_path / "lock").write_bytes(content)
+    sentence = refusal(capsys, *argv, "--output_dir", tmp_path)
+    assert "another run, whose lock file does not identify it, is writing to" in sentence
+    process.kill()
 
 
 @pytest.mark.parametrize("how", ["deleted", "renamed", "moved"])

@@ -178,7 +178,7 @@ class Meeting:
         return value
 
     def _too_late(self) -> RunError:
-        names = named_processes(self.missing())
+        missing = self.missing()
         limit = f"within {self.minutes:g} minutes (--timeout_minutes)"
         if self.store is not None:
             self.store.set("too late", "")
@@ -187,6 +187,12 @@ class Meeting:
             advice = "check that all have started"
         else:
             advice = f"check that it has started, and can be reached at {self.host}:{self.port}"
+        if not missing:
+            return RunError(
+                f"process {self.place.rank} came when others had stopped waiting: not all of the "
+                f"{self.place.world_size} processes have come {limit}, so start them together"
+            )
+        names = named_processes(missing)
         return RunError(f"{names} of {self.place.world_size} did not come {limit}: {advice}")
 
     def _unconnected(self) -> str:
@@ -223,7 +229,7 @@ class Meeting:
     def _connect(self, port: int) -> dist.Store | None:
         try:  # because a store would wait for a connection in a call that no signal interrupts
             socket.create_connection((self.host, port), timeout=5).close()
-        except OSError:
+        except (OSError, UnicodeError):  # the second for what cannot be a name
             return None
         try:
             store = dist.TCPStore(self.host, port, is_master=False, timeout=timedelta(seconds=5))
@@ -251,8 +257,13 @@ def named_processes(numbers: Sequence[int]) -> str:
 
 
 def meeting_store() -> dist.Store | None:
-    """The store in which processes meet, and their group exchanges addresses; None if alone."""
-    return _meeting and _meeting.store
+    """The store in which processes meet; torchrun's until process 0 has come; None if alone."""
+    if _meeting is None:
+        return None
+    if _meeting.store is None and _meeting.torchruns is not None:
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # it survives restarts
+        return dist.PrefixStore(f"start {start}", _meeting.torchruns)
+    return _meeting.store
 
 
 def has_joined() -> bool:

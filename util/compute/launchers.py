@@ -174,7 +174,7 @@ def _store_is_closed() -> bool:
         socket.create_connection(address, timeout=5).close()
     except ConnectionRefusedError:
         return True
-    except (OSError, OverflowError):  # says nothing about torchrun
+    except (OSError, OverflowError, UnicodeError):  # says nothing about torchrun
         pass
     return False
 

@@ -340,8 +340,9 @@ class CheckpointWriter:
         if self.keep_last == 0:
             return
         # A later name belongs to a damaged file that a resume skipped.
-        paths = list_checkpoints(self.folder)
-        for path in paths[: paths.index(newest) + 1][: -self.keep_last]:
+        last = checkpoint_position(newest)
+        paths = [p for p in list_checkpoints(self.folder) if checkpoint_position(p) <= last]
+        for path in paths[: -self.keep_last]:
             self._delete(path, f"--keep_last {self.keep_last}")
 
     def _delete(self, path: Path, why: str) -> None:

@@ -61,7 +61,7 @@ def _parse(line: bytes) -> dict:
         raise ValueError("is not JSON") from error
     if not isinstance(values, dict):
         raise ValueError("has no names of metrics")  # noqa: TRY004 - the type is the file's fault
-    if not is_count(values.get("epoch")) or not is_count(values.get("step", 0)):
+    if not is_count(values.get("epoch")) or not is_count(values.get("step")):
         raise ValueError("has no whole epoch and step")
     for name, value in values.items():
         if not is_number(value):

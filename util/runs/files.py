@@ -5,12 +5,12 @@ anyone's file, and a pipe would let the run wait for a reader.
 """
 
 import errno
-import itertools
 import json
 import os
 import stat
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -33,7 +33,7 @@ def open_own(path: Path, mode: str, **options: object) -> IO:
 
 def _open_regular(path: str, flags: int) -> int:
     writes = flags & (os.O_WRONLY | os.O_RDWR) != 0
-    if os.path.lexists(path):
+    with suppress(FileNotFoundError):
         _check_regular(Path(path).stat(follow_symlinks=not writes), path)
     # The same for what takes its place now: a pipe would wait for its other end.
     flags |= os.O_NONBLOCK | (os.O_NOFOLLOW if writes else 0)
@@ -80,7 +80,7 @@ def write_json(path: Path, content: dict, *, keep_earlier: bool = True) -> None:
     """Write a JSON file; an earlier one is renamed to include its time, or replaced.
 
     Raises:
-        OSError: the write failed; the earlier file is unchanged.
+        OSError: the write failed; the earlier file is kept, perhaps under its new name.
     """
     text = (json.dumps(content, indent=2) + "\n").encode()
 
@@ -98,9 +98,8 @@ def set_aside(path: Path) -> Path | None:
     if not os.path.lexists(path):
         return None
     when = time.strftime(TIME_FORMAT, time.localtime(path.lstat().st_mtime))
-    for number in itertools.count(1):  # several may be of the same second
-        name = f"{path.stem}-{when}{f'-{number}' if number > 1 else ''}{path.suffix}"
-        earlier = path.with_name(name)
-        if not os.path.lexists(earlier):
-            return path.rename(earlier)
-    return None
+    earlier, number = path.with_name(f"{path.stem}-{when}{path.suffix}"), 1
+    while os.path.lexists(earlier):  # several may be of the same second
+        number += 1
+        earlier = path.with_name(f"{path.stem}-{when}-{number}{path.suffix}")
+    return path.rename(earlier)

@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from util.compute.distributed import broadcast_object, is_main_process
 from util.errors import InputError, RunError
+from util.json_text import parse_json
 from util.runs.files import open_own
 
 LOCK_NAME = "lock"
@@ -86,7 +87,7 @@ class FolderLock:
 
     def is_in_place(self) -> bool:
         """Whether the folder is still this run's; once released, whether it was until then."""
-        if self.file.closed:
+        if self.file.closed:  # or given up
             return self.was_in_place
         try:
             return os.path.samestat(os.fstat(self.file.fileno()), self.path.lstat())
@@ -121,6 +122,7 @@ class FolderLock:
                 "now: this run ends, since the two would overwrite each other's files"
             ) from taken
         except OSError as error:
+            self.was_in_place = True  # nobody else can have it
             _logger.warning("cannot lock %s again (%s): start no other run in it", folder, error)
         else:
             _logger.warning("%s was deleted while this run had it: it is locked again", self.path)
@@ -142,7 +144,7 @@ class FolderLock:
 def _owner(file: BinaryIO) -> str:
     file.seek(0)
     try:
-        owner = json.loads(file.read())
+        owner = parse_json(file.read())
         return f"process {owner['process']} on {owner['host']} since {owner['since']}"
     except (ValueError, KeyError, TypeError):
         return "whose lock file does not identify it"

@@ -1,11 +1,13 @@
 """The end of a run's output: its results and its files."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
-from util.runs.checkpoint import BEST_NAME, last_checkpoint
-from util.runs.epoch_log import read_log
+from util.runs.checkpoint import BEST_NAME, Progress, last_checkpoint
+from util.runs.epoch_log import LOG_NAME, read_log
+
+MISSING_LINE = "%s lacks the line of the last epoch, so its results are not shown"
 
 _logger = logging.getLogger(__name__)
 
@@ -13,7 +15,7 @@ _logger = logging.getLogger(__name__)
 def report(
     folder: Path,
     title: str,
-    best: Mapping[str, float] | None,
+    progress: Progress,
     *,
     by: str,
     describe: Callable[[dict], str],
@@ -24,7 +26,7 @@ def report(
     Args:
         folder: of the run.
         title: what the results are of.
-        best: metrics of the best epoch, whose weights were kept; None if there is none.
+        progress: of the run. The weights of its best epoch were kept, if it has one.
         by: a metric of the validation images, which are missing if it is.
         describe: line of the log -> text.
         in_steps: whether the run is measured in steps, not in epochs.
@@ -32,12 +34,14 @@ def report(
     Raises:
         RunError: the last checkpoint could not be written.
     """
-    log = read_log(folder)
-    last = log[-1]
-    path = last_checkpoint(folder, last["epoch"])
-    if by in last:
+    path = last_checkpoint(folder, progress.epoch)
+    log = {line["epoch"]: line for line in read_log(folder)}
+    last, best = log.get(progress.epoch), progress.best
+    if last is None:
+        _logger.warning(MISSING_LINE, folder / LOG_NAME)
+    elif by in last:
         what, unit, key = ("evaluation", "step ", "step") if in_steps else ("epoch", "", "epoch")
-        kept = [line for line in log if best and line["epoch"] == best["epoch"]]
+        kept = [log[best["epoch"]]] if best and best["epoch"] in log else []
         for kind, line in (("last", last), *(("best", line) for line in kept)):
             place = f"{kind} {what} ({unit}{line[key]})"
             _logger.info("%s, %s: %s", title, place, describe(line))

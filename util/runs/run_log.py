@@ -406,7 +406,9 @@ class RunLog:
                 tensorboard.close()
         if self.lines is None:
             return
-        self.lines.write()
+        if self.lines.unwritten:
+            self._keep_lock()
+            self.lines.write()
         if self.lines.unwritten:
             epochs = counted(len(self.lines.unwritten), "epoch")
             raise RunError(

@@ -174,8 +174,8 @@ class StopChecks:
     """Tells after which step a run stops early, the same one on all processes.
 
     A single process stops after any step. Several ask each other, for which the host waits for the
-    device: at log points, where it waits anyway, and between them about every CHECK_SECONDS by the
-    main process's clock.
+    device: at log points, where it waits anyway, and between them every CHECK_SECONDS by the main
+    process's clock, or every MAX_UNCHECKED steps if that is sooner.
     """
 
     def __init__(self) -> None:
@@ -273,7 +273,7 @@ def training_steps(
         run_log.end_step(progress.step, epoch=progress.epoch, is_log_point=is_log_point)
         if is_log_point:
             try:
-                stats = meters.read()  # the host waits for the device only here
+                stats = meters.read()  # the host waits for the device here
             except NonFiniteLossError as error:
                 yield from explain(error, step, loader)  # and raise it
             state.broken.check()

@@ -14,6 +14,7 @@ from util.arguments import (
 )
 from util.errors import InputError
 
+MAX_MINUTES = 10**7
 TIMEOUT_MINUTES = 30.0  # default for how long processes wait for each other
 
 
@@ -54,6 +55,14 @@ class RunSettings:
         """Folder of TensorBoard's logs: OUTPUT_DIR, unless an older version used one inside it."""
         older = self.folder / "tensorboard"
         return Path(self.log_dir or (older if older.is_dir() else self.folder))
+
+
+def minutes(text: str) -> float:
+    """Minutes above 0 that clocks can count."""
+    value = positive_float(text)
+    if value > MAX_MINUTES:
+        raise argparse.ArgumentTypeError(f"must be at most {MAX_MINUTES}, not {text}")
+    return value
 
 
 def add_run_args(
@@ -119,7 +128,7 @@ def add_run_args(
     )
     group.add_argument(
         "--timeout_minutes",
-        type=positive_float,
+        type=minutes,
         default=TIMEOUT_MINUTES,
         help="end the run if a process makes no progress for this long, or has not joined the "
         "others by then (%(default)s)",
