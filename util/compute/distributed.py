@@ -150,7 +150,7 @@ class Meeting:
 
     @contextmanager
     def limited(self) -> Iterator[None]:
-        """Context that ends the process if a call in it goes on after the deadline."""
+        """Context that ends the process if a call in it lasts beyond the deadline."""
         ended = threading.Event()
 
         def watch() -> None:

@@ -32,7 +32,7 @@ class SignalExit(SystemExit):
     """A signal ends the program; no `except Exception` on the way catches it.
 
     Attributes:
-        cause: "by SIGTERM" and the like; goes on after "stopped".
+        cause: what follows the word "stopped": "by SIGTERM" and the like.
     """
 
     def __init__(self, number: int) -> None:
@@ -141,7 +141,7 @@ def stop_itself(cause: str, ended: threading.Event, clean_up: Callable[[], None]
     """Act on a reason to stop like on a SIGTERM; called from a thread.
 
     Args:
-        cause: goes on after "stopped".
+        cause: see `SignalExit`.
         ended: set once the program is ending.
         clean_up: called before the process is ended inside a call that lasts, which only happens
             while there is nothing to save.

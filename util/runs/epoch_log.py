@@ -53,7 +53,7 @@ def _parse(line: bytes) -> dict:
     """Parse a line.
 
     Raises:
-        ValueError: it is none that a run has written.
+        ValueError: no run has written it.
     """
     try:
         values = parse_json(line)
