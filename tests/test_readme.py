@@ -212,9 +212,9 @@ def known_flags():
     return set().union(*map(vars, parsed), *written) | {"help", "no", "slurm_X"}
 
 
-OTHER_FLAGS = {  # of torchrun, scancel and scripts/test.sh; of MAE; of an example
+OTHER_FLAGS = {  # of torchrun, scancel, pytest and scripts/test.sh; of MAE; of an example
     "docs/clusters.md": {"standalone"},
-    "docs/reliability.md": {"signal", "nnodes", "max"},
+    "docs/reliability.md": {"signal", "nnodes", "max", "basetemp"},
     "docs/experiments.md": {"max"},
     "docs/pretraining.md": set(
         re.findall(r"--(\w+)", PAGES["docs/pretraining.md"].partition("| MAE | here |")[2])
