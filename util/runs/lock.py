@@ -97,7 +97,7 @@ class FolderLock:
             return True
 
     def keep(self) -> None:
-        """Check before a write that the folder is still this run's, whoever deletes the lock file.
+        """Check before a write that the folder is still this run's, even if its lock was deleted.
 
         If nobody has taken the folder meanwhile, it is locked again.
 
