@@ -19,6 +19,7 @@ from util.runs.run_log import RunLog
 
 # Measured at the ends of these epochs, between which every kind of work is done many times.
 FIRST, LAST = 4, 16
+AROUND = 4  # epochs: the C library gives tens of MiB back and takes them again at any of them
 MORE = {
     "objects": 10,  # that wait for TensorBoard's thread
     "files": 8,  # likewise, and of batches that a loader's thread has just received
@@ -53,30 +54,40 @@ def measured():
         "threads": threading.active_count(),
         "processes": len(active_children()),
         "bytes": tracemalloc.get_traced_memory()[0] if tracemalloc.is_tracing() else 0,
-        "MiB": anonymous_mib("self"),
-        "MiB of loaders": sum(anonymous_mib(child.pid) for child in active_children()),
     }
+
+
+def of_processes():
+    """Memory of this process and of its loaders, in MiB."""
+    loaders = sum(anonymous_mib(child.pid) for child in active_children())
+    return {"MiB": anonymous_mib("self"), "MiB of loaders": loaders}
 
 
 @pytest.fixture
 def grown(monkeypatch):
-    """Run a main; return what it holds after epoch LAST beyond what it held after FIRST."""
-    end_epoch, found = RunLog.end_epoch, []
+    """Run a main; return what it holds after epoch LAST beyond what it held after FIRST.
+
+    Of the processes' memory: the least of the last epochs beyond the most of the first.
+    """
+    end_epoch, found, memory = RunLog.end_epoch, {}, []
 
     def end_and_measure(log, values, **place):
         end_epoch(log, values, **place)
-        found.append(None)
-        if len(found) == FIRST - 1:  # what exists by now is not looked at again
+        memory.append(of_processes())
+        if len(memory) == FIRST - 1:  # what exists by now is not looked at again
             gc.collect()
             gc.freeze()
-        if len(found) in (FIRST, LAST):
-            found[-1] = measured()
+        if len(memory) in (FIRST, LAST):
+            found[len(memory)] = measured()
 
     def go(name, *argv):
         monkeypatch.setattr(RunLog, "end_epoch", end_and_measure)
         run(*argv, main=MAINS[name].main)
-        first, last = found[FIRST - 1], found[LAST - 1]
-        return {what: last[what] - first[what] for what in first}
+        first, last = memory[FIRST - 1 :][:AROUND], memory[:LAST][-AROUND:]
+        grown = {what: found[LAST][what] - found[FIRST][what] for what in found[FIRST]}
+        for what in memory[0]:
+            grown[what] = min(at[what] for at in last) - max(at[what] for at in first)
+        return grown
 
     yield go
     gc.unfreeze()

@@ -421,7 +421,7 @@ def test_hugging_face_settings_are_read(tmp_path, caplog):
         ("config.json", '{"hidden_act": "relu"}', "hidden_act relu"),
         ("config.json", '{"image_size": 20}', "16 patches"),
         ("config.json", '{"image_size": "large"}', "damaged"),
-        ("config.json", "[" * 100_000, "damaged"),
+        ("config.json", "[" * 100_000, "nested too deeply"),
         ("preprocessor_config.json", '{"image_mean": ["a"]}', "damaged"),
     ],
 )
