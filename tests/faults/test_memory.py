@@ -84,10 +84,10 @@ def grown(monkeypatch):
         monkeypatch.setattr(RunLog, "end_epoch", end_and_measure)
         run(*argv, main=MAINS[name].main)
         first, last = memory[FIRST - 1 :][:AROUND], memory[:LAST][-AROUND:]
-        grown = {what: found[LAST][what] - found[FIRST][what] for what in found[FIRST]}
+        growth = {what: found[LAST][what] - before for what, before in found[FIRST].items()}
         for what in memory[0]:
-            grown[what] = min(at[what] for at in last) - max(at[what] for at in first)
-        return grown
+            growth[what] = min(at[what] for at in last) - max(at[what] for at in first)
+        return growth
 
     yield go
     gc.unfreeze()
