@@ -106,16 +106,28 @@ PYTHON
 # Runs a program and its children, which end when a signal ends this script: bash alone would leave
 # them running. They are a group of their own, which gets no Ctrl-C but from here.
 run_attached() {
+    local group="" stopped="" code=0
+    # Set before the program starts: a signal just after that would leave it running, or be lost.
+    trap 'stopped=129; end_attached' HUP
+    trap 'stopped=130; end_attached' INT
+    trap 'stopped=143; end_attached' TERM
     set -m
     "$@" &
     set +m
-    local group=$! code=0 name
-    for name in HUP INT TERM; do
-        trap "kill -TERM -$group || true; wait $group || true; exit $((128 + $(kill -l $name)))" $name
-    done
+    group=$!
+    [ -z "$stopped" ] || end_attached
     wait "$group" || code=$?
     trap - HUP INT TERM
     return $code
+}
+
+# Ends the program of run_attached, whose variables it reads, and this script with it; if the program
+# is only about to start, run_attached calls this again.
+end_attached() {
+    [ -n "$group" ] || return 0
+    kill -TERM -"$group" || true
+    wait "$group" || true
+    exit "$stopped"
 }
 
 # Lists the installed torch and torchvision, with the time when each was installed.

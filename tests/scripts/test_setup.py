@@ -127,6 +127,8 @@ def test_an_old_python_is_refused(install, tmp_path):
 
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL]
+# As in a terminal, even where these tests run in the background of a script.
+IN_TERMINAL = ["env", "--default-signal=INT,TERM,HUP", "bash", "-c", SCRIPT, "requirements.txt"]
 WAITS = "mkdir -p ${TMPDIR:-/tmp}/pip-download; echo $$ >number; exec sleep 1000"
 
 
@@ -135,9 +137,7 @@ def stop(folder, number, **commands):
     (folder / "temporary").mkdir()
     python = write_python(folder, **commands)
     variables = {"PYTHON": str(python), "TMPDIR": str(folder / "temporary")}
-    # As in a terminal, even where these tests run in the background of a script.
-    words = ["env", "--default-signal=INT,TERM,HUP", "bash", "-c", SCRIPT, "requirements.txt"]
-    process = start(words, cwd=folder, **variables)
+    process = start(IN_TERMINAL, cwd=folder, **variables)
     file = folder / "number"
     pid = int(wait_until(lambda: file.exists() and file.read_text().strip(), "the child"))
     process.send_signal(number)
@@ -180,6 +180,24 @@ def test_an_installation_that_was_stopped_is_repeated(install, tmp_path, number)
     assert sorted(path.name for path in (tmp_path / ".venv").iterdir()) == [
         *("bin", "checked-builds", "installed-requirements")
     ]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", SIGNALS[:3], ids=lambda number: number.name)
+@pytest.mark.parametrize("after", ["", "sleep 0.001; ", "sleep 0.003; ", "sleep 0.01; "])
+def test_a_signal_just_after_the_start_of_an_installation_ends_it(tmp_path, number, after):
+    for name in ("requirements.txt", "requirements-pinned.txt"):
+        (tmp_path / name).write_text("torch\n")
+    pip = f"echo $$ >number; {after}kill -{number.value} $PPID; exec sleep 1000"
+    variables = {"PYTHON": str(write_python(tmp_path, pip=pip))}
+    process = start(IN_TERMINAL, cwd=tmp_path, **variables)
+    try:
+        assert process.wait(30) in (-number, 128 + number)
+        pid = int((tmp_path / "number").read_text())
+        wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the child's end", seconds=10)
+    finally:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            os.kill(int((tmp_path / "number").read_text()), signal.SIGKILL)
 
 
 # Lists what it finds in the environment, and writes that it installs.
