@@ -141,6 +141,8 @@ def describe_classifier(
         WEIGHTS_HASH: origin,
         "--input_size": options["img_size"],
         "--pool": options["pool"],
+        "--num_queries": options.get("num_queries"),
+        "--layer": options.get("layers"),
         "number of classes": options["num_classes"],
         "--dataset": dataset,
         **start.pixels.recipe,

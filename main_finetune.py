@@ -418,11 +418,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     # The model
-    pool = encoder.pool or (weights.pool if encoder.keep_head else "avg")
+    pooling = weights.pooling if encoder.keep_head else {"pool": "avg"}
+    if (layers := pooling.get("layers")) and max(layers) < weights.shape[2]:
+        raise InputError(
+            f"the head of {encoder.finetune} reads features of block {max(layers)}, so that later "
+            "blocks would not be trained: leave --keep_head out"
+        )
     options = {
         "img_size": list(start.img_size),
         "num_classes": task.num_outputs,
-        "pool": pool,
+        **{name: value for name, value in pooling.items() if value is not None},
+        **({"pool": encoder.pool} if encoder.pool else {}),
         "drop_path": recipe.drop_path,
         **start.pixels.model_options,
     }

@@ -8,17 +8,18 @@ torchrun --standalone --nproc_per_node 8 main_knn.py --checkpoint PRETRAINED --d
 import argparse
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from util.arguments import Parser, check_arguments, positive_float, positive_int, seed_number, take
 from util.errors import counted
 from util.settings.compute import ComputeSettings, add_precision_args
 from util.settings.data import DataSettings, add_data_args
-from util.settings.model import POOLS, add_checkpoint_arg
+from util.settings.model import POOLS, add_checkpoint_arg, add_layer_arg
 
-REPORT = "knn.json"
+REPORT, PREDICTIONS = "knn.json", "predictions.npz"
 FIRST_FLAGS = ("--checkpoint", "--data_path", "--val_path", "--output_dir", "--untrained")
-FIRST_FLAGS += ("--k", "--shots", "--logistic", "--device")
+FIRST_FLAGS += ("--k", "--shots", "--logistic", "--layer", "--device")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -62,6 +63,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="mean of the patch tokens (avg), class token (cls), or mean of normalized patch "
         "tokens (norm_avg) (%(default)s)",
     )
+    add_layer_arg(group)
     add_precision_args(parser)
 
     group = parser.add_argument_group("evaluation")
@@ -97,6 +99,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=positive_int,
         help="number of classes, if the data do not give it (from the data)",
     )
+    group.add_argument(
+        "--save_predictions",
+        action="store_true",
+        help="also write the labels of the validation images and those that each classifier "
+        f"predicts to {PREDICTIONS}, in the order of the images (off)",
+    )
     args = parser.parse_args(argv)
     for group in (DataSettings, ComputeSettings):
         take(group, args)
@@ -105,6 +113,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     check_arguments(parse_args)  # before the imports below, which take seconds
+
+import numpy as np
 
 from models import build_classifier, starting_point
 from util.compute.compiling import compile_model
@@ -121,12 +131,12 @@ from util.data.report import report_images
 from util.data.transforms import default_crop_pct, eval_transform
 from util.eval.frozen_features import (
     LabeledFeatures,
-    accuracies,
     accuracy_table,
     check_measurable,
+    predict,
 )
-from util.eval.knn import extract_features
-from util.runs.files import write_json
+from util.eval.knn import extract_features, percent_equal
+from util.runs.files import replace_file, write_json
 from util.runs.run import run_main, start_run, write_args
 from util.runs.start import describe_device, describe_encoder, log_block
 from util.weights.encoder import load_encoder
@@ -158,7 +168,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     options = {"img_size": start.img_size, **start.pixels.model_options}
-    model = build_classifier(start.size, num_classes=0, pool=args.pool, **options)
+    options |= {"pool": args.pool, "layers": args.layer}
+    model = build_classifier(start.size, num_classes=0, **options)
     example = blank_images(start.img_size, device, in_chans=start.pixels.num_channels)
     precision = place_model(model.eval(), compute, device, example)
     compile_model(model, compute.compile, device=device)
@@ -188,9 +199,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     options = {"ks": args.k, "temperature": args.temperature, "seed": args.seed}
     shots = [None] * args.logistic + args.shots
+    labels = features["pre-trained"][1][1]
+    predicted = {
+        name: predict(train, val_features, shots=shots, device=device, **options)
+        for name, (train, (val_features, _)) in features.items()
+    }
     results = {
-        name: accuracies(*sets, shots=shots, device=device, **options)
-        for name, sets in features.items()
+        name: {by: percent_equal(guesses, labels) for by, guesses in column.items()}
+        for name, column in predicted.items()
     }
     _logger.info(
         "accuracy in %% on %s of %s, with %s: vit_%s, %s pooling",
@@ -205,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "weights": args.checkpoint,
         "model": f"vit_{start.size}",
         "pool": args.pool,
+        "layers": model.layers,
         "input_size": list(start.img_size),
         **start.pixels.header,
         "mean": mean,
@@ -217,6 +234,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     output_dir.mkdir(parents=True, exist_ok=True)  # again, if it was deleted meanwhile
     write_json(output_dir / REPORT, report)
+    if args.save_predictions:
+        arrays = {"labels": labels.numpy()}
+        for name, column in predicted.items():
+            arrays |= {f"{name}, {by}": guesses.numpy() for by, guesses in column.items()}
+        replace_file(output_dir / PREDICTIONS, partial(np.savez_compressed, **arrays))
     _logger.info("report: %s", output_dir / REPORT)
 
 

@@ -1,6 +1,7 @@
-"""Train a linear classifier on frozen features (App. B.1).
+"""Train a linear classifier on frozen features (App. B.1), or an attentive one.
 
 python main_linprobe.py --finetune PRETRAINED --data_path IMAGES
+python main_linprobe.py --finetune PRETRAINED --data_path IMAGES --probe attentive
 torchrun --standalone --nproc_per_node 8 main_linprobe.py --finetune PRETRAINED --data_path IMAGES
 """
 
@@ -11,15 +12,20 @@ from functools import partial
 from util.arguments import Parser, check_arguments, given_options, take
 from util.settings.compute import ComputeSettings, add_precision_args
 from util.settings.data import DataSettings, add_data_args
-from util.settings.model import EncoderSettings, add_encoder_args
+from util.settings.model import (
+    EncoderSettings,
+    ProbeSettings,
+    add_encoder_args,
+    add_probe_args,
+)
 from util.settings.optim import OptimSettings, add_optim_args
 from util.settings.run import RunSettings, add_run_args
 from util.settings.views import LABELED_VIEW, ViewSettings, add_view_args
 
 SETTINGS = (RunSettings, DataSettings, OptimSettings, ComputeSettings, EncoderSettings)
-SETTINGS += (ViewSettings,)
+SETTINGS += (ViewSettings, ProbeSettings)
 FIRST_FLAGS = ("--finetune", "--data_path", "--val_path", "--output_dir", "--batch_size")
-FIRST_FLAGS += ("--epochs", "--blr", "--pool", "--device")
+FIRST_FLAGS += ("--epochs", "--blr", "--pool", "--probe", "--device")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -28,9 +34,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="main_linprobe.py",
         usage="main_linprobe.py --finetune WEIGHTS --data_path IMAGES [flags]",
         first=FIRST_FLAGS,
-        description="Train a linear classifier on frozen features.",
+        description="Train a linear or an attentive classifier on frozen features.",
     )
     add_encoder_args(parser, pool="cls")
+    add_probe_args(parser)
     add_data_args(parser, input_size=None)
     add_optim_args(
         parser,
@@ -54,7 +61,7 @@ if __name__ == "__main__":
 
 from engine_finetune import describe_classifier, evaluate, show, train_one_epoch
 from models import build_classifier, starting_point
-from models_vit import make_linear_probe
+from models_vit import make_probe
 from util.compute.batch_size import plan_batches
 from util.compute.compiling import compile_model
 from util.compute.distributed import broadcast_buffers, data_parallel, is_main_process
@@ -95,7 +102,7 @@ MEMORY_ADVICE = "use a lower --batch_size with the same --effective_batch_size"
 def main(argv: Sequence[str] | None = None) -> None:
     """Train a probe from the beginning, or continue a stopped run."""
     args = parse_args(argv)
-    run, data, optim, compute, encoder, view = (take(group, args) for group in SETTINGS)
+    run, data, optim, compute, encoder, view, probe = (take(group, args) for group in SETTINGS)
     device = start_run(
         device=run.device,
         seed=run.seed,
@@ -127,13 +134,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     # The frozen encoder and its head
-    pool = encoder.pool or "cls"
-    options = {"img_size": list(start.img_size), "num_classes": num_classes, "pool": pool}
+    options = {"img_size": list(start.img_size), "num_classes": num_classes, **probe.options}
     options |= start.pixels.model_options
     model = build_classifier(start.size, **options)
     if start.weights is not None and not origin.is_gone:
         load_encoder(model, start.weights, head=False)
-    make_linear_probe(model, num_classes)
+    make_probe(model, num_classes)
     example = blank_images(start.img_size, device, in_chans=start.pixels.num_channels)
     precision = place_model(model, compute, device, example, optim)
     sizes = {"batch_size": batches.batch_size, "moments": 1}
@@ -160,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     fixed |= {
         **view.recipe(),
+        "--probe": probe.probe,
         "--weight_decay": optim.weight_decay,
         "--seed": run.seed,
         EFFECTIVE_BATCH: loader.effective_batch_size,
@@ -221,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if is_main_process():
         report(
             run.folder,
-            f"linear probe, pool {pool}",
+            f"{probe.probe} probe, pool {options['pool']}",
             progress,
             by=BEST.metric,
             describe=describe,

@@ -12,7 +12,7 @@ from torch import Tensor
 from models_crossmae import MaskedAutoencoder, build_crossmae
 from models_mae import build_mae
 from models_upernet import SegmentationViT
-from models_vit import VisionTransformer, build_vit, make_linear_probe
+from models_vit import VisionTransformer, build_vit, make_probe
 from models_vitdet import DetectionViT
 from util.errors import InputError, as_input_error
 from util.kernels import use_fast_kernels
@@ -191,7 +191,7 @@ def load_classifier(
     pixels: PixelFormat = RGB8,
     pool: str | None = None,
 ) -> tuple[VisionTransformer, StartingPoint]:
-    """Load a classifier, which may be a linear probe, on the CPU and in evaluation mode.
+    """Load a classifier, which may be a probe, on the CPU and in evaluation mode.
 
     Args:
         path: a file with a head that `read_encoder` reads.
@@ -214,11 +214,11 @@ def load_classifier(
         start.size,
         img_size=start.img_size,
         num_classes=weights.num_classes,
-        pool=pool or weights.pool,
+        **weights.pooling | ({"pool": pool} if pool else {}),
         **start.pixels.model_options,
     )
-    if weights.is_linear_probe:
-        make_linear_probe(classifier, weights.num_classes)
+    if weights.is_probe:
+        make_probe(classifier, weights.num_classes)
     load_encoder(classifier, weights, head=True)
     start.check_colors()
     return classifier.eval(), start

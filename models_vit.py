@@ -1,9 +1,9 @@
-"""The ViT: its layers and sizes, the classifier, and the linear probe.
+"""The ViT: its layers and sizes, the classifier, and the probes.
 
 Parameters have timm's and MAE's names, so weights move between projects without renaming.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 import torch.nn as nn
@@ -14,7 +14,7 @@ from torch import Tensor
 from util.kernels import scaled_dot_product_attention
 from util.patches import RawImages, patchify
 from util.pos_embed import sincos_table
-from util.settings.model import POOLS, ModelSize
+from util.settings.model import ATTENTION, POOLS, ModelSize
 
 NORM_EPS = 1e-6  # of every norm, as in MAE
 
@@ -238,10 +238,20 @@ class ViT(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Output of the last block, (B, C, H, W) -> (B, 1+L, D)."""
+        return self.block_outputs(images, [len(self.blocks)])[0]
+
+    def block_outputs(self, images: Tensor, layers: Collection[int]) -> list[Tensor]:
+        """Encode images (B, C, H, W) -> feature maps (B, 1+L, D) of these blocks, in rising order.
+
+        Args:
+            layers: blocks, counted from 1; 0 is the input of the first. Later ones do not run.
+        """
         x = self.tokens(images)  # (B, 1+L, D)
-        for block in self.blocks:
+        outputs = [x] if 0 in layers else []
+        for number, block in enumerate(self.blocks[: max(layers)], start=1):
             x = block(x)
-        return x
+            outputs += [x] if number in layers else []
+        return outputs
 
     def features(self, images: Tensor) -> Tensor:
         """Normalized mean of the patch tokens, for k-NN; (B, C, H, W) -> (B, D).
@@ -259,6 +269,35 @@ class ViT(nn.Module):
         return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": [(r"^blocks\.(\d+)", None)]}
 
 
+class AttentionPool(nn.Module):
+    """Pool tokens with learned queries: efficient probing (Psomas et al., ICLR 2026).
+
+    Every query weighs the tokens by a softmax of its products with them, and pools a slice of their
+    values. There are no keys; with queries of zero, what remains is the mean of the values.
+
+    Args:
+        dim: D.
+        num_queries: M, a divisor of D.
+
+    Raises:
+        ValueError: it is none.
+    """
+
+    def __init__(self, dim: int, num_queries: int) -> None:
+        super().__init__()
+        if num_queries < 1 or dim % num_queries:
+            raise ValueError(f"a width of {dim} is not divisible by {num_queries} queries")
+        self.queries = nn.Parameter(torch.empty(num_queries, dim).normal_(std=0.02))  # (M, D)
+        self.value = xavier_linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, D)."""
+        num_queries, dim = self.queries.shape
+        weights = (x @ self.queries.T / dim**0.5).softmax(dim=1)  # (B, N, M)
+        values = self.value(x).unflatten(-1, (num_queries, -1))  # (B, N, M, D/M)
+        return (weights.unsqueeze(-1) * values).sum(dim=1).flatten(1)  # (B, D)
+
+
 class VisionTransformer(ViT):
     """Classifier: a ViT with pooling, a final norm and a linear head (App. A.6).
 
@@ -267,7 +306,11 @@ class VisionTransformer(ViT):
     Args:
         num_classes: outputs of the head; 0 returns the features instead.
         pool: "avg" normalizes the mean of the patch tokens (`fc_norm`), "cls" the class token
-            (`norm`); "norm_avg" averages normalized patch tokens (`norm`).
+            (`norm`); "norm_avg" averages normalized patch tokens (`norm`), and "attention" has
+            learned queries for them (`attn_pool`).
+        num_queries: see AttentionPool; for "attention" only.
+        layers: blocks, counted from 1, whose features are averaged (0: the first one's input);
+            None is the last one.
         head_init_std: standard deviation of the head's initial weights.
         vit_options: see ViT.
 
@@ -280,14 +323,22 @@ class VisionTransformer(ViT):
         *,
         num_classes: int,
         pool: str,
+        num_queries: int | None = None,
+        layers: Collection[int] | None = None,
         head_init_std: float = 2e-5,
         **vit_options: object,
     ) -> None:
         super().__init__(**vit_options)
-        if pool not in POOLS:
-            raise ValueError(f"pool must be one of {POOLS}, not {pool!r}")
-        self.pool = pool
+        if pool not in (*POOLS, ATTENTION):
+            raise ValueError(f"pool must be one of {(*POOLS, ATTENTION)}, not {pool!r}")
+        depth = len(self.blocks)
+        self.pool, self.layers = pool, sorted({*layers}) if layers else [depth]
+        if not {*self.layers} <= {*range(depth + 1)}:
+            given = ", ".join(map(str, self.layers))
+            raise ValueError(f"layers are numbered from 0, the input, to {depth}, not {given}")
         self.pos_embed.requires_grad_()
+        if pool == ATTENTION:
+            self.attn_pool = AttentionPool(self.embed_dim, num_queries)
         if pool == "avg":
             self.fc_norm = layer_norm(self.embed_dim)
         else:
@@ -299,11 +350,17 @@ class VisionTransformer(ViT):
 
     def features(self, images: Tensor) -> Tensor:
         """Normalized images (B, C, H, W) -> (B, D)."""
-        x = self.encode(images)  # (B, 1+L, D)
+        pooled = [self.pooled(x) for x in self.block_outputs(images, self.layers)]  # of (B, D)
+        return pooled[0] if len(pooled) == 1 else torch.stack(pooled).mean(dim=0)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Pool and normalize a feature map, (B, 1+L, D) -> (B, D)."""
         if self.pool == "avg":
             return self.fc_norm(x[:, 1:].mean(dim=1))
         if self.pool == "norm_avg":
             return self.norm(x[:, 1:]).mean(dim=1)
+        if self.pool == ATTENTION:
+            return self.attn_pool(self.norm(x[:, 1:]))
         return self.norm(x[:, 0])
 
     def forward(self, images: Tensor) -> Tensor:
@@ -338,16 +395,21 @@ class FeatureNorm(nn.BatchNorm1d):
 
 
 def keep_outputs(model: VisionTransformer, outputs: Sequence[int]) -> None:
-    """Reduce a classifier, which may be a linear probe, to some of its outputs."""
+    """Reduce a classifier, which may be a probe, to some of its outputs."""
     head = model.head[-1] if isinstance(model.head, nn.Sequential) else model.head
     head.weight = nn.Parameter(head.weight[outputs])
     head.bias = nn.Parameter(head.bias[outputs])
     head.out_features = len(outputs)
 
 
-def make_linear_probe(model: VisionTransformer, num_classes: int) -> None:
-    """Freeze a model and give it a trainable batch norm and linear head (App. B.1)."""
+def make_probe(model: VisionTransformer, num_classes: int) -> None:
+    """Freeze a model and give it a trainable batch norm and linear head (App. B.1).
+
+    Learned queries, if the model pools with them, stay trainable.
+    """
     model.requires_grad_(False)
+    if model.pool == ATTENTION:
+        model.attn_pool.requires_grad_()
     head = nn.Linear(model.embed_dim, num_classes)
     nn.init.trunc_normal_(head.weight, std=0.01)
     nn.init.zeros_(head.bias)
@@ -367,7 +429,7 @@ def rescale_head(
 
 
 def fold_probe(head_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Fold a linear probe's head, a normalization and a linear layer, into one linear layer."""
+    """Fold a probe's head, a normalization and a linear layer, into one linear layer."""
     if "head.0.running_var" not in head_state:
         return dict(head_state)
     scale = (head_state["head.0.running_var"].double() + NORM_EPS).rsqrt()

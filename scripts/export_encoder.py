@@ -48,7 +48,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     check_arguments(parse_args)  # before the imports below, which take seconds
 
-from scripts.export.source import Source, build, read_source
+from scripts.export.source import Source, build, check_features, read_source
 from scripts.export.to_hugging_face import write_hugging_face
 from scripts.export.to_mae import write_mae
 from scripts.export.to_onnx import write_onnx
@@ -82,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     start_run(device="cpu", seed=0)
     source = read_source(args.checkpoint, encoder_only=args.encoder_only)
+    if args.format != "safetensors":
+        check_features(source.weights)
     _logger.info("images: %s", source.images)
     WRITERS[args.format](source, Path(args.output))
     _logger.info("wrote %s", args.output)

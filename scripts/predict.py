@@ -36,7 +36,7 @@ from util.settings.data import (
     add_pixel_args,
     add_tile_arg,
 )
-from util.settings.model import POOLS, add_checkpoint_arg
+from util.settings.model import ATTENTION, POOLS, add_checkpoint_arg
 
 TOP = 5  # classes
 
@@ -236,9 +236,11 @@ def load(
     if needs_head:
         return load_classifier(path, pool=pool, **data.input_form)
     start = starting_point(path, **data.input_form)
+    if start.weights.pool == ATTENTION and pool is None:  # its queries are trained
+        return load_classifier(path, **data.input_form)
     start.check_colors()
     options = {"img_size": start.img_size, **start.pixels.model_options}
-    options["pool"] = pool or start.weights.pool or "avg"
+    options |= {"pool": pool or start.weights.pool or "avg", "layers": start.weights.layers}
     model = build_classifier(start.size, num_classes=0, **options)
     load_encoder(model, start.weights, head=False)
     return model.eval(), start

@@ -17,7 +17,7 @@ from timm.utils import ModelEmaV3
 
 import engine_finetune
 from engine_finetune import evaluate, train_one_epoch
-from models_vit import build_vit, make_linear_probe
+from models_vit import build_vit, make_probe
 from tests.helpers.models import NANO
 from tests.helpers.runs import assert_identical
 from tests.helpers.training import CPU, HostReads, PreparedLoader, Recorder
@@ -302,7 +302,7 @@ def test_a_run_continues_within_an_epoch_bit_for_bit():
 
 def test_a_linear_probe_leaves_the_encoder_bit_for_bit():
     model = vit_nano(pool="cls")
-    make_linear_probe(model, NUM_CLASSES)
+    make_probe(model, NUM_CLASSES)
     before = copy.deepcopy(model.state_dict())
     train(make_loader(*STEPS, (1,)), make_state(model, build_lars(model, weight_decay=0.0)), lr=1.0)
     changed = {name for name, w in model.state_dict().items() if not torch.equal(w, before[name])}

@@ -53,6 +53,29 @@ def measure(folder, weights, *argv):
     return json.loads((folder / "knn.json").read_text())
 
 
+def test_layers_are_those_of_the_encoder(tmp_path, images, weights):
+    reports = [
+        measure(tmp_path / str(i), weights, "--data_path", images, "--k", 5, *options)
+        for i, options in enumerate((["--layer", 2], [], ["--layer", 0, 1], ["--layer", 1]))
+    ]
+    assert [report["layers"] for report in reports] == [[2], [2], [0, 1], [1]]
+    last, default, *_ = (report["results"] for report in reports)
+    assert last == default
+
+
+def test_saved_predictions_have_the_accuracies_of_the_report(tmp_path, images, weights):
+    argv = ["--data_path", images, "--k", 5, 10, "--untrained", "--shots", 3]
+    report = measure(tmp_path, weights, *argv, "--save_predictions")
+    saved = np.load(tmp_path / "predictions.npz")
+    assert saved["labels"].tolist() == [0] * 3 + [1] * 4 + [2] * 5
+    names = {f"{name}, {by}" for name, column in report["results"].items() for by in column}
+    assert set(saved) == {"labels", *names}
+    for name, column in report["results"].items():
+        for by, percent in column.items():
+            is_right = saved[f"{name}, {by}"] == saved["labels"]
+            assert 100 * is_right.mean() == pytest.approx(percent)
+
+
 def test_digits_from_start_to_end(tmp_path, weights, capsys):
     report = measure(tmp_path, weights, "--untrained", "--shots", 5, "--k", 10, 5000)
     rows = ["10-NN", "5000-NN"]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import main_finetune
 import main_linprobe
 from main_linprobe import parse_args
-from models_vit import build_vit, make_linear_probe
+from models_vit import build_vit, make_probe
 from tests.helpers import runs
 from tests.helpers.files import copied, files_in, write_images
 from tests.helpers.models import NANO, use_nano_models
@@ -97,11 +97,53 @@ def test_the_backbone_stays_bit_for_bit_that_of_the_file(
     assert f"linear probe, pool {pool or 'cls'}, last epoch (2): top-1" in out
 
 
+@pytest.mark.parametrize("options", [["--num_queries", 4], ["--num_queries", 4, "--layer", 1]])
+def test_an_attentive_probe_leaves_the_backbone_bit_for_bit(
+    tmp_path, images, weights, capsys, options
+):
+    argv = [*QUICK, "--finetune", weights["mae"], "--data_path", images, "--lr", 10]
+    probe(*argv, "--probe", "attentive", *options, "--output_dir", tmp_path / "probe")
+    checkpoint, content = last_checkpoint(tmp_path / "probe"), read_encoder(weights["mae"])
+    model = checkpoint["model"]
+    frozen = content.encoder | content.head_state  # with the final norm
+    assert_identical({name: model[name] for name in frozen}, frozen)
+    pooling = ["attn_pool.queries", "attn_pool.value.weight", "attn_pool.value.bias"]
+    assert set(model) - set(frozen) == {*pooling, *HEAD}
+    assert len(checkpoint["optimizer"]["state"]) == 5
+    assert model["attn_pool.queries"].shape == (4, 32)
+    assert "attentive probe, pool attention, last epoch (2): top-1" in capsys.readouterr().out
+
+    # Other programs read it as it is.
+    last = list_checkpoints(tmp_path / "probe")[-1]
+    argv = ["--eval", "--finetune", last, "--data_path", images, *QUICK[4:]]
+    run(*argv, main=main_finetune.main)
+    line = read_log(tmp_path / "probe")[-1]
+    found = f"top-1 {line['val_top1']:.2f}%, top-5 100.00%, balanced [0-9.]+%, loss (.*) over"
+    loss = re.search(found, capsys.readouterr().out)[1]
+    assert float(loss) == pytest.approx(line["val_loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--probe", "attentive", "--pool", "avg"], "leave --pool out"),
+        (["--num_queries", 4], "--num_queries is for --probe attentive"),
+        (["--probe", "attentive", "--num_queries", 5], "not divisible by 5 queries"),
+        (["--layer", 3], "layers are numbered from 0, the input, to 2, not 3"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_a_probe_that_cannot_be_is_refused(tmp_path, images, weights, capsys, options, reason):
+    argv = ["--finetune", weights["mae"], "--data_path", images, "--output_dir", tmp_path / "new"]
+    assert reason in refused(capsys, *QUICK, *argv, *options)
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_checkpoint_measures_as_logged(finished, images):
     checkpoint, line = last_checkpoint(finished[0]), read_log(finished[0])[-1]
     options = checkpoint["model_options"]
     model = build_vit(NANO, **options)
-    make_linear_probe(model, options["num_classes"])
+    make_probe(model, options["num_classes"])
     model.load_state_dict(checkpoint["model"])
     size = tuple(options["img_size"])
     transform = eval_transform(size, checkpoint["mean"], checkpoint["std"], 224 / 256)
@@ -186,6 +228,8 @@ def test_options_train_an_epoch(tmp_path, images, weights, options):
     [
         (["--finetune", "MAE"], "hash of the weights it starts from was '"),
         (["--pool", "avg"], "--pool was 'cls' and is now 'avg'"),
+        (["--probe", "attentive"], "--probe was 'linear' and is now 'attentive'"),
+        (["--layer", "1"], "--layer was None and is now [1]"),
         (["--dataset", "digits"], "number of classes was 3 and is now 10"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models import load_classifier
-from models_vit import make_linear_probe
+from models_vit import make_probe
 from tests.helpers.models import crossmae_nano, use_nano_models
 from tests.helpers.weights import (
     finetuned,
@@ -25,7 +25,7 @@ def _nano(monkeypatch):
 
 def probe_nano():
     model = vit_nano(pool="avg")
-    make_linear_probe(model, 3)
+    make_probe(model, 3)
     return randomized(model)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from models import choose_size, find_size
 from models_vit import (
+    AttentionPool,
     Block,
     FeatureNorm,
     PatchEmbed,
@@ -16,7 +17,7 @@ from models_vit import (
     attend,
     build_vit,
     layer_norm,
-    make_linear_probe,
+    make_probe,
     split_heads,
     xavier_linear,
 )
@@ -309,7 +310,7 @@ def test_a_single_image_is_normalized_by_the_running_statistics_and_leaves_them(
 def test_a_linear_probe_trains_its_head_alone(pool):
     model, images = vit_nano(pool=pool), torch.randn(4, 3, 16, 16)
     features = model.features(images).detach()
-    make_linear_probe(model, num_classes=2000)
+    make_probe(model, num_classes=2000)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {"head.1.weight", "head.1.bias"}
     assert model.head[1].weight.std().item() == pytest.approx(0.01, rel=0.02)
@@ -317,6 +318,66 @@ def test_a_linear_probe_trains_its_head_alone(pool):
     assert torch.equal(model.features(images), features)
     normalized = F.batch_norm(features, None, None, training=True, eps=1e-6)
     torch.testing.assert_close(model(images), F.linear(normalized, model.head[1].weight))
+
+
+def test_attention_pooling_equals_a_plain_einsum():
+    pool, x = AttentionPool(12, num_queries=3).double(), torch.randn(2, 7, 12, dtype=torch.float64)
+    torch.nn.init.normal_(pool.queries)
+    weights = torch.einsum("bnd,md->bmn", x, pool.queries).div(12**0.5).softmax(dim=-1)
+    slices = pool.value.weight.view(3, 4, 12)  # of the values, one for each query
+    expected = torch.einsum("bmn,bnd,mcd->bmc", weights, x, slices).flatten(1) + pool.value.bias
+    torch.testing.assert_close(pool(x), expected)
+
+
+@pytest.mark.parametrize("num_queries", [1, 4])
+def test_queries_of_zero_pool_the_mean(num_queries):
+    pool, x = AttentionPool(12, num_queries).double(), torch.randn(2, 7, 12, dtype=torch.float64)
+    torch.nn.init.zeros_(pool.queries)
+    torch.testing.assert_close(pool(x), pool.value(x.mean(dim=1)))
+
+
+def test_a_number_of_queries_that_does_not_divide_the_width_is_refused():
+    with pytest.raises(ValueError, match="a width of 12 is not divisible by 5 queries"):
+        AttentionPool(12, 5)
+
+
+def test_an_attentive_probe_trains_its_queries_values_and_head():
+    model, images = vit_nano(pool="attention", num_queries=4), torch.randn(4, 3, 16, 16)
+    make_probe(model, num_classes=3)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    pooling = {"attn_pool.queries", "attn_pool.value.weight", "attn_pool.value.bias"}
+    assert trained == {*pooling, "head.1.weight", "head.1.bias"}
+    tokens = model.norm(model.encode(images)[:, 1:])
+    assert torch.equal(model.features(images), model.attn_pool(tokens))
+
+
+@pytest.mark.parametrize("pool", ["avg", "cls", "norm_avg", "attention"])
+def test_features_of_a_block_are_those_of_a_model_that_ends_there(pool):
+    options = {"pool": pool, "num_queries": 4, "num_classes": 0}
+    images = torch.randn(2, 3, 16, 16)
+    deep = build_vit(NANO, layers=[1], **options)
+    short = build_vit(NANO._replace(depth=1), **options)
+    short.load_state_dict(deep.state_dict(), strict=False)
+    assert torch.equal(deep.features(images), short.features(images))
+
+
+def test_features_of_several_blocks_are_the_mean_of_those_of_each():
+    images, state = torch.randn(2, 3, 16, 16), vit_nano(pool="avg").state_dict()
+
+    def features(*layers):
+        model = vit_nano(pool="avg", layers=layers)
+        model.load_state_dict(state)
+        return model.features(images)
+
+    expected = (features(0) + features(2)) / 2
+    torch.testing.assert_close(features(2, 0, 2), expected)
+    assert torch.equal(features(2), features())
+
+
+@pytest.mark.parametrize("layers", [[3], [0, 5]])
+def test_layers_that_the_encoder_lacks_are_refused(layers):
+    with pytest.raises(ValueError, match="layers are numbered from 0, the input, to 2, not"):
+        vit_nano(pool="avg", layers=layers)
 
 
 def test_parameters_of_a_block_have_timms_order():

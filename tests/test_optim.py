@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models_vit import build_vit, make_linear_probe
+from models_vit import build_vit, make_probe
 from tests.helpers.models import crossmae_nano, mae_nano
 from util.optim import build_adamw, build_lars, build_layer_decay_adamw, set_lr
 from util.settings.model import ModelSize
@@ -210,7 +210,7 @@ def test_steps_of_lars_equal_maes_written_out(foreach):
 
 def test_lars_has_the_parameters_that_are_trained_and_no_other():
     model = classifier("cls")
-    make_linear_probe(model, num_classes=3)
+    make_probe(model, num_classes=3)
     optimizer = build_lars(model, weight_decay=0.0)
     members = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert members == [id(model.head[1].weight), id(model.head[1].bias)]

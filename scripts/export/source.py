@@ -8,7 +8,7 @@ from models_vit import VisionTransformer, build_vit, fold_probe
 from util.data.transforms import default_crop_pct
 from util.errors import InputError, counted
 from util.normalization import PixelFormat, usual_colors
-from util.settings.model import SIZES
+from util.settings.model import ATTENTION, SIZES
 from util.weights.encoder import EncoderWeights, load_encoder, read_encoder
 from util.weights.metadata import TASKS
 
@@ -117,8 +117,8 @@ def read_source(checkpoint: str, *, encoder_only: bool) -> Source:
 
 def without_head(weights: EncoderWeights) -> EncoderWeights:
     """Leave out the head and what is known about it, but not the norm before it."""
-    norms = {n: t for n, t in weights.head_state.items() if not n.startswith("head.")}
-    about = dict.fromkeys(("classes", "pool", "task", "target_scale"))
+    norms = {n: t for n, t in weights.head_state.items() if not n.startswith(("head.", "attn_"))}
+    about = dict.fromkeys(("classes", "pool", "layers", "task", "target_scale"))
     return weights._replace(head_state=norms, **about)
 
 
@@ -157,6 +157,16 @@ def problem_type(weights: EncoderWeights) -> str:
     """Return Hugging Face's name of what the head was trained for."""
     names = {task: name for name, task in TASKS.items()}
     return names[weights.task or "classification"]
+
+
+def check_features(weights: EncoderWeights) -> None:
+    """Raise InputError for a head on features that other projects do not have."""
+    if weights.pool == ATTENTION or weights.layers not in (None, (weights.shape[2],)):
+        what = "learned queries" if weights.pool == ATTENTION else "features of earlier blocks"
+        raise InputError(
+            f"the head reads {what}, which only this project's classifier has: use --format "
+            "safetensors or --encoder_only"
+        )
 
 
 def linear_head(weights: EncoderWeights) -> EncoderWeights:

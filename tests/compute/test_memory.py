@@ -9,7 +9,7 @@ from engine_detection import blank_losses
 from engine_pretrain import blank_batch
 from engine_segmentation import blank_loss
 from models import build_detector, build_segmenter
-from models_vit import build_vit, make_linear_probe
+from models_vit import build_vit, make_probe
 from tests.helpers.models import NANO, crossmae_nano, mae_nano
 from util.compute import memory
 from util.compute.batch_size import foreseen_batch_size
@@ -42,7 +42,7 @@ def classifier():
 
 def probe():
     model, example = classifier()
-    make_linear_probe(model, 7)
+    make_probe(model, 7)
     return model, example
 
 

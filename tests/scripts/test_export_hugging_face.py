@@ -10,7 +10,7 @@ import transformers
 
 from models import load_model
 from models_mae import build_mae
-from models_vit import build_vit, make_linear_probe
+from models_vit import build_vit, make_probe
 from tests.helpers.exports import assert_same_pixels, export, photograph
 from tests.helpers.files import files_in
 from tests.helpers.models import NANO, crossmae_nano, mae_nano, use_nano_models
@@ -162,7 +162,7 @@ def test_the_encoder_of_an_mae_is_exported_alone_by_flag_or_if_it_is_not_square(
 def test_logits_and_classes_are_the_same(tmp_path, kind, names):
     model = vit_nano(num_classes=3)
     if kind == "linprobe":
-        make_linear_probe(model, 3)
+        make_probe(model, 3)
         model.train()(images(8))  # so that its normalization has an effect
     content = finetuned(model.eval(), kind=kind, classes=names)
     folder, log = export(tmp_path, content, "hf")

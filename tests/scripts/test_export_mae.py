@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models import load_model
-from models_vit import make_linear_probe
+from models_vit import make_probe
 from tests.helpers.exports import export
 from tests.helpers.models import AUTOENCODERS, crossmae_nano, mae_nano, use_nano_models
 from tests.helpers.runs import assert_identical
@@ -130,7 +130,7 @@ def test_a_classifier_loads_strictly_in_timm(tmp_path, pool):
 
 def test_a_linear_probe_keeps_its_batch_norm(tmp_path):
     model = vit_nano()
-    make_linear_probe(model, 3)
+    make_probe(model, 3)
     content = finetuned(model, kind="linprobe")
     path, _ = export(tmp_path, content, "mae", "out.pth")
     assert_identical(torch.load(path)["model"], dict(model.state_dict()))

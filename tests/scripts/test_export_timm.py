@@ -9,7 +9,7 @@ import transformers
 
 import models_vit
 from models_crossmae import build_crossmae
-from models_vit import make_linear_probe
+from models_vit import make_probe
 from tests.helpers.exports import (
     TINY_PATCH4,
     assert_same_pixels,
@@ -94,7 +94,7 @@ def test_logits_of_a_finetuned_model_are_the_same(tmp_path, suffix, pool):
 @pytest.mark.parametrize("pool", ["avg", "cls"])
 def test_logits_of_a_linear_probe_are_the_same(tmp_path, pool):
     model = vit_nano(pool=pool)
-    make_linear_probe(model, 3)
+    make_probe(model, 3)
     model.train()(images(8))  # so that its normalization has an effect
     content = finetuned(model.eval(), kind="linprobe")
     _, log = export(tmp_path, content, "timm", "probe.pth")

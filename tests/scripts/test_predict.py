@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from models import build_classifier, load_classifier
-from models_vit import make_linear_probe
+from models_vit import make_probe
 from scripts import predict
 from tests.helpers.files import write_images
 from tests.helpers.models import crossmae_nano
@@ -158,7 +158,7 @@ def test_classes_without_names_are_numbers(tmp_path, images):
 
 def test_a_linear_probe_predicts(tmp_path, images):
     model = vit_nano(pool="avg")
-    make_linear_probe(model, 3)
+    make_probe(model, 3)
     path = stored(tmp_path / "probe.pth", finetuned(randomized(model), kind="linprobe"))
     assert len(predicted(path, images)) == len(NAMES)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from models import MODELS
-from models_vit import build_vit, make_linear_probe
+from models_vit import build_vit, make_probe
 from tests.helpers.files import RunsCode
 from tests.helpers.models import NANO, crossmae_nano, mae_nano
 from tests.helpers.processes import ROOT
@@ -335,11 +335,11 @@ def test_finetuned_classifiers_are_read_whole(tmp_path, pool, with_ema):
 
 def test_linear_probes_are_read_with_their_normalization(tmp_path):
     model = vit_nano()
-    make_linear_probe(model, 3)
+    make_probe(model, 3)
     weights = read_encoder(stored(tmp_path / "p.pth", finetuned(model.eval(), kind="linprobe")))
     assert weights.num_classes == 3
     loaded = build_vit(NANO, pool="cls", num_classes=3)
-    make_linear_probe(loaded, 3)
+    make_probe(loaded, 3)
     load_encoder(loaded.eval(), weights, head=True)
     x = images()
     assert torch.equal(loaded(x), model(x))

@@ -15,7 +15,7 @@ from util.data.classes import check_classes
 from util.data.images import IndexedImages
 from util.data.streams import StreamedImages
 from util.errors import InputError
-from util.eval.knn import knn_accuracy, percent_equal
+from util.eval.knn import knn_predict
 from util.progress import waiting
 from util.seeding import generator_for
 
@@ -48,17 +48,17 @@ def check_measurable(
     return check_classes(train_set, val_set, num_classes)
 
 
-def accuracies(
+def predict(
     train: LabeledFeatures,
-    val: LabeledFeatures,
+    features: Tensor,
     *,
     ks: Sequence[int],
     temperature: float,
     shots: Sequence[int | None],
     seed: int,
     device: torch.device,
-) -> dict[str, float]:
-    """Accuracy of each classifier on validation images in percent, by the classifier's name.
+) -> dict[str, Tensor]:
+    """Predict the labels (M,) of features (M, D) with each classifier, by the classifier's name.
 
     Args:
         ks, temperature: see `knn_predict`.
@@ -66,16 +66,16 @@ def accuracies(
         seed: for the choice of these images.
         device: for the search of neighbors.
     """
-    sets, num_train = (*train, *val), len(train[1])
+    num_train = len(train[1])
     if max(ks) > num_train:
         logger.warning("k-NN: k = %d reduced to %d, the number of images", max(ks), num_train)
-    found = knn_accuracy(*sets, ks=ks, temperature=temperature, device=device)
-    results = {f"{k}-NN": percent for k, percent in found.items()}
+    found = knn_predict(*train, features, ks=ks, temperature=temperature, device=device)
+    results = {f"{k}-NN": guesses for k, guesses in found.items()}
     for number in shots:
         images = "all images" if number is None else f"{number} per class"
         with waiting(f"fitting a logistic regression to {images}", after=0):
-            percent = logistic_accuracy(*sets, shots=number, seed=seed)
-        results[f"logistic regression, {images}"] = percent
+            guesses = logistic_predict(*train, features, shots=number, seed=seed)
+        results[f"logistic regression, {images}"] = guesses
     return results
 
 
@@ -90,20 +90,19 @@ def accuracy_table(results: dict[str, dict[str, float]]) -> list[str]:
     ]
 
 
-def logistic_accuracy(
+def logistic_predict(
     train_features: Tensor,
     train_labels: Tensor,
     features: Tensor,
-    labels: Tensor,
     *,
     shots: int | None,
     seed: int,
-) -> float:
-    """Accuracy in percent of a logistic regression on standardized features.
+) -> Tensor:
+    """Predict labels (M,) by a logistic regression on standardized features.
 
     Args:
         train_features, train_labels: (N, D) and (N,), with at least two classes.
-        features, labels: (M, D) and (M,), of the images to measure.
+        features: (M, D), of the images to label.
         shots: training images per class, see `draw_shots`; None: all.
         seed: for the choice of these images.
     """
@@ -117,7 +116,7 @@ def logistic_accuracy(
         pipeline.fit(train_features.numpy(), train_labels.numpy())
     if regression.n_iter_.max() >= MAX_ITER:
         logger.warning("logistic regression did not converge in %d iterations", MAX_ITER)
-    return percent_equal(torch.from_numpy(pipeline.predict(features.numpy())), labels)
+    return torch.from_numpy(pipeline.predict(features.numpy()))
 
 
 def draw_shots(labels: Tensor, shots: int, *, seed: int) -> Tensor:

@@ -37,6 +37,8 @@ SIZES = {
 METHODS = ("crossmae", "mae")
 MODEL_NAMES = tuple(f"{method}_vit_{size}" for method in METHODS for size in SIZES)
 POOLS = ("avg", "cls", "norm_avg")
+ATTENTION = "attention"  # a pool with weights of its own, which only probes train
+PROBES = ("linear", "attentive")
 IBA_INITS = ("normal", "xavier")
 HEADS = ("linear", "upernet")  # of segmentation
 
@@ -101,6 +103,37 @@ class EncoderSettings:
     def __post_init__(self) -> None:
         if self.keep_head and not self.finetune:
             raise InputError("--keep_head needs a classifier: name it with --finetune")
+
+
+NUM_QUERIES = 32  # divides the width of every size
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """What is trained on which frozen features; see the flags.
+
+    Raises:
+        InputError: a setting is of the other probe.
+    """
+
+    probe: str = "linear"
+    pool: str | None = None
+    num_queries: int | None = None
+    layer: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.probe == "linear" and self.num_queries is not None:
+            raise InputError("--num_queries is for --probe attentive: leave it out")
+        if self.probe == "attentive" and self.pool is not None:
+            raise InputError("--probe attentive learns how to pool: leave --pool out")
+
+    @property
+    def options(self) -> dict[str, object]:
+        """Arguments of VisionTransformer, as plain values that a checkpoint can hold."""
+        options = {"pool": self.pool or "cls"}
+        if self.probe == "attentive":
+            options = {"pool": ATTENTION, "num_queries": self.num_queries or NUM_QUERIES}
+        return options | ({"layers": sorted({*self.layer})} if self.layer else {})
 
 
 HEAD_DIM, AUX_WEIGHT, DROPOUT = 768, 0.4, 0.1  # of UperNet, as in MAE
@@ -306,6 +339,36 @@ def add_encoder_args(parser: argparse.ArgumentParser, *, pool: str | None) -> No
         type=positive_int,
         help="outputs of the head (the number of classes in the data)",
     )
+
+
+def add_layer_arg(group: argparse._ActionsContainer) -> None:
+    """Add the flag of the blocks that features are taken from."""
+    group.add_argument(
+        "--layer",
+        type=natural_int,
+        nargs="+",
+        metavar="BLOCK",
+        help="take the features of this block, counted from 1 (0: its input), or the mean of those "
+        "of several; the final norm is applied to each (the last block)",
+    )
+
+
+def add_probe_args(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ProbeSettings, except for the pooling, which is the encoder's."""
+    group = parser.add_argument_group("probe")
+    group.add_argument(
+        "--probe",
+        choices=PROBES,
+        default=ProbeSettings.probe,
+        help="a linear classifier of the pooled features (linear), or one of all patch tokens, "
+        "pooled by learned queries (attentive; Psomas et al., ICLR 2026) (%(default)s)",
+    )
+    group.add_argument(
+        "--num_queries",
+        type=positive_int,
+        help=f"queries of the attentive probe, a divisor of the encoder's width ({NUM_QUERIES})",
+    )
+    add_layer_arg(group)
 
 
 def add_head_args(parser: argparse.ArgumentParser) -> None:

@@ -24,6 +24,7 @@ from util.normalization import (
 )
 from util.progress import waiting
 from util.settings.data import AUTO
+from util.settings.model import ATTENTION
 from util.weights.channels import adapt_embedding
 from util.weights.files import save_safetensors, unknown_content
 from util.weights.locations import read_weights
@@ -73,7 +74,9 @@ class EncoderWeights(NamedTuple):
     """Per channel, as in training; None if the file does not say."""
     classes: list[str] | None = None
     pool: str | None = None
-    """What a head classifies, see VisionTransformer: "avg", "cls" or "norm_avg"."""
+    """What a head classifies, see VisionTransformer: "avg", "cls", "norm_avg" or "attention"."""
+    layers: tuple[int, ...] | None = None
+    """Blocks whose features a head classifies, see VisionTransformer; None for the last."""
     crop_pct: float | None = None
     interpolation: str | None = None
     squash: bool | None = None
@@ -126,7 +129,14 @@ class EncoderWeights(NamedTuple):
         return next((weight.shape[0] for weight in head), None)
 
     @property
-    def is_linear_probe(self) -> bool:
+    def pooling(self) -> dict[str, object]:
+        """What a head classifies, as arguments of VisionTransformer."""
+        queries = self.head_state.get("attn_pool.queries")
+        options = {"pool": self.pool, "num_queries": None if queries is None else len(queries)}
+        return options | {"layers": self.layers}
+
+    @property
+    def is_probe(self) -> bool:
         """Whether the head normalizes features first."""
         return "head.0.running_var" in self.head_state
 
@@ -270,6 +280,7 @@ def _find_encoder(content: dict, folder: Path, path: str | Path) -> EncoderWeigh
         std=std,
         classes=metadata.get("classes") if has_head else None,
         pool=metadata.get("pool") or (pool if has_head else None),
+        layers=metadata.get("layers") and tuple(metadata["layers"]),
         crop_pct=metadata.get("crop_pct"),
         interpolation=metadata.get("interpolation"),
         squash=metadata.get("squash"),
@@ -513,8 +524,8 @@ def fit_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> dic
         InputError: the weights do not fit the model.
     """
     _check_sizes(model, weights, head=head)
-    norms = {"avg": ("fc_norm.",), "cls": ("norm.",), "norm_avg": ("norm.",), None: ()}[model.pool]
-    wanted = (*norms, "head.") if head else norms
+    norms = {"avg": ("fc_norm.",), None: ()}.get(model.pool, ("norm.",))
+    wanted = (*norms, "head.", *(["attn_pool."] * (model.pool == ATTENTION))) if head else norms
     state = {
         **weights.encoder,
         **{name: tensor for name, tensor in weights.head_state.items() if name.startswith(wanted)},

@@ -19,7 +19,7 @@ from util.normalization import (
     PixelFormat,
     check_scale,
 )
-from util.settings.model import POOLS
+from util.settings.model import ATTENTION, POOLS
 from util.weights.files import KINDS, check_format
 
 _logger = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ OLD_KEYS = {"crop_share": "crop_pct"}  # names in earlier versions
 HEADER_KEYS = ("classes", "interpolation", "squash", "task", "target_scale")
 READING_KEYS = ("channels", "value_range", "tile")
 HEADER_KEYS += READING_KEYS
+POOLING_KEYS = ("pool", "layers")  # among the options of a model
 TASKS = {  # Hugging Face's names -> ours
     "single_label_classification": "classification",
     "multi_label_classification": "multilabel",
@@ -68,7 +69,7 @@ def own_metadata(content: dict, path: str | Path) -> dict:
     return {
         "kind": f"{KINDS[kind]} checkpoint of this project",
         "img_size": options["img_size"],
-        "pool": options.get("pool"),
+        **{key: options.get(key) for key in POOLING_KEYS},
         "mean": content["mean"],
         "std": content["std"],
         "crop_pct": content.get("crop_pct", content.get("crop_share")),
@@ -134,7 +135,7 @@ def check_metadata(metadata: dict) -> None:
     if not all(isinstance(name, str) for name in classes or []):
         raise TypeError("class names must be strings")
     choices = {
-        "pool": POOLS,
+        "pool": (*POOLS, ATTENTION),
         "task": TASKS.values(),
         "interpolation": INTERPOLATIONS,
         "squash": (False, True),
@@ -144,6 +145,8 @@ def check_metadata(metadata: dict) -> None:
             raise ValueError(f"{key} {metadata[key]}")
     if (tile := metadata.get("tile")) is not None and not (isinstance(tile, int) and tile > 0):
         raise ValueError(f"tile {tile}")
+    if not all(isinstance(number, int) for number in metadata.get("layers") or []):
+        raise TypeError(f"layers {metadata['layers']}")
     if not 0 < (1 if crop_pct is None else crop_pct) <= 1:
         raise ValueError(f"crop_pct {crop_pct}")
     if not 0 <= (metadata.get("norm_eps") or 0) < 1:

@@ -29,6 +29,7 @@ def _one_of(words: Sequence[str]) -> str:
 
 _KIND = r"\.(weight|bias)"
 ENCODER = rf"(?:{_one_of(EMBEDDING_NAMES)}|blocks\.\d+\.{_one_of(BLOCK_PARTS)}\.(?:weight|bias))"
+ATTENTION_POOL = r"attn_pool\.(?:queries|value\.(?:weight|bias))"  # of an attentive probe
 
 
 class WeightNames(NamedTuple):
@@ -55,7 +56,7 @@ PRETRAINED = WeightNames(
 TIMM = WeightNames(
     "released or timm checkpoint",
     {
-        rf"({ENCODER}|(?:fc_)?norm\.(?:weight|bias)|head\..+)": r"\1",
+        rf"({ENCODER}|(?:fc_)?norm\.(?:weight|bias)|{ATTENTION_POOL}|head\..+)": r"\1",
         r"mask_token|(?:decoder_|wfm\.|dec_norms\.|pre_logits\.).+": "",
     },
 )
