@@ -1,0 +1,246 @@
+"""The commands of a suite, and how they are run side by side, in any number of attempts."""
+
+import importlib
+import json
+import logging
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+from scripts.ablations.suites import PRETRAIN, Setting, Step, Suite
+from util.compute.launchers import LAUNCHER_PID
+from util.errors import InputError, RunError
+from util.progress import clock
+from util.runs.files import write_json
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND, OUTPUT = "command.json", "output.txt"
+KNN_REPORT, PREDICTIONS = "knn.json", "predictions.npz"  # of main_knn.py
+
+_logger = logging.getLogger(__name__)
+
+
+class Job(NamedTuple):
+    """One command of a run, such as its pre-training; what it computes is in `folder`."""
+
+    run: str
+    """Setting and seed, such as "gamma_25-0"."""
+    step: str
+    main: str
+    flags: list[str]
+    """Those that its results depend on."""
+    data: list[str]
+    folder: Path
+    result: Path
+    """Exists once the command has ended well."""
+    needs: Path | None
+    """Result of the job before it."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has ended well."""
+        return self.result.exists()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether what it starts from exists."""
+        return self.needs is None or self.needs.exists()
+
+    @property
+    def main_flags(self) -> list[str]:
+        """All flags of the main."""
+        start = [] if self.needs is None else ["--checkpoint", str(self.needs)]
+        return [*self.flags, *start, *self.data, "--output_dir", str(self.folder)]
+
+    def __str__(self) -> str:
+        return f"{self.run}, {self.step}"
+
+
+def seeds_of(suite: Suite, setting: Setting, most: int | None = None) -> range:
+    """Seeds of a setting's runs.
+
+    Args:
+        most: number of seeds that the user asks for; None: the suite's.
+    """
+    return range(most or setting.seeds or suite.seeds)
+
+
+def plan_jobs(
+    suite: Suite, output_dir: Path, data: list[str], *, names: Sequence[str], seeds: int | None
+) -> list[Job]:
+    """List a suite's commands in the order in which they start.
+
+    The first seed of all settings comes before the second, and what only some settings are measured
+    by comes last.
+
+    Args:
+        data: flags of the images.
+        names: settings to run.
+        seeds: see `seeds_of`.
+
+    Raises:
+        InputError: the flags of a main are wrong, or a folder has results of others.
+    """
+    ordered = []
+    for name in names:
+        setting = suite.settings[name]
+        for seed in seeds_of(suite, setting, seeds):
+            for late, job in _jobs_of(suite, name, seed, output_dir, data):
+                ordered.append(((late, seed), job))
+    ordered.sort(key=lambda item: item[0])  # stable: otherwise the table's order
+    jobs = [job for _, job in ordered]
+    for job in jobs:
+        check_earlier(job)
+    return jobs
+
+
+def _jobs_of(
+    suite: Suite, name: str, seed: int, output_dir: Path, data: list[str]
+) -> Iterator[tuple[bool, Job]]:
+    """Yield the jobs of a run, and whether each is only done with some settings."""
+    setting, run = suite.settings[name], f"{name}-{seed}"
+    steps = {PRETRAIN: Step("pretrain", f"{suite.pretrain} {setting.flags}"), **suite.steps}
+    start = None
+    for step_name, step in steps.items():
+        if step.settings and name not in step.settings:
+            continue
+        folder = output_dir / run / step_name
+        extra = setting.finetune if step.main == "finetune" else ""
+        flags = shlex.split(f"{step.flags} {extra} --seed {seed}")
+        job = Job(run, step_name, step.main, flags, data, folder, Path(), start)
+        job = job._replace(result=folder / result_of(step.main, job.main_flags))
+        if step_name == PRETRAIN:
+            start = job.result
+        yield bool(step.settings), job
+
+
+def result_of(main: str, flags: list[str]) -> str:
+    """Name of the file that a main writes last.
+
+    Raises:
+        InputError: its flags are wrong.
+    """
+    args = main_module(main).parse_args(flags)
+    return KNN_REPORT if main == "knn" else f"checkpoint-e{args.epochs:04d}-s000000.pth"
+
+
+def main_module(main: str) -> ModuleType:
+    """The module of a main, whose parse_args says what is wrong with flags."""
+    return importlib.import_module(f"main_{main}")
+
+
+def run_jobs(jobs: Sequence[Job], *, at_once: int, num_threads: int) -> None:
+    """Run the jobs that are not done; a signal ends those that run, which save before.
+
+    Args:
+        at_once: number of commands side by side.
+        num_threads: CPU threads of each.
+
+    Raises:
+        RunError: a command failed. No others were started afterwards.
+    """
+    waiting = [job for job in jobs if not job.is_done]
+    _logger.info("%d of %d commands are done", len(jobs) - len(waiting), len(jobs))
+    running: dict[int, Running] = {}
+    failed = None
+    try:
+        while running or (waiting and not failed):
+            ready = [job for job in waiting if job.is_ready and not failed]
+            for job in ready[: at_once - len(running)]:
+                waiting.remove(job)
+                process = start(job, num_threads=num_threads)
+                running[process.pid] = Running(job, process, time.monotonic())
+                _logger.info("%s: started", job)
+            pid, status, usage = os.wait4(-1, 0)
+            ended = running.pop(pid, None)
+            if ended is None:
+                continue
+            ended.process.returncode = os.waitstatus_to_exitcode(status)
+            if ended.process.returncode or not ended.job.is_done:
+                failed = ended
+                _logger.warning("%s: failed; nothing else is started", ended.job)
+                continue
+            seconds = time.monotonic() - ended.start
+            note_end(ended.job, seconds=seconds, cpu_seconds=usage.ru_utime + usage.ru_stime)
+            _logger.info("%s: %s", ended.job, progress(jobs, seconds, at_once))
+    finally:
+        for each in running.values():
+            each.process.terminate()
+        for each in running.values():
+            each.process.wait()
+    if failed:
+        raise RunError(
+            f"{failed.job} failed with code {failed.process.returncode}, see "
+            f"{failed.job.folder / OUTPUT}: mend that and start the same command again"
+        )
+
+
+class Running(NamedTuple):
+    """A job that runs."""
+
+    job: Job
+    process: subprocess.Popen
+    start: float
+
+
+def start(job: Job, *, num_threads: int) -> subprocess.Popen:
+    """Start a command in a session of its own, so that the terminal's Ctrl-C comes from here."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    if not (job.folder / COMMAND).exists():
+        write_json(job.folder / COMMAND, {"flags": job.flags})
+    words = [sys.executable, "-u", str(ROOT / f"main_{job.main}.py"), *job.main_flags]
+    launched = {
+        "OMP_NUM_THREADS": str(num_threads),
+        LAUNCHER_PID: str(os.getpid()),
+    }
+    with (job.folder / OUTPUT).open("ab") as output:
+        return subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **launched},
+            start_new_session=True,
+        )
+
+
+def check_earlier(job: Job) -> None:
+    """Raise InputError if a folder has results of other flags, as of a suite that has changed."""
+    earlier = read_command(job)
+    if earlier is not None and earlier["flags"] != job.flags:
+        raise InputError(
+            f"{job.folder} was made with other flags, {shlex.join(earlier['flags'])}: choose "
+            "another --output_dir"
+        )
+
+
+def read_command(job: Job) -> dict | None:
+    """What is known of a command: its flags and, once it has ended, how long it took."""
+    path = job.folder / COMMAND
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def note_end(job: Job, **cost: float) -> None:
+    """Keep what a command cost, unless an earlier attempt did a part of it."""
+    attempts = (job.folder / OUTPUT).read_text(errors="replace").count("continuing from ")
+    content = {"flags": job.flags} | ({} if attempts else cost)
+    write_json(job.folder / COMMAND, content, keep_earlier=False)
+
+
+def progress(jobs: Sequence[Job], seconds: float, at_once: int) -> str:
+    """Say how long a command took, how many are done, and when all will be."""
+    known: dict[str, list[float]] = {}
+    for job in jobs:
+        if job.is_done and (found := read_command(job)) and "seconds" in found:
+            known.setdefault(job.step, []).append(found["seconds"])
+    left = [job for job in jobs if not job.is_done]
+    expected = [sum(known[job.step]) / len(known[job.step]) for job in left if job.step in known]
+    about = "about" if len(expected) == len(left) else "more than"
+    text = f"done in {clock(seconds)}; {len(jobs) - len(left)} of {len(jobs)} commands"
+    return f"{text}, {about} {clock(sum(expected) / at_once)} left" if left else text

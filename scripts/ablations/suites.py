@@ -1,0 +1,262 @@
+"""What is compared: settings, what is measured of each, and the claims that are checked.
+
+The claims, with their margins, were written down before the first run. Flags of a setting follow
+those of its suite, so that they replace them. Nothing here imports PyTorch.
+"""
+
+from typing import NamedTuple
+
+REGRESSION = "logistic regression, all images"
+NEIGHBORS = "20-NN"
+FINE_TUNED, PROBE = "fine-tuning", "attentive probe"
+LOSS, PSNR = "validation loss", "PSNR"
+PRETRAIN = "pretrain"  # the first step of every run
+
+
+class Setting(NamedTuple):
+    """A row of the table."""
+
+    label: str
+    flags: str
+    """Of main_pretrain.py."""
+    seeds: int | None = None
+    """Number of runs; None is the suite's."""
+    finetune: str = ""
+    """Flags of main_finetune.py, after the suite's."""
+
+
+class Step(NamedTuple):
+    """What is done with every pre-trained encoder."""
+
+    main: str
+    flags: str
+    metric: str = ""
+    """Name of the accuracy that main_finetune.py or main_linprobe.py reports at the end."""
+    settings: tuple[str, ...] = ()
+    """Those it is done with; all if empty."""
+
+
+class Claim(NamedTuple):
+    """What the paper says of two settings, and what counts as seeing it here.
+
+    An accuracy that should be "not worse" may be lower by `margin` points; one that should be
+    "equal" may differ by as much. "higher" and "lower" have no margin. PSNR's is in percent.
+    """
+
+    text: str
+    source: str
+    first: str
+    relation: str
+    """Of the first setting to the second: "not worse", "equal", "higher" or "lower"."""
+    second: str
+    paper: str = ""
+    """The two numbers."""
+    metric: str = REGRESSION
+    margin: float = 2.0
+
+
+class Suite(NamedTuple):
+    """A comparison."""
+
+    about: str
+    pretrain: str
+    """Flags of main_pretrain.py for all settings."""
+    settings: dict[str, Setting]
+    steps: dict[str, Step]
+    claims: tuple[Claim, ...] = ()
+    seeds: int = 1
+    per_class: int | None = None
+    """Training images of each class, evenly spaced; None: all."""
+
+
+MICRO_MAE = "--model mae_vit_micro_patch4"
+MICRO = "--model crossmae_vit_micro_patch4"
+TWO = ("mae", "gamma_25")  # cost too much for all
+
+CPU = Suite(
+    about="ViT of 6 blocks of width 128, CIFAR-10's images at 32 px (64 patches)",
+    per_class=2000,
+    seeds=3,
+    pretrain="--input_size 32 --decoder_depth 4 --epochs 5 --batch_size 32 --blr 8e-3 "
+    "--pred_ratio 0.75 --amp fp32 --num_workers 0 --eval_every 5 --visualize_every 5 --knn_every 0",
+    settings={
+        "mae": Setting("MAE", MICRO_MAE),
+        "gamma_75": Setting("CrossMAE, γ = .75", MICRO),
+        "gamma_25": Setting("CrossMAE, γ = .25", f"{MICRO} --pred_ratio 0.25"),
+        "gamma_15": Setting("CrossMAE, γ = .15", f"{MICRO} --pred_ratio 0.15"),
+        "last_map": Setting("last feature map only", f"{MICRO} --feature_maps last"),
+        "depth_1": Setting("decoder of 1 block", f"{MICRO} --decoder_depth 1"),
+        "self_attention": Setting("with self-attention", f"{MICRO} --decoder_self_attention"),
+        "grid": Setting("grid masks", f"{MICRO} --mask_sampling grid"),
+        "mask_65": Setting("mask ratio .65", f"{MICRO} --mask_ratio 0.65 --pred_ratio 0.65"),
+        "mask_85": Setting("mask ratio .85", f"{MICRO} --mask_ratio 0.85 --pred_ratio 0.85"),
+        "mae_iba": Setting("MAE, inter-block attention", f"{MICRO_MAE} --feature_maps all"),
+    },
+    steps={
+        "features": Step(
+            "knn", "--crop_pct 1 --k 20 --amp fp32 --num_workers 0 --save_predictions"
+        ),
+        "untrained": Step(
+            "knn",
+            "--crop_pct 1 --k 20 --amp fp32 --num_workers 0 --untrained --save_predictions",
+            settings=("mae",),
+        ),
+        "finetune": Step(
+            "finetune",
+            "--auto_augment none --reprob 0 --mixup 0 --cutmix 0 --drop_path 0 --crop_pct 1 "
+            "--batch_size 32 --epochs 2 --lr 1e-3 --amp fp32 --num_workers 0",
+            FINE_TUNED,
+            TWO,
+        ),
+        "probe": Step(
+            "linprobe",
+            "--probe attentive --num_queries 8 --crop_pct 1 --batch_size 64 --epochs 3 --lr 3 "
+            "--amp fp32 --num_workers 0",
+            PROBE,
+            TWO,
+        ),
+    },
+    claims=(
+        Claim(
+            "Cross-attention alone is enough",
+            *("Tables 1, 3a, 4", "gamma_75", "not worse", "mae", "83.3, 83.0"),
+        ),
+        Claim(
+            "Decoding a third of the masked patches is enough",
+            *("Table 4", "gamma_25", "not worse", "mae", "83.2, 83.0"),
+        ),
+        Claim(
+            "The same, against decoding all of them",
+            *("Table 3c", "gamma_25", "not worse", "gamma_75", "83.2, 83.3"),
+        ),
+        Claim(
+            "Decoding a fifth of them is enough",
+            *("Table 3c", "gamma_15", "not worse", "gamma_75", "83.1, 83.3"),
+        ),
+        Claim(
+            "Self-attention in the decoder adds nothing",
+            *("Table 3a", "gamma_75", "not worse", "self_attention", "83.3, 83.3"),
+        ),
+        Claim(
+            "Mask ratios of .65 and .75 are as good",
+            *("Table 3b", "mask_65", "equal", "gamma_75", "83.5, 83.3"),
+        ),
+        Claim(
+            "Mask ratios of .85 and .75 are as good",
+            *("Table 3b", "mask_85", "equal", "gamma_75", "83.3, 83.3"),
+        ),
+        Claim(
+            "Grid masks are no better than random ones",
+            *("Table 15", "gamma_75", "not worse", "grid", "83.3, 83.2"),
+        ),
+        Claim(
+            "All feature maps are better than the last",
+            *("Table 3d", "gamma_75", "higher", "last_map", "83.3, 82.9"),
+        ),
+        Claim(
+            "The same, in reconstruction",
+            *("Sec. 3.5", "gamma_75", "lower", "last_map", ""),
+            metric=LOSS,
+        ),
+        Claim(
+            "A deeper decoder is better",
+            *("Table 3e", "gamma_75", "higher", "depth_1", "83.3, 83.0"),
+        ),
+        Claim(
+            "The same, in reconstruction",
+            *("Table 3e", "gamma_75", "lower", "depth_1", ""),
+            metric=LOSS,
+        ),
+        Claim(
+            "One decoder block is as good as MAE's decoder",
+            *("Table 3e", "depth_1", "not worse", "mae", "83.0, 83.0"),
+        ),
+        Claim(
+            "MAE does not gain from inter-block attention",
+            *("Table 7", "mae_iba", "equal", "mae", "83.0, 83.0"),
+        ),
+        Claim(
+            "CrossMAE reconstructs as well as MAE",
+            *("Table 13", "gamma_75", "not worse", "mae", "20.05, 20.11 dB"),
+            metric=PSNR,
+            margin=1.0,
+        ),
+        Claim(
+            "The same with γ = .25",
+            *("Table 13", "gamma_25", "not worse", "mae", "19.97, 20.11 dB"),
+            metric=PSNR,
+            margin=1.0,
+        ),
+    ),
+)
+
+SMALL = "--model crossmae_vit_small_patch16"
+GPU = Suite(
+    about="ViT-S, photographs at 128 px (64 patches), 200 epochs",
+    seeds=2,
+    pretrain="--input_size 128 --decoder_depth 4 --epochs 200 --batch_size 256 --blr 1e-3 "
+    "--pred_ratio 0.75 --eval_every 50 --knn_every 50",
+    settings={
+        "mae": Setting("MAE", "--model mae_vit_small_patch16"),
+        "gamma_75": Setting("CrossMAE, γ = .75", SMALL),
+        "gamma_25": Setting("CrossMAE, γ = .25", f"{SMALL} --pred_ratio 0.25"),
+        "last_map": Setting("last feature map only", f"{SMALL} --feature_maps last"),
+    },
+    steps={
+        "features": Step("knn", "--crop_pct 1 --k 20 --untrained --save_predictions"),
+        "probe": Step(
+            "linprobe", "--probe attentive --crop_pct 1 --batch_size 256 --epochs 90", PROBE
+        ),
+    },
+    claims=tuple(
+        claim
+        for claim in CPU.claims
+        if {claim.first, claim.second} <= {"mae", "gamma_75", "gamma_25", "last_map"}
+    ),
+)
+
+BASE = "--model crossmae_vit_base_patch16"
+TABLE_1 = {
+    f"{name}_{size}_800": Setting(
+        f"{label}, ViT-{size[0].upper()}, 800 epochs",
+        f"--model {method}_vit_{size}_patch{14 if size == 'huge' else 16} --epochs 800 {flags}",
+    )
+    for name, label, method, flags in (
+        ("mae", "MAE", "mae", ""),
+        ("gamma_75", "CrossMAE, γ = .75", "crossmae", "--pred_ratio 0.75"),
+        ("gamma_25", "CrossMAE, γ = .25", "crossmae", "--pred_ratio 0.25"),
+    )
+    for size in ("small", "base", "large", "huge")
+}
+PAPER = Suite(
+    about="ImageNet-1K: Table 1, and Tables 3a-f, 7, 8, 9, 14 and 15 with ViT-B and 400 epochs",
+    pretrain="--epochs 400 --effective_batch_size 4096 --batch_size auto --pred_ratio 0.75",
+    settings={
+        **TABLE_1,
+        "mae": Setting("MAE", "--model mae_vit_base_patch16"),
+        "gamma_75": Setting("CrossMAE, γ = .75", BASE),
+        "gamma_25": Setting("CrossMAE, γ = .25", f"{BASE} --pred_ratio 0.25", seeds=4),
+        "gamma_15": Setting("CrossMAE, γ = .15", f"{BASE} --pred_ratio 0.15"),
+        "self_attention": Setting("with self-attention", f"{BASE} --decoder_self_attention"),
+        "mask_65": Setting("mask ratio .65", f"{BASE} --mask_ratio 0.65 --pred_ratio 0.65"),
+        "mask_85": Setting("mask ratio .85", f"{BASE} --mask_ratio 0.85 --pred_ratio 0.85"),
+        "last_map": Setting("last feature map only", f"{BASE} --feature_maps last"),
+        "maps_3": Setting("3 feature maps", f"{BASE} --feature_maps 0,4,8,12"),
+        "maps_6": Setting("6 feature maps", f"{BASE} --feature_maps 0,2,4,6,8,10,12"),
+        "depth_1": Setting("decoder of 1 block", f"{BASE} --decoder_depth 1"),
+        "depth_4": Setting("decoder of 4 blocks", f"{BASE} --decoder_depth 4"),
+        "depth_8": Setting("decoder of 8 blocks", f"{BASE} --decoder_depth 8"),
+        "input_448": Setting("γ = .25, 448 px", f"{BASE} --pred_ratio 0.25 --input_size 448"),
+        "mae_iba": Setting(
+            "MAE, inter-block attention", "--model mae_vit_base_patch16 --feature_maps all"
+        ),
+        "softmax": Setting("γ = .25, softmax", f"{BASE} --pred_ratio 0.25 --iba_softmax"),
+        "projection": Setting("linear projections", f"{BASE} --iba_projection"),
+        "grid": Setting("grid masks", f"{BASE} --mask_sampling grid"),
+    },
+    steps={
+        "finetune": Step("finetune", "--effective_batch_size 1024 --batch_size auto", FINE_TUNED)
+    },
+)
+
+SUITES = {"cpu": CPU, "gpu": GPU, "paper": PAPER}
