@@ -726,9 +726,10 @@ def test_a_kept_head_without_names_needs_an_order_that_is_clear(tmp_path, capsys
     assert "sort these folders as 0, 1, 10, 11, 2" in message
 
 
-def test_a_linear_probe_can_be_fine_tuned_from_its_head(tmp_path, images, pretrained, capsys):
+@pytest.mark.parametrize("kind", ["linear", "attentive"])
+def test_a_probe_can_be_fine_tuned_from_its_head(tmp_path, images, pretrained, capsys, kind):
     argv = [*QUICK, "--finetune", pretrained, "--data_path", images, "--epochs", 2, "--lr", 1]
-    run(*argv, "--output_dir", tmp_path / "probe", main=main_linprobe.main)
+    run(*argv, "--probe", kind, "--output_dir", tmp_path / "probe", main=main_linprobe.main)
     before = read_log(tmp_path / "probe")[-1]
     path = list_checkpoints(tmp_path / "probe")[-1]
     argv = [*QUICK, "--data_path", images, "--finetune", path, "--keep_head", "--epochs", 1]
@@ -736,6 +737,16 @@ def test_a_linear_probe_can_be_fine_tuned_from_its_head(tmp_path, images, pretra
     line = read_log(tmp_path / "run")[-1]
     assert line["val_top1"] == before["val_top1"]
     assert line["val_loss"] == pytest.approx(before["val_loss"], rel=1e-4)
+
+
+def test_a_head_of_an_earlier_block_cannot_be_kept(tmp_path, images, pretrained, capsys):
+    argv = [*QUICK, "--finetune", pretrained, "--data_path", images, "--layer", 1]
+    run(*argv, "--output_dir", tmp_path / "probe", main=main_linprobe.main)
+    path = list_checkpoints(tmp_path / "probe")[-1]
+    argv = [*QUICK, "--data_path", images, "--finetune", path]
+    message = refused(capsys, *argv, "--keep_head", "--output_dir", tmp_path / "run")
+    assert "reads features of block 1, so that later blocks would not be trained" in message
+    assert "leave --keep_head out" in message and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

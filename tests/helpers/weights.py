@@ -6,7 +6,7 @@ import timm
 import torch
 import transformers
 
-from models_vit import build_vit
+from models_vit import build_vit, make_probe
 from tests.helpers.models import NANO
 from util.weights.released import RELEASED_PREFIXES
 
@@ -104,6 +104,16 @@ def finetuned(model, *, kind="finetune", ema=None, classes=None):
         "std": [0.4, 0.5, 0.6],
         "classes": classes,
     }
+
+
+def attentive_probe(**options):
+    """Return the content of a checkpoint of an attentive probe of 4 queries."""
+    options |= {"pool": "attention", "num_queries": 4}
+    model = vit_nano(**options)
+    make_probe(model, 3)
+    content = finetuned(randomized(model), kind="linprobe", classes=["a", "b", "c"])
+    content["model_options"] |= options
+    return content
 
 
 def released(model):

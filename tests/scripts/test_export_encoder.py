@@ -10,7 +10,13 @@ from tests.helpers.files import files_in
 from tests.helpers.models import NANO, crossmae_nano, use_nano_models
 from tests.helpers.processes import command, finish, start
 from tests.helpers.runs import refusal
-from tests.helpers.weights import finetuned, pretrained, stored, vit_nano
+from tests.helpers.weights import (
+    attentive_probe,
+    finetuned,
+    pretrained,
+    stored,
+    vit_nano,
+)
 from util.weights.encoder import read_encoder
 
 
@@ -52,6 +58,34 @@ def test_wrong_input_is_refused_in_one_sentence(tmp_path, capsys, changes, reaso
     words = [word for pair in (argv | changes).items() for word in pair]
     assert reason in refusal(capsys, *words, main=main)
     assert list(tmp_path.iterdir()) == [checkpoint]
+
+
+SUFFIXES = {"mae": ".pth", "onnx": ".onnx"}
+EARLIER = finetuned(vit_nano())
+EARLIER["model_options"]["layers"] = [1]
+
+
+@pytest.mark.parametrize("form", ["timm", "hf", "mae", "onnx"])
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [(attentive_probe(), "learned queries"), (EARLIER, "features of earlier blocks")],
+    ids=["attentive", "layer"],
+)
+def test_a_head_on_features_of_ours_only_is_refused(tmp_path, capsys, form, content, what):
+    checkpoint = stored(tmp_path / "checkpoint.pth", content)
+    output = tmp_path / f"out{SUFFIXES.get(form, '')}"
+    words = ["--checkpoint", checkpoint, "--format", form, "--output", output]
+    sentence = refusal(capsys, *words, main=main)
+    assert f"the head reads {what}" in sentence and "--encoder_only" in sentence
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("content", [attentive_probe(), attentive_probe(layers=[0, 2]), EARLIER])
+def test_our_own_file_keeps_what_a_head_reads(tmp_path, content):
+    path, _ = export(tmp_path, content, "safetensors", "probe.safetensors")
+    original, again = read_encoder(tmp_path / "checkpoint.pth"), read_encoder(path)
+    assert again.pooling == original.pooling
+    assert (again.hash(), again.is_probe) == (original.hash(), original.is_probe)
 
 
 def test_another_size_is_refused(tmp_path, capsys):

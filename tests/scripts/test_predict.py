@@ -13,7 +13,15 @@ from scripts import predict
 from tests.helpers.files import write_images
 from tests.helpers.models import crossmae_nano
 from tests.helpers.runs import refusal, run
-from tests.helpers.weights import finetuned, pretrained, randomized, stored, timm_nano, vit_nano
+from tests.helpers.weights import (
+    attentive_probe,
+    finetuned,
+    pretrained,
+    randomized,
+    stored,
+    timm_nano,
+    vit_nano,
+)
 from util.data.decode import read_pixels
 from util.data.transforms import eval_transform
 from util.weights.encoder import load_encoder, read_encoder
@@ -161,6 +169,23 @@ def test_a_linear_probe_predicts(tmp_path, images):
     make_probe(model, 3)
     path = stored(tmp_path / "probe.pth", finetuned(randomized(model), kind="linprobe"))
     assert len(predicted(path, images)) == len(NAMES)
+
+
+@pytest.mark.parametrize("layers", [None, [1], [0, 2]], ids=str)
+def test_an_attentive_probe_predicts_from_its_own_blocks(tmp_path, images, layers):
+    path = stored(tmp_path / "probe.pth", attentive_probe(layers=layers))
+    model, _ = load_classifier(path)
+    assert model.layers == (layers or [2]) and model.attn_pool.queries.shape == (4, 32)
+    scores = [float(row["score"]) for row in predicted(path, images) if not row["error"]]
+    assert len(scores) == sum(GOOD)
+
+    features, _ = write_features(path, images)
+    transform = eval_transform((16, 16), [0.1, 0.2, 0.3], [0.4, 0.5, 0.6], 0.875)
+    with torch.no_grad():
+        expected = torch.cat([model.features(x) for x in pixels(images, transform)])
+        best = torch.cat([model(x) for x in pixels(images, transform)]).softmax(dim=1).amax(dim=1)
+    np.testing.assert_allclose(features[GOOD], expected, rtol=1e-4, atol=1e-5)
+    assert scores == pytest.approx(best.tolist(), rel=1e-4)
 
 
 # Features

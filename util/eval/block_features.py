@@ -1,7 +1,6 @@
 """Features of every encoder block: for k-NN, as pictures, and where the class token attends."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 import torch.nn as nn
@@ -15,22 +14,6 @@ ROUNDING = 2e-6  # of float32 features, relative to their norm
 OUTLIERS = 0.02  # fraction of patches at either end of a component that saturate its color
 
 
-@contextmanager
-def watch_blocks(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
-    """Context with a list that gets the first block's input and every block's output.
-
-    The list grows with each forward pass.
-    """
-    seen: list[Tensor] = []
-    handles = [blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))]
-    handles += [b.register_forward_hook(lambda *call: seen.append(call[-1])) for b in blocks]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
 def feature_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
     """Encode images (B, C, H, W) -> K = 1 + depth maps (B, 1+L, D), class token first.
@@ -38,9 +21,7 @@ def feature_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
     Args:
         model: a ViT.
     """
-    with watch_blocks(model.blocks) as maps:
-        model.encode(images)
-    return maps
+    return model.block_outputs(images, range(1 + len(model.blocks)))
 
 
 def block_features(model: nn.Module, images: Tensor) -> Tensor:

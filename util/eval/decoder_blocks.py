@@ -1,7 +1,8 @@
 """What each decoder block adds to a reconstruction (Fig. 5a-b, App. D)."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -9,9 +10,24 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from util.eval.block_features import watch_blocks
 from util.eval.reconstructions import Colors, original_pixels, predicted_pixels, psnr
 from util.masking import TokenSplit
+
+
+@contextmanager
+def watch_blocks(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
+    """Context with a list that gets the first block's input and every block's output.
+
+    The list grows with each forward pass.
+    """
+    seen: list[Tensor] = []
+    handles = [blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))]
+    handles += [b.register_forward_hook(lambda *call: seen.append(call[-1])) for b in blocks]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
