@@ -78,6 +78,7 @@ from scripts.ablations.images import data_flags
 from scripts.ablations.jobs import plan_jobs, run_jobs
 from scripts.ablations.report import write_report
 from scripts.ablations.submit import submit_jobs
+from util.eval.plots import new_figure
 from util.runs.run import run_main, start_logging
 
 _logger = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing, and report what there is."""
     args, launcher = parse_args(sys.argv[1:] if argv is None else argv)
     start_logging()
+    new_figure(1, 1)  # without matplotlib, it fails now rather than after hours
     suite, output_dir = SUITES[args.suite], args.output_dir
     data = data_flags(
         args.data_path, args.val_path, per_class=suite.per_class, output_dir=output_dir

@@ -50,7 +50,7 @@ def write_report(suite: Suite, jobs: Sequence[Job], output_dir: Path) -> None:
     claims = [found for claim in suite.claims if (found := check(claim, runs, output_dir))]
     content = {"versions": versions(), "about": suite.about, "runs": runs, "claims": claims}
     write_json(output_dir / "results.json", content, keep_earlier=False)
-    text = f"{settings_table(suite, runs)}\n\n{claims_table(claims)}\n"
+    text = f"{settings_table(suite, runs)}\n\n{claims_table(suite, claims)}\n"
     (output_dir / "results.md").write_text(text, encoding="utf-8")
     draw(suite, runs, output_dir / "results.png")
     _logger.info("results of %s: %s", counted(sum(map(len, runs.values())), "run"), output_dir)
@@ -169,7 +169,7 @@ def spread(values: Sequence[float], digits: int) -> str:
     return text + ends * (len(values) > 1)
 
 
-def claims_table(claims: Sequence[dict]) -> str:
+def claims_table(suite: Suite, claims: Sequence[dict]) -> str:
     """Markdown: the paper's claims, what was seen, and the verdict."""
     rows = []
     for claim in claims:
@@ -181,13 +181,14 @@ def claims_table(claims: Sequence[dict]) -> str:
             [
                 f"{claim['text']} ({claim['source']})",
                 claim["paper"],
-                f"{claim['first']} − {claim['second']}, {claim['metric']}",
+                " against ".join(suite.settings[claim[key]].label for key in ("first", "second")),
+                claim["metric"],
                 f"{mean}{unit} [{low}, {high}]",
                 GOALS[claim["relation"]].format(f"{claim['margin']:g}"),
                 claim["verdict"],
             ]
         )
-    titles = ["claim", "paper", "here", "difference [95%]", "shown if", "verdict"]
+    titles = ["claim", "paper", "here", "by", "difference [95%]", "shown if", "verdict"]
     return markdown(titles, rows)
 
 

@@ -41,7 +41,7 @@ def test_a_shell_is_no_launcher(environment):
 def test_a_job_is_known_by_its_number(environment, monkeypatch):
     environment(**{LAUNCHER_PID: os.getppid()})
     starter = find_starter()
-    assert str(starter) == f"scripts/local_job.py (process {os.getppid()})"
+    assert str(starter) == f"the launcher (process {os.getppid()})"
     assert not starter.has_died()
     monkeypatch.setattr(os, "getppid", lambda: 1)
     assert starter.has_died()

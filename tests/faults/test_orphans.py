@@ -37,7 +37,7 @@ EPOCHS = 3
 SECONDS = 90  # until a trial counts as a hang; runs end on their own after about half of it
 LAUNCHER = ROOT / "scripts" / "launch.py"
 HERE = [ROOT / "scripts" / "local_job.py", "-"]
-STOPPED = re.compile(r"stopped by the death of (\S+) \(process (\d+)\)(.*)")
+STOPPED = re.compile(r"stopped by the death of (torchrun|the launcher) \(process (\d+)\)(.*)")
 
 
 def slowed(function, moment, seconds, number=1):
@@ -135,7 +135,7 @@ def the_sentence(text, process):
     """The rest of the only sentence with which a run ended."""
     assert "Traceback" not in text and "error:" not in text, text
     ((name, pid, rest),) = STOPPED.findall(text)
-    assert name in ("torchrun", "scripts/local_job.py") and int(pid) == process.pid
+    assert name in ("torchrun", "the launcher") and int(pid) == process.pid
     return rest
 
 
@@ -219,7 +219,7 @@ def test_a_job_in_the_background_saves_and_ends_when_its_launcher_is_killed(argv
             os.kill(pid, signal.SIGKILL)
     texts = "".join(path.read_text() for path in log.parent.iterdir())
     ((name, pid, _),) = STOPPED.findall(texts)
-    assert (name, int(pid)) == ("scripts/local_job.py", number)
+    assert (name, int(pid)) == ("the launcher", number)
     assert list_checkpoints(tmp_path / "run")
 
 

@@ -1,7 +1,8 @@
 """The programs that start a run's processes: a process's place in its run, and its launcher's end.
 
 A process that outlives its launcher would train on while nobody knows of it, and nobody could stop
-or restart all processes together. So the death of torchrun or scripts/local_job.py stops a run.
+or restart all processes together. So the death of torchrun, or of a script that sets LAUNCHER_PID,
+stops a run.
 """
 
 import os
@@ -17,7 +18,7 @@ from util.compute.signals import stop_itself
 from util.errors import InputError
 from util.machine import whole_number
 
-LAUNCHER_PID = "CROSSMAE_LAUNCHER_PID"  # set by scripts/local_job.py
+LAUNCHER_PID = "CROSSMAE_LAUNCHER_PID"  # set by scripts that wait for the end of mains
 OF_TORCHRUN = "TORCHELASTIC_RUN_ID"
 PERIOD = 1.0  # seconds between two looks at the launcher
 
@@ -151,7 +152,7 @@ def find_starter() -> Starter | None:
     parent = os.getppid()
     of_job = whole_number(LAUNCHER_PID)
     if of_job is not None and not _sets(parent, LAUNCHER_PID):
-        return Starter("scripts/local_job.py", of_job)
+        return Starter("the launcher", of_job)
     if OF_TORCHRUN not in os.environ or _sets(parent, OF_TORCHRUN):
         return None
     return Starter("torchrun", None if _store_is_closed() else parent)

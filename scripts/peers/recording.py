@@ -1,0 +1,109 @@
+"""Flags and records that the scripts here share; it imports nothing that takes seconds."""
+
+import argparse
+import json
+import logging
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from util.arguments import (
+    Parser,
+    check_new,
+    positive_int,
+    process_count,
+    seed_number,
+    thread_count,
+)
+from util.errors import InputError
+
+_logger = logging.getLogger(__name__)
+
+
+def parse_peer_args(
+    argv: Sequence[str] | None, description: str, *, batch_size: int, num_workers: int
+) -> argparse.Namespace:
+    """Read and check the command line, which is the same for all peers.
+
+    Args:
+        batch_size, num_workers: the recipe's, which are the defaults.
+    """
+    parser = Parser(description=description)
+    add = parser.add_argument
+    add("--data_path", type=Path, required=True, help="folder with class folders in train/")
+    add("--output_dir", type=Path, required=True, help="new folder for log.jsonl and encoders")
+    add("--epochs", type=positive_int, required=True, help="passes over the images")
+    add("--seed", type=seed_number, default=0, help="of weights, crops and masks (%(default)s)")
+    add("--num_threads", type=thread_count, default=1, help="CPU threads (%(default)s)")
+    add(
+        "--save_every",
+        type=positive_int,
+        default=10,
+        help="keep an encoder every so many epochs, and after the last (%(default)s)",
+    )
+    add(
+        "--batch_size",
+        type=positive_int,
+        default=batch_size,
+        help="images per step (%(default)s, the recipe's)",
+    )
+    add(
+        "--num_workers",
+        type=process_count,
+        default=num_workers,
+        help="processes that load images, 0 for none (%(default)s, the recipe's)",
+    )
+    args = parser.parse_args(argv)
+    if not (args.data_path / "train").is_dir():
+        raise InputError(f"{args.data_path} has no folder train: correct --data_path")
+    check_new(args.output_dir, flag="--output_dir")
+    return args
+
+
+class EpochRecorder:
+    """Writes a line of `log.jsonl` per epoch, and says where to save which encoders.
+
+    Args:
+        folder: of the run; it is created.
+        epochs: of the whole run.
+        save_every: epochs from one kept encoder to the next.
+    """
+
+    def __init__(self, folder: Path, *, epochs: int, save_every: int) -> None:
+        folder.mkdir()
+        self.folder, self.epochs, self.save_every = folder, epochs, save_every
+        self.epoch = 0
+        self.started = self.seconds = 0.0
+
+    def start(self) -> None:
+        """Start the clock: imports, model and list of images are done."""
+        self.started = time.perf_counter()
+
+    def end_epoch(self, *, step: int, loss: float, num_images: int) -> Path | None:
+        """Write an epoch's line; return the path of its encoder, None if it is not kept.
+
+        Args:
+            step: steps since the start of the run.
+            loss: mean over the epoch.
+            num_images: that were trained on in the epoch.
+        """
+        self.epoch += 1
+        before, self.seconds = self.seconds, time.perf_counter() - self.started
+        line = {
+            "epoch": self.epoch,
+            "step": step,
+            "loss": loss,
+            "seconds": self.seconds,
+            "images_per_second": num_images / (self.seconds - before),
+            # Of this process, without those that load images; Linux has it in KiB.
+            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        _logger.info(
+            "epoch %d: loss %.4f, %.0f s since the start, %.1f images/s",
+            *(self.epoch, loss, self.seconds, line["images_per_second"]),
+        )
+        is_kept = self.epoch % self.save_every == 0 or self.epoch == self.epochs
+        return self.folder / f"encoder-e{self.epoch:04}" if is_kept else None
