@@ -19,6 +19,9 @@ cat <<'NEXT'
 What to do next:
   look at output/quickstart/reconstructions.png: original, masked, result
   see the curves:    .venv/bin/tensorboard --logdir output
+  probe features:    .venv/bin/python main_linprobe.py --probe attentive --dataset digits \
+                         --finetune output/quickstart/checkpoint-e0014-s000000.pth --crop_pct 1 \
+                         --crop_area 0.8 1 --hflip 0 --batch_size 32 --epochs 10 --lr 10 --num_workers 0
   use your images:   .venv/bin/python main_pretrain.py --data_path /path/to/images \
                          --model crossmae_vit_tiny_patch16 --input_size 128 --decoder_depth 4 \
                          --no-norm_pix_loss --pred_ratio 0.25 --batch_size 32 --epochs 21 --lr 1e-3

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import main_finetune
+import main_linprobe
 import models
 from main_pretrain import parse_args
 from scripts import export_encoder, launch, visualize_reconstruction
@@ -269,6 +270,9 @@ def test_the_quickstart_parses():
     args = parse_args([word for word in after(words, "main_pretrain.py") if word != "$@"])
     assert args.dataset == "digits"
     assert args.output_dir == "output/quickstart"
+    probing = next(w for w in commands(QUICKSTART) if "main_linprobe.py" in w)
+    probed = main_linprobe.parse_args(after(probing, "main_linprobe.py")).finetune
+    assert probed == f"{args.output_dir}/checkpoint-e{args.epochs:04d}-s000000.pth"
     assert parse_args(after(next_ones, "main_pretrain.py")).data_path == "/path/to/images"
 
 
