@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -32,7 +33,8 @@ class Job(NamedTuple):
     run: str
     """Setting and seed, such as "gamma_25-0"."""
     step: str
-    main: str
+    program: str
+    """Path below the repository's root, such as "main_pretrain.py"."""
     flags: list[str]
     """Those that its results depend on."""
     data: list[str]
@@ -53,8 +55,8 @@ class Job(NamedTuple):
         return self.needs is None or self.needs.exists()
 
     @property
-    def main_flags(self) -> list[str]:
-        """All flags of the main."""
+    def all_flags(self) -> list[str]:
+        """Its flags, with those of paths."""
         start = [] if self.needs is None else ["--checkpoint", str(self.needs)]
         return [*self.flags, *start, *self.data, "--output_dir", str(self.folder)]
 
@@ -113,8 +115,8 @@ def _jobs_of(
         folder = output_dir / run / step_name
         extra = setting.finetune if step.main == "finetune" else ""
         flags = shlex.split(f"{step.flags} {extra} --seed {seed}")
-        job = Job(run, step_name, step.main, flags, data, folder, Path(), start)
-        job = job._replace(result=folder / result_of(step.main, job.main_flags))
+        job = Job(run, step_name, f"main_{step.main}.py", flags, data, folder, Path(), start)
+        job = job._replace(result=folder / result_of(step.main, job.all_flags))
         if step_name == PRETRAIN:
             start = job.result
         yield bool(step.settings), job
@@ -167,7 +169,8 @@ def run_jobs(jobs: Sequence[Job], *, at_once: int, num_threads: int) -> None:
                 _logger.warning("%s: failed; nothing else is started", ended.job)
                 continue
             seconds = time.monotonic() - ended.start
-            note_end(ended.job, seconds=seconds, cpu_seconds=usage.ru_utime + usage.ru_stime)
+            cost = {"seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime}
+            note_end(ended.job, **cost, peak_memory_mib=usage.ru_maxrss / 1024)  # Linux has KiB
             _logger.info("%s: %s", ended.job, progress(jobs, seconds, at_once))
     finally:
         for each in running.values():
@@ -194,7 +197,7 @@ def start(job: Job, *, num_threads: int) -> subprocess.Popen:
     job.folder.mkdir(parents=True, exist_ok=True)
     if not (job.folder / COMMAND).exists():
         write_json(job.folder / COMMAND, {"flags": job.flags})
-    words = [sys.executable, "-u", str(ROOT / f"main_{job.main}.py"), *job.main_flags]
+    words = [sys.executable, "-u", str(ROOT / job.program), *job.all_flags]
     launched = {
         "OMP_NUM_THREADS": str(num_threads),
         LAUNCHER_PID: str(os.getpid()),
@@ -238,9 +241,9 @@ def progress(jobs: Sequence[Job], seconds: float, at_once: int) -> str:
     known: dict[str, list[float]] = {}
     for job in jobs:
         if job.is_done and (found := read_command(job)) and "seconds" in found:
-            known.setdefault(job.step, []).append(found["seconds"])
+            known.setdefault(job.program, []).append(found["seconds"])
     left = [job for job in jobs if not job.is_done]
-    expected = [sum(known[job.step]) / len(known[job.step]) for job in left if job.step in known]
+    expected = [statistics.mean(known[job.program]) for job in left if job.program in known]
     about = "about" if len(expected) == len(left) else "more than"
     text = f"done in {clock(seconds)}; {len(jobs) - len(left)} of {len(jobs)} commands"
     return f"{text}, {about} {clock(sum(expected) / at_once)} left" if left else text

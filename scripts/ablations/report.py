@@ -67,7 +67,7 @@ def collect(suite: Suite, jobs: Sequence[Job], output_dir: Path) -> Runs:
             log = output_dir / LOGS / f"{job.run}.jsonl"
             shutil.copyfile(job.folder / LOG_NAME, log)
             if name not in flops:
-                flops[name] = training_flops(main_module("pretrain").parse_args(job.main_flags))
+                flops[name] = training_flops(main_module("pretrain").parse_args(job.all_flags))
             run = {"log": f"{LOGS}/{log.name}", "flags": job.flags}
             run |= {"gflops_per_image": flops[name] / 1e9, "cost": {}, "results": {}}
             last = read_log(job.folder)[-1]
@@ -79,7 +79,7 @@ def collect(suite: Suite, jobs: Sequence[Job], output_dir: Path) -> Runs:
         run["cost"][job.step] = {
             key: value for key, value in (read_command(job) or {}).items() if key != "flags"
         }
-        if job.main == "knn":
+        if job.program == "main_knn.py":
             found = parse_json((job.folder / KNN_REPORT).read_bytes())["results"]
             run["results"] |= found["pre-trained"]
             run[UNTRAINED] = found.get(UNTRAINED)

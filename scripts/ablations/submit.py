@@ -54,8 +54,9 @@ def submit(job: Job, launcher_flags: Sequence[str]) -> str:
         InputError: the launcher refuses it.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
-    launch = [sys.executable, str(ROOT / "scripts" / "launch.py"), "--main", job.main]
-    words = [*launch, "--cluster", "slurm", *launcher_flags, "--", *job.main_flags]
+    main = job.program.removeprefix("main_").removesuffix(".py")
+    launch = [sys.executable, str(ROOT / "scripts" / "launch.py"), "--main", main]
+    words = [*launch, "--cluster", "slurm", *launcher_flags, "--", *job.all_flags]
     ended = subprocess.run(words, capture_output=True, text=True, check=False)
     found = NUMBER.search(ended.stdout)
     if ended.returncode or not found:

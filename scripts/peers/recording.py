@@ -10,13 +10,14 @@ from pathlib import Path
 
 from util.arguments import (
     Parser,
-    check_new,
     positive_int,
     process_count,
     seed_number,
     thread_count,
 )
 from util.errors import InputError
+from util.runs.epoch_log import LOG_NAME
+from util.runs.files import set_aside
 
 _logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def parse_peer_args(
     parser = Parser(description=description)
     add = parser.add_argument
     add("--data_path", type=Path, required=True, help="folder with class folders in train/")
-    add("--output_dir", type=Path, required=True, help="new folder for log.jsonl and encoders")
+    add("--output_dir", type=Path, required=True, help="folder for log.jsonl and encoders")
     add("--epochs", type=positive_int, required=True, help="passes over the images")
     add("--seed", type=seed_number, default=0, help="of weights, crops and masks (%(default)s)")
     add("--num_threads", type=thread_count, default=1, help="CPU threads (%(default)s)")
@@ -57,7 +58,6 @@ def parse_peer_args(
     args = parser.parse_args(argv)
     if not (args.data_path / "train").is_dir():
         raise InputError(f"{args.data_path} has no folder train: correct --data_path")
-    check_new(args.output_dir, flag="--output_dir")
     return args
 
 
@@ -65,13 +65,14 @@ class EpochRecorder:
     """Writes a line of `log.jsonl` per epoch, and says where to save which encoders.
 
     Args:
-        folder: of the run; it is created.
+        folder: of the run; the log of an earlier one is renamed to include its time.
         epochs: of the whole run.
         save_every: epochs from one kept encoder to the next.
     """
 
     def __init__(self, folder: Path, *, epochs: int, save_every: int) -> None:
-        folder.mkdir()
+        folder.mkdir(parents=True, exist_ok=True)
+        set_aside(folder / LOG_NAME)
         self.folder, self.epochs, self.save_every = folder, epochs, save_every
         self.epoch = 0
         self.started = self.seconds = 0.0
@@ -99,7 +100,7 @@ class EpochRecorder:
             # Of this process, without those that load images; Linux has it in KiB.
             "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
-        with (self.folder / "log.jsonl").open("a") as file:
+        with (self.folder / LOG_NAME).open("a") as file:
             file.write(json.dumps(line) + "\n")
         _logger.info(
             "epoch %d: loss %.4f, %.0f s since the start, %.1f images/s",

@@ -74,7 +74,7 @@ def test_first_seeds_come_first_and_rare_measurements_last(tmp_path):
 
 def test_a_setting_replaces_flags_of_its_suite(tmp_path):
     job, *_ = planned(TINY._replace(pretrain=f"{TINY.pretrain} --pred_ratio 0.5"), tmp_path)
-    args = main_pretrain.parse_args(job.main_flags)
+    args = main_pretrain.parse_args(job.all_flags)
     assert (args.pred_ratio, args.seed, args.data_path) == (0.75, 0, "images")
     assert args.output_dir == str(tmp_path / "gamma_75-0" / "pretrain")
 
@@ -208,7 +208,7 @@ def test_every_command_is_submitted_once_after_the_one_that_it_needs(tmp_path, m
     assert [words[3] for words in submitted] == ["pretrain", "knn", "linprobe"]
     assert [after in words for words in submitted] == [False, True, True]
     assert all(words[words.index("--partition") + 1] == "p" for words in submitted)
-    assert submitted[1][submitted[1].index("--") + 1 :] == found[1].main_flags
+    assert submitted[1][submitted[1].index("--") + 1 :] == found[1].all_flags
 
     submit.submit_jobs(found, ["--partition", "p"])
     assert [words[3] for words in submitted[3:]] == ["knn"]
