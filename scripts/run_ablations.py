@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.submit:
             submit_jobs(jobs, launcher)
         elif not args.report:
-            run_jobs(jobs, at_once=at_once, num_threads=args.num_threads)
+            run_jobs(jobs, output_dir, at_once=at_once, num_threads=args.num_threads)
     finally:
         write_report(suite, jobs, output_dir)
 

@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     how = {"at_once": args.at_once or os.cpu_count() or 1, "num_threads": 1}
     place = args.data_path, args.output_dir
     timed = {name: training(name, 0, *place, epochs=1, step="timing") for name in CONTENDERS}
-    run_jobs(list(timed.values()), **how)
+    run_jobs(list(timed.values()), args.output_dir, **how)
     epochs = {}
     for name, job in timed.items():
         seconds = read_log(job.folder)[-1]["seconds"]
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             measured.append((name, seed, job, dict(zip(stages(epochs[name]), own, strict=True))))
             jobs += own
     try:
-        run_jobs(jobs, **how)
+        run_jobs(jobs, args.output_dir, **how)
     finally:
         report(measured, args.output_dir, len(images_below(args.data_path / "train")))
 

@@ -19,6 +19,7 @@ from util.compute.launchers import LAUNCHER_PID
 from util.errors import InputError, RunError
 from util.progress import clock
 from util.runs.files import write_json
+from util.runs.lock import FolderLock
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND, OUTPUT = "command.json", "output.txt"
@@ -137,23 +138,28 @@ def main_module(main: str) -> ModuleType:
     return importlib.import_module(f"main_{main}")
 
 
-def run_jobs(jobs: Sequence[Job], *, at_once: int, num_threads: int) -> None:
+def run_jobs(jobs: Sequence[Job], output_dir: Path, *, at_once: int, num_threads: int) -> None:
     """Run the jobs that are not done; a signal ends those that run, which save before.
 
     Args:
+        output_dir: holds the folders of all jobs, and is locked meanwhile.
         at_once: number of commands side by side.
         num_threads: CPU threads of each.
 
     Raises:
+        InputError: another process is writing to the folder.
         RunError: a command failed. No others were started afterwards.
     """
     waiting = [job for job in jobs if not job.is_done]
     _logger.info("%d of %d commands are done", len(jobs) - len(waiting), len(jobs))
     running: dict[int, Running] = {}
     failed = None
+    lock = FolderLock(output_dir)
     try:
         while running or (waiting and not failed):
             ready = [job for job in waiting if job.is_ready and not failed]
+            if not ready and not running:
+                raise RunError(f"{waiting[0]} needs {waiting[0].needs}, which does not exist")
             for job in ready[: at_once - len(running)]:
                 waiting.remove(job)
                 process = start(job, num_threads=num_threads)
@@ -161,7 +167,7 @@ def run_jobs(jobs: Sequence[Job], *, at_once: int, num_threads: int) -> None:
                 _logger.info("%s: started", job)
             pid, status, usage = os.wait4(-1, 0)
             ended = running.pop(pid, None)
-            if ended is None:
+            if ended is None:  # not one of these
                 continue
             ended.process.returncode = os.waitstatus_to_exitcode(status)
             if ended.process.returncode or not ended.job.is_done:
@@ -177,6 +183,7 @@ def run_jobs(jobs: Sequence[Job], *, at_once: int, num_threads: int) -> None:
             each.process.terminate()
         for each in running.values():
             each.process.wait()
+        lock.release()
     if failed:
         raise RunError(
             f"{failed.job} failed with code {failed.process.returncode}, see "

@@ -193,31 +193,23 @@ def claims_table(suite: Suite, claims: Sequence[dict]) -> str:
 
 
 def draw(suite: Suite, runs: Runs, path: Path) -> None:
-    """Draw the accuracy of every setting, its seeds as points, and what it costs."""
+    """Draw accuracies and cost of every setting: runs as points, their mean as a line."""
     names = [name for name in suite.settings if name in runs]
-    figure = new_figure(9, 0.32 * len(names) + 1.2)
-    by_name, by_cost = figure.subplots(1, 2, width_ratios=[1.2, 1])
-    metric = REGRESSION if suite.steps.keys() & {"features"} else FINE_TUNED
-    by_seed = [over_seeds(runs[n], lambda run: run["results"].get(metric)) for n in names]
-    costs = [over_seeds(runs[n], cpu_minutes) for n in names]
-    for row, (values, minutes) in enumerate(zip(by_seed, costs, strict=True)):
-        if not values:
-            continue
-        mean = statistics.mean(values)
-        by_name.plot(values, [row] * len(values), "o", color="C0", ms=4, alpha=0.6)
-        by_name.plot([mean], [row], "|", color="black", ms=14)
-        if minutes:
-            by_cost.plot([statistics.mean(minutes)], [mean], "o", color="C0", ms=5)
-            by_cost.annotate(
-                suite.settings[names[row]].label,
-                (statistics.mean(minutes), mean),
-                xytext=(4, 3),
-                textcoords="offset points",
-                fontsize=7,
-            )
-    by_name.set_yticks(range(len(names)), [suite.settings[name].label for name in names])
-    by_name.invert_yaxis()
-    by_name.set(xlabel=f"{metric}, %")
-    by_cost.set(xlabel="pre-training, processor minutes", ylabel=f"{metric}, %")
-    by_cost.margins(0.15)
+    panels = {
+        f"{by}, %": [over_seeds(runs[n], lambda run, by=by: run["results"].get(by)) for n in names]
+        for by in ACCURACIES
+    }
+    panels["pre-training, processor minutes"] = [over_seeds(runs[n], cpu_minutes) for n in names]
+    panels = {title: rows for title, rows in panels.items() if all(rows)}
+    figure = new_figure(2.2 + 2.4 * len(panels), 1.0 + 0.3 * len(names))
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (title, rows) in zip(all_axes, panels.items(), strict=True):
+        for row, values in enumerate(rows):
+            axes.plot(values, [row] * len(values), "o", color="C0", ms=4, alpha=0.7)
+            axes.plot([statistics.mean(values)], [row], "|", color="black", ms=13)
+        axes.set_xlabel(title, fontsize=8)
+        axes.grid(axis="y", alpha=0.3)
+        axes.margins(x=0.1)
+    all_axes[0].set_yticks(range(len(names)), [suite.settings[name].label for name in names])
+    all_axes[0].invert_yaxis()
     save_figure(figure, path)

@@ -24,9 +24,9 @@ from scripts.ablations.statistics import (
 )
 from scripts.ablations.suites import SUITES, Claim, Setting, Step, Suite
 from tests.helpers.files import write_classes, write_images
-from tests.helpers.processes import ROOT, finish, start, tasks_of, wait_until
+from tests.helpers.processes import ROOT, finish, start, tasks_of, wait_for_line, wait_until
 from tests.helpers.runs import refusal
-from util.errors import InputError
+from util.errors import InputError, RunError
 from util.flops import crossmae_decoder_flops, encoder_flops
 from util.runs.epoch_log import read_log
 
@@ -294,6 +294,29 @@ def test_a_failed_command_is_named_with_its_output(tmp_path, monkeypatch, capsys
     log = output / "a-0" / "pretrain" / "output.txt"
     assert sentence.startswith(f"a-0, pretrain failed with code 2, see {log}: ")
     assert "nowhere" in log.read_text()
+
+
+def test_two_comparisons_cannot_share_a_folder(tmp_path, monkeypatch, capsys):
+    images, output = write_classes(tmp_path / "images"), tmp_path / "out"
+    monkeypatch.setitem(SUITES, "cpu", TINY)
+    argv = ["--suite", "cpu", "--data_path", images, "--output_dir", output]
+    code = "import sys, time; from pathlib import Path; from util.runs.lock import FolderLock\n"
+    code += "lock = FolderLock(Path(sys.argv[1])); print('locked', flush=True); time.sleep(60)"
+    other = start([sys.executable, "-c", code, str(output)], PYTHONPATH=str(ROOT))
+    wait_for_line(other, "locked")
+    sentence = refusal(capsys, *argv, main=run_ablations.main)
+    assert f"is writing to {output}: wait until it ends" in sentence
+    other.kill()
+    other.communicate()
+    assert not (output / "gamma_75-0").exists()
+
+
+def test_a_job_that_needs_what_nobody_makes_is_named(tmp_path):
+    job, *_ = planned(TINY, tmp_path)
+    with pytest.raises(RunError, match=r"pretrain needs .*nowhere, which does not exist"):
+        jobs.run_jobs(
+            [job._replace(needs=tmp_path / "nowhere")], tmp_path, at_once=1, num_threads=1
+        )
 
 
 def test_results_of_other_flags_are_not_mixed_in(tmp_path, monkeypatch, capsys):

@@ -28,7 +28,7 @@ def done(monkeypatch):
     """The commands in the order in which they would run; each leaves what the real one would."""
     order = []
 
-    def pretend(jobs, **_):
+    def pretend(jobs, *_, **__):
         for job in (job for job in jobs if not job.is_done):
             order.append(job)
             assert job.is_ready, job
