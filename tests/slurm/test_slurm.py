@@ -6,15 +6,17 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.files import write_images
-from tests.helpers.processes import command, finish, interrupt, start, tasks_of, wait_until
+from tests.helpers.files import write_classes, write_images
+from tests.helpers.processes import ROOT, command, finish, interrupt, start, tasks_of, wait_until
 from tests.helpers.runs import assert_same_run, run_two_processes, six_epochs
+from tests.scripts.test_run_ablations import PROGRAM
 from util.runs.checkpoint import list_checkpoints
 
 # One cluster for all of them: with parallel workers, one has this whole file.
@@ -229,3 +231,25 @@ def test_tasks_of_a_plain_srun_are_refused_with_the_launcher_s_name(images, tmp_
     assert err.count("error: srun has started 2 processes that do not know each other: ") == 2
     assert "scripts/launch.py" in err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_comparison_is_submitted_once_and_in_order(tmp_path):
+    images, output = write_classes(tmp_path / "images"), tmp_path / "out"
+    argv = ["--suite", "cpu", "--data_path", images, "--settings", "gamma_25", "--seeds", 1]
+    words = [sys.executable, "-c", PROGRAM, *argv, "--output_dir", output, "--submit"]
+    words = [str(word) for word in (*words, "--", "--tasks_per_node", 1)]
+    code, out, err = finish(start(words, PYTHONPATH=str(ROOT)))
+    assert code == 0, err
+    numbers = re.findall(r"submitted as job (\d+)", out)
+    assert len(numbers) == 3
+    code, out, err = finish(start(words, PYTHONPATH=str(ROOT)))
+    assert (code, "submitted as" in out) == (0, False), err
+
+    assert [state_at_end(number)[0] for number in numbers] == ["COMPLETED"] * 3
+    first, *others = map(job, numbers)
+    assert all(first["EndTime"] <= other["StartTime"] for other in others)
+    run = output / "gamma_25-0"
+    assert (run / "features" / "knn.json").exists() and list_checkpoints(run / "probe")
+    code, _, err = finish(start(words, PYTHONPATH=str(ROOT)))
+    assert code == 0, err
+    assert "| γ = .25 | 1 |" in (output / "results.md").read_text()
