@@ -421,7 +421,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pooling = weights.pooling if encoder.keep_head else {"pool": "avg"}
     if (layers := pooling.get("layers")) and max(layers) < weights.shape[2]:
         raise InputError(
-            f"the head of {encoder.finetune} reads features of block {max(layers)}, so that later "
+            f"the head of {encoder.finetune} reads no features after block {max(layers)}, so later "
             "blocks would not be trained: leave --keep_head out"
         )
     options = {

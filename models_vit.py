@@ -280,12 +280,12 @@ class AttentionPool(nn.Module):
         num_queries: M, a divisor of D.
 
     Raises:
-        ValueError: it is none.
+        ValueError: `num_queries` does not divide `dim`.
     """
 
     def __init__(self, dim: int, num_queries: int) -> None:
         super().__init__()
-        if num_queries < 1 or dim % num_queries:
+        if dim % num_queries:
             raise ValueError(f"a width of {dim} is not divisible by {num_queries} queries")
         self.queries = nn.Parameter(torch.empty(num_queries, dim).normal_(std=0.02))  # (M, D)
         self.value = xavier_linear(dim, dim)
@@ -336,8 +336,12 @@ class VisionTransformer(ViT):
         if not {*self.layers} <= {*range(depth + 1)}:
             given = ", ".join(map(str, self.layers))
             raise ValueError(f"layers are numbered from 0, the input, to {depth}, not {given}")
+        if pool == "cls" and 0 in self.layers:
+            raise ValueError("the class token of layer 0 is the same for all images: pool others")
         self.pos_embed.requires_grad_()
         if pool == ATTENTION:
+            if not num_queries:
+                raise ValueError("pooling by attention needs queries")
             self.attn_pool = AttentionPool(self.embed_dim, num_queries)
         if pool == "avg":
             self.fc_norm = layer_norm(self.embed_dim)

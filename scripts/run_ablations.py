@@ -6,13 +6,12 @@
         --submit -- --gpus_per_node 8 --partition P --time 3-00:00:00
 
 scripts/ablations/suites.py has what is compared. Started again, the command goes on where it was
-stopped, even by a crash, and repeats nothing. It writes results.json, results.md and results.png
-for what is done, and logs/ with the log of every pre-training.
+stopped, even by a crash, and repeats nothing. It writes SUITE.json, SUITE.md and SUITE.png for what
+is done, and logs/ with the log of every pre-training.
 """
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,16 +35,16 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--data_path", type=Path, required=True, help="training images")
     parser.add_argument("--val_path", type=Path, help="validation images (val/ in --data_path)")
     parser.add_argument("--output_dir", type=Path, required=True, help="for runs and results")
-    parser.add_argument("--settings", nargs="+", metavar="NAME", help="run only these (all)")
-    parser.add_argument("--seeds", type=positive_int, help="runs of each setting (by the suite)")
+    parser.add_argument("--settings", nargs="+", metavar="NAME", help="settings to run (all)")
+    parser.add_argument(
+        "--seeds", type=positive_int, help="runs of each setting (as the suite says)"
+    )
     parser.add_argument(
         "--at_once",
         type=positive_int,
-        help="commands side by side (one for each core without a GPU, else 1)",
+        help="commands side by side, all on one GPU (1; without a GPU, one for each core)",
     )
-    parser.add_argument(
-        "--num_threads", type=positive_int, default=1, help="CPU threads of each (%(default)s)"
-    )
+    parser.add_argument("--num_threads", type=positive_int, help="CPU threads of each (1)")
     parser.add_argument(
         "--submit",
         action="store_true",
@@ -59,6 +58,9 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     args = parser.parse_args(own)
     if launcher and not args.submit:
         raise InputError("flags after -- are for --submit: add it, or leave them out")
+    for name in ("at_once", "num_threads", "report"):
+        if args.submit and getattr(args, name):
+            raise InputError(f"--{name} cannot be combined with --submit: leave one of them out")
     settings = SUITES[args.suite].settings
     for name in args.settings or []:
         if name not in settings:
@@ -79,6 +81,7 @@ from scripts.ablations.jobs import plan_jobs, run_jobs
 from scripts.ablations.report import write_report
 from scripts.ablations.submit import submit_jobs
 from util.eval.plots import new_figure
+from util.machine import available_cores
 from util.runs.run import run_main, start_logging
 
 _logger = logging.getLogger(__name__)
@@ -93,17 +96,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = data_flags(
         args.data_path, args.val_path, per_class=suite.per_class, output_dir=output_dir
     )
-    names = args.settings or list(suite.settings)
-    jobs = plan_jobs(suite, output_dir, data, names=names, seeds=args.seeds)
-    cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
-    at_once = args.at_once or max(cores // args.num_threads, 1)
+    jobs = plan_jobs(suite, output_dir, data, seeds=args.seeds)
+    chosen = [job for job in jobs if not args.settings or job.setting in args.settings]
+    chosen = [job for job in chosen if args.seeds is None or job.seed < args.seeds]
+    num_threads = args.num_threads or 1
+    cores = 1 if torch.cuda.is_available() else available_cores()
+    at_once = args.at_once or max(cores // num_threads, 1)
     try:
         if args.submit:
-            submit_jobs(jobs, launcher)
+            submit_jobs(chosen, launcher)
         elif not args.report:
-            run_jobs(jobs, output_dir, at_once=at_once, num_threads=args.num_threads)
+            run_jobs(chosen, output_dir, at_once=at_once, num_threads=num_threads)
     finally:
-        write_report(suite, jobs, output_dir)
+        write_report(args.suite, jobs, output_dir)
 
 
 if __name__ == "__main__":

@@ -745,7 +745,7 @@ def test_a_head_of_an_earlier_block_cannot_be_kept(tmp_path, images, pretrained,
     path = list_checkpoints(tmp_path / "probe")[-1]
     argv = [*QUICK, "--data_path", images, "--finetune", path]
     message = refused(capsys, *argv, "--keep_head", "--output_dir", tmp_path / "run")
-    assert "reads features of block 1, so that later blocks would not be trained" in message
+    assert "reads no features after block 1, so later blocks would not be trained" in message
     assert "leave --keep_head out" in message and not (tmp_path / "run").exists()
 
 

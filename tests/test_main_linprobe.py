@@ -130,6 +130,7 @@ def test_an_attentive_probe_leaves_the_backbone_bit_for_bit(
         (["--num_queries", 4], "--num_queries is for --probe attentive"),
         (["--probe", "attentive", "--num_queries", 5], "not divisible by 5 queries"),
         (["--layer", 3], "layers are numbered from 0, the input, to 2, not 3"),
+        (["--layer", 0, 2], "the class token of layer 0 is the same for all images"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )

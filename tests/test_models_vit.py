@@ -341,6 +341,11 @@ def test_a_number_of_queries_that_does_not_divide_the_width_is_refused():
         AttentionPool(12, 5)
 
 
+def test_pooling_by_attention_needs_queries():
+    with pytest.raises(ValueError, match="pooling by attention needs queries"):
+        vit_nano(pool="attention")
+
+
 def test_an_attentive_probe_trains_its_queries_values_and_head():
     model, images = vit_nano(pool="attention", num_queries=4), torch.randn(4, 3, 16, 16)
     make_probe(model, num_classes=3)

@@ -1,12 +1,14 @@
 """The images of a suite: all of a folder, or evenly spaced ones of each class."""
 
 import csv
+import io
 from pathlib import Path
 
 from util.data.folders import DiskTree
 from util.data.layout import find_images
 from util.data.sampler import evenly_spaced
 from util.errors import InputError, counted
+from util.runs.files import replace_file
 
 TABLE = "images.csv"
 
@@ -22,7 +24,8 @@ def data_flags(
         per_class: number of training images of each class; None: all.
 
     Raises:
-        InputError: there are no folders of classes, or too few images in one.
+        InputError: there are no folders of classes, or too few images in one; or the table there is
+            lists other images.
     """
     flags = ["--data_path", str(data_path)]
     flags += [] if val_path is None else ["--val_path", str(val_path)]
@@ -40,8 +43,12 @@ def data_flags(
                 f"{per_class:,} of each class: give another --data_path"
             )
         rows += [(paths[index], name) for index in evenly_spaced(len(paths), per_class)]
-    output_dir.mkdir(parents=True, exist_ok=True)
-    table = output_dir / TABLE
-    with table.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    table, content = output_dir / TABLE, text.getvalue().encode()
+    if not table.exists():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        replace_file(table, lambda file: file.write(content))
+    elif table.read_bytes() != content:
+        raise InputError(f"{table} lists other images: choose another --output_dir")
     return ["--data_csv", str(table), *flags]

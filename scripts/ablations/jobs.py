@@ -37,13 +37,23 @@ class Job(NamedTuple):
     program: str
     """Path below the repository's root, such as "main_pretrain.py"."""
     flags: list[str]
-    """Those that its results depend on."""
     data: list[str]
+    """Flags of the images."""
     folder: Path
     result: Path
     """Exists once the command has ended well."""
     needs: Path | None
     """Result of the job before it."""
+
+    @property
+    def setting(self) -> str:
+        """Name of the setting."""
+        return self.run.rpartition("-")[0]
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        return int(self.run.rpartition("-")[2])
 
     @property
     def is_done(self) -> bool:
@@ -65,18 +75,12 @@ class Job(NamedTuple):
         return f"{self.run}, {self.step}"
 
 
-def seeds_of(suite: Suite, setting: Setting, most: int | None = None) -> range:
-    """Seeds of a setting's runs.
-
-    Args:
-        most: number of seeds that the user asks for; None: the suite's.
-    """
-    return range(most or setting.seeds or suite.seeds)
+def seeds_of(suite: Suite, setting: Setting, least: int | None = None) -> range:
+    """Seeds of a setting's runs, at least this many."""
+    return range(max(setting.seeds or suite.seeds, least or 0))
 
 
-def plan_jobs(
-    suite: Suite, output_dir: Path, data: list[str], *, names: Sequence[str], seeds: int | None
-) -> list[Job]:
+def plan_jobs(suite: Suite, output_dir: Path, data: list[str], *, seeds: int | None) -> list[Job]:
     """List a suite's commands in the order in which they start.
 
     The first seed of all settings comes before the second, and what only some settings are measured
@@ -84,22 +88,19 @@ def plan_jobs(
 
     Args:
         data: flags of the images.
-        names: settings to run.
-        seeds: see `seeds_of`.
+        seeds: the least number of them.
 
     Raises:
         InputError: the flags of a main are wrong, or a folder has results of others.
     """
     ordered = []
-    for name in names:
-        setting = suite.settings[name]
+    for name, setting in suite.settings.items():
         for seed in seeds_of(suite, setting, seeds):
             for late, job in _jobs_of(suite, name, seed, output_dir, data):
                 ordered.append(((late, seed), job))
     ordered.sort(key=lambda item: item[0])  # stable: otherwise the table's order
     jobs = [job for _, job in ordered]
-    for job in jobs:
-        check_earlier(job)
+    check_earlier(jobs)
     return jobs
 
 
@@ -171,7 +172,7 @@ def run_jobs(jobs: Sequence[Job], output_dir: Path, *, at_once: int, num_threads
                 continue
             ended.process.returncode = os.waitstatus_to_exitcode(status)
             if ended.process.returncode or not ended.job.is_done:
-                failed = ended
+                failed = failed or ended
                 _logger.warning("%s: failed; nothing else is started", ended.job)
                 continue
             seconds = time.monotonic() - ended.start
@@ -187,7 +188,7 @@ def run_jobs(jobs: Sequence[Job], output_dir: Path, *, at_once: int, num_threads
     if failed:
         raise RunError(
             f"{failed.job} failed with code {failed.process.returncode}, see "
-            f"{failed.job.folder / OUTPUT}: mend that and start the same command again"
+            f"{failed.job.folder / OUTPUT}: fix that and start the same command again"
         )
 
 
@@ -201,9 +202,7 @@ class Running(NamedTuple):
 
 def start(job: Job, *, num_threads: int) -> subprocess.Popen:
     """Start a command in a session of its own, so that the terminal's Ctrl-C comes from here."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    if not (job.folder / COMMAND).exists():
-        write_json(job.folder / COMMAND, {"flags": job.flags})
+    note_start(job)
     words = [sys.executable, "-u", str(ROOT / job.program), *job.all_flags]
     launched = {
         "OMP_NUM_THREADS": str(num_threads),
@@ -220,14 +219,22 @@ def start(job: Job, *, num_threads: int) -> subprocess.Popen:
         )
 
 
-def check_earlier(job: Job) -> None:
+def check_earlier(jobs: Sequence[Job]) -> None:
     """Raise InputError if a folder has results of other flags, as of a suite that has changed."""
-    earlier = read_command(job)
-    if earlier is not None and earlier["flags"] != job.flags:
-        raise InputError(
-            f"{job.folder} was made with other flags, {shlex.join(earlier['flags'])}: choose "
-            "another --output_dir"
-        )
+    for job in jobs:
+        earlier = read_command(job)
+        if earlier is not None and earlier["flags"] != [*job.flags, *job.data]:
+            raise InputError(
+                f"{job.folder} was made with other flags, {shlex.join(earlier['flags'])}: choose "
+                "another --output_dir"
+            )
+
+
+def note_start(job: Job) -> None:
+    """Make a job's folder, and keep the flags that its results depend on."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    if not (job.folder / COMMAND).exists():
+        write_json(job.folder / COMMAND, {"flags": [*job.flags, *job.data]})
 
 
 def read_command(job: Job) -> dict | None:
@@ -239,7 +246,7 @@ def read_command(job: Job) -> dict | None:
 def note_end(job: Job, **cost: float) -> None:
     """Keep what a command cost, unless an earlier attempt did a part of it."""
     attempts = (job.folder / OUTPUT).read_text(errors="replace").count("continuing from ")
-    content = {"flags": job.flags} | ({} if attempts else cost)
+    content = {"flags": [*job.flags, *job.data]} | ({} if attempts else cost)
     write_json(job.folder / COMMAND, content, keep_earlier=False)
 
 

@@ -19,11 +19,12 @@ from scripts.ablations.suites import (
     PROBE,
     PSNR,
     REGRESSION,
+    SUITES,
     Claim,
     Suite,
 )
 from scripts.benchmark.tables import markdown
-from util.errors import counted
+from util.errors import InputError, counted
 from util.eval.plots import new_figure, save_figure
 from util.json_text import parse_json
 from util.runs.epoch_log import LOG_NAME, read_log
@@ -41,19 +42,30 @@ _logger = logging.getLogger(__name__)
 Runs = dict[str, dict[int, dict]]  # of each setting, by seed
 
 
-def write_report(suite: Suite, jobs: Sequence[Job], output_dir: Path) -> None:
-    """Write results.json, results.md, results.png and logs/ for the jobs that are done."""
+def write_report(name: str, jobs: Sequence[Job], output_dir: Path) -> None:
+    """Write a suite's table as JSON and Markdown, its figure, and logs/, of the jobs that are done.
+
+    Args:
+        name: of the suite, which the files are named after.
+        jobs: all of the suite's.
+
+    Raises:
+        InputError: runs that are compared have measured different images.
+    """
+    suite = SUITES[name]
     runs = collect(suite, jobs, output_dir)
     if not runs:
         _logger.info("nothing is done yet, so there are no results")
         return
-    claims = [found for claim in suite.claims if (found := check(claim, runs, output_dir))]
+    checked = (check(claim, suite, runs, output_dir) for claim in suite.claims)
+    claims = [found for found in checked if found]
     content = {"versions": versions(), "about": suite.about, "runs": runs, "claims": claims}
-    write_json(output_dir / "results.json", content, keep_earlier=False)
-    text = f"{settings_table(suite, runs)}\n\n{claims_table(suite, claims)}\n"
-    (output_dir / "results.md").write_text(text, encoding="utf-8")
-    draw(suite, runs, output_dir / "results.png")
-    _logger.info("results of %s: %s", counted(sum(map(len, runs.values())), "run"), output_dir)
+    write_json(output_dir / f"{name}.json", content, keep_earlier=False)
+    tables = [settings_table(suite, runs), *([claims_table(suite, claims)] if claims else [])]
+    path = output_dir / f"{name}.md"
+    path.write_text("\n\n".join(tables) + "\n", encoding="utf-8")
+    draw(suite, runs, output_dir / f"{name}.png")
+    _logger.info("results of %s: %s", counted(sum(map(len, runs.values())), "run"), path)
 
 
 def collect(suite: Suite, jobs: Sequence[Job], output_dir: Path) -> Runs:
@@ -61,7 +73,7 @@ def collect(suite: Suite, jobs: Sequence[Job], output_dir: Path) -> Runs:
     runs: Runs = {}
     flops: dict[str, float] = {}
     for job in (job for job in jobs if job.is_done):
-        name, _, seed = job.run.rpartition("-")
+        name, seed = job.setting, job.seed
         if job.step == PRETRAIN:
             (output_dir / LOGS).mkdir(exist_ok=True)
             log = output_dir / LOGS / f"{job.run}.jsonl"
@@ -70,12 +82,14 @@ def collect(suite: Suite, jobs: Sequence[Job], output_dir: Path) -> Runs:
                 flops[name] = training_flops(main_module("pretrain").parse_args(job.all_flags))
             run = {"log": f"{LOGS}/{log.name}", "flags": job.flags}
             run |= {"gflops_per_image": flops[name] / 1e9, "cost": {}, "results": {}}
-            last = read_log(job.folder)[-1]
+            lines = read_log(job.folder)
+            last = lines[-1]
+            run["seconds"] = seconds_at(lines)[last["epoch"]]
             run["results"] |= {by: last[key] for by, key in LOG_KEYS.items() if key in last}
-            runs.setdefault(name, {})[int(seed)] = run
-        elif int(seed) not in runs.get(name, {}):
+            runs.setdefault(name, {})[seed] = run
+        elif seed not in runs.get(name, {}):
             continue
-        run = runs[name][int(seed)]
+        run = runs[name][seed]
         run["cost"][job.step] = {
             key: value for key, value in (read_command(job) or {}).items() if key != "flags"
         }
@@ -84,12 +98,23 @@ def collect(suite: Suite, jobs: Sequence[Job], output_dir: Path) -> Runs:
             run["results"] |= found["pre-trained"]
             run[UNTRAINED] = found.get(UNTRAINED)
             run["predictions"] = str((job.folder / PREDICTIONS).relative_to(output_dir))
-        elif metric := suite.steps[job.step].metric if job.step != PRETRAIN else "":
-            run["results"][metric] = read_log(job.folder)[-1]["val_top1"]
+        elif job.step != PRETRAIN:
+            run["results"][suite.steps[job.step].metric] = read_log(job.folder)[-1]["val_top1"]
     return runs
 
 
-def check(claim: Claim, runs: Runs, output_dir: Path) -> dict[str, object] | None:
+def seconds_at(lines: Sequence[dict]) -> dict[int, float]:
+    """Seconds of training until each epoch, by a log, whose own begin again after every stop."""
+    found: dict[int, float] = {}
+    total = before = 0.0
+    for line in lines:
+        total += line["seconds"] - (before if line["seconds"] > before else 0)
+        before = line["seconds"]
+        found[line["epoch"]] = total
+    return found
+
+
+def check(claim: Claim, suite: Suite, runs: Runs, output_dir: Path) -> dict[str, object] | None:
     """Check a claim with the seeds that both settings have; None without any."""
     first, second = (runs.get(name, {}) for name in (claim.first, claim.second))
     seeds = [
@@ -102,29 +127,42 @@ def check(claim: Claim, runs: Runs, output_dir: Path) -> dict[str, object] | Non
         return None
     values = [[own[seed]["results"][claim.metric] for seed in seeds] for own in (first, second)]
     if per_image:
-        difference = bootstrap_images(
-            *(correct(own, seeds, claim.metric, output_dir) for own in (first, second))
-        )
+        paths = [output_dir / own[s]["predictions"] for own in (first, second) for s in seeds]
+        labels, guesses = predicted(paths, claim.metric)
+        difference = bootstrap_images(*np.split(guesses == labels, 2))
     else:
         difference = pair_runs(*values)
-    if claim.metric == PSNR:  # in percent of the second
-        scale = 100 / statistics.mean(values[1])
-        difference = Difference(*(scale * value for value in difference))
+    scale = 100 / statistics.mean(values[1]) if claim.metric == PSNR else 1  # to percent
+    difference = Difference(*(scale * value for value in difference))
+    verdict = judge(difference, claim.relation, claim.margin)
+    if len(seeds) < suite.seeds:
+        verdict = f"unfinished: {len(seeds)} of {counted(suite.seeds, 'seed')}"
     return {
         **claim._asdict(),
         "values": values,
+        "by_seed": [scale * (a - b) for a, b in zip(*values, strict=True)],
         "difference": difference._asdict(),
-        "verdict": judge(difference, claim.relation, claim.margin),
+        "interval_over": "images" if per_image else "seeds",
+        "verdict": verdict,
     }
 
 
-def correct(own: dict[int, dict], seeds: Sequence[int], by: str, output_dir: Path) -> np.ndarray:
-    """Whether each validation image was classified correctly, bool (seeds, images)."""
-    rows = []
-    for seed in seeds:
-        with np.load(output_dir / own[seed]["predictions"]) as stored:
-            rows.append(stored[f"pre-trained, {by}"] == stored["labels"])
-    return np.stack(rows)
+def predicted(paths: Sequence[Path], by: str) -> tuple[np.ndarray, np.ndarray]:
+    """Read labels (images,) and what each run predicts instead, (runs, images).
+
+    Raises:
+        InputError: the runs have other images.
+    """
+    rows, labels = [], None
+    for path in paths:
+        with np.load(path) as stored:
+            if labels is not None and not np.array_equal(labels, stored["labels"]):
+                raise InputError(
+                    f"{path} is of other images than {paths[0]}: run one of them again"
+                )
+            labels = stored["labels"]
+            rows.append(stored[f"pre-trained, {by}"])
+    return labels, np.stack(rows)
 
 
 def over_seeds(own: dict[int, dict], read: Callable[[dict], float | None]) -> list[float]:
@@ -138,6 +176,18 @@ def cpu_minutes(run: dict) -> float | None:
     return None if seconds is None else seconds / 60
 
 
+def minutes(run: dict) -> float:
+    """Time of a run's pre-training by the clock, in minutes."""
+    return run["seconds"] / 60
+
+
+def cost_of(runs: Runs) -> tuple[str, Callable[[dict], float | None]]:
+    """How the cost of these runs is named and read: processor time, if it is known of any."""
+    if any(over_seeds(own, cpu_minutes) for own in runs.values()):
+        return "processor minutes", cpu_minutes
+    return "minutes", minutes
+
+
 def settings_table(suite: Suite, runs: Runs) -> str:
     """Markdown: every setting's cost, and the mean, lowest and highest of each result."""
     measured = [
@@ -146,18 +196,19 @@ def settings_table(suite: Suite, runs: Runs) -> str:
         if any(by in run["results"] for own in runs.values() for run in own.values())
     ]
     rows = []
+    cost, cost_in = cost_of(runs)
+    papers = [setting.paper for setting in suite.settings.values() if setting.paper]
     for name, own in runs.items():
-        minutes = over_seeds(own, cpu_minutes)
-        row = [suite.settings[name].label, len(own)]
-        row.append(f"{next(iter(own.values()))['gflops_per_image']:.3g}")
-        row.append(f"{statistics.mean(minutes):.1f}" if minutes else "")
+        row = [suite.settings[name].label, *([suite.settings[name].paper] if papers else [])]
+        row += [len(own), f"{next(iter(own.values()))['gflops_per_image']:.3g}"]
+        row.append(spread(over_seeds(own, cost_in), 1))
         for by in measured:
             digits = 1 if by in ACCURACIES else 3 if by == LOSS else 2
             values = over_seeds(own, lambda run, by=by: run["results"].get(by))
             row.append(spread(values, digits))
         rows.append(row)
-    titles = ["setting", "seeds", "GFLOPs an image", "processor minutes", *measured]
-    return markdown(titles, rows)
+    titles = ["setting", *(["paper"] if papers else []), "seeds", "GFLOPs an image", cost]
+    return markdown([*titles, *measured], rows)
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -183,13 +234,14 @@ def claims_table(suite: Suite, claims: Sequence[dict]) -> str:
                 claim["paper"],
                 " against ".join(suite.settings[claim[key]].label for key in ("first", "second")),
                 claim["metric"],
-                f"{mean}{unit} [{low}, {high}]",
+                f"{mean}{unit} [{low}, {high}], over {claim['interval_over']}",
+                ", ".join(f"{value:+.{digits}f}" for value in claim["by_seed"]),
                 GOALS[claim["relation"]].format(f"{claim['margin']:g}"),
                 claim["verdict"],
             ]
         )
-    titles = ["claim", "paper", "here", "by", "difference [95%]", "shown if", "verdict"]
-    return markdown(titles, rows)
+    titles = ["claim", "paper", "here", "by", "difference [95%]", "each seed"]
+    return markdown([*titles, "shown if", "verdict"], rows)
 
 
 def draw(suite: Suite, runs: Runs, path: Path) -> None:
@@ -199,14 +251,16 @@ def draw(suite: Suite, runs: Runs, path: Path) -> None:
         f"{by}, %": [over_seeds(runs[n], lambda run, by=by: run["results"].get(by)) for n in names]
         for by in ACCURACIES
     }
-    panels["pre-training, processor minutes"] = [over_seeds(runs[n], cpu_minutes) for n in names]
-    panels = {title: rows for title, rows in panels.items() if all(rows)}
+    cost, cost_in = cost_of(runs)
+    panels[f"pre-training, {cost}"] = [over_seeds(runs[n], cost_in) for n in names]
+    panels = {title: rows for title, rows in panels.items() if any(rows)}
     figure = new_figure(2.2 + 2.4 * len(panels), 1.0 + 0.3 * len(names))
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (title, rows) in zip(all_axes, panels.items(), strict=True):
         for row, values in enumerate(rows):
             axes.plot(values, [row] * len(values), "o", color="C0", ms=4, alpha=0.7)
-            axes.plot([statistics.mean(values)], [row], "|", color="black", ms=13)
+            means = [statistics.mean(values)] if values else []
+            axes.plot(means, [row] * len(means), "|", color="black", ms=13)
         axes.set_xlabel(title, fontsize=8)
         axes.grid(axis="y", alpha=0.3)
         axes.margins(x=0.1)

@@ -2,11 +2,12 @@
 
 import logging
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 
-from scripts.ablations.jobs import ROOT, Job
+from scripts.ablations.jobs import ROOT, Job, note_start
 from util.errors import InputError
 from util.json_text import parse_json
 from util.runs.files import write_json
@@ -26,6 +27,8 @@ def submit_jobs(jobs: Sequence[Job], launcher_flags: Sequence[str]) -> None:
     Raises:
         InputError: the launcher or SLURM refuses one.
     """
+    if not shutil.which("squeue"):
+        raise InputError("--submit needs SLURM: run this on a machine of the cluster")
     numbers = {}  # of what is in the queue, by the result
     for job in jobs:
         if job.is_done:
@@ -53,7 +56,7 @@ def submit(job: Job, launcher_flags: Sequence[str]) -> str:
     Raises:
         InputError: the launcher refuses it.
     """
-    job.folder.mkdir(parents=True, exist_ok=True)
+    note_start(job)
     main = job.program.removeprefix("main_").removesuffix(".py")
     launch = [sys.executable, str(ROOT / "scripts" / "launch.py"), "--main", main]
     words = [*launch, "--cluster", "slurm", *launcher_flags, "--", *job.all_flags]
@@ -66,11 +69,17 @@ def submit(job: Job, launcher_flags: Sequence[str]) -> str:
 
 
 def queued(job: Job) -> str | None:
-    """Number under which a job waits or runs; None if it does not."""
+    """Number under which a job waits or runs; None if it does not.
+
+    Raises:
+        InputError: SLURM does not say.
+    """
     path = job.folder / SUBMITTED
     if not path.exists():
         return None
     number = parse_json(path.read_bytes())["job"]
     words = ["squeue", "--noheader", "--jobs", number]
     ended = subprocess.run(words, capture_output=True, text=True, check=False)
-    return number if ended.returncode == 0 and ended.stdout.strip() else None
+    if ended.returncode and "Invalid job id" not in ended.stderr:  # which it has forgotten
+        raise InputError(f"squeue failed: {ended.stderr.strip()}")
+    return number if ended.stdout.strip() else None

@@ -11,17 +11,20 @@ beside this file.
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from scripts.peers.recording import EpochRecorder, parse_peer_args
+from scripts.peers.recording import EpochRecorder, keep, parse_peer_args
 from util.arguments import check_arguments
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read and check the command line."""
-    return parse_peer_args(argv, __doc__.splitlines()[0], batch_size=256, num_workers=8)
+    return parse_peer_args(
+        argv, __doc__.splitlines()[0], batch_size=256, num_workers=8, lr="1.5e-4"
+    )
 
 
 if __name__ == "__main__":
@@ -46,6 +49,7 @@ from util.runs.run import run_main, start_logging
 IMG_SIZE = 128  # px
 MASK_RATIO = 0.75
 DECODER_DIM = 128
+LR = 1.5e-4
 
 
 class MAE(nn.Module):
@@ -113,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     model = MAE()
     criterion = nn.MSELoss()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr or LR)
     recorder = EpochRecorder(args.output_dir, epochs=args.epochs, save_every=args.save_every)
 
     recorder.start()
@@ -132,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             num_images=len(loader) * args.batch_size,
         )
         if path:
-            torch.save(model.backbone.vit.state_dict(), path.with_suffix(".pth"))
+            keep(path.with_suffix(".pth"), partial(torch.save, model.backbone.vit.state_dict()))
 
 
 if __name__ == "__main__":

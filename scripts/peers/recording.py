@@ -4,12 +4,14 @@ import argparse
 import json
 import logging
 import resource
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from util.arguments import (
     Parser,
+    positive_float,
     positive_int,
     process_count,
     seed_number,
@@ -23,12 +25,18 @@ _logger = logging.getLogger(__name__)
 
 
 def parse_peer_args(
-    argv: Sequence[str] | None, description: str, *, batch_size: int, num_workers: int
+    argv: Sequence[str] | None,
+    description: str,
+    *,
+    batch_size: int,
+    num_workers: int,
+    lr: str,
 ) -> argparse.Namespace:
     """Read and check the command line, which is the same for all peers.
 
     Args:
         batch_size, num_workers: the recipe's, which are the defaults.
+        lr: the recipe's learning rate, for the help.
     """
     parser = Parser(description=description)
     add = parser.add_argument
@@ -55,6 +63,7 @@ def parse_peer_args(
         default=num_workers,
         help="processes that load images, 0 for none (%(default)s, the recipe's)",
     )
+    add("--lr", type=positive_float, help=f"peak learning rate ({lr}, the recipe's)")
     args = parser.parse_args(argv)
     if not (args.data_path / "train").is_dir():
         raise InputError(f"{args.data_path} has no folder train: correct --data_path")
@@ -96,9 +105,10 @@ class EpochRecorder:
             "step": step,
             "loss": loss,
             "seconds": self.seconds,
+            "images": num_images,
             "images_per_second": num_images / (self.seconds - before),
             # Of this process, without those that load images; Linux has it in KiB.
-            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
         with (self.folder / LOG_NAME).open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -108,3 +118,17 @@ class EpochRecorder:
         )
         is_kept = self.epoch % self.save_every == 0 or self.epoch == self.epochs
         return self.folder / f"encoder-e{self.epoch:04}" if is_kept else None
+
+
+def keep(path: Path, save: Callable[[Path], object]) -> None:
+    """Save an encoder under another name first, so that `path` never holds half of one.
+
+    Args:
+        path: of a file or a folder, which may be left from a run that was stopped.
+        save: writes to the path that it gets.
+    """
+    part = path.with_name(f"{path.name}.part")
+    save(part)
+    if path.is_dir():
+        shutil.rmtree(path)
+    part.replace(path)

@@ -11,11 +11,12 @@ requirements.txt beside this file.
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from scripts.peers.recording import EpochRecorder, parse_peer_args
+from scripts.peers.recording import EpochRecorder, keep, parse_peer_args
 from util.arguments import check_arguments
 
 BASE_LR = 1.5e-4  # per 256 images
@@ -23,7 +24,13 @@ BASE_LR = 1.5e-4  # per 256 images
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read and check the command line."""
-    return parse_peer_args(argv, __doc__.splitlines()[0], batch_size=8, num_workers=0)
+    return parse_peer_args(
+        argv,
+        __doc__.splitlines()[0],
+        batch_size=8,
+        num_workers=0,
+        lr="1.5e-4 x images per step / 256",
+    )
 
 
 if __name__ == "__main__":
@@ -102,8 +109,12 @@ class EpochCallback(TrainerCallback):
             return
         values = {"step": state.global_step, "loss": logs["loss"], "num_images": self.num_images}
         if path := self.recorder.end_epoch(**values):
-            model.vit.save_pretrained(path)
-            self.processor.save_pretrained(path)
+            keep(path, partial(self.save, model))
+
+    def save(self, model: ViTMAEForPreTraining, path: Path) -> None:
+        """Write the encoder and the processor to a folder."""
+        model.vit.save_pretrained(path)
+        self.processor.save_pretrained(path)
 
 
 def read_images(folder: Path, cache: Path, processor: ViTImageProcessor) -> Dataset:
@@ -165,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         output_dir=str(args.output_dir),
         num_train_epochs=args.epochs,
         per_device_train_batch_size=args.batch_size,
-        learning_rate=BASE_LR * args.batch_size / 256,
+        learning_rate=args.lr or BASE_LR * args.batch_size / 256,
         lr_scheduler_type="cosine",
         warmup_steps=0.05,  # of all steps
         weight_decay=0.05,

@@ -188,6 +188,13 @@ def test_an_attentive_probe_predicts_from_its_own_blocks(tmp_path, images, layer
     assert scores == pytest.approx(best.tolist(), rel=1e-4)
 
 
+def test_a_head_on_learned_queries_is_not_applied_to_other_features(tmp_path, images, capsys):
+    path = stored(tmp_path / "probe.pth", attentive_probe())
+    argv = ["--checkpoint", path, "--images", images, "--output", tmp_path / "x.csv", *QUICK]
+    sentence = refusal(capsys, *argv, "--pool", "norm_avg", main=predict.main)
+    assert sentence.endswith("reads learned queries: leave out --pool")
+
+
 # Features
 
 

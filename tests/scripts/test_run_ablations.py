@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from scipy import stats
 
 import main_pretrain
 from scripts import run_ablations
-from scripts.ablations import cost, jobs, submit, suites
+from scripts.ablations import cost, jobs, report, submit, suites
 from scripts.ablations.images import data_flags
 from scripts.ablations.jobs import plan_jobs
 from scripts.ablations.statistics import (
@@ -57,9 +58,8 @@ TINY = Suite(
 )
 
 
-def planned(suite, folder, *, names=None, seeds=None, data=("--data_path", "images")):
-    names = names or list(suite.settings)
-    return plan_jobs(suite, folder, list(data), names=names, seeds=seeds)
+def planned(suite, folder, *, seeds=None):
+    return plan_jobs(suite, folder, ["--data_path", "images"], seeds=seeds)
 
 
 # What is run
@@ -110,6 +110,8 @@ def test_images_of_a_class_are_evenly_spaced(tmp_path):
         "--data_path",
         str(tmp_path),
     ]
+    with pytest.raises(InputError, match="lists other images: choose another --output_dir"):
+        data_flags(tmp_path / "train", None, per_class=1, output_dir=output)
     with pytest.raises(InputError, match="has 4 images of bee, the suite needs 5 of each class"):
         data_flags(tmp_path / "train", None, per_class=5, output_dir=output)
 
@@ -120,8 +122,10 @@ def test_images_of_a_class_are_evenly_spaced(tmp_path):
         (["--settings", "gama"], "--settings gama is not one of mae, gamma_75"),
         (["--data_path", "nowhere"], "nowhere does not exist: correct --data_path or --val_path"),
         (["--", "--partition", "x"], "flags after -- are for --submit"),
+        (["--submit", "--report"], "--report cannot be combined with --submit"),
+        (["--submit", "--at_once", 2], "--at_once cannot be combined with --submit"),
     ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
 def test_wrong_input_is_refused_in_one_sentence(tmp_path, capsys, argv, reason):
     words = ["--suite", "cpu", "--data_path", tmp_path, "--output_dir", tmp_path / "out", *argv]
@@ -177,6 +181,23 @@ def test_runs_are_compared_as_in_a_paired_t_test():
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
 
 
+def test_seconds_of_a_stopped_run_are_those_of_its_attempts():
+    seconds = [10.0, 20.0, 8.0, 18.0]  # stopped after two epochs
+    lines = [{"epoch": n, "seconds": value} for n, value in enumerate(seconds, start=1)]
+    assert report.seconds_at(lines) == {1: 10, 2: 20, 3: 28, 4: 38}
+
+
+def test_runs_on_other_images_are_not_compared(tmp_path):
+    for number, labels in enumerate(([0, 1], [1, 0])):
+        guesses = {f"pre-trained, {suites.NEIGHBORS}": [0, 1]}
+        np.savez(tmp_path / f"{number}.npz", labels=labels, **guesses)
+    paths = [tmp_path / "0.npz", tmp_path / "1.npz"]
+    labels, guesses = report.predicted(paths[:1] * 2, suites.NEIGHBORS)
+    assert (labels.tolist(), guesses.tolist()) == ([0, 1], [[0, 1]] * 2)
+    with pytest.raises(InputError, match=r"1\.npz is of other images than .*0\.npz"):
+        report.predicted(paths, suites.NEIGHBORS)
+
+
 def test_the_cost_is_that_of_the_formulas():
     flags = f"{MICRO} --input_size 32 --pred_ratio 0.25 --decoder_depth 4 --decoder_embed_dim 96"
     counted = cost.training_flops(main_pretrain.parse_args(f"{flags} --data_path x".split()))
@@ -190,19 +211,30 @@ def test_the_cost_is_that_of_the_formulas():
 # Submission
 
 
-def test_every_command_is_submitted_once_after_the_one_that_it_needs(tmp_path, monkeypatch):
-    """The launcher and squeue are replaced; tests/slurm submits to a real cluster."""
-    submitted = []
+# The launcher and squeue are replaced; tests/slurm submits to a real cluster.
+
+
+@pytest.fixture
+def submitted(monkeypatch):
+    """Command lines of the launcher, in order."""
+    found = []
 
     def fake(words, **_):
         if words[0] == "squeue":
+            if words[-1] == "3":
+                return CompletedProcess(words, 1, "", "squeue: error: Invalid job id specified")
             is_queued = words[-1] != "2"  # one has failed meanwhile
-            return submit.subprocess.CompletedProcess(words, 0, "job" * is_queued, "")
-        submitted.append(words)
-        return submit.subprocess.CompletedProcess(words, 0, f"job {len(submitted)}: main_x.py", "")
+            return CompletedProcess(words, 0, "job" * is_queued, "")
+        found.append(words)
+        return CompletedProcess(words, 0, f"job {len(found)}: main_x.py", "")
 
     monkeypatch.setattr(submit.subprocess, "run", fake)
-    found = planned(TINY, tmp_path, names=["gamma_25"], seeds=1)
+    monkeypatch.setattr(submit.shutil, "which", str)
+    return found
+
+
+def test_every_command_is_submitted_once_after_the_one_that_it_needs(tmp_path, submitted):
+    found = [job for job in planned(TINY, tmp_path) if job.run == "gamma_25-0"]
     submit.submit_jobs(found, ["--partition", "p"])
     after = "--slurm_dependency=afterok:1"
     assert [words[3] for words in submitted] == ["pretrain", "knn", "linprobe"]
@@ -211,13 +243,31 @@ def test_every_command_is_submitted_once_after_the_one_that_it_needs(tmp_path, m
     assert submitted[1][submitted[1].index("--") + 1 :] == found[1].all_flags
 
     submit.submit_jobs(found, ["--partition", "p"])
-    assert [words[3] for words in submitted[3:]] == ["knn"]
-    assert after in submitted[3]
+    assert [words[3] for words in submitted[3:]] == ["knn", "linprobe"]
+    assert all(after in words for words in submitted[3:])
+    changed = [job._replace(flags=[*job.flags, "--amp", "bf16"]) for job in found]
+    with pytest.raises(InputError, match="was made with other flags"):
+        jobs.check_earlier(changed)
+
+
+def test_a_queue_that_cannot_be_read_submits_nothing_again(tmp_path, submitted, monkeypatch):
+    found = planned(TINY, tmp_path)[:1]
+    submit.submit_jobs(found, [])
+    error = "slurm_load_jobs error: Unable to contact slurm controller"
+    unknown = CompletedProcess([], 1, "", f"{error}\n")
+    monkeypatch.setattr(submit.subprocess, "run", lambda *_, **__: unknown)
+    with pytest.raises(InputError, match=f"squeue failed: {error}$"):
+        submit.submit_jobs(found, [])
+    monkeypatch.setattr(submit.shutil, "which", lambda _: None)
+    with pytest.raises(InputError, match="--submit needs SLURM"):
+        submit.submit_jobs(found, [])
+    assert len(submitted) == 1
 
 
 def test_a_refusal_of_the_launcher_is_passed_on(tmp_path, monkeypatch, capsys):
     write_classes(tmp_path / "images")
     monkeypatch.setitem(SUITES, "cpu", TINY)
+    monkeypatch.setattr(submit.shutil, "which", str)
     argv = ["--suite", "cpu", "--data_path", tmp_path / "images", "--output_dir", tmp_path / "out"]
     sentence = refusal(capsys, *argv, "--submit", "--", "--nodes", "no", main=run_ablations.main)
     assert sentence.startswith("gamma_75-0, pretrain was not submitted: launch.py: error: ")
@@ -228,6 +278,7 @@ def test_a_refusal_of_the_launcher_is_passed_on(tmp_path, monkeypatch, capsys):
 
 PROGRAM = """
 import sys
+from subprocess import CompletedProcess
 from tests.scripts.test_run_ablations import TINY
 from scripts import run_ablations
 from util.runs.run import run_main
@@ -264,7 +315,7 @@ def test_a_killed_comparison_goes_on_and_repeats_nothing(tmp_path, capsys):
         assert [line["epoch"] for line in read_log(output / name / "pretrain")] == [1, 2]
         log = (output / "logs" / f"{name}.jsonl").read_text()
         assert log == (output / name / "pretrain" / "log.jsonl").read_text()
-    content = json.loads((output / "results.json").read_text())
+    content = json.loads((output / "cpu.json").read_text())
     assert {name: [*runs] for name, runs in content["runs"].items()} == {
         "gamma_75": ["0", "1"],
         "gamma_25": ["0", "1"],
@@ -274,7 +325,7 @@ def test_a_killed_comparison_goes_on_and_repeats_nothing(tmp_path, capsys):
     results, rest = (content["runs"][n]["1"]["results"] for n in ("gamma_25", "gamma_75"))
     assert knn["results"]["pre-trained"].items() <= results.items()
     assert (suites.PROBE in results, suites.PROBE in rest) == (True, False)
-    assert "| γ = .25 | 2 |" in (output / "results.md").read_text()
+    assert "| γ = .25 | 2 |" in (output / "cpu.md").read_text()
 
     before = {path: path.stat().st_mtime_ns for path in output.glob("*-*/*/*")}
     code, out, _ = finish(start(words, PYTHONPATH=str(ROOT)))

@@ -17,7 +17,7 @@ SECONDS = {name: 10.0 + number for number, name in enumerate(run_peers.CONTENDER
 
 @pytest.mark.parametrize(
     ("epochs", "expected"),
-    [(1, [1]), (3, [1, 2, 3]), (8, [2, 4, 6, 8]), (11, [2, 4, 6, 8, 11]), (22, [5, 10, 15, 22])],
+    [(1, [1]), (3, [1, 2, 3]), (7, [2, 4, 7]), (11, [3, 6, 9, 11]), (22, [6, 12, 18, 22])],
 )
 def test_runs_are_measured_at_about_every_quarter_and_the_end(epochs, expected):
     assert run_peers.stages(epochs) == expected
@@ -39,7 +39,7 @@ def done(monkeypatch):
                 continue
             epochs = int(job.flags[job.flags.index("--epochs") + 1])
             each = int(job.flags[job.flags.index("--save_every") + 1])
-            name = job.run.rpartition("-")[0]
+            name = job.setting
             with (job.folder / "log.jsonl").open("w") as file:
                 for epoch in range(1, epochs + 1):
                     line = {"epoch": epoch, "step": epoch, "loss": 1 / epoch}
@@ -55,20 +55,24 @@ def test_every_contender_gets_the_epochs_that_fit_into_the_minutes(tmp_path, don
     images, output = write_classes(tmp_path / "images"), tmp_path / "out"
     argv = ["--data_path", images, "--minutes", 2, "--seeds", 2, "--output_dir", output]
     run(*argv, main=run_peers.main)
-    assert [job.step for job in done[:6]] == ["timing"] * 5 + ["pretrain"]
-    content = json.loads((output / "results.json").read_text())["runs"]
+    number = len(run_peers.CONTENDERS)
+    steps = [job.step for job in done]
+    assert steps[:number] == ["timing"] * number
+    assert set(steps[number : 3 * number - 2]) == {"pretrain"}  # two contenders have one seed
+    assert all(step.startswith("features-e") for step in steps[3 * number - 2 :])
+    content = json.loads((output / "peers.json").read_text())["runs"]
     for name, own in content.items():
-        assert [found["seed"] for found in own] == [0, 1]
+        assert [found["seed"] for found in own] == ([0] if name.endswith("_ours") else [0, 1])
         for found in own:
             assert found["epochs"] == int(120 / SECONDS[name])
             assert found["seconds"] == found["epochs"] * SECONDS[name] <= 120
             assert found["images_per_second"] == pytest.approx(37 / SECONDS[name])
             assert found["curve"][-1]["seconds"] == found["seconds"]
-            assert len(found["curve"]) in (4, 5)
+            assert len(found["curve"]) in (3, 4)
             log = output / found["log"]
             assert log.read_text() == (output / log.stem / "pretrain" / "log.jsonl").read_text()
-    assert "| lightly | 2 | 8 |" in (output / "results.md").read_text()
-    assert (output / "results.png").exists()
+    assert "| lightly | 2 | 8 |" in (output / "peers.md").read_text()
+    assert (output / "peers.png").exists()
 
     done.clear()
     run(*argv, main=run_peers.main)
@@ -93,7 +97,7 @@ def test_a_peer_that_starts_again_keeps_its_earlier_log(tmp_path):
 def test_a_peer_needs_training_images(tmp_path):
     argv = ["--data_path", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--epochs", "1"]
     with pytest.raises(InputError, match="has no folder train: correct --data_path"):
-        parse_peer_args(argv, "a peer", batch_size=8, num_workers=0)
+        parse_peer_args(argv, "a peer", batch_size=8, num_workers=0, lr="1")
 
 
 @pytest.mark.slow
@@ -103,7 +107,7 @@ def test_k_nn_reads_what_a_peer_has_trained(tmp_path, name):
     for module in {"transformers": ("datasets", "accelerate"), "lightly": ("lightly",)}[name]:
         pytest.importorskip(module)
     images, folder = write_classes(tmp_path / "images"), tmp_path / "out" / "run"
-    _, program, flags = run_peers.CONTENDERS[name]
+    _, program, flags, _ = run_peers.CONTENDERS[name]
     argv = [*flags.split(), "--epochs", 2, "--batch_size", 8, "--data_path", images]
     code, _, err = finish(start(command(program, *argv, "--output_dir", folder)))
     assert code == 0, err

@@ -252,4 +252,4 @@ def test_a_comparison_is_submitted_once_and_in_order(tmp_path):
     assert (run / "features" / "knn.json").exists() and list_checkpoints(run / "probe")
     code, _, err = finish(start(words, PYTHONPATH=str(ROOT)))
     assert code == 0, err
-    assert "| γ = .25 | 1 |" in (output / "results.md").read_text()
+    assert "| γ = .25 | 1 |" in (output / "cpu.md").read_text()

@@ -524,6 +524,8 @@ def fit_encoder(model: nn.Module, weights: EncoderWeights, *, head: bool) -> dic
         InputError: the weights do not fit the model.
     """
     _check_sizes(model, weights, head=head)
+    if head and weights.pool == ATTENTION != model.pool:
+        raise InputError(f"the head of the {weights.kind} reads learned queries: leave out --pool")
     norms = {"avg": ("fc_norm.",), None: ()}.get(model.pool, ("norm.",))
     wanted = (*norms, "head.", *(["attn_pool."] * (model.pool == ATTENTION))) if head else norms
     state = {
