@@ -71,36 +71,55 @@ def write_report(name: str, jobs: Sequence[Job], output_dir: Path) -> None:
 def collect(suite: Suite, jobs: Sequence[Job], output_dir: Path) -> Runs:
     """What is known of every run whose pre-training is done; its log is copied to logs/."""
     runs: Runs = {}
-    flops: dict[str, float] = {}
+    flops: dict[str, float] = {}  # of each setting
     for job in (job for job in jobs if job.is_done):
-        name, seed = job.setting, job.seed
+        own = runs.setdefault(job.setting, {})
         if job.step == PRETRAIN:
-            (output_dir / LOGS).mkdir(exist_ok=True)
-            log = output_dir / LOGS / f"{job.run}.jsonl"
-            shutil.copyfile(job.folder / LOG_NAME, log)
-            if name not in flops:
-                flops[name] = training_flops(main_module("pretrain").parse_args(job.all_flags))
-            run = {"log": f"{LOGS}/{log.name}", "flags": job.flags}
-            run |= {"gflops_per_image": flops[name] / 1e9, "cost": {}, "results": {}}
-            lines = read_log(job.folder)
-            last = lines[-1]
-            run["seconds"] = seconds_at(lines)[last["epoch"]]
-            run["results"] |= {by: last[key] for by, key in LOG_KEYS.items() if key in last}
-            runs.setdefault(name, {})[seed] = run
-        elif seed not in runs.get(name, {}):
-            continue
-        run = runs[name][seed]
-        run["cost"][job.step] = {
-            key: value for key, value in (read_command(job) or {}).items() if key != "flags"
-        }
-        if job.program == "main_knn.py":
-            found = parse_json((job.folder / KNN_REPORT).read_bytes())["results"]
-            run["results"] |= found["pre-trained"]
-            run[UNTRAINED] = found.get(UNTRAINED)
-            run["predictions"] = str((job.folder / PREDICTIONS).relative_to(output_dir))
-        elif job.step != PRETRAIN:
-            run["results"][suite.steps[job.step].metric] = read_log(job.folder)[-1]["val_top1"]
-    return runs
+            if job.setting not in flops:
+                args = main_module("pretrain").parse_args(job.all_flags)
+                flops[job.setting] = training_flops(args)
+            own[job.seed] = pretraining(job, output_dir, flops[job.setting])
+        elif job.seed in own:
+            add_measurement(own[job.seed], suite.steps[job.step].metric, job, output_dir)
+    return {name: own for name, own in runs.items() if own}
+
+
+def pretraining(job: Job, output_dir: Path, flops: float) -> dict:
+    """Cost and losses of a pre-training, with room for what is measured later."""
+    log = output_dir / LOGS / f"{job.run}.jsonl"
+    log.parent.mkdir(exist_ok=True)
+    shutil.copyfile(job.folder / LOG_NAME, log)
+    lines = read_log(job.folder)
+    last = lines[-1]
+    return {
+        "log": str(log.relative_to(output_dir)),
+        "flags": job.flags,
+        "gflops_per_image": flops / 1e9,
+        "seconds": seconds_at(lines)[last["epoch"]],
+        "cost": {PRETRAIN: cost_of_job(job)},
+        "results": {by: last[key] for by, key in LOG_KEYS.items() if key in last},
+    }
+
+
+def add_measurement(run: dict, metric: str, job: Job, output_dir: Path) -> None:
+    """Add what a job has measured to its run.
+
+    Args:
+        metric: name of the accuracy, if the job has trained a classifier.
+    """
+    run["cost"][job.step] = cost_of_job(job)
+    if metric:
+        run["results"][metric] = read_log(job.folder)[-1]["val_top1"]
+        return
+    found = parse_json((job.folder / KNN_REPORT).read_bytes())["results"]
+    run["results"] |= found["pre-trained"]
+    run[UNTRAINED] = run.get(UNTRAINED, {}) | found.get(UNTRAINED, {})
+    run["predictions"] = str((job.folder / PREDICTIONS).relative_to(output_dir))
+
+
+def cost_of_job(job: Job) -> dict[str, float]:
+    """Seconds and memory of a job; empty if they are not known."""
+    return {key: value for key, value in (read_command(job) or {}).items() if key != "flags"}
 
 
 def seconds_at(lines: Sequence[dict]) -> dict[int, float]:
@@ -207,6 +226,10 @@ def settings_table(suite: Suite, runs: Runs) -> str:
             values = over_seeds(own, lambda run, by=by: run["results"].get(by))
             row.append(spread(values, digits))
         rows.append(row)
+    before = [run[UNTRAINED] for own in runs.values() for run in own.values() if run.get(UNTRAINED)]
+    if before:
+        row = ["not pre-trained", *([""] if papers else []), len(before), "", ""]
+        rows.append(row + [spread([v[by] for v in before if by in v], 1) for by in measured])
     titles = ["setting", *(["paper"] if papers else []), "seeds", "GFLOPs an image", cost]
     return markdown([*titles, *measured], rows)
 
