@@ -5,9 +5,9 @@
     python scripts/run_ablations.py --suite paper --data_path IMAGENET --output_dir output/paper \\
         --submit -- --gpus_per_node 8 --partition P --time 3-00:00:00
 
-scripts/ablations/suites.py has what is compared. Started again, the command goes on where it was
-stopped, even by a crash, and repeats nothing. It writes SUITE.json, SUITE.md and SUITE.png for what
-is done, and logs/ with the log of every pre-training.
+scripts/ablations/suites.py lists what is compared. If the command is stopped, even by a crash, run
+it again: it continues and repeats nothing. It writes SUITE.json, SUITE.md and SUITE.png for what is
+done, and logs/ with the log of every pre-training.
 """
 
 import argparse

@@ -5,8 +5,8 @@
 
 Every contender trains the same ViT on the same images by its own recipe (scripts/peers/README.md).
 The first of two epochs of each is timed; then each trains for as many epochs as fit into the
-minutes. k-NN and logistic regression measure four encoders of every run. Started again, the command
-goes on where it was stopped. It writes peers.json, peers.md, peers.png, and logs/.
+minutes. k-NN and logistic regression measure up to four encoders of every run. If the command is
+stopped, run it again: it continues. It writes peers.json, peers.md, peers.png, and logs/.
 """
 
 import argparse

@@ -49,7 +49,7 @@ def parse_peer_args(
         "--save_every",
         type=positive_int,
         default=10,
-        help="keep an encoder every so many epochs, and after the last (%(default)s)",
+        help="epochs from one kept encoder to the next; the last is always kept (%(default)s)",
     )
     add(
         "--batch_size",
