@@ -88,7 +88,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     check_arguments(parse_args)  # before the imports below, which take seconds
 
-from scripts.ablations.jobs import KNN_REPORT, Job, check_earlier, read_command, run_jobs
+from scripts.ablations.jobs import Job, check_earlier, main_module, read_command, run_jobs
 from scripts.ablations.report import seconds_at, spread
 from scripts.ablations.suites import NEIGHBORS, REGRESSION
 from scripts.benchmark.tables import markdown
@@ -96,6 +96,7 @@ from util.data.layout import images_below
 from util.eval.plots import new_figure, save_figure
 from util.json_text import parse_json
 from util.machine import available_cores
+from util.runs.checkpoint import checkpoint_name
 from util.runs.epoch_log import LOG_NAME, read_log
 from util.runs.files import write_json
 from util.runs.run import run_main, start_logging, versions
@@ -122,7 +123,7 @@ def encoder_of(name: str, folder: Path, epoch: int) -> Path:
     """Where a contender keeps its encoder after an epoch."""
     program = CONTENDERS[name].program
     if program == "main_pretrain.py":
-        return folder / f"checkpoint-e{epoch:04d}-s000000.pth"
+        return folder / checkpoint_name(epoch, 0)
     return folder / f"encoder-e{epoch:04d}{'.pth' if program == LIGHTLY else ''}"
 
 
@@ -132,7 +133,7 @@ def measurement(job: Job, args: argparse.Namespace, epoch: int) -> Job:
     folder = job.folder.parent / step
     flags = ["--crop_pct", "1", "--k", "20", "--num_workers", "0", "--amp", "fp32"]
     data, encoder = ["--data_path", str(args.data_path)], encoder_of(job.setting, job.folder, epoch)
-    result = folder / KNN_REPORT
+    result = folder / main_module("knn").REPORT
     return Job(job.run, step, "main_knn.py", flags, data, folder, result, encoder)
 
 

@@ -1,7 +1,6 @@
 """The commands of a suite, and how they are run side by side, in any number of attempts."""
 
 import importlib
-import json
 import logging
 import os
 import shlex
@@ -17,13 +16,14 @@ from typing import NamedTuple
 from scripts.ablations.suites import PRETRAIN, Setting, Step, Suite
 from util.compute.launchers import LAUNCHER_PID
 from util.errors import InputError, RunError
+from util.json_text import parse_json
 from util.progress import clock
+from util.runs.checkpoint import checkpoint_name
 from util.runs.files import write_json
 from util.runs.lock import FolderLock
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND, OUTPUT = "command.json", "output.txt"
-KNN_REPORT, PREDICTIONS = "knn.json", "predictions.npz"  # of main_knn.py
 
 _logger = logging.getLogger(__name__)
 
@@ -64,6 +64,11 @@ class Job(NamedTuple):
     def is_ready(self) -> bool:
         """Whether what it starts from exists."""
         return self.needs is None or self.needs.exists()
+
+    @property
+    def own_flags(self) -> list[str]:
+        """Those that its results depend on."""
+        return [*self.flags, *self.data]
 
     @property
     def all_flags(self) -> list[str]:
@@ -130,8 +135,9 @@ def result_of(main: str, flags: list[str]) -> str:
     Raises:
         InputError: its flags are wrong.
     """
-    args = main_module(main).parse_args(flags)
-    return KNN_REPORT if main == "knn" else f"checkpoint-e{args.epochs:04d}-s000000.pth"
+    module = main_module(main)
+    args = module.parse_args(flags)
+    return module.REPORT if main == "knn" else checkpoint_name(args.epochs, 0)
 
 
 def main_module(main: str) -> ModuleType:
@@ -223,7 +229,7 @@ def check_earlier(jobs: Sequence[Job]) -> None:
     """Raise InputError if a folder has results of other flags, as of a suite that has changed."""
     for job in jobs:
         earlier = read_command(job)
-        if earlier is not None and earlier["flags"] != [*job.flags, *job.data]:
+        if earlier is not None and earlier["flags"] != job.own_flags:
             raise InputError(
                 f"{job.folder} was made with other flags, {shlex.join(earlier['flags'])}: choose "
                 "another --output_dir"
@@ -234,19 +240,19 @@ def note_start(job: Job) -> None:
     """Make a job's folder, and keep the flags that its results depend on."""
     job.folder.mkdir(parents=True, exist_ok=True)
     if not (job.folder / COMMAND).exists():
-        write_json(job.folder / COMMAND, {"flags": [*job.flags, *job.data]})
+        write_json(job.folder / COMMAND, {"flags": job.own_flags})
 
 
 def read_command(job: Job) -> dict | None:
     """What is known of a command: its flags and, once it has ended, how long it took."""
     path = job.folder / COMMAND
-    return json.loads(path.read_text()) if path.exists() else None
+    return parse_json(path.read_bytes()) if path.exists() else None
 
 
 def note_end(job: Job, **cost: float) -> None:
     """Keep what a command cost, unless an earlier attempt did a part of it."""
     attempts = (job.folder / OUTPUT).read_text(errors="replace").count("continuing from ")
-    content = {"flags": [*job.flags, *job.data]} | ({} if attempts else cost)
+    content = {"flags": job.own_flags} | ({} if attempts else cost)
     write_json(job.folder / COMMAND, content, keep_earlier=False)
 
 

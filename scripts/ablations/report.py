@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from scripts.ablations.cost import training_flops
-from scripts.ablations.jobs import KNN_REPORT, PREDICTIONS, Job, main_module, read_command
+from scripts.ablations.jobs import Job, main_module, read_command
 from scripts.ablations.statistics import Difference, bootstrap_images, judge, pair_runs
 from scripts.ablations.suites import (
     FINE_TUNED,
@@ -111,10 +111,10 @@ def add_measurement(run: dict, metric: str, job: Job, output_dir: Path) -> None:
     if metric:
         run["results"][metric] = read_log(job.folder)[-1]["val_top1"]
         return
-    found = parse_json((job.folder / KNN_REPORT).read_bytes())["results"]
+    found = parse_json(job.result.read_bytes())["results"]
     run["results"] |= found["pre-trained"]
     run[UNTRAINED] = run.get(UNTRAINED, {}) | found.get(UNTRAINED, {})
-    run["predictions"] = str((job.folder / PREDICTIONS).relative_to(output_dir))
+    run["predictions"] = str((job.folder / main_module("knn").PREDICTIONS).relative_to(output_dir))
 
 
 def cost_of_job(job: Job) -> dict[str, float]:
